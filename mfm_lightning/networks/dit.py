@@ -1,0 +1,239 @@
+"""The Meta Flow Map diffusion transformer (paper, Eqs. 71-72), top to bottom.
+
+A DiT with two inner times and a second image input:
+
+    tokens = patch(x) + positions + (1 + scale(t)) * patch'(x_t) + shift(t)     scale = -1, shift = 0 until trained
+    encoder blocks see  c = s + u + class + t + guidance embeddings
+    decoder blocks see  c = s + u + class + t embeddings (their own s and u embeddings)
+
+Following Decoupled MeanFlow (arXiv 2510.24474) the encoder's s-embedding and the decoder's u-embedding are the ones
+that a pretrained flow fills; the other two, and the t-embedding, start at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfm_lightning.networks.embeddings import TimeEmbedding, sincos_positions
+
+SIZES: dict[str, dict[str, int]] = {
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, "encoder_depth": 8},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "encoder_depth": 8},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "encoder_depth": 18},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16, "encoder_depth": 20},
+}
+
+
+def architecture(name: str) -> dict[str, int]:
+    """Keyword arguments of `DiT` for a size by name, e.g. "B/2": widths of the paper (Table 5), then the patch size.
+
+    Raises:
+        ValueError: if the name is not `S|B|L|XL`, a slash, and a patch size.
+    """
+    size, _, patch = name.partition("/")
+    if size not in SIZES or not patch.isdigit():
+        raise ValueError(f"unknown model size {name!r}: expected one of {', '.join(SIZES)} and a patch size, e.g. 'B/2'")
+    return {**SIZES[size], "patch_size": int(patch)}
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift; `x` `(B, T, D)`, `shift`, `scale` `(B, D)`."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbedding(nn.Module):
+    """`(B, C, H, W) -> (B, T, D)`: one token a patch, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A strided convolution as the matrix product that it is: several times faster on CPU for small patches.
+        B, C, H, W = x.shape
+        p = self.proj.kernel_size[0]
+        patches = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, `(B, T, D) -> (B, T, D)`; `qk_norm` adds a LayerNorm on each head's q and k."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_size = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
+        self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A transformer block with AdaLN-Zero: tokens `(B, T, D)`, condition `(B, D)`."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Average velocity v_{s,u}(x; t, x_t) of images or latents.
+
+    Args:
+        input_size: height and width of the state.
+        patch_size: side of a patch; divides `input_size`.
+        in_channels: channels of the state.
+        hidden_size, depth, num_heads, mlp_ratio: of the transformer.
+        encoder_depth: number of blocks that see the encoder's condition; the rest see the decoder's.
+        num_classes: number of labels; label `num_classes` is the null label.
+        qk_norm: normalise queries and keys.
+        guidance_scales: the class-guidance scales that the network knows besides 1 (none).
+        flip_time: the weights were trained with t=1 for noise: embed 1-s and 1-u and negate the output (the outer
+            time is not flipped). True for released MFM and DMF weights.
+
+    Raises:
+        ValueError: where these numbers do not fit each other.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        encoder_depth: int = 8,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        guidance_scales: Sequence[float] = (2.5,),
+        flip_time: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, patch_size, hidden_size, depth, num_heads, encoder_depth, guidance_scales)
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config["guidance_scales"] = list(guidance_scales)
+        self.state_shape = (in_channels, input_size, input_size)
+        self.patch_size, self.encoder_depth, self.flip_time = patch_size, encoder_depth, flip_time
+        self.num_classes, self.guidance_scales = num_classes, tuple(guidance_scales)
+
+        self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, input_size // patch_size), requires_grad=False)
+        self.condition_patch = PatchEmbedding(patch_size, in_channels, hidden_size)
+        self.condition_gate = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.condition_time = TimeEmbedding(hidden_size)
+        self.encoder_s, self.encoder_u = TimeEmbedding(hidden_size), TimeEmbedding(hidden_size)
+        self.decoder_s, self.decoder_u = TimeEmbedding(hidden_size), TimeEmbedding(hidden_size)
+        self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.guidance_embedding = nn.Embedding(len(self.guidance_scales) + 1, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for embedding in (self.condition_time, self.encoder_s, self.encoder_u, self.decoder_s, self.decoder_u):
+            nn.init.normal_(embedding.mlp[0].weight, std=0.02)
+            nn.init.normal_(embedding.mlp[2].weight, std=0.02)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
+        zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for linear in zeroed:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        self.reset_condition()
+
+    def reset_condition(self) -> None:
+        """Make the network ignore (t, x_t), guidance, and the two added inner times exactly, until trained."""
+        nn.init.zeros_(self.condition_gate[1].weight)
+        nn.init.zeros_(self.condition_gate[1].bias)
+        with torch.no_grad():  # tokens of x_t enter times 1 + scale: a scale of -1 shuts them out
+            self.condition_gate[1].bias[self.condition_gate[1].out_features // 2 :] = -1.0
+        for embedding in (self.condition_time, self.encoder_u, self.decoder_s):
+            embedding.zero_output()
+        nn.init.zeros_(self.guidance_embedding.weight)
+
+    def forward(self, s: Tensor, u: Tensor, x: Tensor, t: Tensor, x_t: Tensor, label: Tensor, guidance: Tensor):
+        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, C, H, W)`, `label` `(B,)` long, `guidance` `(B,)` scales."""
+        if self.flip_time:
+            s, u = 1 - s, 1 - u
+        t_embedding = self.condition_time(t)
+        shared = t_embedding + self.label_embedding(label)
+        encoder = shared + self.encoder_s(s) + self.encoder_u(u) + self.guidance_embedding(self._guidance_index(guidance))
+        decoder = shared + self.decoder_s(s) + self.decoder_u(u)
+
+        shift, scale = self.condition_gate(t_embedding).chunk(2, dim=1)
+        tokens = self.x_embedder(x) + self.pos_embed + modulate(self.condition_patch(x_t), shift, scale)
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, encoder if i < self.encoder_depth else decoder)
+        velocity = self._unpatchify(self.final_layer(tokens, decoder))
+        return -velocity if self.flip_time else velocity
+
+    def _guidance_index(self, guidance: Tensor) -> Tensor:
+        scales = torch.tensor([1.0, *self.guidance_scales], device=guidance.device, dtype=guidance.dtype)
+        return (guidance[:, None] - scales).abs().argmin(dim=1)
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        C, H, W = self.state_shape
+        p = self.patch_size
+        patches = tokens.reshape(-1, H // p, W // p, p, p, C)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
+
+
+def _check_sizes(input_size, patch_size, hidden_size, depth, num_heads, encoder_depth, guidance_scales) -> None:
+    if input_size % patch_size:
+        raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+    if hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
+    if not 0 <= encoder_depth <= depth:
+        raise ValueError(f"encoder_depth {encoder_depth} must lie between 0 and depth {depth}")
+    if any(g <= 1 for g in guidance_scales):
+        raise ValueError(f"guidance_scales {list(guidance_scales)} must all be above 1 (1, no guidance, is always there)")
