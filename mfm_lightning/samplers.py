@@ -1,0 +1,143 @@
+"""Samplers as functions: base ODE and SDE, posterior by GLASS, and K-step refinement (Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.glass import BaseDrift, glass_velocity
+from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate, score
+from mfm_lightning.models import MetaFlowMap, randn
+
+Callback = Callable[[int, Tensor], None]
+METHODS = ("euler", "heun")
+
+
+def integrate(velocity: BaseDrift, x: Tensor, times: Tensor | Sequence[float], method: str = "euler", callback=None):
+    """Solve dx/dt = velocity(t, x) over the grid `times`.
+
+    Args:
+        velocity: takes times `(B,)` and states `(B, *shape)`.
+        x: the state at `times[0]`, `(B, *shape)`.
+        times: increasing grid, K+1 numbers in [0, 1].
+        method: "euler", or "heun" (two evaluations a step).
+        callback: called as `callback(k, x)` after each step.
+
+    Raises:
+        ValueError: if the method is not known or the grid does not increase.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    times = _grid(times)
+    for k, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        v = velocity(as_times(now, x), x)
+        if method == "heun":
+            v = (v + velocity(as_times(then, x), x + (then - now) * v)) / 2
+        x = x + (then - now) * v
+        if callback:
+            callback(k, x)
+    return x
+
+
+def sample_ode(drift: BaseDrift, x0: Tensor, steps: int = 100, method: str = "euler", callback=None) -> Tensor:
+    """Base flow dx = b_t(x) dt from noise `x0` `(B, *shape)` at t=0 to data at t=1, on a uniform grid."""
+    return integrate(drift, x0, torch.linspace(0, 1, steps + 1), method, callback)
+
+
+def sample_sde(
+    drift: BaseDrift,
+    x0: Tensor,
+    steps: int = 100,
+    t_start: float = 0.01,
+    max_diffusion: float = 25.0,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Base SDE dx = (b + sigma^2/2 score) dt + sigma dW (Eq. 14), by Euler-Maruyama, ending in a noiseless step.
+
+    Args:
+        x0: noise `(B, *shape)`, taken as the state at `t_start`.
+        max_diffusion: clamp of sigma^2/2 = (1-t)/t near t=0. The clamped SDE has the same marginals.
+    """
+    x = x0
+    times = _grid(torch.linspace(t_start, 1, steps + 1))
+    for k, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        t, dt = as_times(now, x), then - now
+        b, half = drift(t, x), diffusion(as_times(now, x), max_diffusion)
+        x = x + dt * (b + expand(half, x) * score(t, x, b))
+        if then < 1:
+            x = x + expand((2 * half * dt).sqrt(), x) * randn(x.shape, x, generator)
+        if callback:
+            callback(k, x)
+    return x
+
+
+def sample_posterior_glass(
+    base_drift: BaseDrift,
+    x_t: Tensor,
+    t: Tensor | float,
+    num_samples: int = 1,
+    steps: int = 16,
+    method: str = "euler",
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws from p_{1|t}(. | x_t) by the GLASS ODE of a base drift (Eq. 32), `(B, N, *shape)`.
+
+    Args:
+        base_drift: `base_drift(t, x)`; called with B*N states, draws of one state next to each other.
+        noise: inner noise at s=0, `(B, N, *shape)`; drawn from `generator` where None.
+    """
+    if noise is None:
+        noise = randn((len(x_t), num_samples, *x_t.shape[1:]), x_t, generator)
+    N = noise.shape[1]
+    outer = x_t.repeat_interleave(N, dim=0)
+    time = as_times(t, x_t).repeat_interleave(N, dim=0)
+
+    def velocity(s: Tensor, x_s: Tensor) -> Tensor:
+        return glass_velocity(base_drift, s, x_s, time, outer)
+
+    return integrate(velocity, noise.flatten(0, 1), torch.linspace(0, 1, steps + 1), method).reshape(noise.shape)
+
+
+def sample_refinement(
+    model: MetaFlowMap,
+    x0: Tensor,
+    steps: int = 4,
+    label: Tensor | None = None,
+    guidance: Tensor | float | None = None,
+    generator: torch.Generator | None = None,
+    times: Sequence[float] | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """K-step refinement (Algorithm 1): draw x1 = X_{0,1}(eps; t_k, x), renoise it to t_{k+1}, repeat.
+
+    Args:
+        x0: noise `(B, *shape)`, the state at t_0 = 0.
+        steps: K; one step is a one-step sample.
+        times: t_0 = 0 < ... < t_{K-1} < 1; uniform where None.
+
+    Returns:
+        The last draw of x1, `(B, *shape)`.
+    """
+    if steps < 1 and times is None:
+        raise ValueError(f"steps ({steps}) must be at least 1")
+    times = [k / steps for k in range(steps)] if times is None else list(times)
+    x = x0
+    for k, t in enumerate(times):
+        eps = randn(x.shape, x, generator)
+        x1 = model.flow_map(0.0, 1.0, eps, t, x, label, guidance)
+        if callback:
+            callback(k, x1)
+        if k + 1 < len(times):
+            x = interpolate(as_times(times[k + 1], x), randn(x.shape, x, generator), x1)
+    return x1
+
+
+def _grid(times: Tensor | Sequence[float]) -> list[float]:
+    times = torch.as_tensor(times, dtype=torch.float64).tolist()
+    if len(times) < 2 or any(b <= a for a, b in zip(times[:-1], times[1:], strict=True)):
+        raise ValueError(f"times must be at least two increasing numbers, got {times[:4]}...")
+    return times
