@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from mfm_lightning.checkpoints import import_checkpoint, to_released_names
 from mfm_lightning.models import MetaFlowMap, velocity_and_jvp
 from mfm_lightning.networks import DiT, architecture
-from tests.parity import DATA, ARCHITECTURE, released_architecture
+from tests.parity import ARCHITECTURE, DATA, released_architecture
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,10 @@ def test_velocity_null_label_and_jvps(mfm):
         torch.testing.assert_close(model.velocity(*inputs, **conditions), case["v"], atol=1e-5, rtol=0)
         torch.testing.assert_close(model.velocity(*inputs), case["v_null_label"], atol=1e-5, rtol=0)
     one, zero = torch.ones(6), torch.zeros(6)
-    for name, tangents in {"jvp_s": (one, zero, case["tangent_x"]), "jvp_u": (zero, one, case["tangent_x"])}.items():
+    for name, tangents in {
+        "jvp_s": (one, zero, case["tangent_x"]),
+        "jvp_u": (zero, one, torch.zeros_like(case["x"])),
+    }.items():
         v, dv = velocity_and_jvp(model, *inputs, tangents, **conditions)
         torch.testing.assert_close(v, case["v"], atol=1e-5, rtol=0)
         torch.testing.assert_close(dv, case[name], atol=1e-5, rtol=1e-5)
@@ -73,9 +76,7 @@ def test_import_equals_the_source_and_ignores_the_condition(source, tmp_path):
 @pytest.mark.parametrize("kind", ["pt", "ckpt"])
 def test_prefixes_and_containers(mfm, tmp_path, prefix, kind):
     model, data = mfm
-    state = {
-        prefix + k.removeprefix("weights.dit."): v for k, v in data.items() if k.startswith("weights.")
-    }
+    state = {prefix + k.removeprefix("weights.dit."): v for k, v in data.items() if k.startswith("weights.")}
     path = tmp_path / f"weights.{kind}"
     torch.save({"state_dict": state, "epoch": 3} if kind == "ckpt" else state, path)
     loaded = import_checkpoint(path, **ARCHITECTURE)

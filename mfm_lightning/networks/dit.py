@@ -36,7 +36,9 @@ def architecture(name: str) -> dict[str, int]:
     """
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdigit():
-        raise ValueError(f"unknown model size {name!r}: expected one of {', '.join(SIZES)} and a patch size, e.g. 'B/2'")
+        raise ValueError(
+            f"unknown model size {name!r}: expected one of {', '.join(SIZES)} and a patch size, e.g. 'B/2'"
+        )
     return {**SIZES[size], "patch_size": int(patch)}
 
 
@@ -207,7 +209,9 @@ class DiT(nn.Module):
             s, u = 1 - s, 1 - u
         t_embedding = self.condition_time(t)
         shared = t_embedding + self.label_embedding(label)
-        encoder = shared + self.encoder_s(s) + self.encoder_u(u) + self.guidance_embedding(self._guidance_index(guidance))
+        encoder = (
+            shared + self.encoder_s(s) + self.encoder_u(u) + self.guidance_embedding(self._guidance_index(guidance))
+        )
         decoder = shared + self.decoder_s(s) + self.decoder_u(u)
 
         shift, scale = self.condition_gate(t_embedding).chunk(2, dim=1)
@@ -236,4 +240,6 @@ def _check_sizes(input_size, patch_size, hidden_size, depth, num_heads, encoder_
     if not 0 <= encoder_depth <= depth:
         raise ValueError(f"encoder_depth {encoder_depth} must lie between 0 and depth {depth}")
     if any(g <= 1 for g in guidance_scales):
-        raise ValueError(f"guidance_scales {list(guidance_scales)} must all be above 1 (1, no guidance, is always there)")
+        raise ValueError(
+            f"guidance_scales {list(guidance_scales)} must all be above 1 (1, no guidance, is always there)"
+        )

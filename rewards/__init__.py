@@ -1,0 +1,1 @@
+"""Rewards: functions of the clean image. Depends on torch only."""
