@@ -151,6 +151,6 @@ def velocity_and_jvp(
 
 
 def randn(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise on the device of `like`, drawn on the generator's device (so seeds agree across devices)."""
+    """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices)."""
     device = generator.device if generator is not None else like.device
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,7 +32,7 @@ def integrate(velocity: BaseDrift, x: Tensor, times: Tensor | Sequence[float], m
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
     times = _grid(times)
-    for k, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for k, (now, then) in enumerate(itertools.pairwise(times)):
         v = velocity(as_times(now, x), x)
         if method == "heun":
             v = (v + velocity(as_times(then, x), x + (then - now) * v)) / 2
@@ -63,7 +64,7 @@ def sample_sde(
     """
     x = x0
     times = _grid(torch.linspace(t_start, 1, steps + 1))
-    for k, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for k, (now, then) in enumerate(itertools.pairwise(times)):
         t, dt = as_times(now, x), then - now
         b, half = drift(t, x), diffusion(as_times(now, x), max_diffusion)
         x = x + dt * (b + expand(half, x) * score(t, x, b))
@@ -138,6 +139,6 @@ def sample_refinement(
 
 def _grid(times: Tensor | Sequence[float]) -> list[float]:
     times = torch.as_tensor(times, dtype=torch.float64).tolist()
-    if len(times) < 2 or any(b <= a for a, b in zip(times[:-1], times[1:], strict=True)):
+    if len(times) < 2 or any(b <= a for a, b in itertools.pairwise(times)):
         raise ValueError(f"times must be at least two increasing numbers, got {times[:4]}...")
     return times

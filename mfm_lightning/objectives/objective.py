@@ -1,0 +1,97 @@
+"""L = L_diag + L_cons (Eq. 33): named terms with their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.objectives.pairs import InnerTimes, PairSampler
+from mfm_lightning.objectives.terms import TERMS, Consistency
+from mfm_lightning.tangents import get_backend
+from mfm_lightning.teachers import Teacher
+
+
+@dataclass
+class WeightedTerm:
+    """A term of the objective by name, and how much it counts.
+
+    name: a key of `mfm_lightning.objectives.TERMS`.
+    p, c: adaptive weight 1 / (|residual|^2 + c)^p (Eq. 73); p = 0 for none.
+    weight: factor of the term.
+    start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
+    """
+
+    name: str
+    p: float = 1.0
+    c: float = 0.01
+    weight: float = 1.0
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in TERMS:
+            raise ValueError(f"unknown objective {self.name!r}: expected one of {', '.join(TERMS)}")
+
+
+def squared_error(residual: Tensor) -> Tensor:
+    """Sum over the state's dimensions, `(B, *shape) -> (B,)`, in float32."""
+    return residual.float().flatten(1).square().sum(dim=1)
+
+
+def adaptive_loss(error: Tensor, p: float, c: float = 0.01) -> Tensor:
+    """error / sg(error + c)^p (Eq. 73), `(B,)`."""
+    return error / (error.detach() + c) ** p
+
+
+@dataclass
+class Objective:
+    """A sum of weighted terms on pairs drawn from data.
+
+    Raises, on construction, ValueError for an unknown term, distribution or tangent backend.
+    """
+
+    terms: list[WeightedTerm] = field(
+        default_factory=lambda: [WeightedTerm("distilled_diagonal"), WeightedTerm("eulerian_teacher")]
+    )
+    pairs: PairSampler = field(default_factory=PairSampler)
+    inner_times: InnerTimes = field(default_factory=InnerTimes)
+    backend: str = "functorch"
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("an objective needs at least one term")
+        get_backend(self.backend)
+        self._terms = [self._build(term.name) for term in self.terms]
+
+    def _build(self, name: str):
+        options = {"backend": self.backend} if issubclass(TERMS[name], Consistency) else {}
+        return TERMS[name](self.inner_times, **options)
+
+    @property
+    def needs_teacher(self) -> list[str]:
+        """Names of the terms that need a teacher."""
+        return [t.name for t, term in zip(self.terms, self._terms, strict=True) if term.needs_teacher]
+
+    def __call__(
+        self, model: MetaFlowMap, teacher: Teacher | None, x1: Tensor, label: Tensor | None, step: int = 0
+    ) -> dict[str, Tensor]:
+        """Loss of each active term and their weighted sum under "loss"; `error/NAME` is the plain squared error.
+
+        Args:
+            x1: data `(B, *shape)`.
+            label: `(B,)` or None.
+            step: training step, for warm-up and annealing.
+        """
+        pair = self.pairs.sample(x1, label, model.num_classes)
+        results: dict[str, Tensor] = {}
+        total = torch.zeros((), device=x1.device)
+        for settings, term in zip(self.terms, self._terms, strict=True):
+            if step < settings.start_step:
+                continue
+            error = squared_error(term(model, teacher, pair, step))
+            results[settings.name] = adaptive_loss(error, settings.p, settings.c).mean()
+            results[f"error/{settings.name}"] = error.detach().mean()
+            total = total + settings.weight * results[settings.name]
+        return {"loss": total, **results}

@@ -1,0 +1,220 @@
+"""Distributions whose flow, posterior and value are known in closed form (DESIGN, section 4).
+
+Both classes have the same four methods. They are the ground truth in tests, validate rewards and samplers, and stand in
+for a teacher. Labels are optional everywhere; None, or the null label `num_classes`, means all of the distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.interpolant import as_times, expand
+
+Reward = Callable[[Tensor], Tensor]
+
+
+class GaussianMixture:
+    """A mixture of Gaussians, sum_k w_k N(m_k, C_k).
+
+    Args:
+        means: `(K, D)`.
+        covariances: `(K, D, D)`, positive definite; or a number for that multiple of the identity.
+        weights: `(K,)`, positive; equal where None. They are normalised.
+
+    Raises:
+        ValueError: if shapes do not fit, a weight is not positive or a covariance is not positive definite.
+    """
+
+    num_classes = 0
+
+    def __init__(self, means: Sequence, covariances: float | Sequence = 1.0, weights: Sequence | None = None) -> None:
+        self.means = torch.as_tensor(means, dtype=torch.float64)
+        K, D = self.means.shape
+        covariances = torch.as_tensor(covariances, dtype=torch.float64)
+        if covariances.dim() == 0:
+            covariances = covariances * torch.eye(D, dtype=torch.float64).expand(K, D, D)
+        if covariances.shape != (K, D, D):
+            raise ValueError(f"covariances of shape {tuple(covariances.shape)}: expected a number or ({K}, {D}, {D})")
+        self.covariances = covariances
+        weights = torch.ones(K) if weights is None else torch.as_tensor(weights)
+        if weights.shape != (K,) or (weights <= 0).any():
+            raise ValueError(f"weights {weights.tolist()}: expected {K} positive numbers")
+        self.weights = weights.double() / weights.double().sum()
+        self.variances, self.axes = torch.linalg.eigh(covariances)  # (K, D), (K, D, D)
+        if (self.variances <= 0).any():
+            raise ValueError("covariances must be positive definite")
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return (self.means.shape[1],)
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """`(num, D)` independent draws, float32."""
+        k = torch.multinomial(self.weights, num, replacement=True, generator=generator)
+        z = torch.randn(num, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return (self.means[k] + torch.einsum("bij,bj->bi", self.axes[k], self.variances[k].sqrt() * z)).float()
+
+    def log_prob(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """log p_t(x) of the noisy state I_t, `(B,)`, at x `(B, D)`."""
+        return self._posterior(as_times(t, x), x)[0].logsumexp(dim=1)
+
+    def drift(self, t: Tensor | float, x: Tensor, label: Tensor | None = None, guidance=None) -> Tensor:
+        """b_t(x) = E[x1 - x0 | I_t = x], `(B, D)`; finite on all of [0, 1]."""
+        t = as_times(t, x)
+        log_joint, noisy, centred = self._posterior(t, x)
+        lam, time = self.variances.to(x), t[:, None, None]
+        inside = (time * lam - (1 - time)) / noisy * centred  # (B, K, D), in the components' own axes
+        component = self.means.to(x) + torch.einsum("kij,bkj->bki", self.axes.to(x), inside)
+        return (log_joint.softmax(dim=1)[..., None] * component).sum(dim=1)
+
+    def sample_posterior(
+        self, x_t: Tensor, t: Tensor | float, num_samples: int = 1, label=None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Exact draws from p_{1|t}(. | x_t), `(B, N, D)`."""
+        log_joint, means, variances = self._posterior_moments(as_times(t, x_t), x_t)
+        k = torch.multinomial(log_joint.softmax(1), num_samples, replacement=True, generator=generator)  # (B, N)
+        rows = torch.arange(len(x_t), device=x_t.device)[:, None]
+        z = torch.randn(*k.shape, x_t.shape[1], generator=generator, dtype=x_t.dtype, device=x_t.device)
+        spread = torch.einsum("bnij,bnj->bni", self.axes.to(x_t)[k], variances[rows, k].sqrt() * z)
+        return means[rows, k] + spread
+
+    def value(self, x: Tensor, t: Tensor | float, reward, label=None) -> Tensor:
+        """V_t(x) = log E[exp r(X1) | I_t = x], `(B,)`, for a linear-Gaussian likelihood reward.
+
+        Args:
+            reward: r(x1) = log N(y; A x1, noise_std^2 I), with attributes `operator` A `(M, D)`, `observation` y `(M,)`
+                and `noise_std`; e.g. `rewards.linear_gaussian.LinearGaussianLikelihood`.
+
+        Raises:
+            TypeError: if the reward is of another kind, for which a mixture has no closed form.
+        """
+        if not all(hasattr(reward, name) for name in ("operator", "observation", "noise_std")):
+            raise TypeError(
+                f"the value of a {type(reward).__name__} under a mixture has no closed form: give a linear-Gaussian "
+                "likelihood (with operator, observation, noise_std), or use an EmpiricalDistribution"
+            )
+        t = as_times(t, x)
+        log_joint, means, variances = self._posterior_moments(t, x)
+        A, y = reward.operator.to(x), reward.observation.to(x)
+        axes = torch.einsum("mi,kij->kmj", A, self.axes.to(x))
+        evidence = torch.einsum("kmj,bkj,knj->bkmn", axes, variances, axes)
+        evidence = evidence + reward.noise_std**2 * torch.eye(len(y), dtype=x.dtype, device=x.device)
+        normal = torch.distributions.MultivariateNormal(means @ A.T, evidence)
+        return (log_joint.log_softmax(dim=1) + normal.log_prob(y)).logsumexp(dim=1)
+
+    def value_gradient(self, x: Tensor, t: Tensor | float, reward, label=None) -> Tensor:
+        """grad_x V_t(x), `(B, D)`: the derivative of the closed form."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.value(x, t, reward).sum(), x)[0]
+
+    def _posterior(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # log w_k N(x; t m_k, t^2 C_k + (1-t)^2 I), the noisy variances and the centred state in the components' axes
+        t = t[:, None, None]
+        noisy = t**2 * self.variances.to(x) + (1 - t) ** 2
+        centred = torch.einsum("kji,bkj->bki", self.axes.to(x), x[:, None] - t * self.means.to(x))
+        log_normal = -0.5 * (centred**2 / noisy + noisy.log() + torch.log(torch.tensor(2 * torch.pi))).sum(dim=-1)
+        return self.weights.log().to(x) + log_normal, noisy, centred
+
+    def _posterior_moments(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_joint, noisy, centred = self._posterior(t, x)
+        lam, time = self.variances.to(x), t[:, None, None]
+        gain = torch.einsum("kij,bkj->bki", self.axes.to(x), time * lam / noisy * centred)
+        return log_joint, self.means.to(x) + gain, (1 - time) ** 2 * lam / noisy
+
+
+class EmpiricalDistribution:
+    """A finite data set, each point with equal weight.
+
+    The posterior is a softmax over the points. Batches are cut so that no more than `max_elements` weights are held at
+    once: 50,000 points in 3,072 dimensions take their own 0.6 GB and little more.
+
+    Args:
+        points: `(M, *shape)`.
+        labels: `(M,)` integers in 0..num_classes-1, or None.
+        num_classes: number of labels; found from `labels` where None.
+        max_elements: number of weights (states x points) held at once.
+        min_noise: 1-t is kept at least this in the softmax and the drift, which at t=1 is undefined off the data.
+    """
+
+    def __init__(
+        self,
+        points: Tensor,
+        labels: Tensor | None = None,
+        num_classes: int | None = None,
+        max_elements: int = 2**24,
+        min_noise: float = 1e-3,
+    ) -> None:
+        if labels is not None and labels.shape != (len(points),):
+            raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(points)} points")
+        self.points, self.labels = points, labels
+        self.num_classes = (0 if labels is None else int(labels.max()) + 1) if num_classes is None else num_classes
+        self.max_elements, self.min_noise = max_elements, min_noise
+        self._flat = points.flatten(1)
+        self._squares = self._flat.square().sum(dim=1)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return tuple(self.points.shape[1:])
+
+    def to(self, device: torch.device | str) -> EmpiricalDistribution:
+        """A copy on another device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return EmpiricalDistribution(
+            self.points.to(device), labels, self.num_classes, self.max_elements, self.min_noise
+        )
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """`(num, *shape)` points drawn with replacement."""
+        return self.points[torch.randint(len(self.points), (num,), generator=generator)]
+
+    def drift(self, t: Tensor | float, x: Tensor, label: Tensor | None = None, guidance=None) -> Tensor:
+        """b_t(x) = (E[x1 | I_t = x] - x) / (1-t), `(B, *shape)`."""
+        t = as_times(t, x)
+        means = [w.softmax(1) @ self._flat for w in self._log_weights(t, x, label)]
+        noise = expand((1 - t).clamp_min(self.min_noise), x)
+        return (torch.cat(means).reshape(x.shape) - x) / noise
+
+    def sample_posterior(
+        self, x_t: Tensor, t: Tensor | float, num_samples: int = 1, label=None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`."""
+        weights = self._log_weights(as_times(t, x_t), x_t, label)
+        drawn = [torch.multinomial(w.softmax(1), num_samples, replacement=True, generator=generator) for w in weights]
+        return self.points[torch.cat(drawn)]
+
+    def value(self, x: Tensor, t: Tensor | float, reward: Reward, label=None) -> Tensor:
+        """V_t(x) = log E[exp r(X1) | I_t = x], `(B,)`, for any reward `(M, *shape) -> (M,)`."""
+        r = self._rewards(reward)
+        weights = self._log_weights(as_times(t, x), x, label)
+        return torch.cat([(w.log_softmax(1) + r).logsumexp(1) for w in weights])
+
+    def value_gradient(self, x: Tensor, t: Tensor | float, reward: Reward, label=None) -> Tensor:
+        """grad_x V_t(x) = t/(1-t)^2 (E'[x1 | x] - E[x1 | x]), E' under weights times e^r; `(B, *shape)`.
+
+        The reward's gradient is not needed.
+        """
+        t, r = as_times(t, x), self._rewards(reward)
+        weights = self._log_weights(t, x, label)
+        shift = torch.cat([((w + r).softmax(1) - w.softmax(1)) @ self._flat for w in weights]).reshape(x.shape)
+        return expand(t / (1 - t).clamp_min(self.min_noise) ** 2, x) * shift
+
+    @torch.no_grad()
+    def _rewards(self, reward: Reward, batch: int = 1024) -> Tensor:
+        return torch.cat([reward(p) for p in self.points.split(batch)])
+
+    def _log_weights(self, t: Tensor, x: Tensor, label: Tensor | None):
+        """Batch by batch, log p(x | x1 = point) up to a constant of the state, `(b, M)`."""
+        label = torch.as_tensor(self.num_classes if label is None else label, device=x.device).expand(len(x))
+        rows = max(1, self.max_elements // len(self.points))
+        for time, state, wanted in zip(t.split(rows), x.flatten(1).split(rows), label.split(rows), strict=True):
+            time = time[:, None]
+            inner = time * (state @ self._flat.T) - 0.5 * time**2 * self._squares
+            weights = inner / (1 - time).clamp_min(self.min_noise) ** 2
+            if self.labels is not None:
+                other = (self.labels != wanted[:, None]) & (wanted[:, None] != self.num_classes)
+                weights = weights.masked_fill(other, float("-inf"))
+            yield weights

@@ -1,0 +1,113 @@
+"""Frozen base drifts that a Meta Flow Map is distilled from: a trained model, or an exact oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.checkpoints import fingerprint, load_model
+from mfm_lightning.glass import glass_velocity
+from mfm_lightning.interpolant import as_times, expand
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
+
+
+class Teacher(Protocol):
+    """What objectives ask of a teacher. `identity` names it in checkpoints, which never hold its weights."""
+
+    identity: dict[str, str]
+
+    def drift(self, t: Tensor, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        """Class-guided b_t(x), `(B, *shape)`; `guidance` 1 or None: conditional, no guidance."""
+        ...
+
+    def to(self, device: torch.device) -> Teacher: ...
+
+
+def teacher_velocity(teacher: Teacher, s, x_s: Tensor, t, x_t: Tensor, label=None, guidance=None) -> Tensor:
+    """GLASS velocity (Eq. 32) of a teacher's guided drift. Drift and velocity are affine in each other, with the same
+    coefficients for every label, so guiding the one guides the other."""
+    return glass_velocity(lambda time, x: teacher.drift(time, x, label, guidance), s, x_s, t, x_t)
+
+
+class ModelTeacher:
+    """A trained Meta Flow Map's base flow, class-guided as b_null + g (b_cond - b_null).
+
+    Args:
+        model: the frozen model.
+        omega: the model guidance that it was trained with: its conditional drift is un-guided first, as
+            (1-omega) b_cond + omega b_null.
+        identity: for checkpoints.
+    """
+
+    def __init__(self, model: MetaFlowMap, omega: float = 0.0, identity: dict[str, str] | None = None) -> None:
+        if not 0 <= omega < 1:
+            raise ValueError(f"omega {omega} must lie in [0, 1)")
+        self.model = model.eval().requires_grad_(False)
+        self.omega = omega
+        self.identity = identity or {"kind": "model"}
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.model.state_shape
+
+    def to(self, device: torch.device) -> ModelTeacher:
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def drift(self, t, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        null = self.model.num_classes
+        if label is None or (guidance is None and self.omega == 0):
+            return self.model.drift(t, x, label)
+        t = as_times(t, x)
+        label = torch.as_tensor(label, device=x.device).expand(len(x))
+        both = self.model.drift(t.repeat(2), x.repeat(2, *[1] * (x.dim() - 1)), torch.cat([label, label * 0 + null]))
+        conditional, unconditional = both.chunk(2)
+        # g = 1 asks for the conditional drift as it is without model guidance
+        scale = expand(as_times(1.0 if guidance is None else guidance, x), x) * (1 - self.omega)
+        return unconditional + scale * (conditional - unconditional)
+
+
+class CheckpointTeacher(ModelTeacher):
+    """`ModelTeacher` of a file that `mfm fit` exported, referenced in checkpoints by path and SHA-256.
+
+    Args:
+        path: a `model.safetensors`.
+        omega: as in `ModelTeacher`.
+
+    Raises:
+        FileNotFoundError: if there is no such file; fit the base flow first.
+    """
+
+    def __init__(self, path: str, omega: float = 0.0) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no teacher at {path}: fit the base flow first (e.g. configs/digits/flow.yaml)")
+        super().__init__(load_model(path), omega, {"kind": "model", "path": path, "sha256": fingerprint(path)})
+
+
+class OracleTeacher:
+    """An exact distribution as teacher."""
+
+    def __init__(self, oracle: GaussianMixture | EmpiricalDistribution) -> None:
+        self.oracle = oracle
+        self.identity = {"kind": "oracle", "class": type(oracle).__name__}
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.oracle.state_shape
+
+    def to(self, device: torch.device) -> OracleTeacher:
+        if isinstance(self.oracle, EmpiricalDistribution):
+            self.oracle = self.oracle.to(device)
+        return self
+
+    @torch.no_grad()
+    def drift(self, t, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+        if label is None or guidance is None or self.oracle.num_classes == 0:
+            return self.oracle.drift(t, x, label)
+        conditional, unconditional = self.oracle.drift(t, x, label), self.oracle.drift(t, x)
+        return unconditional + expand(as_times(guidance, x), x) * (conditional - unconditional)
