@@ -1,0 +1,6 @@
+"""Lightning callbacks."""
+
+from mfm_lightning.callbacks.ema import EMA
+from mfm_lightning.callbacks.export import ExportModel
+
+__all__ = ["EMA", "ExportModel"]

@@ -1,0 +1,101 @@
+"""Exponential moving average of the trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+
+class EMA(L.Callback):
+    """Averages the parameters that are trained, and puts the average in their place for validation, test and predict.
+
+    Lightning's WeightAveraging copies the whole module, frozen parts and all. Here only trained parameters are held,
+    parameter by parameter and in place, which is also right for sharded ones (each rank averages its own shard).
+
+    Args:
+        decay: of the average; at step k the smaller of this and (1+k)/(10+k) is used, so that short runs work.
+        start_step: before it the average is the parameters themselves.
+    """
+
+    def __init__(self, decay: float = 0.9999, start_step: int = 0) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"EMA decay {decay} must lie in [0, 1)")
+        self.decay, self.start_step = decay, start_step
+        self.average: dict[str, Tensor] = {}
+        self.num_updates = 0
+        self._kept: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for name, p in _trained(module):
+            kept = self.average.get(name)
+            self.average[name] = p.detach().clone() if kept is None else kept.to(p.device)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step <= self.num_updates:  # an accumulating batch: no optimiser step
+            return
+        self.num_updates = trainer.global_step
+        k = self.num_updates - self.start_step
+        decay = min(self.decay, (1 + k) / (10 + k)) if k > 0 else 0.0
+        parameters = [(self.average[name], p.detach()) for name, p in _trained(module)]
+        torch._foreach_lerp_([a for a, _ in parameters], [p for _, p in parameters], 1 - decay)
+
+    @contextmanager
+    def applied(self, module: L.LightningModule) -> Iterator[None]:
+        """Within the context the module holds the averaged parameters."""
+        self._swap_in(module)
+        try:
+            yield
+        finally:
+            self._swap_out(module)
+
+    @torch.no_grad()
+    def _swap_in(self, module: L.LightningModule) -> None:
+        if self._kept is not None or not self.average:
+            return
+        self._kept = {name: p.detach().clone() for name, p in _trained(module)}
+        for name, p in _trained(module):
+            p.copy_(self.average[name])
+
+    @torch.no_grad()
+    def _swap_out(self, module: L.LightningModule) -> None:
+        if self._kept is not None:
+            for name, p in _trained(module):
+                p.copy_(self._kept[name])
+            self._kept = None
+
+    def on_validation_start(self, trainer, module) -> None:
+        self._swap_in(module)
+
+    def on_validation_end(self, trainer, module) -> None:
+        self._swap_out(module)
+
+    def on_test_start(self, trainer, module) -> None:
+        self._swap_in(module)
+
+    def on_test_end(self, trainer, module) -> None:
+        self._swap_out(module)
+
+    def on_predict_start(self, trainer, module) -> None:
+        self._swap_in(module)
+
+    def on_predict_end(self, trainer, module) -> None:
+        self._swap_out(module)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        self._swap_out(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "num_updates": self.num_updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average, self.num_updates = dict(state["average"]), state["num_updates"]
+
+
+def _trained(module: L.LightningModule) -> list[tuple[str, Tensor]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -1,0 +1,32 @@
+"""The trained model as one safetensors file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from mfm_lightning.callbacks.ema import EMA
+from mfm_lightning.checkpoints import save_model
+
+log = logging.getLogger(__name__)
+
+
+class ExportModel(L.Callback):
+    """Writes `model.safetensors` (averaged weights where EMA is on) to the run's folder when training ends.
+
+    Args:
+        filename: in the trainer's `default_root_dir`.
+    """
+
+    def __init__(self, filename: str = "model.safetensors") -> None:
+        self.filename = filename
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), EMA())
+        with ema.applied(module):
+            path = save_model(module.model, Path(trainer.default_root_dir) / self.filename)
+        log.info("model written to %s", path)

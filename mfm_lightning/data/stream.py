@@ -1,0 +1,42 @@
+"""Batches as a function of the step, so that an interrupted run resumes with the batches that it would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+
+
+class BatchStream:
+    """`batch(step)` for step = start, ..., length-1.
+
+    Args:
+        batch: makes the batch of a step from nothing but the step.
+        length: number of steps in all.
+        start: the first step, above 0 in a resumed run.
+    """
+
+    def __init__(self, batch: Callable[[int], Batch], length: int, start: int = 0) -> None:
+        self.batch, self.length, self.start = batch, length, start
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batch(step) for step in range(self.start, self.length))
+
+
+def shuffled_batch(x: Tensor, label: Tensor, batch_size: int, seed: int, step: int) -> Batch:
+    """Batch `step` of the data repeated without end, each pass in an order of its own."""
+    first = step * batch_size
+    index = torch.arange(first, first + batch_size)
+    epochs = index // len(x)
+    picked = torch.empty_like(index)
+    for epoch in epochs.unique().tolist():
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        here = epochs == epoch
+        picked[here] = order[index[here] % len(x)]
+    return x[picked], label[picked]
