@@ -164,7 +164,9 @@ def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> N
         raise ValueError(f"a batch must be (x1, label), got {type(batch).__name__}")
     x1, label = batch
     if tuple(x1.shape[1:]) != tuple(state_shape) or not x1.is_floating_point():
-        raise ValueError(f"batch of {x1.dtype} {tuple(x1.shape)}: expected float (B, {', '.join(map(str, state_shape))})")
+        raise ValueError(
+            f"batch of {x1.dtype} {tuple(x1.shape)}: expected float (B, {', '.join(map(str, state_shape))})"
+        )
     if label.shape != (len(x1),) or label.is_floating_point():
         raise ValueError(f"labels of {label.dtype} {tuple(label.shape)}: expected integers ({len(x1)},)")
     low, high = int(label.min()), int(label.max())

@@ -1,0 +1,58 @@
+"""The command `mfm`: `fit`, `validate`, `test` and `predict` with a YAML (LightningCLI), and `demo`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI
+
+from mfm_lightning.checkpoints import CheckpointError
+from mfm_lightning.modules import NonFiniteLossError
+
+log = logging.getLogger(__name__)
+
+
+class MFMCLI(LightningCLI):
+    """LightningCLI in which the run's folder is `trainer.default_root_dir` and test and predict find its checkpoint."""
+
+    def before_instantiate_classes(self) -> None:
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*isn't a stateful|.*not resumable.*|.*does not provide.*state.*")
+
+
+def run(args: Sequence[str] | None = None) -> MFMCLI:
+    """Run the command with these arguments (the process's own where None), raising what goes wrong."""
+    return MFMCLI(
+        model_class=L.LightningModule,
+        datamodule_class=L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        args=list(args) if args is not None else None,
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point: errors that the user can mend end with their message and status 1, without a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        if args[:1] == ["demo"]:
+            from mfm_lightning.demo import demo
+
+            demo(args[1:])
+        else:
+            run(args)
+    except (CheckpointError, FileNotFoundError, NonFiniteLossError, ValueError) as error:
+        if log.isEnabledFor(logging.DEBUG):
+            raise
+        sys.exit(f"mfm: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

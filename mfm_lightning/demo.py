@@ -1,0 +1,35 @@
+"""`mfm demo`: a base flow and a Meta Flow Map on real digits, measured and drawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+STAGES = (
+    ("fit", "configs/digits/flow.yaml", "Base flow"),
+    ("fit", "configs/digits/mfm.yaml", "Meta Flow Map, distilled from it"),
+    ("test", "configs/digits/mfm.yaml", "Measure and draw"),
+)
+
+
+def demo(extra: Sequence[str] = ()) -> None:
+    """Run the stages from the repository's root; `extra` arguments go to each of them.
+
+    Raises:
+        FileNotFoundError: if the configs are not there.
+    """
+    from mfm_lightning.cli import run
+
+    if not Path(STAGES[0][1]).is_file():
+        raise FileNotFoundError(f"{STAGES[0][1]} is not here: run `mfm demo` in the repository's root")
+    console, begin = Console(), time.monotonic()
+    for i, (command, config, title) in enumerate(STAGES, start=1):
+        console.rule(f"{i}/{len(STAGES)}  {title}  (mfm {command} --config {config})")
+        checkpoint = ["--ckpt_path", "outputs/digits/mfm/last.ckpt"] if command == "test" else []
+        run([command, "--config", config, *checkpoint, *extra])
+    console.print(f"Done in {time.monotonic() - begin:.0f} s. Pictures and tables:")
+    for path in sorted(Path("outputs/digits/mfm/test").iterdir()):
+        console.print(f"  {path}")

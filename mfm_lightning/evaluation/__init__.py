@@ -1,0 +1,7 @@
+"""Evaluations that a config can name."""
+
+from mfm_lightning.evaluation.base import Evaluation
+from mfm_lightning.evaluation.images import ImageEvaluation
+from mfm_lightning.evaluation.mixture import MixtureEvaluation
+
+__all__ = ["Evaluation", "ImageEvaluation", "MixtureEvaluation"]

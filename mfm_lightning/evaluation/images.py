@@ -1,0 +1,167 @@
+"""Samples and posterior draws of a class-conditional image model: Fréchet distances and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.evaluation.base import Evaluation, write_table
+from mfm_lightning.interpolant import interpolate
+from mfm_lightning.metrics.classifier import accuracy, train_classifier
+from mfm_lightning.metrics.distances import frechet_distance
+from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
+
+
+class ImageEvaluation(Evaluation):
+    """Fréchet distance to the training images, in the features of a small classifier trained on them, of
+
+    - samples by K-step refinement, and by the base flow's ODE (the teacher's, where there is one);
+    - posterior draws from noised training images, one-step, and by the GLASS ODE of the same base flow.
+
+    Args:
+        num_samples: images for each figure.
+        refinement_steps: K of the refinement samplers; none for a base flow.
+        ode_steps: Euler steps of the base flow.
+        times: outer times of the posterior draws; none for a base flow.
+        glass_steps: Euler steps of the GLASS ODE.
+        picture_times: outer times in the posterior pictures.
+        seed: of all noise.
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 2000,
+        refinement_steps: list[int] = (1, 2, 4),
+        ode_steps: int = 100,
+        times: list[float] = (0.2, 0.4),
+        glass_steps: int = 64,
+        picture_times: list[float] = (0.2, 0.4, 0.6, 0.8),
+        seed: int = 0,
+    ) -> None:
+        self.num_samples, self.refinement_steps, self.ode_steps = num_samples, tuple(refinement_steps), ode_steps
+        self.times, self.glass_steps, self.picture_times = tuple(times), glass_steps, tuple(picture_times)
+        self.seed = seed
+
+    @torch.no_grad()
+    def measure(self, module, folder: Path) -> None:
+        data, model, base = module.trainer.datamodule, module.model, _base(module)
+        real_x, real_y = data.splits["train"]
+        real = data.decode(real_x)
+        classifier = train_classifier(real, real_y, data.num_classes)
+        test_accuracy = accuracy(classifier, data.decode(data.splits["test"][0]), data.splits["test"][1])
+        module.log("test/classifier_accuracy", test_accuracy, rank_zero_only=True)
+
+        def frechet(x: Tensor) -> float:
+            return frechet_distance(classifier.features_module(), classifier.num_features, real, data.decode(x.cpu()))
+
+        def agreement(x: Tensor, label: Tensor) -> float:
+            return accuracy(classifier, data.decode(x.cpu()), label.cpu())
+
+        # labels as frequent as in the training data, else the mix of classes would count as a distance
+        pick = torch.randint(len(real_x), (self.num_samples,), generator=self._generator())
+        x1, label = real_x[pick].to(module.device), real_y[pick].to(module.device)
+        noise = torch.randn(x1.shape, generator=self._generator(1)).to(x1)
+        reference = data.decode(torch.cat([data.splits[s][0] for s in ("val", "test")]))
+        held_out = frechet_distance(classifier.features_module(), classifier.num_features, real, reference)
+        rows = [_row("held-out real digits", "", "", held_out, test_accuracy)]
+        x = sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps)
+        rows.append(_row(f"base flow, ODE {self.ode_steps}", "", self.ode_steps, frechet(x), agreement(x, label)))
+        for k in self.refinement_steps:
+            x = sample_refinement(model, noise, k, label, generator=self._generator(2))
+            rows.append(_row(f"MFM, refinement {k}", "", k, frechet(x), agreement(x, label)))
+        for t in self.times:
+            x_t = interpolate(torch.full((len(x1),), t, device=x1.device), noise, x1)
+            eps = torch.randn(x1[:, None].shape, generator=self._generator(3)).to(x1)
+            x = sample_posterior_glass(lambda t, x: base(t, x, label), x_t, t, steps=self.glass_steps, noise=eps)[:, 0]
+            rows.append(
+                _row(f"posterior, GLASS {self.glass_steps}", t, self.glass_steps, frechet(x), agreement(x, label))
+            )
+            x = model.sample_posterior(x_t, t, noise=eps, label=label)[:, 0]
+            rows.append(_row("posterior, MFM 1", t, 1, frechet(x), agreement(x, label)))
+        for row in rows:
+            module.log(f"test/frechet/{row['samples']}{row['t'] and ' t=' + str(row['t'])}", row["Fréchet"])
+        title = f"Fréchet distance to the training images ({self.num_samples} samples; classifier accuracy {test_accuracy:.1%})"
+        write_table(rows, title, folder, "frechet")
+
+    @torch.no_grad()
+    def draw(self, module, folder: Path) -> None:
+        data, model, base = module.trainer.datamodule, module.model, _base(module)
+        per_class = 10
+        label = torch.arange(data.num_classes).repeat_interleave(per_class).to(module.device)
+        noise = torch.randn(len(label), *model.state_shape, generator=self._generator()).to(module.device)
+        if self.refinement_steps:
+            k = max(self.refinement_steps)
+            samples = sample_refinement(model, noise, k, label, generator=self._generator(1))
+            title = f"{k}-step refinement, one class a row"
+        else:
+            samples = sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps)
+            title = f"base flow, {self.ode_steps}-step ODE, one class a row"
+        rows = data.decode(samples.cpu()).reshape(data.num_classes, per_class, *model.state_shape)
+        _grid(rows, folder / "samples.png", title, None)
+        for t in self.picture_times if self.refinement_steps else ():
+            self._posterior_picture(data, model, module.device, t, folder / f"posterior_t{t:g}.png")
+
+    def _posterior_picture(self, data, model, device, t: float, path: Path, num_draws: int = 8) -> None:
+        x, y = data.splits["test"]
+        first = torch.stack([x[y == c][0] for c in range(data.num_classes)]).to(device)
+        x_t = interpolate(
+            torch.full((len(first),), t, device=device),
+            torch.randn(first.shape, generator=self._generator(5)).to(first),
+            first,
+        )
+        draws = model.sample_posterior(x_t, t, num_draws, generator=self._generator(6))
+        rows = torch.cat([first[:, None], x_t[:, None], draws], dim=1).cpu()
+        rows = data.decode(rows.flatten(0, 1)).reshape(rows.shape)
+        _grid(rows, path, f"one-step posterior draws, t = {t:g} (no label given)", ["x1", "x_t", "draws"])
+
+    @torch.no_grad()
+    def predict(self, module, batch, batch_idx: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        x1, label = batch
+        generator = self._generator(100 + batch_idx)
+        noise = torch.randn(x1.shape, generator=generator).to(x1)
+        base = _base(module)
+        result = {"x1": x1.cpu(), "label": label.cpu()}
+        result["samples/ode"] = sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps).cpu()
+        for k in self.refinement_steps:
+            result[f"samples/refinement_{k}"] = sample_refinement(
+                module.model, noise, k, label, generator=generator
+            ).cpu()
+        for t in self.times:
+            x_t = interpolate(torch.full((len(x1),), t, device=x1.device), noise, x1)
+            result[f"x_t/t={t}"] = x_t.cpu()
+            result[f"draws/t={t}"] = module.model.sample_posterior(x_t, t, 8, label=label, generator=generator).cpu()
+        torch.save(result, folder / f"batch_{batch_idx:04d}.pt")
+
+    def _generator(self, offset: int = 0) -> torch.Generator:
+        return torch.Generator().manual_seed(1000 * self.seed + offset)
+
+
+def _base(module):
+    source = module.teacher if module.teacher is not None else module.model
+    return lambda t, x, label: source.drift(t, x, label)
+
+
+def _row(samples: str, t, evaluations, frechet: float, agreement: float) -> dict:
+    return {"samples": samples, "t": t, "evaluations": evaluations, "Fréchet": frechet, "as labelled": agreement}
+
+
+def _grid(rows: Tensor, path: Path, title: str, columns: list[str] | None) -> None:
+    """Images in [0, 1], `(R, C, channels, H, W)`, as a figure; `columns` names the first ones."""
+    from matplotlib.figure import Figure
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    R, C = rows.shape[:2]
+    figure = Figure(figsize=(0.62 * C, 0.62 * R + 0.6), layout="constrained")
+    axes = figure.subplots(R, C, squeeze=False)
+    for i in range(R):
+        for j in range(C):
+            image = rows[i, j].permute(1, 2, 0).squeeze(-1).numpy()
+            axes[i, j].imshow(image, cmap="gray", vmin=0, vmax=1)
+            axes[i, j].axis("off")
+            if columns and i == 0 and j < len(columns):
+                axes[i, j].set_title(columns[j], fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,107 @@
+"""One-step posterior draws of a mixture against the exact posterior."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.evaluation.base import Evaluation, write_table
+from mfm_lightning.interpolant import interpolate
+from mfm_lightning.metrics.distances import sliced_wasserstein
+from mfm_lightning.samplers import sample_posterior_glass
+
+
+class MixtureEvaluation(Evaluation):
+    """Sliced W2 to the exact posterior, averaged over noisy states x_t ~ p_t, of one-step draws and of GLASS ODEs
+    with the exact drift; with the noise floor (exact against exact).
+
+    Args:
+        times: outer times t.
+        num_states: states for each time.
+        num_draws: posterior draws for each state.
+        glass_steps: Euler steps of the GLASS ODEs.
+        model_steps: flow-map steps of the model's draws.
+        seed: of states, draws and projections.
+    """
+
+    def __init__(
+        self,
+        times: list[float] = (0.1, 0.3, 0.5, 0.7),
+        num_states: int = 64,
+        num_draws: int = 4096,
+        glass_steps: list[int] = (16,),
+        model_steps: list[int] = (1,),
+        seed: int = 0,
+    ) -> None:
+        self.times, self.num_states, self.num_draws = tuple(times), num_states, num_draws
+        self.glass_steps, self.model_steps, self.seed = tuple(glass_steps), tuple(model_steps), seed
+
+    def _states(self, oracle, t: float, num: int, generator: torch.Generator) -> Tensor:
+        x1 = oracle.sample(num, generator)
+        return interpolate(torch.full((num,), t), torch.randn(x1.shape, generator=generator), x1)
+
+    @torch.no_grad()
+    def measure(self, module, folder: Path) -> None:
+        oracle, model = module.trainer.datamodule.oracle, module.model
+        rows = []
+        for t in self.times:
+            generator = torch.Generator().manual_seed(self.seed)
+            x_t = self._states(oracle, t, self.num_states, generator)
+            exact, again = (oracle.sample_posterior(x_t, t, self.num_draws, generator=generator) for _ in range(2))
+            noise = torch.randn(exact.shape, generator=generator)
+
+            def distance(draws: Tensor, exact: Tensor = exact) -> float:
+                directions = torch.Generator().manual_seed(self.seed)
+                return sliced_wasserstein(draws.cpu(), exact, generator=directions).mean().item()
+
+            row = {"t": t, "floor": distance(again)}
+            for steps in self.model_steps:
+                draws = model.sample_posterior(x_t.to(module.device), t, steps=steps, noise=noise.to(module.device))
+                row[f"MFM-{steps}"] = distance(draws)
+            for steps in self.glass_steps:
+                row[f"GLASS-{steps}"] = distance(sample_posterior_glass(oracle.drift, x_t, t, steps=steps, noise=noise))
+            rows.append(row)
+            module.log_dict({f"test/sliced_w2/{k}/t={t}": v for k, v in row.items() if k != "t"}, rank_zero_only=True)
+        title = f"Sliced W2 to the exact posterior ({self.num_states} states, {self.num_draws} draws each)"
+        write_table(rows, title, folder, "posterior_distance")
+
+    @torch.no_grad()
+    def draw(self, module, folder: Path) -> None:
+        from matplotlib.figure import Figure
+
+        folder.mkdir(parents=True, exist_ok=True)
+        oracle = module.trainer.datamodule.oracle
+        figure = Figure(figsize=(3 * len(self.times), 6.4), layout="constrained")
+        axes = figure.subplots(2, len(self.times), sharex=True, sharey=True, squeeze=False)
+        background = oracle.sample(2000, torch.Generator().manual_seed(1))
+        for column, t in zip(axes.T, self.times, strict=True):
+            generator = torch.Generator().manual_seed(self.seed)
+            x_t = self._states(oracle, t, 4, generator)
+            noise = torch.randn(4, 400, *x_t.shape[1:], generator=generator)
+            exact = oracle.sample_posterior(x_t, t, 400, generator=generator)
+            ours = module.model.sample_posterior(x_t.to(module.device), t, noise=noise.to(module.device)).cpu()
+            for axis, draws, name in zip(column, (exact, ours), ("exact posterior", "one-step MFM draws"), strict=True):
+                axis.scatter(*background.T, s=2, color="0.88", linewidths=0)
+                for i in range(4):
+                    axis.scatter(*draws[i].T, s=3, color=f"C{i}", linewidths=0)
+                    axis.scatter(*(x_t[i] / max(t, 0.1)), marker="x", color=f"C{i}", s=50)
+                axis.set_title(f"{name}, t = {t}", fontsize=10)
+                axis.set(xlim=(-6, 6), ylim=(-6, 6), aspect="equal")
+        figure.suptitle("Posterior p(x1 | x_t) of four states; crosses: x_t / t", fontsize=11)
+        figure.savefig(folder / "posterior.png", dpi=110)
+
+    @torch.no_grad()
+    def predict(self, module, batch, batch_idx: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        x1 = batch[0]
+        generator = torch.Generator().manual_seed(self.seed + batch_idx)
+        result = {"x1": x1.cpu()}
+        for t in self.times:
+            x_t = interpolate(
+                torch.full((len(x1),), t, device=x1.device), torch.randn(x1.shape, generator=generator).to(x1), x1
+            )
+            result[f"x_t/t={t}"] = x_t.cpu()
+            result[f"draws/t={t}"] = module.model.sample_posterior(x_t, t, num_samples=16, generator=generator).cpu()
+        torch.save(result, folder / f"batch_{batch_idx:04d}.pt")
