@@ -21,11 +21,14 @@ class MFMCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*isn't a stateful|.*not resumable.*|.*does not provide.*state.*")
+        for noise in (".*overridden `on_before_batch_transfer`.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
+            warnings.filterwarnings("ignore", message=noise)
 
 
 def run(args: Sequence[str] | None = None) -> MFMCLI:
     """Run the command with these arguments (the process's own where None), raising what goes wrong."""
+    if args is not None:
+        sys.argv[1:] = args  # LightningCLI reads these, and warns where both are given
     return MFMCLI(
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
@@ -33,13 +36,13 @@ def run(args: Sequence[str] | None = None) -> MFMCLI:
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
-        args=list(args) if args is not None else None,
     )
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: errors that the user can mend end with their message and status 1, without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     args = list(sys.argv[1:] if args is None else args)
     try:
         if args[:1] == ["demo"]:

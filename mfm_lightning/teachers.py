@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,16 +15,19 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
 
 
-class Teacher(Protocol):
+class Teacher(ABC):
     """What objectives ask of a teacher. `identity` names it in checkpoints, which never hold its weights."""
 
     identity: dict[str, str]
+    state_shape: tuple[int, ...]
 
+    @abstractmethod
     def drift(self, t: Tensor, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         """Class-guided b_t(x), `(B, *shape)`; `guidance` 1 or None: conditional, no guidance."""
-        ...
 
-    def to(self, device: torch.device) -> Teacher: ...
+    @abstractmethod
+    def to(self, device: torch.device) -> Teacher:
+        """Move what is frozen to a device."""
 
 
 def teacher_velocity(teacher: Teacher, s, x_s: Tensor, t, x_t: Tensor, label=None, guidance=None) -> Tensor:
@@ -33,7 +36,7 @@ def teacher_velocity(teacher: Teacher, s, x_s: Tensor, t, x_t: Tensor, label=Non
     return glass_velocity(lambda time, x: teacher.drift(time, x, label, guidance), s, x_s, t, x_t)
 
 
-class ModelTeacher:
+class ModelTeacher(Teacher):
     """A trained Meta Flow Map's base flow, class-guided as b_null + g (b_cond - b_null).
 
     Args:
@@ -49,10 +52,7 @@ class ModelTeacher:
         self.model = model.eval().requires_grad_(False)
         self.omega = omega
         self.identity = identity or {"kind": "model"}
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        return self.model.state_shape
+        self.state_shape = model.state_shape
 
     def to(self, device: torch.device) -> ModelTeacher:
         self.model.to(device)
@@ -89,16 +89,13 @@ class CheckpointTeacher(ModelTeacher):
         super().__init__(load_model(path), omega, {"kind": "model", "path": path, "sha256": fingerprint(path)})
 
 
-class OracleTeacher:
+class OracleTeacher(Teacher):
     """An exact distribution as teacher."""
 
     def __init__(self, oracle: GaussianMixture | EmpiricalDistribution) -> None:
         self.oracle = oracle
         self.identity = {"kind": "oracle", "class": type(oracle).__name__}
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        return self.oracle.state_shape
+        self.state_shape = oracle.state_shape
 
     def to(self, device: torch.device) -> OracleTeacher:
         if isinstance(self.oracle, EmpiricalDistribution):

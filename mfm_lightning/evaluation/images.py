@@ -82,7 +82,7 @@ class ImageEvaluation(Evaluation):
             rows.append(_row("posterior, MFM 1", t, 1, frechet(x), agreement(x, label)))
         for row in rows:
             module.log(f"test/frechet/{row['samples']}{row['t'] and ' t=' + str(row['t'])}", row["Fréchet"])
-        title = f"Fréchet distance to the training images ({self.num_samples} samples; classifier accuracy {test_accuracy:.1%})"
+        title = f"Fréchet distance to the training images ({self.num_samples} samples; classifier {test_accuracy:.1%})"
         write_table(rows, title, folder, "frechet")
 
     @torch.no_grad()
