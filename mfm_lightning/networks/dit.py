@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfm_lightning.networks.embeddings import TimeEmbedding, sincos_positions
+from mfm_lightning.networks.embeddings import TimeEmbedding, nearest_scale, sincos_positions
 
 SIZES: dict[str, dict[str, int]] = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, "encoder_depth": 8},
@@ -210,7 +210,10 @@ class DiT(nn.Module):
         t_embedding = self.condition_time(t)
         shared = t_embedding + self.label_embedding(label)
         encoder = (
-            shared + self.encoder_s(s) + self.encoder_u(u) + self.guidance_embedding(self._guidance_index(guidance))
+            shared
+            + self.encoder_s(s)
+            + self.encoder_u(u)
+            + self.guidance_embedding(nearest_scale(guidance, self.guidance_scales))
         )
         decoder = shared + self.decoder_s(s) + self.decoder_u(u)
 
@@ -220,10 +223,6 @@ class DiT(nn.Module):
             tokens = block(tokens, encoder if i < self.encoder_depth else decoder)
         velocity = self._unpatchify(self.final_layer(tokens, decoder))
         return -velocity if self.flip_time else velocity
-
-    def _guidance_index(self, guidance: Tensor) -> Tensor:
-        scales = torch.tensor([1.0, *self.guidance_scales], device=guidance.device, dtype=guidance.dtype)
-        return (guidance[:, None] - scales).abs().argmin(dim=1)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         C, H, W = self.state_shape

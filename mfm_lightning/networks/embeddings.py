@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 
-class TimeEmbedding(nn.Module):
-    """Sinusoidal features of a time in [0, 1], then a two-layer MLP: `(B,) -> (B, hidden_size)`.
+class TimeFeatures(nn.Module):
+    """cos and sin of a time in [0, 1] at geometrically spaced frequencies: `(B,) -> (B, 2 num_frequencies)`.
 
     The time is not multiplied by 1000 as in DiT: the derivative in time is trained, and would be 1000 times larger.
 
     Args:
-        hidden_size: output width.
         num_frequencies: number of sines and of cosines.
-        max_frequency: highest angular frequency; the lowest is `max_frequency / 10000`.
+        max_frequency: highest angular frequency; the lowest is near `max_frequency / 10000`.
     """
 
-    def __init__(self, hidden_size: int, num_frequencies: int = 128, max_frequency: float = 1.0) -> None:
+    def __init__(self, num_frequencies: int = 128, max_frequency: float = 1.0) -> None:
         super().__init__()
         self.num_frequencies, self.max_frequency = num_frequencies, max_frequency
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * num_frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.size = 2 * num_frequencies
 
-    def features(self, t: Tensor) -> Tensor:
-        """cos and sin of `t` at geometrically spaced frequencies: `(B,) -> (B, 2 num_frequencies)`."""
+    def forward(self, t: Tensor) -> Tensor:
         k = torch.arange(self.num_frequencies, device=t.device, dtype=t.dtype)
-        frequencies = self.max_frequency * torch.exp(-math.log(10000.0) / self.num_frequencies * k)
-        angles = t[:, None] * frequencies
+        angles = t[:, None] * self.max_frequency * torch.exp(-math.log(10000.0) / self.num_frequencies * k)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """`TimeFeatures`, then a two-layer MLP: `(B,) -> (B, hidden_size)`."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.features = TimeFeatures()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.features.size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))
@@ -51,3 +58,9 @@ def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:
         angles = axis.reshape(-1, 1) * frequencies
         parts += [angles.sin(), angles.cos()]
     return torch.cat(parts, dim=1).float()[None]
+
+
+def nearest_scale(guidance: Tensor, scales: Sequence[float]) -> Tensor:
+    """Index of each guidance scale among (1, *scales), `(B,)`; the nearest where it is none of them."""
+    known = torch.tensor([1.0, *scales], device=guidance.device, dtype=guidance.dtype)
+    return (guidance[:, None] - known).abs().argmin(dim=1)

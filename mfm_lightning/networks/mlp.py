@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfm_lightning.networks.embeddings import TimeEmbedding
+from mfm_lightning.networks.embeddings import TimeFeatures, nearest_scale
 
 
 class MLP(nn.Module):
     """Average velocity v_{s,u}(x; t, x_t) of vectors.
 
-    Residual blocks h + W2 silu(W1 h + W3 c), where c embeds the times and the label. The outer state enters through a
-    gate that is zero until trained, like the outer time's embedding.
+    The state, features of the inner times and the label enter first; residual blocks h + W2 silu(W1 h) follow.
+    The condition (t, x_t) enters through a branch of its own, whose output is zero until trained.
 
     Args:
         dim: size of the state vector.
@@ -39,23 +39,16 @@ class MLP(nn.Module):
         self.config["guidance_scales"] = list(guidance_scales)
         self.state_shape = (dim,)
         self.num_classes, self.guidance_scales = num_classes, tuple(guidance_scales)
-        times = {"num_frequencies": 16, "max_frequency": 2 * math.pi}
-        self.s_embedding = TimeEmbedding(hidden_size, **times)
-        self.u_embedding = TimeEmbedding(hidden_size, **times)
-        self.t_embedding = TimeEmbedding(hidden_size, **times)
+        self.time_features = TimeFeatures(num_frequencies=8, max_frequency=2 * math.pi)
+        size = self.time_features.size
+        self.input = nn.Linear(dim + 2 * size, hidden_size)
+        self.condition = nn.Sequential(
+            nn.Linear(dim + size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
         self.guidance_embedding = nn.Embedding(len(self.guidance_scales) + 1, hidden_size)
-        self.input = nn.Linear(dim, hidden_size)
-        self.condition_input = nn.Linear(dim, hidden_size)
-        self.condition_gate = nn.Linear(hidden_size, hidden_size)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    nn.Linear(hidden_size, hidden_size),
-                    nn.Linear(hidden_size, hidden_size, bias=False),
-                    nn.Linear(hidden_size, hidden_size),
-                ]
-            )
+            nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)])
             for _ in range(depth)
         )
         self.output = nn.Linear(hidden_size, dim)
@@ -66,19 +59,17 @@ class MLP(nn.Module):
 
     def reset_condition(self) -> None:
         """Make the network ignore (t, x_t) and guidance exactly, until trained."""
-        self.t_embedding.zero_output()
-        nn.init.zeros_(self.condition_gate.weight)
-        nn.init.zeros_(self.condition_gate.bias)
+        nn.init.zeros_(self.condition[2].weight)
+        nn.init.zeros_(self.condition[2].bias)
         nn.init.zeros_(self.guidance_embedding.weight)
 
     def forward(self, s: Tensor, u: Tensor, x: Tensor, t: Tensor, x_t: Tensor, label: Tensor, guidance: Tensor):
         """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, dim)`, `label` `(B,)` long, `guidance` `(B,)` scales."""
-        t_embedding = self.t_embedding(t)
-        scales = torch.tensor([1.0, *self.guidance_scales], device=guidance.device, dtype=guidance.dtype)
-        index = (guidance[:, None] - scales).abs().argmin(dim=1)
-        c = self.s_embedding(s) + self.u_embedding(u) + t_embedding
-        c = F.silu(c + self.label_embedding(label) + self.guidance_embedding(index))
-        h = self.input(x) + self.condition_gate(F.silu(t_embedding)) * self.condition_input(x_t)
-        for first, condition, second in self.blocks:
-            h = h + second(F.silu(first(h) + condition(c)))
+        features = self.time_features
+        h = self.input(torch.cat([x, features(s), features(u)], dim=1))
+        h = h + self.condition(torch.cat([x_t, features(t)], dim=1))
+        index = nearest_scale(guidance, self.guidance_scales)
+        h = h + self.label_embedding(label) + self.guidance_embedding(index)
+        for first, second in self.blocks:
+            h = h + second(F.silu(first(F.silu(h))))
         return self.output(F.silu(h))
