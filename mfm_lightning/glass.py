@@ -27,6 +27,7 @@ class _Weights(NamedTuple):
     cos: Tensor  # share of the outer state: p / hypot(p, q)
     sin: Tensor  # share of the inner state
     h: Tensor
+    p: Tensor
     q: Tensor
     d: Tensor
     total: Tensor  # h + d
@@ -40,7 +41,7 @@ def _weights(s: Tensor, t: Tensor) -> _Weights:
     safe = torch.where(empty, 1.0, h)
     cos = torch.where(empty, 0.0, p / safe)
     sin = torch.where(empty, 1.0, q / safe)
-    return _Weights(cos, sin, h, q, d, h + d)
+    return _Weights(cos, sin, h, p, q, d, h + d)
 
 
 def sufficient_statistic(s: Tensor, x_s: Tensor, t: Tensor, x_t: Tensor) -> SufficientStatistic:
@@ -78,8 +79,9 @@ def glass_velocity(base_drift: BaseDrift, s: Tensor | float, x_s: Tensor, t: Ten
 
     corner = w.total == 0
     total = torch.where(corner, 1.0, w.total)
-    hq = w.h + w.q
-    ratio = torch.where(hq == 0, 0.0, w.d / torch.where(hq == 0, 1.0, hq))
-    # (x* - x_s)/(1-s) = cos/(h+d) [x_t - t (1 + d/(h+q)) x_s];  (1-t*)/(1-s) = (1-t)/(h+d)
-    pull = expand(w.cos / total, x_t) * (x_t - expand(t * (1 + ratio), x_s) * x_s)
+    # (x* - x_s)/(1-s) = cos/(h+d) [(x_t - x_s) + k x_s] with k = 1 - t (1 + d/(h+q)), rewritten so that no two nearly
+    # equal numbers are subtracted but x_t and x_s, and that exactly;  (1-t*)/(1-s) = (1-t)/(h+d).
+    product = (w.h + w.p) * (w.h + w.q)
+    k = (1 - t) * w.q * (w.h + w.p + w.q) / torch.where(product == 0, 1.0, product)
+    pull = expand(w.cos / total, x_t) * ((x_t - x_s) + expand(k, x_s) * x_s)
     return pull + expand(torch.where(corner, 1.0, (1 - t) / total), x_s) * drift

@@ -14,8 +14,8 @@ MEAN, VARIANCE = (1.0, -0.5), 0.3
 class GaussianNetwork(nn.Module):
     """v_{s,u}(x; t, x_t) for data N(mu, c I), written out.
 
-    The posterior is N(m, v I), v = c (1-t)^2 / k, m = (mu (1-t)^2 + c t x_t) / k, k = (1-t)^2 + c t^2. The inner flow has
-    marginals N(s m, S_s^2), S_s^2 = (1-s)^2 + s^2 v, so X_{s,u}(x) = u m + S_u/S_s (x - s m) and
+    The posterior is N(m, v I), v = c (1-t)^2 / k, m = (mu (1-t)^2 + c t x_t) / k, k = (1-t)^2 + c t^2. The inner
+    flow has marginals N(s m, S_s^2), S_s^2 = (1-s)^2 + s^2 v, so X_{s,u}(x) = u m + S_u/S_s (x - s m) and
     v_{s,u} = m + (x - s m) [(u+s)(1+v) - 2] / (S_s (S_u + S_s)), also at u = s.
     """
 

@@ -66,7 +66,7 @@ def test_glass_with_the_exact_drift_gives_the_mixture_posterior(t):
 
 
 def test_glass_with_the_exact_drift_gives_the_digits_posterior():
-    # 64 dimensions; draws end at (near) data points, whose frequencies a chi-square test compares, false-alarm rate 1e-4.
+    # 64 dimensions; draws end near data points, whose frequencies a chi-square test compares, false-alarm rate 1e-4.
     torch.manual_seed(0)
     points = torch.tensor(load_digits().images[:300], dtype=torch.float64).flatten(1) / 8 - 1
     data, t, N = EmpiricalDistribution(points), 0.12, 1000

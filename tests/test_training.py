@@ -1,0 +1,240 @@
+"""Training as a user runs it: through the command line, interrupted, resumed, and given bad input."""
+
+import csv
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from mfm_lightning.callbacks import EMA
+from mfm_lightning.checkpoints import CheckpointError, import_checkpoint, load_model, save_model
+from mfm_lightning.cli import main, run
+from mfm_lightning.data import DigitsDataModule
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.modules import MFMPretraining, NonFiniteLossError
+from mfm_lightning.modules.pretraining import check_batch
+from mfm_lightning.networks import MLP, DiT
+from mfm_lightning.objectives import Objective, WeightedTerm
+from tests.parity import ARCHITECTURE, DATA
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
+SMALL_IMAGES = ["--model.init_args.evaluation.init_args.num_samples=64"]
+
+
+@pytest.fixture(autouse=True)
+def _argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mfm"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder with the configs in it, as the current one."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_config_runs(folder):
+    configs = sorted(str(p) for p in Path("configs").glob("*/*.yaml"))
+    assert len(configs) >= 4
+    configs.sort(key=lambda c: "flow.yaml" not in c)  # the teacher first
+    for config in configs:
+        run(["fit", "--config", config, *SMALL])
+        output = Path(yaml.safe_load(Path(config).read_text())["trainer"]["default_root_dir"])
+        assert (output / "last.ckpt").is_file()
+        assert load_model(output / "model.safetensors").state_shape in {(1, 8, 8), (2,)}
+        assert (output / "pictures").is_dir()
+        rows = list(csv.DictReader(open(output / "logs/csv/metrics.csv")))
+        assert any(row["train/loss"] for row in rows)
+
+
+def test_fit_test_predict_on_digits(folder):
+    run(["fit", "--config", "configs/digits/flow.yaml", *SMALL])
+    run(["fit", "--config", "configs/digits/mfm.yaml", *SMALL])
+    again = ["--config", "configs/digits/mfm.yaml", "--ckpt_path", "outputs/digits/mfm/last.ckpt"]
+    run(["test", *again, *SMALL_IMAGES])
+    rows = json.loads(Path("outputs/digits/mfm/test/frechet.json").read_text())
+    assert {"MFM, refinement 1", "MFM, refinement 4", "posterior, MFM 1"} <= {row["samples"] for row in rows}
+    held_out = next(row for row in rows if row["samples"].startswith("held-out"))
+    assert held_out["as labelled"] > 0.95  # the classifier's accuracy
+    assert all(row["Fréchet"] > 3 * held_out["Fréchet"] for row in rows if row is not held_out)  # four steps: noise
+    assert len(list(Path("outputs/digits/mfm/test").glob("*.png"))) == 5
+    run(["predict", *again, "--return_predictions=false"])
+    saved = torch.load("outputs/digits/mfm/predict/batch_0000.pt", weights_only=True)
+    assert saved["draws/t=0.2"].shape == (len(saved["x1"]), 8, 1, 8, 8)
+    checkpoint = torch.load("outputs/digits/mfm/last.ckpt", weights_only=True)
+    assert not [k for k in checkpoint["state_dict"] if "teacher" in k]
+    assert checkpoint["teacher"]["path"] == "outputs/digits/flow/model.safetensors"
+    # another teacher than the one that the run was trained with is refused
+    save_model(load_model("outputs/digits/mfm/model.safetensors"), "outputs/digits/flow/model.safetensors")
+    with pytest.raises(CheckpointError, match="was trained with teacher"):
+        run(["fit", *again, *SMALL[1:], "--trainer.max_steps=8"])
+
+
+def digits_module() -> MFMPretraining:
+    torch.manual_seed(0)
+    network = DiT(8, 4, 1, 16, 2, 2, 1, num_classes=10, guidance_scales=())
+    return MFMPretraining(
+        network,
+        Objective([WeightedTerm("data_diagonal"), WeightedTerm("mean_flow")]),
+        learning_rate=1e-3,
+        warmup_steps=3,
+    )
+
+
+class Interrupt(L.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == 5:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "five.ckpt")
+
+
+def trained(folder, steps: int, resume=None, callbacks=(), **options):
+    ema = EMA(0.9)
+    module = digits_module()
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=1, default_root_dir=folder, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, accelerator="cpu", callbacks=[ema, *callbacks], **options,
+    )  # fmt: skip
+    trainer.fit(module, DigitsDataModule(batch_size=32), ckpt_path=resume, weights_only=True if resume else None)
+    return module, ema
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole, whole_ema = trained(tmp_path, 10, callbacks=[Interrupt()])
+    resumed, resumed_ema = trained(tmp_path, 10, resume=tmp_path / "five.ckpt")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    for name, tensor in whole_ema.average.items():
+        assert torch.equal(tensor, resumed_ema.average[name]), name
+        assert not name.endswith("linear.weight") or not torch.equal(tensor, whole.state_dict()[name])
+
+
+def test_ema_is_the_recursion_and_steps_aside(tmp_path):
+    class Record(L.Callback):
+        history: list = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer, module, *_):
+            self.history.append(module.model.network.final_layer.linear.bias.detach().clone())
+
+    record = Record()
+    start = digits_module().model.network.final_layer.linear.bias.detach().clone()
+    module, ema = trained(tmp_path, 6, callbacks=[record])
+    average = start
+    for k, value in enumerate(record.history, start=1):
+        decay = min(0.9, (1 + k) / (10 + k))
+        average = decay * average + (1 - decay) * value
+    name = "model.network.final_layer.linear.bias"
+    torch.testing.assert_close(ema.average[name], average)
+    assert "model.network.pos_embed" not in ema.average  # not trained, not averaged
+    with ema.applied(module):
+        torch.testing.assert_close(module.state_dict()[name], average)
+    assert torch.equal(module.state_dict()[name], record.history[-1])
+
+
+def test_non_finite_loss_stops_with_a_description(tmp_path):
+    class Poison(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 2:
+                batch[0][0] = float("nan")
+
+    with pytest.raises(NonFiniteLossError, match=r"step 2 in data_diagonal.*batch of 32: mean nan"):
+        trained(tmp_path, 10, callbacks=[Poison()])
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_fit_continues_from(folder, monkeypatch):
+    step = MFMPretraining.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if batch_idx == 3:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    config = ["fit", "--config", "configs/gmm/mfm.yaml", "--trainer.max_steps=6", "--trainer.val_check_interval=6"]
+    monkeypatch.setattr(MFMPretraining, "training_step", interrupted)
+    with pytest.raises(BaseException, match="") as stopped:
+        run(config)
+    assert isinstance(stopped.value, (KeyboardInterrupt, SystemExit))
+    assert torch.load("outputs/gmm/mfm/last.ckpt", weights_only=True)["global_step"] == 3
+    monkeypatch.setattr(MFMPretraining, "training_step", step)
+    run([*config, "--ckpt_path", "outputs/gmm/mfm/last.ckpt"])
+    assert torch.load("outputs/gmm/mfm/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.init_args.objective.terms=[{name: eulerian}]"], "unknown objective 'eulerian'"),
+        (["--model.init_args.network.class_path=mfm_lightning.networks.UNet"], "UNet"),
+        (["--model.init_args.learning_rte=1"], "learning_rte"),
+        (["--model.init_args.teacher=null"], "needs a teacher"),
+        (["--model.init_args.network.init_args.dim=3"], "the teacher's states have shape (2,)"),
+        (["--model.init_args.optimizer=sgd"], "unknown optimizer 'sgd'"),
+    ],
+)
+def test_bad_configs_are_refused_before_training(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", "configs/gmm/mfm.yaml", *SMALL, *arguments])
+    assert message in str(stopped.value) + capsys.readouterr().err
+    assert not Path("outputs/gmm/mfm/last.ckpt").exists()
+
+
+def test_missing_teacher_says_what_to_run(folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", "configs/digits/mfm.yaml", *SMALL])
+    assert "fit the base flow first" in str(stopped.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, 11])), "labels in 0..11, outside 0..10"),
+        ((torch.zeros(4, 8, 8), torch.zeros(4).long()), r"expected float \(B, 1, 8, 8\)"),
+        ((torch.zeros(4, 1, 8, 8), torch.zeros(4)), "expected integers"),
+        (torch.zeros(4, 1, 8, 8), r"must be \(x1, label\)"),
+    ],
+)
+def test_bad_batches_are_refused(batch, message):
+    with pytest.raises(ValueError, match=message):
+        check_batch(batch, (1, 8, 8), 10)
+
+
+def test_bad_checkpoints_are_refused(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(Code()))
+    torch.save({"weights": Code()}, tmp_path / "code.ckpt")
+    for name in ("code.pt", "code.ckpt"):
+        with pytest.raises(CheckpointError, match="not a file of plain tensors"):
+            import_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        import_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="unknown source 'edm'"):
+        import_checkpoint(DATA / "official_mfm.safetensors", source="edm")
+    save_model(MetaFlowMap(MLP()), tmp_path / "mlp.safetensors")
+    with pytest.raises(CheckpointError, match="names missing"):
+        import_checkpoint(tmp_path / "mlp.safetensors", **ARCHITECTURE)
+    torch.save(MetaFlowMap(DiT(8, 2, 4, 32, 4, 4, 3, 10)).network.state_dict(), tmp_path / "narrow.pt")
+    with pytest.raises(CheckpointError, match=r"of another shape.*\(32,.* in the file"):
+        import_checkpoint(tmp_path / "narrow.pt", **ARCHITECTURE)
+
+
+def test_save_and_load_are_exact(tmp_path):
+    model = MetaFlowMap(DiT(8, 4, 1, 16, 2, 2, 1, num_classes=10, qk_norm=True))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    loaded = load_model(save_model(model, tmp_path / "model.safetensors"))
+    x = torch.randn(3, 1, 8, 8)
+    arguments = (0.2, 0.9, x, 0.4, x.flip(0), 5)
+    assert torch.equal(loaded.velocity(*arguments), model.velocity(*arguments))
+    with pytest.raises(ValueError, match=r"this network takes \(B, 1, 8, 8\)"):
+        model.velocity(0.2, 0.9, x[:, 0], 0.4, x[:, 0])
+    with pytest.raises(ValueError, match="not a scale that this network knows"):
+        model.velocity(*arguments, guidance=4.0)
