@@ -42,7 +42,6 @@ def frechet_distance(features: nn.Module, num_features: int, real: Tensor, fake:
         real, fake: images in [0, 1].
     """
     metric = FrechetInceptionDistance(feature=_Features(features, num_features), normalize=True)
-    metric.set_dtype(torch.float64)
     with torch.no_grad():
         for images, is_real in ((real, True), (fake, False)):
             for batch in images.split(512):
