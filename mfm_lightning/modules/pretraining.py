@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class MFMPretraining(L.LightningModule):
         optimizer: "radam" or "adamw".
         learning_rate, betas, weight_decay: of the optimiser.
         warmup_steps: linear warm-up of the learning rate.
+        final_learning_rate: reached at the trainer's last step by a cosine; None: constant after the warm-up, as the paper.
         evaluation: what `validate` draws and `test` measures.
 
     Raises:
@@ -51,6 +53,7 @@ class MFMPretraining(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_steps: int = 2000,
+        final_learning_rate: float | None = None,
         evaluation: Evaluation | None = None,
     ) -> None:
         super().__init__()
@@ -68,6 +71,7 @@ class MFMPretraining(L.LightningModule):
         self.objective, self.teacher, self.evaluation = objective, teacher, evaluation
         self.optimizer_name, self.learning_rate = optimizer, learning_rate
         self.betas, self.weight_decay, self.warmup_steps = tuple(betas), weight_decay, warmup_steps
+        self.final_learning_rate = learning_rate if final_learning_rate is None else final_learning_rate
         self._rng_state: dict[str, Tensor] | None = None
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -105,8 +109,13 @@ class MFMPretraining(L.LightningModule):
         optimizer = OPTIMIZERS[self.optimizer_name](
             trained, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / max(1, self.warmup_steps)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _learning_rate_factor(self, step: int) -> float:
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        final, progress = self.final_learning_rate / self.learning_rate, min(1.0, step / max(1, self.trainer.max_steps))
+        return warmup * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
 
     # -- validation, test, predict -------------------------------------------------------------------------------------
 
