@@ -35,7 +35,7 @@ class MFMPretraining(L.LightningModule):
         optimizer: "radam" or "adamw".
         learning_rate, betas, weight_decay: of the optimiser.
         warmup_steps: linear warm-up of the learning rate.
-        final_learning_rate: reached at the trainer's last step by a cosine; None: constant after the warm-up, as the paper.
+        final_learning_rate: reached at the last step by a cosine; None: constant after the warm-up, as the paper.
         evaluation: what `validate` draws and `test` measures.
 
     Raises:
