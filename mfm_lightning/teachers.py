@@ -61,7 +61,7 @@ class ModelTeacher(Teacher):
     @torch.no_grad()
     def drift(self, t, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         null = self.model.num_classes
-        if label is None or (guidance is None and self.omega == 0):
+        if label is None or (self.omega == 0 and (guidance is None or bool((torch.as_tensor(guidance) == 1).all()))):
             return self.model.drift(t, x, label)
         t = as_times(t, x)
         label = torch.as_tensor(label, device=x.device).expand(len(x))
