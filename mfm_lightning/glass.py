@@ -51,7 +51,10 @@ def sufficient_statistic(s: Tensor, x_s: Tensor, t: Tensor, x_t: Tensor) -> Suff
         s, t: inner and outer times `(B,)` in [0, 1], ends included.
         x_s, x_t: inner and outer states `(B, *shape)`.
     """
-    w = _weights(s, t)
+    return _combine(_weights(s, t), s, x_s, t, x_t)
+
+
+def _combine(w: _Weights, s: Tensor, x_s: Tensor, t: Tensor, x_t: Tensor) -> SufficientStatistic:
     corner = w.total == 0  # s = t = 1
     safe = torch.where(corner, 1.0, w.total)
     outer = torch.where(corner, 0.0, w.cos * (1 - s) / safe)
@@ -74,7 +77,7 @@ def glass_velocity(base_drift: BaseDrift, s: Tensor | float, x_s: Tensor, t: Ten
     """
     s, t = as_times(s, x_s), as_times(t, x_s)
     w = _weights(s, t)
-    star = sufficient_statistic(s, x_s, t, x_t)
+    star = _combine(w, s, x_s, t, x_t)
     drift = base_drift(star.time, star.x)
 
     corner = w.total == 0
