@@ -57,14 +57,19 @@ class InnerTimes:
 
     distribution: "uniform", or "logit_normal" (sigmoid of N(mean, std^2)).
     annealing_steps: over so many steps the gap u - s grows from 0 to what was drawn (0: none, as in the release).
+    equal_rate: probability of u = s, where a consistency term is the diagonal's (the share of r = t of Mean Flows,
+        arXiv 2505.13447): one consistency term then trains both parts at the cost of one.
     """
 
     distribution: str = "uniform"
     mean: float = 0.0
     std: float = 1.0
     annealing_steps: int = 0
+    equal_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.equal_rate <= 1:
+            raise ValueError(f"equal_rate {self.equal_rate} must be in [0, 1]")
         if self.distribution not in ("uniform", "logit_normal"):
             raise ValueError(f"unknown distribution {self.distribution!r}: expected uniform or logit_normal")
 
@@ -78,6 +83,8 @@ class InnerTimes:
         """`(num,)` times s and u, s <= u."""
         a, b = self.one(num, device), self.one(num, device)
         s, u = torch.minimum(a, b), torch.maximum(a, b)
+        if self.equal_rate:
+            u = torch.where(torch.rand(num, device=device) < self.equal_rate, s, u)
         if self.annealing_steps:
             u = s + (u - s) * min(1.0, step / self.annealing_steps)
         return s, u
