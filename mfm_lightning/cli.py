@@ -17,9 +17,14 @@ log = logging.getLogger(__name__)
 
 
 class MFMCLI(LightningCLI):
-    """LightningCLI in which the run's folder is `trainer.default_root_dir` and test and predict find its checkpoint."""
+    """LightningCLI that loads checkpoints as plain tensors only, and leaves the printing of results to the evaluation."""
 
     def before_instantiate_classes(self) -> None:
+        settings = self.config[self.subcommand]
+        if settings.get("weights_only") is None:
+            settings["weights_only"] = True
+        if self.subcommand == "test":
+            settings["verbose"] = False
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         for noise in (".*overridden `on_before_batch_transfer`.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
             warnings.filterwarnings("ignore", message=noise)

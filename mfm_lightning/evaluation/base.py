@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
-from rich.console import Console
+from rich import get_console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
+
+Job = TypeVar("Job")
 
 
 class Evaluation:
@@ -26,6 +29,18 @@ class Evaluation:
         """Write samples and posterior draws for a batch."""
 
 
+def track(jobs: Sequence[Job], describe: Callable[[Job], str]) -> Iterator[Job]:
+    """The jobs one after the other, with a progress bar that says which one is under way."""
+    columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
+    # the console of Lightning's own bar, so that the two do not write over each other
+    with Progress(*columns, console=get_console(), transient=True) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for job in jobs:
+            progress.update(task, description=describe(job))
+            yield job
+            progress.advance(task)
+
+
 def write_table(rows: Sequence[dict[str, Any]], title: str, folder: Path, name: str) -> None:
     """Print `rows` as a table and write `NAME.csv` and `NAME.json`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +49,7 @@ def write_table(rows: Sequence[dict[str, Any]], title: str, folder: Path, name: 
         table.add_column(column)
     for row in rows:
         table.add_row(*[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()])
-    Console().print(table)
+    get_console().print(table)
     with open(folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mfm_lightning.evaluation.base import Evaluation, write_table
+from mfm_lightning.evaluation.base import Evaluation, track, write_table
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.classifier import accuracy, train_classifier
 from mfm_lightning.metrics.distances import frechet_distance
@@ -66,20 +67,30 @@ class ImageEvaluation(Evaluation):
         reference = data.decode(torch.cat([data.splits[s][0] for s in ("val", "test")]))
         held_out = frechet_distance(classifier.features_module(), classifier.num_features, real, reference)
         rows = [_row("held-out real digits", "", "", held_out, test_accuracy)]
-        x = sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps)
-        rows.append(_row(f"base flow, ODE {self.ode_steps}", "", self.ode_steps, frechet(x), agreement(x, label)))
-        for k in self.refinement_steps:
-            x = sample_refinement(model, noise, k, label, generator=self._generator(2))
-            rows.append(_row(f"MFM, refinement {k}", "", k, frechet(x), agreement(x, label)))
-        for t in self.times:
+
+        def ode() -> Tensor:
+            return sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps)
+
+        def refinement(steps: int) -> Tensor:
+            return sample_refinement(model, noise, steps, label, generator=self._generator(2))
+
+        def posterior(t: float, steps: int | None) -> Tensor:
+            """One-step draws, or by so many steps of the GLASS ODE; both from the same noise."""
             x_t = interpolate(torch.full((len(x1),), t, device=x1.device), noise, x1)
             eps = torch.randn(x1[:, None].shape, generator=self._generator(3)).to(x1)
-            x = sample_posterior_glass(lambda t, x: base(t, x, label), x_t, t, steps=self.glass_steps, noise=eps)[:, 0]
-            rows.append(
-                _row(f"posterior, GLASS {self.glass_steps}", t, self.glass_steps, frechet(x), agreement(x, label))
-            )
-            x = model.sample_posterior(x_t, t, noise=eps, label=label)[:, 0]
-            rows.append(_row("posterior, MFM 1", t, 1, frechet(x), agreement(x, label)))
+            if steps is None:
+                return model.sample_posterior(x_t, t, noise=eps, label=label)[:, 0]
+            return sample_posterior_glass(lambda t, x: base(t, x, label), x_t, t, steps=steps, noise=eps)[:, 0]
+
+        jobs = [(f"base flow, ODE {self.ode_steps}", "", self.ode_steps, ode)]
+        jobs += [(f"MFM, refinement {k}", "", k, partial(refinement, k)) for k in self.refinement_steps]
+        for t in self.times:
+            glass = partial(posterior, t, self.glass_steps)
+            jobs.append((f"posterior, GLASS {self.glass_steps}", t, self.glass_steps, glass))
+            jobs.append(("posterior, MFM 1", t, 1, partial(posterior, t, None)))
+        for name, t, evaluations, draw in track(jobs, describe=lambda job: f"{job[0]} {job[1] and f't = {job[1]}'}"):
+            x = draw()
+            rows.append(_row(name, t, evaluations, frechet(x), agreement(x, label)))
         for row in rows:
             module.log(f"test/frechet/{row['samples']}{row['t'] and ' t=' + str(row['t'])}", row["Fréchet"])
         title = f"Fréchet distance to the training images ({self.num_samples} samples; classifier {test_accuracy:.1%})"

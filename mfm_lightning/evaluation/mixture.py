@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfm_lightning.evaluation.base import Evaluation, write_table
+from mfm_lightning.evaluation.base import Evaluation, track, write_table
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.distances import sliced_wasserstein
 from mfm_lightning.samplers import sample_posterior_glass
@@ -46,7 +46,7 @@ class MixtureEvaluation(Evaluation):
     def measure(self, module, folder: Path) -> None:
         oracle, model = module.trainer.datamodule.oracle, module.model
         rows = []
-        for t in self.times:
+        for t in track(self.times, describe=lambda t: f"posteriors at t = {t}"):
             generator = torch.Generator().manual_seed(self.seed)
             x_t = self._states(oracle, t, self.num_states, generator)
             exact, again = (oracle.sample_posterior(x_t, t, self.num_draws, generator=generator) for _ in range(2))
