@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class MFMCLI(LightningCLI):
-    """LightningCLI that loads checkpoints as plain tensors only, and leaves the printing of results to the evaluation."""
+    """LightningCLI that loads checkpoints as plain tensors only and leaves printing results to the evaluation."""
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]

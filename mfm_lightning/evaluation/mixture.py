@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mfm_lightning.checkpoints import load_model
 from mfm_lightning.evaluation.base import Evaluation, track, write_table
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.distances import sliced_wasserstein
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import sample_posterior_glass
+
+log = logging.getLogger(__name__)
 
 
 class MixtureEvaluation(Evaluation):
@@ -23,6 +28,8 @@ class MixtureEvaluation(Evaluation):
         num_draws: posterior draws for each state.
         glass_steps: Euler steps of the GLASS ODEs.
         model_steps: flow-map steps of the model's draws.
+        compare: exported models by name, whose one-step draws are columns of the table too; those whose file is not
+            there yet are left out, with a word.
         seed: of states, draws and projections.
     """
 
@@ -33,10 +40,12 @@ class MixtureEvaluation(Evaluation):
         num_draws: int = 4096,
         glass_steps: list[int] = (16,),
         model_steps: list[int] = (1,),
+        compare: dict[str, str] | None = None,
         seed: int = 0,
     ) -> None:
         self.times, self.num_states, self.num_draws = tuple(times), num_states, num_draws
         self.glass_steps, self.model_steps, self.seed = tuple(glass_steps), tuple(model_steps), seed
+        self.compare = dict(compare or {})
 
     def _states(self, oracle, t: float, num: int, generator: torch.Generator) -> Tensor:
         x1 = oracle.sample(num, generator)
@@ -45,6 +54,7 @@ class MixtureEvaluation(Evaluation):
     @torch.no_grad()
     def measure(self, module, folder: Path) -> None:
         oracle, model = module.trainer.datamodule.oracle, module.model
+        others = self._others(module.device)
         rows = []
         for t in track(self.times, describe=lambda t: f"posteriors at t = {t}"):
             generator = torch.Generator().manual_seed(self.seed)
@@ -60,12 +70,21 @@ class MixtureEvaluation(Evaluation):
             for steps in self.model_steps:
                 draws = model.sample_posterior(x_t.to(module.device), t, steps=steps, noise=noise.to(module.device))
                 row[f"MFM-{steps}"] = distance(draws)
+            for name, other in others.items():
+                draws = other.sample_posterior(x_t.to(module.device), t, noise=noise.to(module.device))
+                row[f"{name}-1"] = distance(draws)
             for steps in self.glass_steps:
                 row[f"GLASS-{steps}"] = distance(sample_posterior_glass(oracle.drift, x_t, t, steps=steps, noise=noise))
             rows.append(row)
             module.log_dict({f"test/sliced_w2/{k}/t={t}": v for k, v in row.items() if k != "t"}, rank_zero_only=True)
         title = f"Sliced W2 to the exact posterior ({self.num_states} states, {self.num_draws} draws each)"
         write_table(rows, title, folder, "posterior_distance")
+
+    def _others(self, device: torch.device) -> dict[str, MetaFlowMap]:
+        missing = [f"{name} ({path})" for name, path in self.compare.items() if not Path(path).is_file()]
+        if missing:
+            log.info("not in the table, as not fitted yet: %s", ", ".join(missing))
+        return {n: load_model(p).to(device) for n, p in self.compare.items() if Path(p).is_file()}
 
     @torch.no_grad()
     def draw(self, module, folder: Path) -> None:
