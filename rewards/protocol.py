@@ -1,0 +1,136 @@
+"""What a reward is: decoded images in, one number an image out.
+
+A plain function or an `nn.Module` is a reward already. `Reward` states the two things that methods ask about it, whether
+it can be differentiated and what it looks at; a function that states neither is taken to be a differentiable function of
+the images alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INPUTS = ("images", "prompts", "labels")
+
+
+class RewardError(ValueError):
+    """A reward that failed, or returned something that is not one finite number an image."""
+
+
+class Reward(nn.Module):
+    """Base class of the rewards here; subclassing it is a convenience, not a duty.
+
+    Attributes:
+        differentiable: whether `forward` can be differentiated in the images.
+        needs: what `forward` takes, in this order, of "images" `(B, C, H, W)` in [0, 1] (or the states themselves,
+            where they are not images), "prompts" (B strings) and "labels" `(B,)`.
+    """
+
+    differentiable: bool = True
+    needs: tuple[str, ...] = ("images",)
+
+    def forward(self, images: Tensor, *context: Any) -> Tensor:
+        """Rewards `(B,)`."""
+        raise TypeError(f"{type(self).__name__} must implement forward(images, ...) -> (B,)")
+
+
+class FunctionReward(Reward):
+    """Any callable as a `Reward`; what it needs is read off its arguments' names where it does not say so itself."""
+
+    def __init__(self, function: Callable[..., Tensor], name: str | None = None) -> None:
+        super().__init__()
+        if not callable(function):
+            raise TypeError(f"a reward must be callable, got {type(function).__name__}")
+        self.function = function
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+        self.differentiable = bool(getattr(function, "differentiable", True))
+        self.needs = _needs(function)
+
+    def forward(self, images: Tensor, *context: Any) -> Tensor:
+        return self.function(images, *context)
+
+
+def _needs(function: Callable) -> tuple[str, ...]:
+    declared = getattr(function, "needs", None)
+    if declared is None:
+        target = function.forward if isinstance(function, nn.Module) else function
+        names = list(inspect.signature(target).parameters)
+        declared = ("images", *[n for n in names[1:] if n in INPUTS])
+    if unknown := [n for n in declared if n not in INPUTS]:
+        raise TypeError(f"a reward needs {unknown[0]!r}: expected a choice of {', '.join(INPUTS)}")
+    if not declared or declared[0] != "images":
+        raise TypeError(f"a reward's needs must begin with 'images', got {tuple(declared)}")
+    return tuple(declared)
+
+
+def as_reward(reward: Callable[..., Tensor], name: str | None = None) -> Reward:
+    """`reward` itself if it is a `Reward`, else wrapped as one.
+
+    Raises:
+        TypeError: if it is not callable or needs something unknown.
+    """
+    reward = reward if isinstance(reward, Reward) else FunctionReward(reward, name)
+    if not hasattr(reward, "name"):
+        reward.name = name or type(reward).__name__
+    return reward
+
+
+def name_of(reward: Reward) -> str:
+    """How messages call it."""
+    return getattr(reward, "name", type(reward).__name__)
+
+
+def evaluate(
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str] | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """`reward` on a batch, with what it needs, checked: `(B,)` float.
+
+    Args:
+        images: `(B, C, H, W)` in [0, 1] (or states that are not images).
+        prompts: B strings, for rewards that need them.
+        labels: `(B,)`, for rewards that need them.
+
+    Raises:
+        RewardError: if something it needs is missing, it raises, or its values have a wrong shape, type or device, or
+            are not finite (the message names the reward and the indices).
+    """
+    name, given = name_of(reward), {"images": images, "prompts": prompts, "labels": labels}
+    check_context(reward, len(images), prompts, labels)
+    try:
+        values = reward(*[given[n] for n in reward.needs])
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(values, Tensor) or values.shape != (len(images),):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise RewardError(f"reward {name!r} returned {got} for {len(images)} images: expected shape ({len(images)},)")
+    if values.device != images.device:
+        raise RewardError(f"reward {name!r} returned values on {values.device} for images on {images.device}")
+    if not values.is_floating_point():
+        raise RewardError(f"reward {name!r} returned {values.dtype}: expected floating-point values")
+    finite = torch.isfinite(values.detach())
+    if not finite.all():
+        indices = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+        raise RewardError(
+            f"reward {name!r} returned {len(indices)} of {len(images)} values not finite (NaN or infinite), "
+            f"at indices {shown}"
+        )
+    return values
+
+
+def check_context(reward: Reward, num: int, prompts: Sequence[str] | None, labels: Tensor | None) -> None:
+    """Raise RewardError unless what the reward needs besides images is there, one for each of `num` images."""
+    for what, value in (("prompts", prompts), ("labels", labels)):
+        if what in reward.needs and value is None:
+            raise RewardError(f"reward {name_of(reward)!r} needs {what}: give one for each image")
+        if what in reward.needs and len(value) != num:
+            raise RewardError(f"reward {name_of(reward)!r} was given {len(value)} {what} for {num} images")
