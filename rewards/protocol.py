@@ -1,8 +1,8 @@
 """What a reward is: decoded images in, one number an image out.
 
-A plain function or an `nn.Module` is a reward already. `Reward` states the two things that methods ask about it, whether
-it can be differentiated and what it looks at; a function that states neither is taken to be a differentiable function of
-the images alone.
+A plain function or an `nn.Module` is a reward already. `Reward` states the two things that methods ask about it:
+whether it can be differentiated, and what it looks at. A function that states neither is taken to be differentiable,
+and to take what its arguments are named after.
 """
 
 from __future__ import annotations
