@@ -1,0 +1,54 @@
+"""Where posterior draws come from: the flow map, GLASS on any base drift, or an oracle; each by one interface."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.interpolant import as_times
+from mfm_lightning.samplers import sample_posterior_glass
+from mfm_lightning.target import Target
+
+
+class Posterior(Protocol):
+    """Draws x1 `(B, N, *shape)` from p_{1|t}(. | x_t), given the inner noise `(B, N, *shape)`."""
+
+    def __call__(self, target: Target, t: Tensor | float, x_t: Tensor, noise: Tensor) -> Tensor: ...
+
+
+class FlowMapPosterior:
+    """`steps` steps of the Meta Flow Map; differentiable in x_t."""
+
+    def __init__(self, steps: int = 1) -> None:
+        if steps < 1:
+            raise ValueError(f"steps ({steps}) must be at least 1")
+        self.steps = steps
+
+    def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
+        N, x = noise.shape[1], noise.flatten(0, 1)
+        outer, time = x_t.repeat_interleave(N, dim=0), as_times(t, x_t).repeat_interleave(N)
+        for k in range(self.steps):
+            x = target.flow_map(k / self.steps, (k + 1) / self.steps, x, time, outer)
+        return x.reshape(noise.shape)
+
+
+class GlassPosterior:
+    """`steps` steps of the GLASS ODE on the target's base drift (Eq. 32); differentiable in x_t if the drift is."""
+
+    def __init__(self, steps: int = 8, method: str = "euler") -> None:
+        self.steps, self.method = steps, method
+
+    def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
+        return sample_posterior_glass(target.drift, x_t, t, steps=self.steps, method=self.method, noise=noise)
+
+
+class OraclePosterior:
+    """Exact draws of an oracle, which has noise of its own; not differentiable."""
+
+    def __init__(self, oracle, generator: torch.Generator | None = None) -> None:
+        self.oracle, self.generator = oracle, generator
+
+    def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
+        return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.labels(x_t), self.generator)

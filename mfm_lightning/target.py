@@ -1,0 +1,127 @@
+"""What is aligned to what: a model, a reward on what it generates, and what both are conditioned on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.decoders import Decoder, IdentityDecoder
+from mfm_lightning.interpolant import as_times
+from mfm_lightning.nfe import Meter
+from rewards import Reward, RewardError, as_reward, evaluate
+from rewards.protocol import check_context, name_of
+
+
+class Target:
+    """The tilted distribution p(x1) e^{r(x1)} / Z, with the means to evaluate it: drift, flow map and reward, counted.
+
+    States come in batches of B samples, or of B*k with the k states of one sample next to each other; label and prompt
+    follow them.
+
+    Args:
+        model: a MetaFlowMap; or, for methods that only need a drift, anything with `drift(t, x, label, guidance)` and
+            `state_shape`, such as an oracle.
+        reward: a reward, or a function that is one.
+        decoder: states to images.
+        label: one class for all samples, or `(B,)`; None for no class.
+        guidance: class-guidance scale given to the network.
+        prompts: one prompt for all samples, or B of them.
+        reward_scale: the reward is multiplied by it (the paper's multiplier).
+        drift: base drift `(t, x, label, guidance)`; the model's own where None.
+
+    Raises:
+        RewardError: on construction, if the reward needs prompts or labels that are not given.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward: Reward | Callable[..., Tensor],
+        decoder: Decoder | None = None,
+        label: Tensor | int | None = None,
+        guidance: float | None = None,
+        prompts: str | Sequence[str] | None = None,
+        reward_scale: float = 1.0,
+        drift: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.model, self.reward, self.decoder = model, as_reward(reward), decoder or IdentityDecoder()
+        self.label, self.guidance, self.reward_scale = label, guidance, reward_scale
+        self.prompts = prompts if prompts is None or isinstance(prompts, str) else list(prompts)
+        self.meter = Meter()
+        self._drift = drift or model.drift
+        for needed, given in (("prompts", self.prompts), ("labels", self.label)):
+            if needed in self.reward.needs and given is None:
+                raise RewardError(f"reward {name_of(self.reward)!r} needs {needed}: give the target's {needed}")
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return tuple(self.model.state_shape)
+
+    @property
+    def differentiable(self) -> bool:
+        return self.reward.differentiable
+
+    def require_gradient(self, method: str) -> None:
+        """Raise RewardError, before any work, if `method` needs a gradient that the reward has not got."""
+        if not self.differentiable:
+            raise RewardError(
+                f"{method} differentiates the reward, but {name_of(self.reward)!r} is not differentiable: use a method "
+                "without reward gradients (mfm_gf, glass_gf, search, best_of_n, or Feynman-Kac steering)"
+            )
+
+    def take(self, index: slice | Tensor) -> Target:
+        """The same target for some of the samples; evaluations are counted on the same meter."""
+        part = copy.copy(self)
+        if isinstance(self.label, Tensor) and self.label.dim():
+            part.label = self.label[index]
+        if isinstance(self.prompts, list):
+            rows = torch.arange(len(self.prompts))[index if isinstance(index, slice) else index.cpu()]
+            part.prompts = [self.prompts[i] for i in rows.tolist()]
+        return part
+
+    def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """b_t(x), `(B*k, *shape)`."""
+        drift = self.meter.counted("network", self._drift)
+        return drift(as_times(t, x), x, self.labels(x), self.guidance)
+
+    def flow_map(self, s: Tensor | float, u: Tensor | float, x: Tensor, t: Tensor | float, x_t: Tensor) -> Tensor:
+        """X_{s,u}(x; t, x_t), `(B*k, *shape)`."""
+        flow_map = self.meter.counted("network", self.model.flow_map)
+        return flow_map(s, u, x, t, x_t, self.labels(x), self.guidance)
+
+    def rewards(self, x: Tensor, count: bool = True) -> Tensor:
+        """r(x) `(B*k,)`, scaled, of clean states `(B*k, *shape)`.
+
+        Raises:
+            RewardError: as `rewards.evaluate`, or if labels or prompts do not fit the number of states.
+        """
+
+        def reward(x: Tensor) -> Tensor:
+            images, labels, prompts = self.decoder(x), self.labels(x), self._prompts(x)
+            check_context(self.reward, len(x), prompts, labels)
+            return self.reward_scale * evaluate(self.reward, images, prompts, labels).float()
+
+        return (self.meter.counted("reward", reward) if count else reward)(x)
+
+    def labels(self, x: Tensor) -> Tensor | None:
+        """The label of each state `(B*k,)`."""
+        if self.label is None:
+            return None
+        label = torch.as_tensor(self.label, device=x.device)
+        return label.expand(len(x)) if label.dim() == 0 else label.repeat_interleave(_per_sample(len(label), x))
+
+    def _prompts(self, x: Tensor) -> list[str] | None:
+        if self.prompts is None or isinstance(self.prompts, str):
+            return None if self.prompts is None else [self.prompts] * len(x)
+        k = _per_sample(len(self.prompts), x)
+        return [prompt for prompt in self.prompts for _ in range(k)]
+
+
+def _per_sample(num: int, x: Tensor) -> int:
+    if not num or len(x) % num:
+        raise ValueError(f"{len(x)} states for {num} labels or prompts: expected the same number, or a multiple")
+    return len(x) // num

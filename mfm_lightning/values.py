@@ -1,0 +1,242 @@
+"""The value V_t(x) = log E[e^{r(X1)} | X_t = x] and its gradient, estimated from posterior draws.
+
+Gradient estimators take a target, a time and states, and give an `Estimate`; steering works with any of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.interpolant import as_times, denoiser, expand
+from mfm_lightning.models import randn
+from mfm_lightning.posteriors import FlowMapPosterior, GlassPosterior, Posterior
+from mfm_lightning.target import Target
+
+
+@dataclass
+class Estimate:
+    """What an estimator found out at states `(B, *shape)`.
+
+    gradient: of V, `(B, *shape)`; value: of V, `(B,)`; ess: effective number of draws, `(B,)`, in 1..N;
+    drift: b_t(x), where the estimator had to compute it anyway.
+    """
+
+    gradient: Tensor
+    value: Tensor
+    ess: Tensor
+    drift: Tensor | None = None
+
+
+class GradientEstimator(Protocol):
+    """`needs_reward_gradient`: refused before any work with a black-box reward."""
+
+    needs_reward_gradient: bool
+
+    def __call__(
+        self, target: Target, t: Tensor | float, x: Tensor, generator: torch.Generator | None = None
+    ) -> Estimate: ...
+
+
+def log_mean_exp(rewards: Tensor, dim: int = -1) -> Tensor:
+    """log (1/N sum_i e^{r_i}): the value estimate from N draws (paper, section 4)."""
+    return rewards.logsumexp(dim) - math.log(rewards.shape[dim])
+
+
+def effective_sample_size(log_weights: Tensor, dim: int = -1) -> Tensor:
+    """(sum w)^2 / sum w^2, between 1 and N, from unnormalised log-weights."""
+    return (2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim)).exp()
+
+
+def inner_noise(
+    x: Tensor, num_draws: int, antithetic: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """Noise for draws, `(B, N, *shape)`; antithetic: the second half is the negative of the first (N even)."""
+    if num_draws < 1 or (antithetic and num_draws % 2):
+        raise ValueError(f"num_draws ({num_draws}) must be at least 1, and even with antithetic noise")
+    noise = randn((len(x), num_draws // 2 if antithetic else num_draws, *x.shape[1:]), x, generator)
+    return torch.cat([noise, -noise], dim=1) if antithetic else noise
+
+
+@torch.no_grad()
+def estimate_value(
+    target: Target,
+    t: Tensor | float,
+    x: Tensor,
+    num_draws: int = 16,
+    posterior: Posterior | None = None,
+    antithetic: bool = False,
+    max_rows: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """V_t(x) from `num_draws` posterior draws for each state, and the effective sample size; `(B,)` both.
+
+    Args:
+        posterior: source of draws; one step of the flow map where None.
+        max_rows: at most so many draws in memory at once.
+    """
+    posterior = posterior or FlowMapPosterior()
+    noise = inner_noise(x, num_draws, antithetic, generator)
+    rewards = x.new_empty(len(x), num_draws, dtype=torch.float32)
+    for rows, draws in _chunks(len(x), num_draws, max_rows):
+        part = target.take(rows)
+        x1 = posterior(part, as_times(t, x)[rows], x[rows], noise[rows, draws])
+        rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
+    return log_mean_exp(rewards), effective_sample_size(rewards)
+
+
+@dataclass
+class DrawGradient:
+    """MFM-G (Eq. 22): the value estimate differentiated through the draws, their noise fixed. With a GLASS posterior:
+    differentiated GLASS rollouts.
+
+    num_draws: N; antithetic: pairs of opposite noise; max_rows: memory budget, at most so many draws at once (the
+    result does not depend on it).
+    """
+
+    num_draws: int = 1
+    posterior: Posterior | None = None
+    antithetic: bool = False
+    max_rows: int | None = None
+    needs_reward_gradient = True
+
+    def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+        posterior, t = self.posterior or FlowMapPosterior(), as_times(t, x)
+        noise = inner_noise(x, self.num_draws, self.antithetic, generator)
+        rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
+        # gradients of chunks' log-sum-exps average, by the chunks' shares, to the gradient of the whole
+        gradient, value = torch.zeros_like(x), torch.full((len(x),), -torch.inf, device=x.device)
+        for rows, draws in _chunks(len(x), self.num_draws, self.max_rows):
+            part = target.take(rows)
+            with torch.enable_grad():
+                state = x[rows].detach().requires_grad_()
+                x1 = posterior(part, t[rows], state, noise[rows, draws])
+                r = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
+                chunk = r.logsumexp(dim=1)
+                (chunk_gradient,) = torch.autograd.grad(chunk.sum(), state)
+            rewards[rows, draws] = r.detach()
+            total = torch.logaddexp(value[rows], chunk.detach())
+            before, now = (value[rows] - total).exp(), (chunk.detach() - total).exp()
+            gradient[rows] = expand(before, x) * gradient[rows] + expand(now, x) * chunk_gradient
+            value[rows] = total
+        return Estimate(gradient, log_mean_exp(rewards), effective_sample_size(rewards))
+
+
+@dataclass
+class DrawGradientFree:
+    """MFM-GF (Eq. 20), without a reward gradient: grad V = t / (1-t)^2 (sum_i w_i x1_i - mean_i x1_i), w = softmax r."""
+
+    num_draws: int = 16
+    posterior: Posterior | None = None
+    antithetic: bool = False
+    max_rows: int | None = None
+    needs_reward_gradient = False
+
+    @torch.no_grad()
+    def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+        posterior, t = self.posterior or FlowMapPosterior(), as_times(t, x)
+        noise = inner_noise(x, self.num_draws, self.antithetic, generator)
+        rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
+        drawn = torch.empty_like(noise)
+        for rows, draws in _chunks(len(x), self.num_draws, self.max_rows):
+            part = target.take(rows)
+            drawn[rows, draws] = x1 = posterior(part, t[rows], x[rows], noise[rows, draws])
+            rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
+        weights = rewards.softmax(dim=1).to(x.dtype) - 1 / self.num_draws
+        shift = torch.einsum("bn,bn...->b...", weights, drawn)
+        factor = t / (1 - t).clamp_min(1e-4) ** 2
+        return Estimate(expand(factor, x) * shift, log_mean_exp(rewards), effective_sample_size(rewards))
+
+
+@dataclass
+class DPSGradient:
+    """The gradient of r(D_t(x)): the posterior replaced by its mean (Chung et al., arXiv 2209.14687)."""
+
+    max_rows: int | None = None
+    needs_reward_gradient = True
+
+    def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+        t, parts = as_times(t, x), []
+        for rows, _ in _chunks(len(x), 1, self.max_rows):
+            part = target.take(rows)
+            with torch.enable_grad():
+                state = x[rows].detach().requires_grad_()
+                drift = part.drift(t[rows], state)
+                value = part.rewards(denoiser(t[rows], state, drift))
+                parts.append((torch.autograd.grad(value.sum(), state)[0], value.detach(), drift.detach()))
+        gradient, value, drift = (torch.cat(p) for p in zip(*parts, strict=True))
+        return Estimate(gradient, value, torch.ones_like(value), drift)
+
+
+@dataclass
+class NetworkGradient:
+    """The gradient of an amortised value network V_phi(t, x, label): no draws, no reward."""
+
+    network: torch.nn.Module
+    needs_reward_gradient = False
+
+    def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+        with torch.enable_grad():
+            state = x.detach().requires_grad_()
+            value = target.meter.counted("network", self.network)(as_times(t, x), state, target.labels(x))
+            (gradient,) = torch.autograd.grad(value.sum(), state)
+        return Estimate(gradient, value.detach(), torch.ones_like(value.detach()))
+
+
+@dataclass
+class ExactGradient:
+    """An oracle's closed form: what all estimators are measured against."""
+
+    oracle: object
+    needs_reward_gradient = False
+
+    def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+        t, label = as_times(t, x), target.labels(x)
+        reward = target.reward if target.reward_scale == 1 else lambda x1: target.rewards(x1, count=False)
+        value = self.oracle.value(x, t, reward, label)
+        return Estimate(self.oracle.value_gradient(x, t, reward, label), value, torch.ones_like(value))
+
+
+ESTIMATORS = ("mfm_g", "mfm_gf", "glass_g", "glass_gf", "dps")
+
+
+def gradient_estimator(
+    name: str,
+    num_draws: int = 1,
+    posterior_steps: int = 1,
+    antithetic: bool = False,
+    max_rows: int | None = None,
+) -> GradientEstimator:
+    """An estimator by name: `mfm_g`, `mfm_gf`, `glass_g` (differentiated rollouts), `glass_gf`, `dps`.
+
+    Args:
+        num_draws: N (not of dps).
+        posterior_steps: flow-map or GLASS steps of a draw.
+
+    Raises:
+        ValueError: for an unknown name, or a gradient-free estimate from fewer than two draws, which is zero.
+    """
+    if name not in ESTIMATORS:
+        raise ValueError(f"unknown gradient estimator {name!r}: expected one of {', '.join(ESTIMATORS)}")
+    if name == "dps":
+        return DPSGradient(max_rows)
+    posterior = FlowMapPosterior(posterior_steps) if name.startswith("mfm") else GlassPosterior(posterior_steps)
+    if name.endswith("_gf") and num_draws < 2:
+        raise ValueError(f"{name} weighs draws against each other: num_draws {num_draws} must be at least 2")
+    kind = DrawGradientFree if name.endswith("_gf") else DrawGradient
+    return kind(num_draws, posterior, antithetic, max_rows)
+
+
+def _chunks(num_states: int, num_draws: int, max_rows: int | None):
+    """Slices of states and draws that cover all pairs with at most `max_rows` pairs each."""
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows {max_rows} must be at least 1")
+    draws = num_draws if max_rows is None else min(num_draws, max_rows)
+    rows = num_states if max_rows is None else max(1, max_rows // draws)
+    for i in range(0, num_states, rows):
+        for j in range(0, num_draws, draws):
+            yield slice(i, i + rows), slice(j, j + draws)
