@@ -128,7 +128,7 @@ class DrawGradient:
 
 @dataclass
 class DrawGradientFree:
-    """MFM-GF (Eq. 20), without a reward gradient: grad V = t / (1-t)^2 (sum_i w_i x1_i - mean_i x1_i), w = softmax r."""
+    """MFM-GF (Eq. 20), without a reward gradient: t / (1-t)^2 (sum_i w_i x1_i - mean_i x1_i), w = softmax r."""
 
     num_draws: int = 16
     posterior: Posterior | None = None
