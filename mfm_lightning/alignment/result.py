@@ -1,0 +1,115 @@
+"""What every alignment method returns, and how it keeps the account of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.nfe import Meter
+from mfm_lightning.target import Target
+from rewards import RewardError
+
+
+@dataclass
+class AlignmentResult:
+    """Samples aligned to a reward, and what they cost.
+
+    Attributes:
+        method: its name and settings.
+        states: clean states `(B, *shape)`.
+        images: their decoded images.
+        rewards: of the images, `(B,)`, without the target's `reward_scale`; not counted in `nfe`.
+        trace: one dictionary a step: time, mean value or reward, effective sample size and the like.
+        nfe: evaluations of networks and rewards as they were made.
+        seconds: wall time; peak_memory: bytes on the accelerator, None on CPU.
+        log_normaliser: estimate of log E[e^r], from SMC.
+    """
+
+    method: dict[str, Any]
+    states: Tensor
+    images: Tensor
+    rewards: Tensor
+    trace: list[dict[str, float]] = field(default_factory=list)
+    nfe: Meter = field(default_factory=Meter)
+    seconds: float = 0.0
+    peak_memory: int | None = None
+    log_normaliser: float | None = None
+
+    @property
+    def nfe_per_sample(self) -> float:
+        return self.nfe.total / max(1, len(self.states))
+
+    def summary(self) -> dict[str, Any]:
+        """What can be written as JSON: all but states and images."""
+        return {
+            "method": self.method,
+            "samples": len(self.states),
+            "mean_reward": self.rewards.mean().item(),
+            "standard_error": (self.rewards.std() / len(self.rewards) ** 0.5).item() if len(self.rewards) > 1 else None,
+            "rewards": self.rewards.tolist(),
+            "nfe": {**asdict(self.nfe), "total": self.nfe.total, "per_sample": self.nfe_per_sample},
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+            "log_normaliser": self.log_normaliser,
+            "trace": self.trace,
+        }
+
+    def save(self, folder: str | Path, name: str = "result") -> Path:
+        """Write `NAME.json` and the states and images as `NAME.safetensors`; the path of the former."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"states": self.states, "images": self.images, "rewards": self.rewards}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(self.summary(), indent=1))
+        return path
+
+
+class Run:
+    """The account of one run: evaluations, time, memory and trace; says where a reward failed.
+
+    A RewardError that passes through `step` gets the step and time in its message, and the states reached so far as
+    its attribute `states`.
+    """
+
+    def __init__(self, target: Target, method: str, **settings: Any) -> None:
+        self.target, self.method = target, {"name": method, **settings}
+        self.trace: list[dict[str, float]] = []
+        target.meter = Meter()
+        self._begin = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextmanager
+    def step(self, k: int, num_steps: int, t: float, x: Tensor) -> Iterator[None]:
+        try:
+            yield
+        except RewardError as error:
+            failure = RewardError(f"{self.method['name']}, step {k + 1} of {num_steps} (t = {t:.4g}): {error}")
+            failure.states = x.detach()
+            raise failure from error
+
+    def note(self, t: float, **numbers: Tensor | float) -> None:
+        """Add a step to the trace; tensors by their mean."""
+        values = {k: v.float().mean().item() if isinstance(v, Tensor) else float(v) for k, v in numbers.items()}
+        self.trace.append({"t": float(t), **values})
+
+    def finish(self, states: Tensor, log_normaliser: float | None = None) -> AlignmentResult:
+        target, seconds = self.target, time.monotonic() - self._begin
+        with torch.no_grad(), self.step(len(self.trace), len(self.trace) + 1, 1.0, states):
+            images = target.decoder(states)
+            rewards = target.rewards(states, count=False) / target.reward_scale
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        return AlignmentResult(
+            self.method, states, images, rewards, self.trace, target.meter, seconds, memory, log_normaliser
+        )
