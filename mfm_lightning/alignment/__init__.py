@@ -1,0 +1,8 @@
+"""Alignment at inference time: steering, search, and the baselines that they must beat, with one kind of result."""
+
+from mfm_lightning.alignment.best_of_n import best_of_n
+from mfm_lightning.alignment.result import AlignmentResult
+from mfm_lightning.alignment.search import search, search_times
+from mfm_lightning.alignment.steer import steer, time_grid
+
+__all__ = ["AlignmentResult", "best_of_n", "search", "search_times", "steer", "time_grid"]
