@@ -88,7 +88,7 @@ def test_gradients_converge_to_the_exact_one_at_the_monte_carlo_rate():
             found = estimator(n)(Target(oracle, reward), t, x, seeded(3))
             error[n] = (found.gradient - exact).square().mean().sqrt() / exact.square().mean().sqrt()
             torch.testing.assert_close(found.value, oracle.value(x, t, reward), rtol=0, atol=30 / math.sqrt(n))
-        assert error[16384] < 0.05 and error[16384] < error[1024] / 2, error
+        assert max(error[16384] / 0.05, 2 * error[16384] / error[1024]) < 1, error
 
 
 def test_differentiated_glass_rollouts_reach_the_exact_gradient():
@@ -140,7 +140,7 @@ def test_nfe_is_counted_as_in_the_paper(model, noise):
     assert steer(target, noise, DrawGradientFree(N), times).nfe.total == B * (K + 2 * N * K)
     assert steer(target, noise, DrawGradient(N), times).nfe.total == B * (K + 4 * N * K)
     assert steer(target, noise, DPSGradient(), times).nfe.total == B * 4 * K
-    assert search(target, noise, 3, N, search_times(K)).nfe.total == 2 * (B // 3) * (2 * 3 * N * K) / 2
+    assert search(target, noise, 3, N, search_times(K)).nfe.total == (B // 3) * 2 * 3 * N * K
     assert best_of_n(target, B, N, K, max_rows=7).nfe.total == B * (K + 1) * N
 
 
@@ -196,7 +196,8 @@ def test_black_boxes_and_failures_are_refused_clearly(model, noise):
 
     with pytest.raises(RewardError, match=r"step 3 of 4 .*'fails_later'.* indices 0, 1") as caught:
         steer(Target(model, fails_later), noise, DrawGradientFree(2), time_grid(4))
-    assert caught.value.states.shape == noise.shape and caught.value.states.isfinite().all()
+    assert caught.value.states.shape == noise.shape
+    assert caught.value.states.isfinite().all()
     with pytest.raises(RewardError, match="needs prompts"):
         Target(model, lambda images, prompts: images)
     with pytest.raises(ValueError, match="unknown gradient estimator"):

@@ -7,9 +7,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mfm_lightning.alignment import steer, time_grid
 from mfm_lightning.checkpoints import import_checkpoint, to_released_names
 from mfm_lightning.models import MetaFlowMap, velocity_and_jvp
 from mfm_lightning.networks import DiT, architecture
+from mfm_lightning.target import Target
+from mfm_lightning.values import DPSGradient
 from tests.parity import ARCHITECTURE, DATA, released_architecture
 
 
@@ -92,3 +95,17 @@ def test_full_size_names_shapes_and_count(name):
     shapes = {f"dit.{k}": list(v.shape) for k, v in to_released_names(model.network.state_dict()).items()}
     assert shapes == released["state_dict"]
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == released["parameters"]
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("kind", ["base", "dps"])
+def test_steered_ode(mfm, kind, renormalise):
+    model, data = mfm
+    vector, label, scale = data["steer.reward_vector"], data["case.label"], data["case.cfg_scale"]
+    target = Target(model, lambda x: x.flatten(1) @ vector, label=label, guidance=scale)
+    strength = 1.0 if kind == "dps" else 0.0
+    result = steer(
+        target, data["steer.x0"], DPSGradient(), time_grid(8, 0.01), strength=strength, renormalise=renormalise
+    )
+    expected = data[f"steer.ode_{kind}_renorm{int(renormalise)}_8steps"]
+    torch.testing.assert_close(result.states, expected, atol=1e-5, rtol=1e-5)

@@ -38,7 +38,8 @@ def test_a_function_is_a_reward(images, own_names):
     built = rewards.build("redness")
     torch.testing.assert_close(rewards.evaluate(built, images), redness(images))
     assert rewards.available()["redness"] == "Red minus the other channels."
-    assert built.differentiable and built.needs == ("images",)
+    assert built.differentiable
+    assert built.needs == ("images",)
 
 
 def test_options_names_and_class_paths(images):
@@ -66,7 +67,8 @@ def test_composition_and_jpeg(images):
     torch.testing.assert_close(total(images), 2 * images.mean(dim=(1, 2, 3)) + 0.5 * torch.tensor(files))
     assert not total.differentiable
     clamped = rewards.build("clamp", reward={"name": "scale", "reward": "brightness", "factor": 10.0}, max=1.0)
-    assert clamped(images).eq(1.0).all() and clamped.differentiable
+    assert clamped(images).eq(1.0).all()
+    assert clamped.differentiable
 
 
 def test_class_mixture_is_the_log_probability(images):
@@ -107,7 +109,8 @@ def test_inverse_problems_are_gaussian_log_densities(images):
 def test_symmetry(images):
     both = (images + images.flip(3)) / 2
     reward = rewards.build("symmetry")
-    assert reward(both).abs().max() < 1e-12 and (reward(images) < -0.01).all()
+    assert reward(both).abs().max() < 1e-12
+    assert (reward(images) < -0.01).all()
     with pytest.raises(RewardError, match="unknown axis"):
         rewards.build("symmetry", axis="diagonal")
 
