@@ -1,4 +1,4 @@
-"""The command `mfm`: `fit`, `validate`, `test` and `predict` with a YAML (LightningCLI), and `demo`."""
+"""The command `mfm`: `fit`, `validate`, `test` and `predict` with a YAML (LightningCLI), `rewards`, and `demo`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ def main(args: Sequence[str] | None = None) -> None:
             from mfm_lightning.demo import demo
 
             demo(args[1:])
+        elif args[:1] == ["rewards"]:
+            from mfm_lightning.reward_command import main as rewards_main
+
+            rewards_main(args[1:])
         else:
             run(args)
     except (CheckpointError, FileNotFoundError, NonFiniteLossError, ValueError) as error:

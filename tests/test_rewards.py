@@ -141,3 +141,19 @@ def test_classifier_weights_must_be_plain_tensors(tmp_path):
     settings = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}
     with pytest.raises(RewardError, match="refused"):
         rewards.build("class_mixture", classifier={**settings, "weights": str(path)}, weights=[1, 0])
+
+
+def test_command_lists_and_scores(tmp_path, capsys, images):
+    from mfm_lightning.cli import main
+
+    main(["rewards"])
+    assert "jpeg_compressibility" in capsys.readouterr().out
+    for i, image in enumerate(images):
+        pixels = ((i + 1) / 4 * image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    main(["rewards", "--score", "brightness", "--images", str(tmp_path), "--option", "scale=10"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".png" in line]
+    assert [line.split()[1] for line in lines] == ["2.png", "1.png", "0.png"]  # best first
+    assert float(lines[0].split()[3]) == pytest.approx(7.5 * images[2].mean().item(), abs=0.05)
+    with pytest.raises(SystemExit, match="did you mean 'brightness'"):
+        main(["rewards", "--score", "brightnes", "--images", str(tmp_path)])
