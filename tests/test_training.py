@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -75,6 +76,26 @@ def test_fit_test_predict_on_digits(folder):
     save_model(load_model("outputs/digits/mfm/model.safetensors"), "outputs/digits/flow/model.safetensors")
     with pytest.raises(CheckpointError, match="was trained with teacher"):
         run(["fit", *again, *SMALL[1:], "--trainer.max_steps=8"])
+
+
+def test_the_readme_works_as_written(folder, capsys):
+    """Its `mfm` commands in their order, made short, then its Python, all of it, in one session."""
+    readme = (ROOT / "README.md").read_text()
+    commands = [line.split("#")[0].split() for line in readme.splitlines() if re.match(r"mfm \w+ --config", line)]
+    assert [c[1] for c in commands[:4]] == ["fit", "fit", "test", "predict"]
+    for command in commands:
+        small = SMALL if command[1] == "fit" else SMALL_IMAGES if command[1] == "test" else []
+        if "configs/gmm" in command[3] and command[1] == "test":
+            small = ["--model.init_args.evaluation.init_args.num_states=2"]
+        run([*command[1:], *small])
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
+        exec(block, namespace)
+    assert namespace["draws"].shape == (4, 8, 1, 8, 8)
+    assert Path("steered.png").stat().st_size > 100
+    assert namespace["result"].rewards.shape == (16,)
+    run(["validate", "--config", "configs/digits/mfm.yaml", "--ckpt_path", "outputs/digits/mfm/last.ckpt"])
+    assert "val/loss" in capsys.readouterr().out
 
 
 def digits_module() -> MFMPretraining:
