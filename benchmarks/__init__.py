@@ -1,0 +1,1 @@
+"""Suites that measure the package; each is run as `python -m benchmarks.NAME`."""
