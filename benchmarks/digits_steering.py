@@ -1,8 +1,8 @@
 """Steered single samples against Best-of-N on digits:  python -m benchmarks.digits_steering
 
-The reward of one MFM-G sample against that of the best of N samples of the same base flow, with the evaluations that each
-cost and the Fréchet distance of each set to the data. As in the paper's ImageNet experiment, candidates come from one
-pool, in as many groups as there are samples; a pool is the same for all rewards.
+The reward of one MFM-G sample against that of the best of N samples of the same base flow, with the evaluations
+that each cost and the Fréchet distance of each set to the data. As in the paper's ImageNet experiment, candidates
+come from one pool, in as many groups as there are samples; a pool is the same for all rewards.
 """
 
 from __future__ import annotations
