@@ -22,11 +22,11 @@ from mfm_lightning.target import Target
 class Estimate:
     """What an estimator found out at states `(B, *shape)`.
 
-    gradient: of V, `(B, *shape)`; value: of V, `(B,)`; ess: effective number of draws, `(B,)`, in 1..N;
-    drift: b_t(x), where the estimator had to compute it anyway.
+    gradient: of V, `(B, *shape)`, None from an estimator of the value alone; value: of V, `(B,)`; ess: effective number
+    of draws, `(B,)`, in 1..N; drift: b_t(x), where the estimator had to compute it anyway.
     """
 
-    gradient: Tensor
+    gradient: Tensor | None
     value: Tensor
     ess: Tensor
     drift: Tensor | None = None
@@ -36,6 +36,14 @@ class GradientEstimator(Protocol):
     """`needs_reward_gradient`: refused before any work with a black-box reward."""
 
     needs_reward_gradient: bool
+
+    def __call__(
+        self, target: Target, t: Tensor | float, x: Tensor, generator: torch.Generator | None = None
+    ) -> Estimate: ...
+
+
+class ValueEstimator(Protocol):
+    """Estimates V alone, and needs no gradient of the reward; every `GradientEstimator` is one, too."""
 
     def __call__(
         self, target: Target, t: Tensor | float, x: Tensor, generator: torch.Generator | None = None
@@ -87,6 +95,31 @@ def estimate_value(
         x1 = posterior(part, as_times(t, x)[rows], x[rows], noise[rows, draws])
         rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
     return log_mean_exp(rewards), effective_sample_size(rewards)
+
+
+@dataclass
+class DrawValue:
+    """V from posterior draws; see `estimate_value`."""
+
+    num_draws: int = 4
+    posterior: Posterior | None = None
+    antithetic: bool = False
+    max_rows: int | None = None
+
+    def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+        settings = (self.num_draws, self.posterior, self.antithetic, self.max_rows)
+        return Estimate(None, *estimate_value(target, t, x, *settings, generator=generator))
+
+
+class DenoisedValue:
+    """r(D_t(x)): the posterior replaced by its mean; no gradient is taken. What Feynman-Kac steering is used with."""
+
+    @torch.no_grad()
+    def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+        t = as_times(t, x)
+        drift = target.drift(t, x)
+        value = target.rewards(denoiser(t, x, drift))
+        return Estimate(None, value, torch.ones_like(value), drift)
 
 
 @dataclass
@@ -197,7 +230,7 @@ class ExactGradient:
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
         t, label = as_times(t, x), target.labels(x)
         reward = target.reward if target.reward_scale == 1 else lambda x1: target.rewards(x1, count=False)
-        value = self.oracle.value(x, t, reward, label)
+        value = self.oracle.value(x, t, reward, label).float()
         return Estimate(self.oracle.value_gradient(x, t, reward, label), value, torch.ones_like(value))
 
 

@@ -3,6 +3,7 @@
 from mfm_lightning.alignment.best_of_n import best_of_n
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.search import search, search_times
+from mfm_lightning.alignment.smc import feynman_kac, twisted_smc
 from mfm_lightning.alignment.steer import steer, time_grid
 
-__all__ = ["AlignmentResult", "best_of_n", "search", "search_times", "steer", "time_grid"]
+__all__ = ["AlignmentResult", "best_of_n", "feynman_kac", "search", "search_times", "steer", "time_grid", "twisted_smc"]

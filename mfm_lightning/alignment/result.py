@@ -30,7 +30,7 @@ class AlignmentResult:
         trace: one dictionary a step: time, mean value or reward, effective sample size and the like.
         nfe: evaluations of networks and rewards as they were made.
         seconds: wall time; peak_memory: bytes on the accelerator, None on CPU.
-        log_normaliser: estimate of log E[e^r], from SMC.
+        log_normaliser: estimates of log E[e^r], `(B,)`, from SMC.
     """
 
     method: dict[str, Any]
@@ -41,7 +41,7 @@ class AlignmentResult:
     nfe: Meter = field(default_factory=Meter)
     seconds: float = 0.0
     peak_memory: int | None = None
-    log_normaliser: float | None = None
+    log_normaliser: Tensor | None = None
 
     @property
     def nfe_per_sample(self) -> float:
@@ -58,7 +58,7 @@ class AlignmentResult:
             "nfe": {**asdict(self.nfe), "total": self.nfe.total, "per_sample": self.nfe_per_sample},
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
-            "log_normaliser": self.log_normaliser,
+            "log_normaliser": None if self.log_normaliser is None else self.log_normaliser.tolist(),
             "trace": self.trace,
         }
 
@@ -104,7 +104,7 @@ class Run:
         values = {k: v.float().mean().item() if isinstance(v, Tensor) else float(v) for k, v in numbers.items()}
         self.trace.append({"t": float(t), **values})
 
-    def finish(self, states: Tensor, log_normaliser: float | None = None) -> AlignmentResult:
+    def finish(self, states: Tensor, log_normaliser: Tensor | None = None) -> AlignmentResult:
         target, seconds = self.target, time.monotonic() - self._begin
         with torch.no_grad(), self.step(len(self.trace), len(self.trace) + 1, 1.0, states):
             images = target.decoder(states)

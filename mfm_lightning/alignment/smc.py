@@ -1,8 +1,8 @@
 """Sequential Monte Carlo: particles weighted by an estimate of the value, resampled as they move.
 
 Feynman-Kac steering (Singhal et al., arXiv 2501.06848) moves them by the base process, twisted SMC (TDS; Wu et al.,
-arXiv 2306.17775) by the steered one. Both are consistent: with many particles they sample the tilted distribution of the
-discretised base process, whatever the estimate of the value.
+arXiv 2306.17775) by the steered one. Both are consistent: with many particles they sample the tilted distribution of
+the discretised base process, whatever the estimate of the value; how many it takes depends on the estimate.
 """
 
 from __future__ import annotations
@@ -195,7 +195,9 @@ def _run(
         poor = ess < ess_threshold * M * (1 + 1e-6)
         run.note(now, value=estimate.value, ess=ess, resampled=poor)
         if poor.any():
-            index = torch.where(poor[:, None], systematic_resample(log_weights, generator), rows.T.new_tensor(range(M)))
+            index = torch.where(
+                poor[:, None], systematic_resample(log_weights, generator), torch.arange(M, device=x.device)
+            )
             flat = (rows * M + index).flatten()
             x, estimate = x[flat], _take(estimate, flat)
             mean = log_weights.logsumexp(dim=1, keepdim=True) - torch.tensor(M).log()
