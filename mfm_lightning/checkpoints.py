@@ -9,15 +9,16 @@ import hashlib
 import json
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks import NETWORKS, DiT
+from mfm_lightning.networks import NETWORKS, VALUE_NETWORKS, DiT
 
 # Released MFM name -> ours. s_embedder/t_embedder are the encoder's inner times s and u, "_second" the decoder's.
 RELEASED_NAMES = {
@@ -181,7 +182,7 @@ def _from_one_time_embedding(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return _rename(renamed, {k: v for k, v in RELEASED_NAMES.items() if k.startswith("y_")})
 
 
-def _load(network: torch.nn.Module, state: dict[str, Tensor], required: set[str], path, source: str) -> None:
+def _load(network: nn.Module, state: dict[str, Tensor], required: set[str], path, source: str) -> None:
     own = network.state_dict()
     missing, unexpected = sorted(required - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
@@ -199,11 +200,10 @@ def _load(network: torch.nn.Module, state: dict[str, Tensor], required: set[str]
     network.load_state_dict(state, strict=False)
 
 
-def save_model(model: MetaFlowMap, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Write a model's weights, and in the file's metadata its network's name and configuration, as safetensors."""
+def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+    """Write a network's weights, and in the file's metadata its class and `config`, as safetensors."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    network = model.network
     header = {"network": type(network).__name__, "config": json.dumps(network.config), **(metadata or {})}
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     partial = path.with_suffix(".partial")
@@ -212,12 +212,15 @@ def save_model(model: MetaFlowMap, path: str | Path, metadata: dict[str, str] | 
     return path
 
 
-def load_model(path: str | Path) -> MetaFlowMap:
-    """Load what `save_model` wrote.
+def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWORKS) -> nn.Module:
+    """Build the network that `save_network` wrote.
+
+    Args:
+        known: the classes that are wanted, by name.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file was not written by `save_model`.
+        CheckpointError: if the file was not written by `save_network`, or holds a network of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -227,11 +230,29 @@ def load_model(path: str | Path) -> MetaFlowMap:
             header = file.metadata() or {}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if header.get("network") not in NETWORKS:
+    name = header.get("network")
+    if name is None:
         raise CheckpointError(f"{path} was not written by mfm-lightning: use import_checkpoint for released weights")
-    model = MetaFlowMap(NETWORKS[header["network"]](**json.loads(header["config"])))
-    _load(model.network, load_file(path), set(model.network.state_dict()), path, "mfm-lightning")
-    return model
+    if name not in known:
+        raise CheckpointError(f"{path} holds a {name}: expected one of {', '.join(known)}")
+    network = known[name](**json.loads(header["config"]))
+    _load(network, load_file(path), set(network.state_dict()), path, "mfm-lightning")
+    return network
+
+
+def save_model(model: MetaFlowMap, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+    """`save_network` of a model's network."""
+    return save_network(model.network, path, metadata)
+
+
+def load_model(path: str | Path) -> MetaFlowMap:
+    """Load what `save_model` wrote; raises as `load_network`."""
+    return MetaFlowMap(load_network(path))
+
+
+def load_value(path: str | Path) -> nn.Module:
+    """Load an amortised value network V_phi(t, x_t, label); raises as `load_network`."""
+    return load_network(path, VALUE_NETWORKS)
 
 
 def fingerprint(path: str | Path) -> str:

@@ -91,11 +91,7 @@ class GaussianMixture:
         Raises:
             TypeError: if the reward is of another kind, for which a mixture has no closed form.
         """
-        if not all(hasattr(reward, name) for name in ("operator", "observation", "noise_std")):
-            raise TypeError(
-                f"the value of a {type(reward).__name__} under a mixture has no closed form: give a linear-Gaussian "
-                "likelihood (with operator, observation, noise_std), or use an EmpiricalDistribution"
-            )
+        _require_linear_gaussian(reward)
         t = as_times(t, x)
         log_joint, means, variances = self._posterior_moments(t, x)
         A, y = reward.operator.to(x), reward.observation.to(x)
@@ -111,6 +107,22 @@ class GaussianMixture:
             x = x.detach().requires_grad_()
             return torch.autograd.grad(self.value(x, t, reward).sum(), x)[0]
 
+    def tilted(self, reward) -> GaussianMixture:
+        """p(x1) e^{r(x1)} / Z, again a mixture, for a linear-Gaussian likelihood reward (as in `value`).
+
+        Raises:
+            TypeError: if the reward is of another kind.
+        """
+        _require_linear_gaussian(reward)
+        A, y = reward.operator.double(), reward.observation.double()
+        precision = torch.linalg.inv(self.covariances)
+        covariances = torch.linalg.inv(precision + A.T @ A / reward.noise_std**2)
+        information = torch.einsum("kij,kj->ki", precision, self.means) + A.T @ y / reward.noise_std**2
+        evidence = A @ self.covariances @ A.T + reward.noise_std**2 * torch.eye(len(y), dtype=torch.float64)
+        log_evidence = torch.distributions.MultivariateNormal(self.means @ A.T, evidence).log_prob(y)
+        means = torch.einsum("kij,kj->ki", covariances, information)
+        return GaussianMixture(means, covariances, (self.weights.log() + log_evidence).softmax(0))
+
     def _posterior(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # log w_k N(x; t m_k, t^2 C_k + (1-t)^2 I), the noisy variances and the centred state in the components' axes
         t = t[:, None, None]
@@ -124,6 +136,14 @@ class GaussianMixture:
         lam, time = self.variances.to(x), t[:, None, None]
         gain = torch.einsum("kij,bkj->bki", self.axes.to(x), time * lam / noisy * centred)
         return log_joint, self.means.to(x) + gain, (1 - time) ** 2 * lam / noisy
+
+
+def _require_linear_gaussian(reward) -> None:
+    if not all(hasattr(reward, name) for name in ("operator", "observation", "noise_std")):
+        raise TypeError(
+            f"the value of a {type(reward).__name__} under a mixture has no closed form: give a linear-Gaussian "
+            "likelihood (with operator, observation, noise_std), or use an EmpiricalDistribution"
+        )
 
 
 class EmpiricalDistribution:

@@ -1,4 +1,4 @@
-"""Where posterior draws come from: the flow map, GLASS on any base drift, or an oracle; each by one interface."""
+"""Where posterior draws come from: the flow map, GLASS or the SDE of any base drift, or an oracle; by one interface."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.interpolant import as_times
-from mfm_lightning.samplers import sample_posterior_glass
+from mfm_lightning.samplers import sample_posterior_glass, sample_sde
 from mfm_lightning.target import Target
 
 
@@ -52,3 +52,28 @@ class OraclePosterior:
 
     def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
         return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.labels(x_t), self.generator)
+
+
+class RolloutPosterior:
+    """The base SDE from (t, x_t) to the data, `steps` Euler-Maruyama steps a draw, all states at one time.
+
+    Its noise is its own: the inner noise it is given only says how many draws are wanted.
+
+    Args:
+        steps: steps between t and 1.
+        max_diffusion: clamp of sigma^2/2 near t=0.
+        generator: of the noise.
+    """
+
+    def __init__(self, steps: int = 200, max_diffusion: float = 25.0, generator: torch.Generator | None = None) -> None:
+        if steps < 1:
+            raise ValueError(f"steps ({steps}) must be at least 1")
+        self.steps, self.max_diffusion, self.generator = steps, max_diffusion, generator
+
+    def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
+        t = torch.as_tensor(t)
+        start = float(t.flatten()[0])
+        if not (t == start).all():
+            raise ValueError("rollouts of a batch start at one time: give one t for all states")
+        x = x_t.repeat_interleave(noise.shape[1], dim=0)
+        return sample_sde(target.drift, x, self.steps, start, self.max_diffusion, self.generator).reshape(noise.shape)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mfm_lightning.checkpoints import fingerprint, load_model
 from mfm_lightning.decoders import Decoder, IdentityDecoder
 from mfm_lightning.interpolant import as_times
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.nfe import Meter
-from rewards import Reward, RewardError, as_reward, evaluate
+from rewards import Reward, RewardError, as_reward, build, evaluate
 from rewards.protocol import check_context, name_of
 
 
@@ -119,6 +123,77 @@ class Target:
             return None if self.prompts is None else [self.prompts] * len(x)
         k = _per_sample(len(self.prompts), x)
         return [prompt for prompt in self.prompts for _ in range(k)]
+
+
+@dataclass
+class TargetSettings:
+    """A target as a config describes it.
+
+    model: a `model.safetensors` that `mfm fit` exported: the Meta Flow Map, and the base flow that it contains.
+    reward: a registered name; `{name: ..., and its options}`; or `{class_path: ..., init_args: {...}}`.
+    decoder: states to images; the states themselves where None.
+    reward_scale: the reward is multiplied by it.
+    guidance: class-guidance scale given to the network.
+    prompts: one for all samples, or one a class (chosen by the label).
+    """
+
+    model: str
+    reward: dict[str, Any] | str
+    decoder: Decoder | None = None
+    reward_scale: float = 1.0
+    guidance: float | None = None
+    prompts: str | list[str] | None = None
+
+    def load(self) -> LoadedTarget:
+        """The frozen parts, read and built.
+
+        Raises:
+            FileNotFoundError: if the model is not there.
+            RewardError: if the reward is unknown, its options do not fit, or it needs prompts and there are none.
+        """
+        reward = build(self.reward).eval().requires_grad_(False)
+        if "prompts" in reward.needs and self.prompts is None:
+            raise RewardError(f"reward {name_of(reward)!r} needs prompts: set target.prompts")
+        if not Path(self.model).is_file():
+            raise FileNotFoundError(
+                f"no model at {self.model}: fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)"
+            )
+        return LoadedTarget(self, load_model(self.model).eval().requires_grad_(False), reward)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint names the frozen parts by."""
+        return {"model": self.model, "sha256": fingerprint(self.model), "reward": repr(self.reward)}
+
+
+@dataclass
+class LoadedTarget:
+    """The parts of a target that a config describes; called with the labels of a batch, it gives the batch's target."""
+
+    settings: TargetSettings
+    model: MetaFlowMap
+    reward: Reward
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the parts to a device."""
+        for part in (self.model, self.reward, self.settings.decoder):
+            if part is not None:
+                part.to(device)
+
+    def __call__(self, label: Tensor | None) -> Target:
+        """The target of samples with these labels `(B,)`, with the prompts of their classes.
+
+        Raises:
+            ValueError: if prompts are given by class and a label is none of them.
+        """
+        settings, prompts = self.settings, self.settings.prompts
+        if isinstance(prompts, list):
+            if label is None or not bool((label < len(prompts)).all()):
+                raise ValueError(f"{len(prompts)} prompts, one a class, need a label in 0..{len(prompts) - 1} each")
+            prompts = [prompts[i] for i in label.tolist()]
+        return Target(
+            self.model, self.reward, settings.decoder, label, settings.guidance, prompts, settings.reward_scale
+        )
 
 
 def _per_sample(num: int, x: Tensor) -> int:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mfm_lightning.checkpoints import load_value
 from mfm_lightning.interpolant import as_times, denoiser, expand
 from mfm_lightning.models import randn
 from mfm_lightning.posteriors import FlowMapPosterior, GlassPosterior, Posterior
@@ -205,14 +206,21 @@ class DPSGradient:
         return Estimate(gradient, value, torch.ones_like(value), drift)
 
 
-@dataclass
 class NetworkGradient:
-    """The gradient of an amortised value network V_phi(t, x, label): no draws, no reward."""
+    """The gradient of an amortised value network V_phi(t, x, label): no draws, no reward.
 
-    network: torch.nn.Module
+    Args:
+        network: the network, or the `.safetensors` file that fitting `ValueEstimation` exported.
+    """
+
     needs_reward_gradient = False
 
+    def __init__(self, network: torch.nn.Module | str) -> None:
+        self.network = load_value(network) if isinstance(network, str) else network
+        self.network.eval().requires_grad_(False)
+
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+        self.network.to(x.device)
         with torch.enable_grad():
             state = x.detach().requires_grad_()
             value = target.meter.counted("network", self.network)(as_times(t, x), state, target.labels(x))

@@ -17,8 +17,7 @@ from mfm_lightning.checkpoints import CheckpointError, import_checkpoint, load_m
 from mfm_lightning.cli import main, run
 from mfm_lightning.data import DigitsDataModule
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules import MFMPretraining, NonFiniteLossError
-from mfm_lightning.modules.pretraining import check_batch
+from mfm_lightning.modules import MFMPretraining, NonFiniteLossError, Optimization, check_batch
 from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.objectives import Objective, WeightedTerm
 from tests.parity import ARCHITECTURE, DATA
@@ -71,7 +70,7 @@ def test_fit_test_predict_on_digits(folder):
     assert saved["draws/t=0.2"].shape == (len(saved["x1"]), 8, 1, 8, 8)
     checkpoint = torch.load("outputs/digits/mfm/last.ckpt", weights_only=True)
     assert not [k for k in checkpoint["state_dict"] if "teacher" in k]
-    assert checkpoint["teacher"]["path"] == "outputs/digits/flow/model.safetensors"
+    assert checkpoint["frozen"]["teacher"]["path"] == "outputs/digits/flow/model.safetensors"
     # another teacher than the one that the run was trained with is refused
     save_model(load_model("outputs/digits/mfm/model.safetensors"), "outputs/digits/flow/model.safetensors")
     with pytest.raises(CheckpointError, match="was trained with teacher"):
@@ -104,8 +103,7 @@ def digits_module() -> MFMPretraining:
     return MFMPretraining(
         network,
         Objective([WeightedTerm("data_diagonal"), WeightedTerm("mean_flow")]),
-        learning_rate=1e-3,
-        warmup_steps=3,
+        optimization=Optimization(learning_rate=1e-3, warmup_steps=3),
     )
 
 
@@ -195,7 +193,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_fit_continues_from(folder, monkeypatch)
         (["--model.init_args.learning_rte=1"], "learning_rte"),
         (["--model.init_args.teacher=null"], "needs a teacher"),
         (["--model.init_args.network.init_args.dim=3"], "the teacher's states have shape (2,)"),
-        (["--model.init_args.optimizer=sgd"], "unknown optimizer 'sgd'"),
+        (["--model.init_args.optimization.optimizer=sgd"], "unknown optimizer 'sgd'"),
     ],
 )
 def test_bad_configs_are_refused_before_training(folder, capsys, arguments, message):

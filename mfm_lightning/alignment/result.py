@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class AlignmentResult:
         rewards: of the images, `(B,)`, without the target's `reward_scale`; not counted in `nfe`.
         trace: one dictionary a step: time, mean value or reward, effective sample size and the like.
         nfe: evaluations of networks and rewards as they were made.
-        seconds: wall time; peak_memory: bytes on the accelerator, None on CPU.
+        seconds: wall time; peak_memory: bytes, on the accelerator in this run, or of the process so far on CPU.
         log_normaliser: estimates of log E[e^r], `(B,)`, from SMC.
     """
 
@@ -109,7 +110,17 @@ class Run:
         with torch.no_grad(), self.step(len(self.trace), len(self.trace) + 1, 1.0, states):
             images = target.decoder(states)
             rewards = target.rewards(states, count=False) / target.reward_scale
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         return AlignmentResult(
-            self.method, states, images, rewards, self.trace, target.meter, seconds, memory, log_normaliser
+            self.method, states, images, rewards, self.trace, target.meter, seconds, _peak_memory(), log_normaliser
         )
+
+
+def _peak_memory() -> int | None:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

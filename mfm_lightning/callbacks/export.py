@@ -1,4 +1,4 @@
-"""The trained model as one safetensors file."""
+"""The trained network as one safetensors file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from mfm_lightning.callbacks.ema import EMA
-from mfm_lightning.checkpoints import save_model
+from mfm_lightning.checkpoints import save_network
 
 log = logging.getLogger(__name__)
 
@@ -28,5 +28,5 @@ class ExportModel(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), EMA())
         with ema.applied(module):
-            path = save_model(module.model, Path(trainer.default_root_dir) / self.filename)
+            path = save_network(module.exported, Path(trainer.default_root_dir) / self.filename)
         log.info("model written to %s", path)

@@ -3,5 +3,6 @@
 from mfm_lightning.data.base import ArrayDataModule
 from mfm_lightning.data.digits import DigitsDataModule
 from mfm_lightning.data.gaussian_mixture import GaussianMixtureDataModule
+from mfm_lightning.data.noise import NoiseDataModule
 
-__all__ = ["ArrayDataModule", "DigitsDataModule", "GaussianMixtureDataModule"]
+__all__ = ["ArrayDataModule", "DigitsDataModule", "GaussianMixtureDataModule", "NoiseDataModule"]

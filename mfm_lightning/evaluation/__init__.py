@@ -3,5 +3,6 @@
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.evaluation.images import ImageEvaluation
 from mfm_lightning.evaluation.mixture import MixtureEvaluation
+from mfm_lightning.evaluation.values import ValueEvaluation
 
-__all__ = ["Evaluation", "ImageEvaluation", "MixtureEvaluation"]
+__all__ = ["Evaluation", "ImageEvaluation", "MixtureEvaluation", "ValueEvaluation"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.evaluation.base import Evaluation, track, write_table
+from mfm_lightning.figures import image_grid
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.classifier import accuracy, train_classifier
 from mfm_lightning.metrics.distances import frechet_distance
@@ -110,7 +111,7 @@ class ImageEvaluation(Evaluation):
             samples = sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps)
             title = f"base flow, {self.ode_steps}-step ODE, one class a row"
         rows = data.decode(samples.cpu()).reshape(data.num_classes, per_class, *model.state_shape)
-        _grid(rows, folder / "samples.png", title, None)
+        image_grid(rows, folder / "samples.png", title)
         for t in self.picture_times if self.refinement_steps else ():
             self._posterior_picture(data, model, module.device, t, folder / f"posterior_t{t:g}.png")
 
@@ -125,7 +126,7 @@ class ImageEvaluation(Evaluation):
         draws = model.sample_posterior(x_t, t, num_draws, generator=self._generator(6))
         rows = torch.cat([first[:, None], x_t[:, None], draws], dim=1).cpu()
         rows = data.decode(rows.flatten(0, 1)).reshape(rows.shape)
-        _grid(rows, path, f"one-step posterior draws, t = {t:g} (no label given)", ["x1", "x_t", "draws"])
+        image_grid(rows, path, f"one-step posterior draws, t = {t:g} (no label given)", ["x1", "x_t", "draws"])
 
     @torch.no_grad()
     def predict(self, module, batch, batch_idx: int, folder: Path) -> None:
@@ -157,22 +158,3 @@ def _base(module):
 
 def _row(samples: str, t, evaluations, frechet: float, agreement: float) -> dict:
     return {"samples": samples, "t": t, "evaluations": evaluations, "Fréchet": frechet, "as labelled": agreement}
-
-
-def _grid(rows: Tensor, path: Path, title: str, columns: list[str] | None) -> None:
-    """Images in [0, 1], `(R, C, channels, H, W)`, as a figure; `columns` names the first ones."""
-    from matplotlib.figure import Figure
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    R, C = rows.shape[:2]
-    figure = Figure(figsize=(0.62 * C, 0.62 * R + 0.6), layout="constrained")
-    axes = figure.subplots(R, C, squeeze=False)
-    for i in range(R):
-        for j in range(C):
-            image = rows[i, j].permute(1, 2, 0).squeeze(-1).numpy()
-            axes[i, j].imshow(image, cmap="gray", vmin=0, vmax=1)
-            axes[i, j].axis("off")
-            if columns and i == 0 and j < len(columns):
-                axes[i, j].set_title(columns[j], fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)

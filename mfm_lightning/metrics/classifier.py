@@ -29,10 +29,30 @@ class SmallClassifier(nn.Module):
         return self.head(self.body(images))
 
 
-def train_classifier(images: Tensor, labels: Tensor, num_classes: int, steps: int = 600) -> SmallClassifier:
+class DigitsClassifier(SmallClassifier):
+    """`SmallClassifier` of scikit-learn's digits, trained when it is made (a few seconds, the same for a seed).
+
+    As `classifier: {class_path: mfm_lightning.metrics.classifier.DigitsClassifier}` it serves rewards. Its default seed
+    is not that of the evaluation's classifier, so that a reward is not measured by the network that gave it.
+    """
+
+    def __init__(self, seed: int = 1, steps: int = 600) -> None:
+        from mfm_lightning.data.digits import DigitsDataModule
+
+        super().__init__(1, 8, DigitsDataModule.num_classes)
+        data = DigitsDataModule()
+        data.setup()
+        images, labels = data.splits["train"]
+        trained = train_classifier(data.decode(images), labels, data.num_classes, steps, seed)
+        self.load_state_dict(trained.state_dict())
+
+
+def train_classifier(
+    images: Tensor, labels: Tensor, num_classes: int, steps: int = 600, seed: int = 0
+) -> SmallClassifier:
     """Train on `(N, C, H, W)` images in [0, 1]; the same result each time, and the global random state is kept."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         images, labels = images.detach().clone(), labels.clone()
         model = SmallClassifier(images.shape[1], images.shape[2], num_classes)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -23,6 +25,25 @@ def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 64, generato
     directions = directions / directions.norm(dim=0)
     gap = (x @ directions).sort(dim=-2).values - (y @ directions).sort(dim=-2).values
     return gap.square().mean(dim=(-2, -1)).sqrt()
+
+
+def mmd(x: Tensor, y: Tensor, scales: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0)) -> float:
+    """Squared maximum mean discrepancy, unbiased (it can be below 0), of the mean of Gaussian kernels (paper, F.1).
+
+    Args:
+        x, y: samples `(N, D)` and `(M, D)`.
+        scales: widths of the kernels, in units of the median distance within y.
+    """
+    x, y = x.double(), y.double()
+    within = torch.pdist(y[:2000])
+    widths = [scale * within.median() for scale in scales]
+
+    def kernel(distance: Tensor) -> Tensor:
+        return sum(torch.exp(-0.5 * (distance / w) ** 2) for w in widths) / len(widths)
+
+    N, M = len(x), len(y)
+    own = sum(2 * kernel(torch.pdist(a)).sum() / (n * (n - 1)) for a, n in ((x, N), (y, M)))
+    return float(own - 2 * kernel(torch.cdist(x, y)).mean())
 
 
 class _Features(nn.Module):

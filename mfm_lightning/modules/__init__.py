@@ -1,5 +1,17 @@
 """LightningModules."""
 
-from mfm_lightning.modules.pretraining import MFMPretraining, NonFiniteLossError
+from mfm_lightning.modules.alignment import RewardAlignment
+from mfm_lightning.modules.base import NonFiniteLossError, TrainingModule, check_batch
+from mfm_lightning.modules.optimization import Optimization
+from mfm_lightning.modules.pretraining import MFMPretraining
+from mfm_lightning.modules.value_estimation import ValueEstimation
 
-__all__ = ["MFMPretraining", "NonFiniteLossError"]
+__all__ = [
+    "MFMPretraining",
+    "NonFiniteLossError",
+    "Optimization",
+    "RewardAlignment",
+    "TrainingModule",
+    "ValueEstimation",
+    "check_batch",
+]

@@ -25,6 +25,10 @@ class Pair:
     label: Tensor
     guidance: Tensor
 
+    def take(self, rows: slice) -> Pair:
+        """Some of the samples."""
+        return Pair(self.x1[rows], self.t[rows], self.x_t[rows], self.label[rows], self.guidance[rows])
+
     def inner_state(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Fresh inner noise eps and the inner interpolant (1-s) eps + s x1."""
         eps = torch.randn_like(self.x1)
@@ -57,8 +61,9 @@ class InnerTimes:
 
     distribution: "uniform", or "logit_normal" (sigmoid of N(mean, std^2)).
     annealing_steps: over so many steps the gap u - s grows from 0 to what was drawn (0: none, as in the release).
-    equal_rate: probability of u = s, where a consistency term is the diagonal's (the share of r = t of Mean Flows,
-        arXiv 2505.13447): one consistency term then trains both parts at the cost of one.
+    equal_rate: share of each batch, its first samples, with u = s, where a consistency term is the diagonal's (the
+        share of r = t of Mean Flows, arXiv 2505.13447): one consistency term then trains both parts at less than the
+        cost of one.
     """
 
     distribution: str = "uniform"
@@ -79,12 +84,16 @@ class InnerTimes:
             return torch.rand(num, device=device)
         return torch.sigmoid(self.mean + self.std * torch.randn(num, device=device))
 
+    def num_equal(self, num: int) -> int:
+        """How many of `num` samples have u = s: the first ones (the samples of a batch are exchangeable)."""
+        return round(self.equal_rate * num)
+
     def two(self, num: int, device: torch.device, step: int = 0) -> tuple[Tensor, Tensor]:
         """`(num,)` times s and u, s <= u."""
         a, b = self.one(num, device), self.one(num, device)
         s, u = torch.minimum(a, b), torch.maximum(a, b)
-        if self.equal_rate:
-            u = torch.where(torch.rand(num, device=device) < self.equal_rate, s, u)
+        k = self.num_equal(num)
+        u = torch.cat([s[:k], u[k:]])
         if self.annealing_steps:
             u = s + (u - s) * min(1.0, step / self.annealing_steps)
         return s, u

@@ -97,7 +97,17 @@ class Consistency:
     def __call__(self, model, teacher, pair: Pair, step: int) -> Tensor:
         s, u = self.times.two(len(pair.x1), pair.x1.device, step)
         eps, x = pair.inner_state(s)
-        return self.residual(model, teacher, pair, s, u, x, eps)
+        k = self.times.num_equal(len(s))  # u = s in the first k
+        parts = []
+        if k:
+            parts.append(self.diagonal(model, teacher, pair.take(slice(k)), s[:k], x[:k], eps[:k]))
+        if k < len(s):
+            parts.append(self.residual(model, teacher, pair.take(slice(k, None)), s[k:], u[k:], x[k:], eps[k:]))
+        return torch.cat(parts)
+
+    def diagonal(self, model, teacher, pair: Pair, s: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+        """The residual at u = s; a term that needs no tangent there says so."""
+        return self.residual(model, teacher, pair, s, s, x, eps)
 
     def residual(self, model, teacher, pair: Pair, s: Tensor, u: Tensor, x: Tensor, eps: Tensor) -> Tensor:
         """v_{s,u}(x) - sg(target) at given times, inner state x and inner noise eps."""
@@ -158,6 +168,11 @@ class _Eulerian(Consistency):
             pair.label, pair.guidance, self.backend,
         )  # fmt: skip
         return v - (start + expand(u - s, x) * dv).detach()
+
+    def diagonal(self, model, teacher, pair, s, x, eps) -> Tensor:
+        with torch.no_grad():
+            start = self.start_velocity(model, teacher, pair, s, x, eps)
+        return model.velocity(s, s, x, pair.t, pair.x_t, pair.label, pair.guidance) - start
 
 
 class EulerianSelf(_Eulerian):

@@ -1,0 +1,161 @@
+"""The alignment methods with their settings, as objects that a config can name; each calls the function of its file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.alignment.best_of_n import best_of_n
+from mfm_lightning.alignment.result import AlignmentResult
+from mfm_lightning.alignment.search import search, search_times
+from mfm_lightning.alignment.smc import feynman_kac, twisted_smc
+from mfm_lightning.alignment.steer import steer, time_grid
+from mfm_lightning.models import randn
+from mfm_lightning.posteriors import Posterior
+from mfm_lightning.target import Target
+from mfm_lightning.values import DenoisedValue, DPSGradient, DrawGradient, GradientEstimator, ValueEstimator
+
+
+class AlignmentMethod(Protocol):
+    """Aligned samples from noise.
+
+    `check` raises RewardError, before any work, if the target's reward does not give what the method needs.
+    """
+
+    def check(self, target: Target) -> None: ...
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult: ...
+
+
+@dataclass
+class TimeGrid:
+    """Times of a sampler: see `alignment.time_grid`."""
+
+    steps: int = 100
+    start: float = 0.01
+    end: float = 1.0
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.times = time_grid(self.steps, self.start, self.end, self.power)
+
+
+@dataclass
+class Steering:
+    """The steered ODE or SDE: see `alignment.steer`. With strength 0 it is the base sampler."""
+
+    estimator: GradientEstimator = field(default_factory=DrawGradient)
+    grid: TimeGrid = field(default_factory=TimeGrid)
+    dynamics: str = "ode"
+    strength: float = 1.0
+    steer_from: float = 0.0
+    steer_to: float = 1.0
+    renormalise: bool = False
+    clip: float | None = None
+    max_diffusion: float = 25.0
+
+    def check(self, target: Target) -> None:
+        if self.estimator.needs_reward_gradient and self.strength:
+            target.require_gradient(type(self.estimator).__name__)
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        return steer(
+            target, x0, self.estimator, self.grid.times, self.dynamics, self.strength, self.steer_from, self.steer_to,
+            self.renormalise, self.clip, self.max_diffusion, generator,
+        )  # fmt: skip
+
+
+@dataclass
+class Search:
+    """MFM-Search (Algorithm 4): see `alignment.search`; `steps` and `power` are those of `search_times`."""
+
+    num_particles: int = 8
+    num_draws: int = 4
+    steps: int = 10
+    power: float = 2.5
+    selection: str = "overall"
+    stochastic: bool = True
+    posterior: Posterior | None = None
+
+    def check(self, target: Target) -> None:
+        """Any reward will do."""
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        return search(
+            target, with_particles(x0, self.num_particles, generator), self.num_particles, self.num_draws,
+            search_times(self.steps, self.power), self.selection, self.stochastic, self.posterior, generator,
+        )  # fmt: skip
+
+
+@dataclass
+class BestOfN:
+    """Best-of-N: see `alignment.best_of_n`. It draws its noise itself, as many as there are x0 for each candidate."""
+
+    num_candidates: int = 100
+    steps: int = 100
+    max_rows: int = 1024
+
+    def check(self, target: Target) -> None:
+        """Any reward will do."""
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        return best_of_n(
+            target, len(x0), self.num_candidates, self.steps, self.max_rows, generator=generator, device=x0.device
+        )
+
+
+@dataclass
+class FeynmanKac:
+    """Feynman-Kac steering: see `alignment.feynman_kac`."""
+
+    value: ValueEstimator = field(default_factory=DenoisedValue)
+    num_particles: int = 8
+    grid: TimeGrid = field(default_factory=TimeGrid)
+    transition: str = "sde"
+    posterior: Posterior | None = None
+    ess_threshold: float = 0.5
+    keep: str = "sample"
+    max_diffusion: float = 25.0
+
+    def check(self, target: Target) -> None:
+        if getattr(self.value, "needs_reward_gradient", False):
+            target.require_gradient(type(self.value).__name__)
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        return feynman_kac(
+            target, with_particles(x0, self.num_particles, generator), self.value, self.num_particles, self.grid.times,
+            self.transition, self.posterior, self.ess_threshold, self.keep, self.max_diffusion, generator,
+        )  # fmt: skip
+
+
+@dataclass
+class TwistedSMC:
+    """Twisted SMC (TDS): see `alignment.twisted_smc`."""
+
+    estimator: GradientEstimator = field(default_factory=DPSGradient)
+    num_particles: int = 8
+    grid: TimeGrid = field(default_factory=TimeGrid)
+    strength: float = 1.0
+    clip: float | None = None
+    ess_threshold: float = 0.5
+    keep: str = "sample"
+    max_diffusion: float = 25.0
+
+    def check(self, target: Target) -> None:
+        if self.estimator.needs_reward_gradient:
+            target.require_gradient(f"twisted SMC with {type(self.estimator).__name__}")
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        return twisted_smc(
+            target, with_particles(x0, self.num_particles, generator), self.estimator, self.num_particles,
+            self.grid.times, self.strength, self.clip, self.ess_threshold, self.keep, self.max_diffusion, generator,
+        )  # fmt: skip
+
+
+def with_particles(x0: Tensor, num_particles: int, generator: torch.Generator | None = None) -> Tensor:
+    """`(B*M, *shape)` noise whose first particle of each sample is x0 `(B, *shape)`."""
+    others = randn((len(x0), num_particles - 1, *x0.shape[1:]), x0, generator)
+    return torch.cat([x0[:, None], others], dim=1).flatten(0, 1)

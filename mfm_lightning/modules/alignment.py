@@ -1,0 +1,142 @@
+"""Alignment at inference time as a job: `mfm predict` with a method, a reward and a trained model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mfm_lightning.alignment.methods import AlignmentMethod, Steering
+from mfm_lightning.alignment.result import AlignmentResult
+from mfm_lightning.figures import before_after, scatter
+from mfm_lightning.modules.base import check_batch
+from mfm_lightning.samplers import sample_ode
+from mfm_lightning.target import TargetSettings
+from rewards import RewardError
+
+log = logging.getLogger(__name__)
+
+
+class RewardAlignment(L.LightningModule):
+    """Aligns samples from the DataModule's noise, and writes to `predict/` of the run's folder, for each batch,
+    `batch_NNNN.json` (the run: rewards before and after, NFE, seconds, trace) and `.safetensors` (states, images);
+    `summary.json` over all; and `before_after.png`.
+
+    "Before" is the base flow's ODE from the same noise.
+
+    Args:
+        target: model, reward and decoder.
+        method: how to align.
+        base_steps: Euler steps of the base flow.
+        pictures: samples in the picture.
+        seed: of the method's noise.
+
+    Raises:
+        RewardError: on construction, if the method needs a reward gradient and there is none.
+    """
+
+    def __init__(
+        self,
+        target: TargetSettings,
+        method: AlignmentMethod | None = None,
+        base_steps: int = 100,
+        pictures: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.target, self.method = target.load(), method or Steering()
+        self.base_steps, self.pictures, self.seed = base_steps, pictures, seed
+        self._done: list[dict[str, Any]] = []
+        self._shown: list[tuple[Tensor, ...]] = []
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes."""
+        return Path(self.trainer.default_root_dir) / "predict"
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict":
+            raise ValueError(f"alignment has nothing to {stage}: run mfm predict")
+        data, model = self.trainer.datamodule, self.target.model
+        if data is not None and (tuple(data.state_shape), data.num_classes) != (model.state_shape, model.num_classes):
+            raise ValueError(
+                f"noise of shape {tuple(data.state_shape)} with {data.num_classes} classes for a model of "
+                f"{model.state_shape} with {model.num_classes}: set data.state_shape and data.num_classes"
+            )
+        self.target.to(self.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._done, self._shown = [], []
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        check_batch(batch, self.target.model.state_shape, self.target.model.num_classes)
+        return batch
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> AlignmentResult:
+        x0, label = batch
+        # the states of all ranks' batches have numbers of their own
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        target = self.target(None if bool((label == self.target.model.num_classes).all()) else label)
+        self.method.check(target)
+        before = sample_ode(target.drift, x0, self.base_steps)
+        images = target.decoder(before)
+        base_rewards = target.rewards(before, count=False) / target.reward_scale
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        name = f"batch_{number:04d}"
+        try:
+            result = self.method(target, x0, generator)
+        except (RewardError, FloatingPointError) as error:
+            if (states := getattr(error, "states", None)) is not None:
+                path = self.folder / f"{name}_unfinished.safetensors"
+                save_file({"states": states.cpu().contiguous()}, path)
+                raise type(error)(f"{error}; the states so far are in {path}") from error
+            raise
+        result.save(self.folder, name)
+        self._done.append({"batch": number, "rewards_before": base_rewards.tolist(), **result.summary()})
+        if len(result.states) == len(x0):
+            self._shown.append((images.cpu(), result.images.cpu(), base_rewards.cpu(), result.rewards.cpu()))
+        return result
+
+    def on_predict_epoch_end(self) -> None:
+        if not self._done:
+            return
+        before, after = (
+            torch.tensor([r for batch in self._done for r in batch[key]]) for key in ("rewards_before", "rewards")
+        )
+        summary = {
+            "method": self._done[0]["method"],
+            "reward": self.target.settings.reward,
+            "reward_scale": self.target.settings.reward_scale,
+            "model": self.target.settings.identity,
+            "samples": len(after),
+            "mean_reward_before": before.mean().item(),
+            "mean_reward": after.mean().item(),
+            "nfe_per_sample": sum(b["nfe"]["total"] for b in self._done) / len(after),
+            "seconds": sum(b["seconds"] for b in self._done),
+            "batches": self._done,
+        }
+        rank = f"_rank{self.global_rank}" if self.trainer.world_size > 1 else ""
+        (self.folder / f"summary{rank}.json").write_text(json.dumps(summary, indent=1, default=repr))
+        if self._shown and self.trainer.is_global_zero:
+            self._picture(summary)
+        cost = f"{len(after)} samples, {summary['nfe_per_sample']:.0f} evaluations each"
+        log.info("%s over %s; written to %s", _change(summary), cost, self.folder)
+
+    def _picture(self, summary: dict[str, Any]) -> None:
+        images, aligned, *scores = (torch.cat(parts) for parts in zip(*self._shown, strict=True))
+        path, change = self.folder / "before_after.png", _change(summary)
+        if images.dim() != 4:
+            scatter({"base flow": images, summary["method"]["name"]: aligned}, path, change)
+            return
+        title = f"base flow (upper of each pair) and {summary['method']['name']} from the same noise (lower)\n{change}"
+        shown = slice(self.pictures)
+        before_after(images[shown], aligned[shown], (scores[0][shown], scores[1][shown]), path, title)
+
+
+def _change(summary: dict[str, Any]) -> str:
+    return f"mean reward {summary['mean_reward_before']:.3f} to {summary['mean_reward']:.3f}"

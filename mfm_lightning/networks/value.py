@@ -1,0 +1,114 @@
+"""Networks for the amortised value V_phi(t, x_t, label): one number a state (paper, section 4)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfm_lightning.networks.dit import Block, PatchEmbedding, modulate
+from mfm_lightning.networks.embeddings import TimeEmbedding, TimeFeatures, sincos_positions
+
+
+class _ValueNetwork(nn.Module):
+    """Base: the call with defaults, and the level at which an untrained network starts."""
+
+    num_classes: int
+    output: nn.Linear
+
+    def forward(self, t: Tensor, x: Tensor, label: Tensor | None = None) -> Tensor:
+        """V_phi `(B,)` at times `(B,)` and states `(B, *shape)`; `label` `(B,)`, None for the null label."""
+        if label is None:
+            label = torch.full((len(x),), self.num_classes, device=x.device)
+        return self.value(t, x, label.long()).float()
+
+    def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must implement value(t, x, label) -> (B,)")
+
+    @torch.no_grad()
+    def set_level(self, level: Tensor | float) -> None:
+        """Make the network constant, V = `level`, until it is trained further."""
+        self.output.weight.zero_()
+        self.output.bias.fill_(float(level))
+
+
+class ValueDiT(_ValueNetwork):
+    """A DiT on images or latents whose tokens are averaged to one number; conditioned on t and the label.
+
+    Args:
+        input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes: as in `DiT`.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 384,
+        depth: int = 6,
+        num_heads: int = 6,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(
+                f"input_size {input_size} must be a multiple of patch_size {patch_size}, and hidden_size {hidden_size} "
+                f"of num_heads {num_heads} and of 4"
+            )
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.state_shape, self.num_classes = (in_channels, input_size, input_size), num_classes
+        self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
+        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, input_size // patch_size), requires_grad=False)
+        self.time_embedding = TimeEmbedding(hidden_size)
+        self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm=False) for _ in range(depth))
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.output = nn.Linear(hidden_size, 1)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        for linear in (*[block.adaLN_modulation[1] for block in self.blocks], self.modulation[1]):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        self.set_level(0.0)
+
+    def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        condition = self.time_embedding(t) + self.label_embedding(label)
+        tokens = self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        return self.output(modulate(self.norm(tokens), shift, scale).mean(dim=1)).squeeze(1)
+
+
+class ValueMLP(_ValueNetwork):
+    """A residual MLP on vectors, conditioned on t and the label.
+
+    Args:
+        dim, hidden_size, depth, num_classes: as in `MLP`.
+    """
+
+    def __init__(self, dim: int = 2, hidden_size: int = 256, depth: int = 3, num_classes: int = 0) -> None:
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.state_shape, self.num_classes = (dim,), num_classes
+        self.time_features = TimeFeatures(num_frequencies=8, max_frequency=2 * math.pi)
+        self.input = nn.Linear(dim + self.time_features.size, hidden_size)
+        self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.SiLU(), nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            )
+            for _ in range(depth)
+        )
+        self.output = nn.Linear(hidden_size, 1)
+        nn.init.normal_(self.label_embedding.weight, std=0.02)
+        self.set_level(0.0)
+
+    def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
+        h = self.input(torch.cat([x, self.time_features(t)], dim=1)) + self.label_embedding(label)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.output(F.silu(h)).squeeze(1)
