@@ -37,15 +37,17 @@ class MetaFlowMap(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def forward(self, s, u, x: Tensor, t, x_t: Tensor, label=None, guidance=None) -> Tensor:
-        """v_{s,u}(x; t, x_t), `(B, *shape)`.
+    def forward(self, s, u, x: Tensor, t, x_t: Tensor, label=None, guidance=None, tangents=None):
+        """v_{s,u}(x; t, x_t), `(B, *shape)`; with `tangents` (see `velocity_and_jvp`) also its derivative, for networks
+        that propagate tangents themselves.
 
         Raises:
             ValueError: if a state's shape, a label's type or a guidance scale does not fit the network.
         """
         self._check(x, x_t)
         s, u, t = (as_times(time, x) for time in (s, u, t))
-        return self.network(s, u, x, t, x_t, self._labels(label, x), self._guidance(guidance, x))
+        condition = (t, x_t, self._labels(label, x), self._guidance(guidance, x))
+        return self.network(s, u, x, *condition, **({} if tangents is None else {"tangents": tangents}))
 
     def velocity(self, s, u, x: Tensor, t, x_t: Tensor, label=None, guidance=None) -> Tensor:
         """Average velocity v_{s,u}(x; t, x_t), `(B, *shape)`."""
@@ -132,22 +134,19 @@ def velocity_and_jvp(
     tangents: tuple[Tensor, Tensor, Tensor],
     label: Tensor | None = None,
     guidance: Tensor | None = None,
-    backend: str = "functorch",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """v_{s,u}(x; t, x_t) and its derivative in (s, u, x) along `tangents = (ds, du, dx)`; both `(B, *shape)`.
 
     Args:
         tangents: `(B,)`, `(B,)` and `(B, *shape)`.
-        backend: a name in `mfm_lightning.tangents.BACKENDS`.
+        backend: a name in `mfm_lightning.tangents.BACKENDS`. With "explicit", and "auto" where the network supports it,
+            the derivative has no graph.
     """
     s, u = as_times(s, x), as_times(u, x)
     ds, du, dx = tangents
     tangents = (as_times(ds, x), as_times(du, x), dx)
-
-    def velocity(s: Tensor, u: Tensor, x: Tensor) -> Tensor:
-        return model.velocity(s, u, x, t, x_t, label=label, guidance=guidance)
-
-    return get_backend(backend)(velocity, (s, u, x), tangents)
+    return get_backend(backend)(model, (s, u, x), tangents, (t, x_t, label, guidance))
 
 
 def randn(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:

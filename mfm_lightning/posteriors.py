@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from mfm_lightning.samplers import sample_posterior_glass, sample_sde
 from mfm_lightning.target import Target
 
 
-class Posterior(Protocol):
+class Posterior(ABC):
     """Draws x1 `(B, N, *shape)` from p_{1|t}(. | x_t), given the inner noise `(B, N, *shape)`."""
 
+    @abstractmethod
     def __call__(self, target: Target, t: Tensor | float, x_t: Tensor, noise: Tensor) -> Tensor: ...
 
 
-class FlowMapPosterior:
+class FlowMapPosterior(Posterior):
     """`steps` steps of the Meta Flow Map; differentiable in x_t."""
 
     def __init__(self, steps: int = 1) -> None:
@@ -34,7 +35,7 @@ class FlowMapPosterior:
         return x.reshape(noise.shape)
 
 
-class GlassPosterior:
+class GlassPosterior(Posterior):
     """`steps` steps of the GLASS ODE on the target's base drift (Eq. 32); differentiable in x_t if the drift is."""
 
     def __init__(self, steps: int = 8, method: str = "euler") -> None:
@@ -44,7 +45,7 @@ class GlassPosterior:
         return sample_posterior_glass(target.drift, x_t, t, steps=self.steps, method=self.method, noise=noise)
 
 
-class OraclePosterior:
+class OraclePosterior(Posterior):
     """Exact draws of an oracle, which has noise of its own; not differentiable."""
 
     def __init__(self, oracle, generator: torch.Generator | None = None) -> None:
@@ -54,7 +55,7 @@ class OraclePosterior:
         return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.labels(x_t), self.generator)
 
 
-class RolloutPosterior:
+class RolloutPosterior(Posterior):
     """The base SDE from (t, x_t) to the data, `steps` Euler-Maruyama steps a draw, all states at one time.
 
     Its noise is its own: the inner noise it is given only says how many draws are wanted.

@@ -5,23 +5,58 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-Backend = Callable[[Velocity, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor]]
+Inner = tuple[Tensor, Tensor, Tensor]
+Backend = Callable[[nn.Module, Inner, Inner, tuple], tuple[Tensor, Tensor]]
 
 
-def functorch(velocity: Velocity, primals: tuple, tangents: tuple) -> tuple[Tensor, Tensor]:
-    """`velocity(s, u, x)` and its derivative along `tangents = (ds, du, dx)`, by torch.func.jvp (the reference)."""
+def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """v_{s,u}(x) and its derivative along `tangents = (ds, du, dx)`, by torch.func.jvp (the reference).
+
+    Args:
+        model: called as `model(s, u, x, t, x_t, label, guidance)`.
+        inner: s, u, x.
+        condition: t, x_t, label, guidance.
+    """
+
+    def velocity(s: Tensor, u: Tensor, x: Tensor) -> Tensor:
+        return model(s, u, x, *condition)
+
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
-        return torch.func.jvp(velocity, primals, tangents)
+        return torch.func.jvp(velocity, inner, tangents)
 
 
-BACKENDS: dict[str, Backend] = {"functorch": functorch}
+def explicit(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The same by the network's own rules (`networks.dual`), layer by layer; the derivative has no graph.
+
+    Raises:
+        ValueError: if the network has no such rules.
+    """
+    if not has_rules(model):
+        raise ValueError(
+            f"{type(model.network).__name__} does not propagate tangents itself: use backend 'auto' or 'functorch'"
+        )
+    return model(*inner, *condition, tangents=tangents)
+
+
+def auto(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """`explicit` where the network has rules, else `functorch`."""
+    return (explicit if has_rules(model) else functorch)(model, inner, tangents, condition)
+
+
+def has_rules(model: nn.Module) -> bool:
+    """Whether the model's network takes `tangents`."""
+    return "tangents" in inspect.signature(model.network.forward).parameters
+
+
+BACKENDS: dict[str, Backend] = {"auto": auto, "explicit": explicit, "functorch": functorch}
 
 
 def register_backend(name: str, backend: Backend) -> None:

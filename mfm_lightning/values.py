@@ -6,8 +6,8 @@ Gradient estimators take a target, a time and states, and give an `Estimate`; st
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,22 +33,19 @@ class Estimate:
     drift: Tensor | None = None
 
 
-class GradientEstimator(Protocol):
-    """`needs_reward_gradient`: refused before any work with a black-box reward."""
+class ValueEstimator(ABC):
+    """Estimates V at states; what gives no gradient of V needs none of the reward."""
 
-    needs_reward_gradient: bool
+    needs_reward_gradient: bool = False
 
+    @abstractmethod
     def __call__(
         self, target: Target, t: Tensor | float, x: Tensor, generator: torch.Generator | None = None
     ) -> Estimate: ...
 
 
-class ValueEstimator(Protocol):
-    """Estimates V alone, and needs no gradient of the reward; every `GradientEstimator` is one, too."""
-
-    def __call__(
-        self, target: Target, t: Tensor | float, x: Tensor, generator: torch.Generator | None = None
-    ) -> Estimate: ...
+class GradientEstimator(ValueEstimator):
+    """Estimates V and its gradient. `needs_reward_gradient`: refused before any work with a black-box reward."""
 
 
 def log_mean_exp(rewards: Tensor, dim: int = -1) -> Tensor:
@@ -99,7 +96,7 @@ def estimate_value(
 
 
 @dataclass
-class DrawValue:
+class DrawValue(ValueEstimator):
     """V from posterior draws; see `estimate_value`."""
 
     num_draws: int = 4
@@ -112,7 +109,7 @@ class DrawValue:
         return Estimate(None, *estimate_value(target, t, x, *settings, generator=generator))
 
 
-class DenoisedValue:
+class DenoisedValue(ValueEstimator):
     """r(D_t(x)): the posterior replaced by its mean; no gradient is taken. What Feynman-Kac steering is used with."""
 
     @torch.no_grad()
@@ -124,7 +121,7 @@ class DenoisedValue:
 
 
 @dataclass
-class DrawGradient:
+class DrawGradient(GradientEstimator):
     """MFM-G (Eq. 22): the value estimate differentiated through the draws, their noise fixed. With a GLASS posterior:
     differentiated GLASS rollouts.
 
@@ -161,7 +158,7 @@ class DrawGradient:
 
 
 @dataclass
-class DrawGradientFree:
+class DrawGradientFree(GradientEstimator):
     """MFM-GF (Eq. 20), without a reward gradient: t / (1-t)^2 (sum_i w_i x1_i - mean_i x1_i), w = softmax r."""
 
     num_draws: int = 16
@@ -187,7 +184,7 @@ class DrawGradientFree:
 
 
 @dataclass
-class DPSGradient:
+class DPSGradient(GradientEstimator):
     """The gradient of r(D_t(x)): the posterior replaced by its mean (Chung et al., arXiv 2209.14687)."""
 
     max_rows: int | None = None
@@ -206,7 +203,7 @@ class DPSGradient:
         return Estimate(gradient, value, torch.ones_like(value), drift)
 
 
-class NetworkGradient:
+class NetworkGradient(GradientEstimator):
     """The gradient of an amortised value network V_phi(t, x, label): no draws, no reward.
 
     Args:
@@ -229,7 +226,7 @@ class NetworkGradient:
 
 
 @dataclass
-class ExactGradient:
+class ExactGradient(GradientEstimator):
     """An oracle's closed form: what all estimators are measured against."""
 
     oracle: object

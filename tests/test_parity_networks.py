@@ -27,7 +27,8 @@ def mfm(tmp_path_factory):
     return model.eval(), tensors
 
 
-def test_velocity_null_label_and_jvps(mfm):
+@pytest.mark.parametrize("backend", ["functorch", "explicit"])
+def test_velocity_null_label_and_jvps(mfm, backend):
     model, data = mfm
     case = {k.removeprefix("case."): v for k, v in data.items() if k.startswith("case.")}
     inputs = [case[k] for k in ("s", "u", "x", "t", "x_t")]
@@ -40,7 +41,7 @@ def test_velocity_null_label_and_jvps(mfm):
         "jvp_s": (one, zero, case["tangent_x"]),
         "jvp_u": (zero, one, torch.zeros_like(case["x"])),
     }.items():
-        v, dv = velocity_and_jvp(model, *inputs, tangents, **conditions)
+        v, dv = velocity_and_jvp(model, *inputs, tangents, **conditions, backend=backend)
         torch.testing.assert_close(v, case["v"], atol=1e-5, rtol=0)
         torch.testing.assert_close(dv, case[name], atol=1e-5, rtol=1e-5)
 

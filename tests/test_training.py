@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from mfm_lightning.callbacks import EMA
-from mfm_lightning.checkpoints import CheckpointError, import_checkpoint, load_model, save_model
+from mfm_lightning.checkpoints import CheckpointError, import_checkpoint, load_model, load_value, save_model
 from mfm_lightning.cli import main, run
 from mfm_lightning.data import DigitsDataModule
 from mfm_lightning.models import MetaFlowMap
@@ -40,18 +40,55 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+# the order in which they build on each other; a config that is not here is a config that is not tested
+FIT = ["digits/flow", "digits/mfm", "digits/mfm_from_data", "digits/value", "gmm/mfm", "gmm/mean_flow", "gmm/semigroup"]
+FIT += ["gmm/value"]
+PREDICT = ["digits/steer"]
+
+
 def test_every_config_runs(folder):
-    configs = sorted(str(p) for p in Path("configs").glob("*/*.yaml"))
-    assert len(configs) >= 4
-    configs.sort(key=lambda c: "flow.yaml" not in c)  # the teacher first
-    for config in configs:
+    assert {str(p) for p in Path("configs").glob("*/*.yaml")} == {f"configs/{name}.yaml" for name in FIT + PREDICT}
+    for name in FIT:
+        config = f"configs/{name}.yaml"
         run(["fit", "--config", config, *SMALL])
         output = Path(yaml.safe_load(Path(config).read_text())["trainer"]["default_root_dir"])
         assert (output / "last.ckpt").is_file()
-        assert load_model(output / "model.safetensors").state_shape in {(1, 8, 8), (2,)}
-        assert (output / "pictures").is_dir()
+        exported = output / ("value.safetensors" if "value" in name else "model.safetensors")
+        load = load_value if "value" in name else load_model
+        assert tuple(load(exported).state_shape) == ((1, 8, 8) if "digits" in name else (2,))
         rows = list(csv.DictReader((output / "logs/csv/metrics.csv").read_text().splitlines()))
         assert any(row["train/loss"] for row in rows)
+        assert "value" in name or (output / "pictures").is_dir()
+
+
+def test_value_and_steering_on_digits(folder):
+    for name in ("flow", "mfm"):
+        run(["fit", "--config", f"configs/digits/{name}.yaml", *SMALL])
+    value = ["--config", "configs/digits/value.yaml"]
+    small = [f"--model.init_args.evaluation.init_args.{option}" for option in
+             ("num_states=8", "num_draws=4", "rollout_steps=3", "times=[0.3]", "glass_steps=[1, 2]")]  # fmt: skip
+    run(["test", *value, *small])
+    table = Path("outputs/digits/value/test/value_estimates.json")
+    names = ["MFM 1", "MFM 2", "MFM 4", "GLASS 1", "GLASS 2", "SDE 3", "DPS point"]
+    assert [row["estimator"] for row in json.loads(table.read_text())] == names
+    run(["fit", *value, *SMALL])
+    run(["test", *value, *small, "--ckpt_path=outputs/digits/value/last.ckpt"])
+    assert [row["estimator"] for row in json.loads(table.read_text())] == [*names, "network"]
+    assert (table.parent / "r_against_nfe.png").stat().st_size > 1000
+    checkpoint = torch.load("outputs/digits/value/last.ckpt", weights_only=True)
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"network"}
+    assert checkpoint["frozen"]["model"] == "outputs/digits/mfm/model.safetensors"
+    steer = ["predict", "--config", "configs/digits/steer.yaml", "--return_predictions=false"]
+    steer += ["--data.init_args.num_samples=4", "--model.init_args.method.init_args.grid.steps=3"]
+    run(steer)
+    summary = json.loads(Path("outputs/digits/steer/predict/summary.json").read_text())
+    assert summary["samples"] == 4
+    assert summary["nfe_per_sample"] == 3 + 4 * 4 * 3  # K + 4 N K
+    network = "--model.init_args.method.init_args.estimator={class_path: mfm_lightning.values.NetworkGradient, "
+    run([*steer, network + "init_args: {network: outputs/digits/value/value.safetensors}}"])
+    summary = json.loads(Path("outputs/digits/steer/predict/summary.json").read_text())
+    assert summary["method"]["estimator"] == "NetworkGradient"
+    assert summary["nfe_per_sample"] == 3 + 2 * 3  # no draws, no reward
 
 
 def test_fit_test_predict_on_digits(folder):
@@ -82,11 +119,19 @@ def test_the_readme_works_as_written(folder, capsys):
     readme = (ROOT / "README.md").read_text()
     commands = [line.split("#")[0].split() for line in readme.splitlines() if re.match(r"mfm \w+ --config", line)]
     assert [c[1] for c in commands[:4]] == ["fit", "fit", "test", "predict"]
+    small = {"fit": SMALL, "predict": []}
     for command in commands:
-        small = SMALL if command[1] == "fit" else SMALL_IMAGES if command[1] == "test" else []
-        if "configs/gmm" in command[3] and command[1] == "test":
-            small = ["--model.init_args.evaluation.init_args.num_states=2"]
-        run([*command[1:], *small])
+        name, config = command[1], command[3]
+        if name == "test" and "value" in config:
+            options = ("num_states=4", "num_draws=2", "rollout_steps=2", "times=[0.3]")
+        elif name == "test":
+            options = ("num_states=2",) if "gmm" in config else ("num_samples=64",)
+        else:
+            options = ()
+        extra = [f"--model.init_args.evaluation.init_args.{option}" for option in options] + small.get(name, [])
+        if "steer" in config:
+            extra = ["--data.init_args.num_samples=4", "--model.init_args.method.init_args.grid.steps=2"]
+        run([*command[1:], *extra])
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
         exec(block, namespace)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +19,19 @@ from mfm_lightning.target import Target
 from mfm_lightning.values import DenoisedValue, DPSGradient, DrawGradient, GradientEstimator, ValueEstimator
 
 
-class AlignmentMethod(Protocol):
-    """Aligned samples from noise.
+class AlignmentMethod(ABC):
+    """Aligned samples from noise."""
 
-    `check` raises RewardError, before any work, if the target's reward does not give what the method needs.
-    """
+    @property
+    def needs_reward_gradient(self) -> bool:
+        return False
 
-    def check(self, target: Target) -> None: ...
+    def check(self, target: Target) -> None:
+        """Raise RewardError, before any work, if the target's reward does not give what the method needs."""
+        if self.needs_reward_gradient:
+            target.require_gradient(type(self).__name__)
 
+    @abstractmethod
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult: ...
 
 
@@ -44,7 +49,7 @@ class TimeGrid:
 
 
 @dataclass
-class Steering:
+class Steering(AlignmentMethod):
     """The steered ODE or SDE: see `alignment.steer`. With strength 0 it is the base sampler."""
 
     estimator: GradientEstimator = field(default_factory=DrawGradient)
@@ -57,9 +62,9 @@ class Steering:
     clip: float | None = None
     max_diffusion: float = 25.0
 
-    def check(self, target: Target) -> None:
-        if self.estimator.needs_reward_gradient and self.strength:
-            target.require_gradient(type(self.estimator).__name__)
+    @property
+    def needs_reward_gradient(self) -> bool:
+        return bool(self.estimator.needs_reward_gradient and self.strength)
 
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
         return steer(
@@ -69,7 +74,7 @@ class Steering:
 
 
 @dataclass
-class Search:
+class Search(AlignmentMethod):
     """MFM-Search (Algorithm 4): see `alignment.search`; `steps` and `power` are those of `search_times`."""
 
     num_particles: int = 8
@@ -80,9 +85,6 @@ class Search:
     stochastic: bool = True
     posterior: Posterior | None = None
 
-    def check(self, target: Target) -> None:
-        """Any reward will do."""
-
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
         return search(
             target, with_particles(x0, self.num_particles, generator), self.num_particles, self.num_draws,
@@ -91,15 +93,12 @@ class Search:
 
 
 @dataclass
-class BestOfN:
+class BestOfN(AlignmentMethod):
     """Best-of-N: see `alignment.best_of_n`. It draws its noise itself, as many as there are x0 for each candidate."""
 
     num_candidates: int = 100
     steps: int = 100
     max_rows: int = 1024
-
-    def check(self, target: Target) -> None:
-        """Any reward will do."""
 
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
         return best_of_n(
@@ -108,7 +107,7 @@ class BestOfN:
 
 
 @dataclass
-class FeynmanKac:
+class FeynmanKac(AlignmentMethod):
     """Feynman-Kac steering: see `alignment.feynman_kac`."""
 
     value: ValueEstimator = field(default_factory=DenoisedValue)
@@ -120,9 +119,9 @@ class FeynmanKac:
     keep: str = "sample"
     max_diffusion: float = 25.0
 
-    def check(self, target: Target) -> None:
-        if getattr(self.value, "needs_reward_gradient", False):
-            target.require_gradient(type(self.value).__name__)
+    @property
+    def needs_reward_gradient(self) -> bool:
+        return self.value.needs_reward_gradient
 
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
         return feynman_kac(
@@ -132,7 +131,7 @@ class FeynmanKac:
 
 
 @dataclass
-class TwistedSMC:
+class TwistedSMC(AlignmentMethod):
     """Twisted SMC (TDS): see `alignment.twisted_smc`."""
 
     estimator: GradientEstimator = field(default_factory=DPSGradient)
@@ -144,9 +143,9 @@ class TwistedSMC:
     keep: str = "sample"
     max_diffusion: float = 25.0
 
-    def check(self, target: Target) -> None:
-        if self.estimator.needs_reward_gradient:
-            target.require_gradient(f"twisted SMC with {type(self.estimator).__name__}")
+    @property
+    def needs_reward_gradient(self) -> bool:
+        return self.estimator.needs_reward_gradient
 
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
         return twisted_smc(

@@ -13,13 +13,12 @@ that a pretrained flow fills; the other two, and the t-embedding, start at zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mfm_lightning.networks.dual import Dual, add, add_gated, attention, gelu, layer_norm, linear, modulate, silu
 from mfm_lightning.networks.embeddings import TimeEmbedding, nearest_scale, sincos_positions
 
 SIZES: dict[str, dict[str, int]] = {
@@ -44,11 +43,6 @@ def architecture(name: str) -> dict[str, int]:
     return {**SIZES[size], "patch_size": int(patch)}
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift; `x` `(B, T, D)`, `shift`, `scale` `(B, D)`."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
 class PatchEmbedding(nn.Module):
     """`(B, C, H, W) -> (B, T, D)`: one token a patch, row by row."""
 
@@ -58,12 +52,19 @@ class PatchEmbedding(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Dual) -> Dual:
         # A strided convolution as the matrix product that it is: several times faster on CPU for small patches.
-        B, C, H, W = x.shape
-        p = self.proj.kernel_size[0]
-        patches = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        p, weight = self.proj.kernel_size[0], self.proj.weight.flatten(1)
+
+        def patches(x: Tensor) -> Tensor:
+            B, C, H, W = x.shape
+            return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+
+        value = F.linear(patches(x.value), weight, self.proj.bias)
+        if x.tangent is None:
+            return Dual(value)
+        with torch.no_grad():
+            return Dual(value, F.linear(patches(x.tangent), weight))
 
 
 class Attention(nn.Module):
@@ -71,20 +72,23 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.qk_norm = num_heads, qk_norm
         head_size = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        # On CPU the fused kernel is several times slower than plain products for few tokens.
-        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" and T <= 64 else nullcontext():
-            y = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+    def forward(self, x: Dual) -> Dual:
+        B, T, D = x.value.shape
+        heads = linear(self.qkv, x).map(lambda y: y.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4))
+        q, k, v = (heads.map(lambda y, i=i: y[i]) for i in range(3))
+        if self.qk_norm:  # a norm may compute in another type
+            q, k = (
+                layer_norm(n, y).map(lambda y: y.to(v.value.dtype)) for n, y in ((self.q_norm, q), (self.k_norm, k))
+            )
+        y = attention(q, k, v)
+        return linear(self.proj, y.map(lambda y: y.transpose(1, 2).reshape(B, T, D)))
 
 
 class Mlp(nn.Module):
@@ -93,8 +97,20 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(hidden_size, int(hidden_size * ratio))
         self.fc2 = nn.Linear(int(hidden_size * ratio), hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Dual) -> Dual:
+        return linear(self.fc2, gelu(linear(self.fc1, x)))
+
+
+class AdaLN(nn.Sequential):
+    """`num` vectors for each sample from its condition, `(B, D) -> num x (B, D)`."""
+
+    def __init__(self, hidden_size: int, num: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, num * hidden_size))
+        self.num = num
+
+    def forward(self, c: Dual) -> list[Dual]:
+        y = linear(self[1], silu(c))
+        return [y.map(lambda y, i=i: y.chunk(self.num, dim=1)[i]) for i in range(self.num)]
 
 
 class Block(nn.Module):
@@ -106,12 +122,12 @@ class Block(nn.Module):
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = AdaLN(hidden_size, 6)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def forward(self, x: Dual, c: Dual) -> Dual:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
+        x = add_gated(x, gate1, self.attn(modulate(layer_norm(self.norm1, x), shift1, scale1)))
+        return add_gated(x, gate2, self.mlp(modulate(layer_norm(self.norm2, x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -119,11 +135,11 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(hidden_size, out_features)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = AdaLN(hidden_size, 2)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+    def forward(self, x: Dual, c: Dual) -> Dual:
+        shift, scale = self.adaLN_modulation(c)
+        return linear(self.linear, modulate(layer_norm(self.norm, x), shift, scale))
 
 
 class DiT(nn.Module):
@@ -171,7 +187,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, input_size // patch_size), requires_grad=False)
         self.condition_patch = PatchEmbedding(patch_size, in_channels, hidden_size)
-        self.condition_gate = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.condition_gate = AdaLN(hidden_size, 2)
         self.condition_time = TimeEmbedding(hidden_size)
         self.encoder_s, self.encoder_u = TimeEmbedding(hidden_size), TimeEmbedding(hidden_size)
         self.decoder_s, self.decoder_u = TimeEmbedding(hidden_size), TimeEmbedding(hidden_size)
@@ -192,9 +208,9 @@ class DiT(nn.Module):
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         zeroed = [block.adaLN_modulation[1] for block in self.blocks]
         zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        for linear in zeroed:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for layer in zeroed:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.reset_condition()
 
     def reset_condition(self) -> None:
@@ -207,26 +223,38 @@ class DiT(nn.Module):
             embedding.zero_output()
         nn.init.zeros_(self.guidance_embedding.weight)
 
-    def forward(self, s: Tensor, u: Tensor, x: Tensor, t: Tensor, x_t: Tensor, label: Tensor, guidance: Tensor):
-        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, C, H, W)`, `label` `(B,)` long, `guidance` `(B,)` scales."""
-        if self.flip_time:
-            s, u = 1 - s, 1 - u
-        t_embedding = self.condition_time(t)
-        shared = t_embedding + self.label_embedding(label)
-        encoder = (
-            shared
-            + self.encoder_s(s)
-            + self.encoder_u(u)
-            + self.guidance_embedding(nearest_scale(guidance, self.guidance_scales))
-        )
-        decoder = shared + self.decoder_s(s) + self.decoder_u(u)
+    def forward(
+        self,
+        s: Tensor,
+        u: Tensor,
+        x: Tensor,
+        t: Tensor,
+        x_t: Tensor,
+        label: Tensor,
+        guidance: Tensor,
+        tangents: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, C, H, W)`, `label` `(B,)` long, `guidance` `(B,)` scales.
 
-        shift, scale = self.condition_gate(t_embedding).chunk(2, dim=1)
-        tokens = self.x_embedder(x) + self.pos_embed + modulate(self.condition_patch(x_t), shift, scale)
+        With `tangents` (ds, du, dx) also its derivative along them, without a graph.
+        """
+        s, u, x = (Dual(*pair) for pair in zip((s, u, x), tangents or (None,) * 3, strict=True))
+        if self.flip_time:
+            s, u = (Dual(1 - time.value, None if time.tangent is None else -time.tangent) for time in (s, u))
+        t_embedding = self.condition_time(Dual(t))
+        shared = add(t_embedding, Dual(self.label_embedding(label)))
+        scale_embedding = Dual(self.guidance_embedding(nearest_scale(guidance, self.guidance_scales)))
+        encoder = add(shared, self.encoder_s(s), self.encoder_u(u), scale_embedding)
+        decoder = add(shared, self.decoder_s(s), self.decoder_u(u))
+
+        condition = modulate(self.condition_patch(Dual(x_t)), *self.condition_gate(t_embedding))
+        tokens = add(self.x_embedder(x), Dual(self.pos_embed), condition)
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, encoder if i < self.encoder_depth else decoder)
-        velocity = self._unpatchify(self.final_layer(tokens, decoder))
-        return -velocity if self.flip_time else velocity
+        velocity = self.final_layer(tokens, decoder).map(self._unpatchify)
+        if self.flip_time:
+            velocity = velocity.map(torch.neg)
+        return velocity.value if tangents is None else tuple(velocity)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         C, H, W = self.state_shape

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mfm_lightning.networks.dual import Dual, cos_sin, linear, silu
+
 
 class TimeFeatures(nn.Module):
     """cos and sin of a time in [0, 1] at geometrically spaced frequencies: `(B,) -> (B, 2 num_frequencies)`.
@@ -24,10 +26,11 @@ class TimeFeatures(nn.Module):
         self.num_frequencies, self.max_frequency = num_frequencies, max_frequency
         self.size = 2 * num_frequencies
 
-    def forward(self, t: Tensor) -> Tensor:
-        k = torch.arange(self.num_frequencies, device=t.device, dtype=t.dtype)
-        angles = t[:, None] * self.max_frequency * torch.exp(-math.log(10000.0) / self.num_frequencies * k)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    def forward(self, t: Dual) -> Dual:
+        time = t.value
+        k = torch.arange(self.num_frequencies, device=time.device, dtype=time.dtype)
+        frequencies = self.max_frequency * torch.exp(-math.log(10000.0) / self.num_frequencies * k)
+        return cos_sin(t.map(lambda t: t[:, None] * frequencies))
 
 
 class TimeEmbedding(nn.Module):
@@ -40,8 +43,9 @@ class TimeEmbedding(nn.Module):
             nn.Linear(self.features.size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.features(t).to(self.mlp[0].weight.dtype))
+    def forward(self, t: Dual) -> Dual:
+        features = self.features(t).map(lambda f: f.to(self.mlp[0].weight.dtype))
+        return linear(self.mlp[2], silu(linear(self.mlp[0], features)))
 
     def zero_output(self) -> None:
         """Make the embedding exactly zero until it is trained."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfm_lightning.networks.dual import Dual, add, concatenate, linear, silu
 from mfm_lightning.networks.embeddings import TimeFeatures, nearest_scale
 
 
@@ -63,13 +62,29 @@ class MLP(nn.Module):
         nn.init.zeros_(self.condition[2].bias)
         nn.init.zeros_(self.guidance_embedding.weight)
 
-    def forward(self, s: Tensor, u: Tensor, x: Tensor, t: Tensor, x_t: Tensor, label: Tensor, guidance: Tensor):
-        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, dim)`, `label` `(B,)` long, `guidance` `(B,)` scales."""
+    def forward(
+        self,
+        s: Tensor,
+        u: Tensor,
+        x: Tensor,
+        t: Tensor,
+        x_t: Tensor,
+        label: Tensor,
+        guidance: Tensor,
+        tangents: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, dim)`, `label` `(B,)` long, `guidance` `(B,)` scales.
+
+        With `tangents` (ds, du, dx) also its derivative along them, without a graph.
+        """
+        s, u, x = (Dual(*pair) for pair in zip((s, u, x), tangents or (None,) * 3, strict=True))
         features = self.time_features
-        h = self.input(torch.cat([x, features(s), features(u)], dim=1))
-        h = h + self.condition(torch.cat([x_t, features(t)], dim=1))
+        first, _, second = self.condition
+        condition = linear(second, silu(linear(first, concatenate(Dual(x_t), features(Dual(t))))))
         index = nearest_scale(guidance, self.guidance_scales)
-        h = h + self.label_embedding(label) + self.guidance_embedding(index)
+        embeddings = Dual(self.label_embedding(label) + self.guidance_embedding(index))
+        h = add(linear(self.input, concatenate(x, features(s), features(u))), condition, embeddings)
         for first, second in self.blocks:
-            h = h + second(F.silu(first(F.silu(h))))
-        return self.output(F.silu(h))
+            h = add(h, linear(second, silu(linear(first, silu(h)))))
+        velocity = linear(self.output, silu(h))
+        return velocity.value if tangents is None else tuple(velocity)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfm_lightning.networks.dit import Block, PatchEmbedding, modulate
+from mfm_lightning.networks.dit import AdaLN, Block, PatchEmbedding
+from mfm_lightning.networks.dual import Dual, add, layer_norm, modulate
 from mfm_lightning.networks.embeddings import TimeEmbedding, TimeFeatures, sincos_positions
 
 
@@ -66,21 +67,21 @@ class ValueDiT(_ValueNetwork):
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm=False) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.modulation = AdaLN(hidden_size, 2)
         self.output = nn.Linear(hidden_size, 1)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
-        for linear in (*[block.adaLN_modulation[1] for block in self.blocks], self.modulation[1]):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for layer in (*[block.adaLN_modulation[1] for block in self.blocks], self.modulation[1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.set_level(0.0)
 
     def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
-        condition = self.time_embedding(t) + self.label_embedding(label)
-        tokens = self.x_embedder(x) + self.pos_embed
+        condition = add(self.time_embedding(Dual(t)), Dual(self.label_embedding(label)))
+        tokens = add(self.x_embedder(Dual(x)), Dual(self.pos_embed))
         for block in self.blocks:
             tokens = block(tokens, condition)
-        shift, scale = self.modulation(condition).chunk(2, dim=1)
-        return self.output(modulate(self.norm(tokens), shift, scale).mean(dim=1)).squeeze(1)
+        tokens = modulate(layer_norm(self.norm, tokens), *self.modulation(condition))
+        return self.output(tokens.value.mean(dim=1)).squeeze(1)
 
 
 class ValueMLP(_ValueNetwork):
@@ -108,7 +109,7 @@ class ValueMLP(_ValueNetwork):
         self.set_level(0.0)
 
     def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
-        h = self.input(torch.cat([x, self.time_features(t)], dim=1)) + self.label_embedding(label)
+        h = self.input(torch.cat([x, self.time_features(Dual(t)).value], dim=1)) + self.label_embedding(label)
         for block in self.blocks:
             h = h + block(h)
         return self.output(F.silu(h)).squeeze(1)

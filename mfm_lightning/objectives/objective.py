@@ -57,7 +57,7 @@ class Objective:
     )
     pairs: PairSampler = field(default_factory=PairSampler)
     inner_times: InnerTimes = field(default_factory=InnerTimes)
-    backend: str = "functorch"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.terms:

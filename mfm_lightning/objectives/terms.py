@@ -91,7 +91,7 @@ class Consistency:
 
     needs_teacher = False
 
-    def __init__(self, times: InnerTimes | None = None, backend: str = "functorch") -> None:
+    def __init__(self, times: InnerTimes | None = None, backend: str = "auto") -> None:
         self.times, self.backend = times or InnerTimes(), backend
 
     def __call__(self, model, teacher, pair: Pair, step: int) -> Tensor:
