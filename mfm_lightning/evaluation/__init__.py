@@ -3,6 +3,14 @@
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.evaluation.images import ImageEvaluation
 from mfm_lightning.evaluation.mixture import MixtureEvaluation
+from mfm_lightning.evaluation.policy import PolicyEvaluation, TiltedMixtureEvaluation
 from mfm_lightning.evaluation.values import ValueEvaluation
 
-__all__ = ["Evaluation", "ImageEvaluation", "MixtureEvaluation", "ValueEvaluation"]
+__all__ = [
+    "Evaluation",
+    "ImageEvaluation",
+    "MixtureEvaluation",
+    "PolicyEvaluation",
+    "TiltedMixtureEvaluation",
+    "ValueEvaluation",
+]

@@ -41,15 +41,16 @@ def track(jobs: Sequence[Job], describe: Callable[[Job], str]) -> Iterator[Job]:
             progress.advance(task)
 
 
-def write_table(rows: Sequence[dict[str, Any]], title: str, folder: Path, name: str) -> None:
-    """Print `rows` as a table and write `NAME.csv` and `NAME.json`."""
+def write_table(rows: Sequence[dict[str, Any]], title: str, folder: Path, name: str, show: bool = True) -> None:
+    """Print `rows` as a table (with `show`) and write `NAME.csv` and `NAME.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()])
-    get_console().print(table)
+    if show:
+        table = Table(title=title)
+        for column in rows[0]:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()])
+        get_console().print(table)
     with open(folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

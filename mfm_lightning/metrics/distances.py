@@ -46,6 +46,13 @@ def mmd(x: Tensor, y: Tensor, scales: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.
     return float(own - 2 * kernel(torch.cdist(x, y)).mean())
 
 
+def mean_pairwise_distance(x: Tensor, label: Tensor | None = None) -> float:
+    """Mean Euclidean distance between different samples `(N, D)`, within each class of `label` `(N,)` and then over
+    the classes: a measure of diversity."""
+    groups = [x] if label is None else [x[label == c] for c in label.unique()]
+    return float(torch.stack([torch.pdist(g.flatten(1)).mean() for g in groups if len(g) > 1]).mean())
+
+
 class _Features(nn.Module):
     def __init__(self, features: nn.Module, num_features: int) -> None:
         super().__init__()

@@ -2,15 +2,21 @@
 
 from mfm_lightning.modules.alignment import RewardAlignment
 from mfm_lightning.modules.base import NonFiniteLossError, TrainingModule, check_batch
+from mfm_lightning.modules.finetuning import DiffusionSchedule, LowRank, RewardFinetuning
+from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.pretraining import MFMPretraining
 from mfm_lightning.modules.value_estimation import ValueEstimation
 
 __all__ = [
+    "DiffusionSchedule",
+    "LogNormaliser",
+    "LowRank",
     "MFMPretraining",
     "NonFiniteLossError",
     "Optimization",
     "RewardAlignment",
+    "RewardFinetuning",
     "TrainingModule",
     "ValueEstimation",
     "check_batch",

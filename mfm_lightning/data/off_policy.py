@@ -1,0 +1,105 @@
+"""Training states for fine-tuning: data, samples of the current policy, or a mix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from mfm_lightning.data.base import ArrayDataModule, generator
+from mfm_lightning.data.stream import BatchStream
+
+
+class OffPolicyDataModule(L.LightningDataModule):
+    """Batches of another DataModule, a share of each replaced by samples of the policy that is being trained.
+
+    The objective holds at any state, so where its states come from is free: data are cheap, the policy's own samples
+    are where it will be used. The samples are kept in a buffer (and in the checkpoint), renewed every so many steps.
+
+    Args:
+        data: the other DataModule.
+        policy_share: share of a batch from the policy, in [0, 1]; 0: data alone.
+        buffer_size: samples in the buffer of each device.
+        refresh_every: optimiser steps between two renewals.
+        ode_steps: Euler steps of the policy's samples.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        data: ArrayDataModule,
+        policy_share: float = 0.5,
+        buffer_size: int = 1024,
+        refresh_every: int = 250,
+        ode_steps: int = 25,
+    ) -> None:
+        super().__init__()
+        if not 0 <= policy_share <= 1 or min(buffer_size, refresh_every, ode_steps) < 1:
+            raise ValueError(
+                f"policy_share {policy_share} must be in [0, 1], buffer_size {buffer_size}, refresh_every "
+                f"{refresh_every} and ode_steps {ode_steps} at least 1"
+            )
+        self.data, self.policy_share, self.buffer_size = data, policy_share, buffer_size
+        self.refresh_every, self.ode_steps = refresh_every, ode_steps
+        self.state_shape, self.num_classes = tuple(data.state_shape), data.num_classes
+        self._buffer: tuple[Tensor, Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Splits, decoding and an oracle are the other DataModule's."""
+        if name in ("splits", "decode", "oracle"):
+            return getattr(self.data, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def setup(self, stage: str | None = None) -> None:
+        self.data.trainer = self.trainer
+        self.data.setup(stage)
+
+    def train_dataloader(self) -> BatchStream:
+        stream = self.data.train_dataloader()
+        return BatchStream(self.train_batch, stream.length, stream.start)
+
+    def train_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The training batch of a step; renews the buffer where it is due."""
+        x, label = self.data.train_batch(step)
+        k = round(self.policy_share * len(x))
+        if not k:
+            return x, label
+        seed = self.data.rank_seed() * 1_000_003 + step
+        if self._buffer is None or step % (self.refresh_every * self.trainer.accumulate_grad_batches) == 0:
+            self._buffer = self._sample(step, generator(seed))
+        pick = torch.randint(self.buffer_size, (k,), generator=generator(seed + 1))
+        samples, labels = self._buffer
+        return torch.cat([samples[pick], x[k:]]), torch.cat([labels[pick], label[k:]])
+
+    def val_dataloader(self):
+        return self.data.val_dataloader()
+
+    def test_dataloader(self):
+        return self.data.test_dataloader()
+
+    def predict_dataloader(self):
+        return self.data.predict_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._buffer is None else dict(zip(("samples", "labels"), self._buffer, strict=True))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._buffer = (state["samples"], state["labels"]) if state else None
+
+    def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        module = self.trainer.lightning_module
+        if not hasattr(module, "sample_policy"):
+            raise ValueError(f"{type(module).__name__} has no policy to sample: set policy_share to 0")
+        labels: list[Tensor] = []
+        for later in range(step, step + self.buffer_size):  # classes as frequent as in the data's batches
+            labels.append(self.data.train_batch(later)[1])
+            if sum(map(len, labels)) >= self.buffer_size:
+                break
+        label = torch.cat(labels)[: self.buffer_size]
+        x0 = torch.randn(self.buffer_size, *self.state_shape, generator=noise)
+        samples = module.sample_policy(x0.to(module.device), label.to(module.device), self.ode_steps)
+        return samples.float().cpu(), label

@@ -1,0 +1,191 @@
+"""A fine-tuned policy beside its base flow: rewards, what they cost in likeness and diversity, and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.alignment.methods import AlignmentMethod
+from mfm_lightning.evaluation.base import Evaluation, track, write_table
+from mfm_lightning.figures import before_after, scatter
+from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate
+from mfm_lightning.metrics.classifier import train_classifier
+from mfm_lightning.metrics.distances import frechet_distance, mean_pairwise_distance, sliced_wasserstein
+from rewards import build, evaluate
+
+
+class PolicyEvaluation(Evaluation):
+    """The same fixed-seed noise through the ODE of the base flow and of the policy, for each class: mean reward and
+    held-out rewards, Fréchet distance to the training images and diversity (mean distance between samples of a class),
+    both in the features of a small classifier trained on them.
+
+    Args:
+        samples_per_class: M.
+        ode_steps: Euler steps of both flows.
+        held_out: other rewards by name, each as in `target.reward`; what rises without being asked for, or falls.
+        steering: a method at inference time to compare with, run by `test` only, from the same noise.
+        pictures: samples in the picture.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        samples_per_class: int = 50,
+        ode_steps: int = 50,
+        held_out: dict[str, Any] | None = None,
+        steering: AlignmentMethod | None = None,
+        pictures: int = 20,
+        seed: int = 0,
+    ) -> None:
+        if samples_per_class < 1:
+            raise ValueError(f"samples_per_class {samples_per_class} must be at least 1")
+        self.samples_per_class, self.ode_steps, self.steering = samples_per_class, ode_steps, steering
+        self.held_out = {name: build(reward) for name, reward in (held_out or {}).items()}
+        self.pictures, self.seed = pictures, seed
+
+    @torch.no_grad()
+    def measure(self, module, folder: Path) -> None:
+        data, testing = module.trainer.datamodule, module.trainer.testing
+        noise, label = self._noise(module)
+        real = data.decode(data.splits["train"][0])
+        classifier = train_classifier(real, data.splits["train"][1], data.num_classes)
+        target = module.target(label)
+        jobs = {
+            "base flow": lambda: module.sample_base(noise, label, self.ode_steps),
+            "policy": lambda: module.sample_policy(noise, label, self.ode_steps),
+        }
+        if self.steering is not None and testing:
+            generator = torch.Generator().manual_seed(self.seed)
+            jobs["steering"] = lambda: self.steering(target, noise, generator).states
+        rows = []
+        for name in track(list(jobs), describe=str):
+            states = jobs[name]()
+            images = target.decoder(states)
+            reward = target.rewards(states, count=False) / (target.reward_scale or 1.0)
+            row = {"samples": name, "reward": reward.mean().item(), "standard error": _standard_error(reward)}
+            for other, held_out in self.held_out.items():
+                row[other] = evaluate(held_out.to(images.device), images, None, label).mean().item()
+            features = classifier.features_module()(images.cpu())
+            row["Fréchet"] = frechet_distance(classifier.features_module(), classifier.num_features, real, images.cpu())
+            row["diversity"] = mean_pairwise_distance(features, label.cpu())
+            rows.append(row)
+            for key in (k for k in row if k != "samples"):
+                module.log(f"{'test' if testing else 'val'}/{name}/{key}", row[key], rank_zero_only=True)
+        title = f"{len(noise)} ODE samples of {self.ode_steps} steps, the same noise for all"
+        write_table(rows, title, folder, "policy", show=testing)
+
+    @torch.no_grad()
+    def draw(self, module, folder: Path) -> None:
+        noise, label = self._noise(module)
+        pick = torch.arange(len(noise)).reshape(-1, self.samples_per_class).T.flatten()[: self.pictures]
+        noise, label = noise[pick], label[pick]
+        target = module.target(label)
+        before, after = (sample(noise, label, self.ode_steps) for sample in (module.sample_base, module.sample_policy))
+        scores = tuple((target.rewards(x, count=False) / (target.reward_scale or 1.0)).cpu() for x in (before, after))
+        title = "base flow (upper of each pair) and policy from the same noise (lower), with rewards"
+        columns = min(10, max(1, module.num_classes))
+        before_after(
+            target.decoder(before).cpu(),
+            target.decoder(after).cpu(),
+            scores,
+            folder / "before_after.png",
+            title,
+            columns,
+        )
+
+    def _noise(self, module) -> tuple[Tensor, Tensor]:
+        """Class by class, `samples_per_class` each."""
+        label = torch.arange(max(1, module.num_classes)).repeat_interleave(self.samples_per_class)
+        noise = torch.randn(len(label), *module.state_shape, generator=torch.Generator().manual_seed(self.seed))
+        return noise.to(module.device), label.to(module.device)
+
+
+class TiltedMixtureEvaluation(Evaluation):
+    """A policy on a Gaussian mixture with a linear-Gaussian reward, where all is exact: sliced W2 of ODE samples to the
+    tilted mixture, and the error of the learned drift against the oracle's b + (sigma^2/2) grad V by time.
+
+    Args:
+        num_samples: for the distance, and states for the drift (noised samples of the tilted mixture).
+        ode_steps: Euler steps.
+        times: of the drift's table.
+        repeats: of the distance, each with other noise and other exact samples.
+        seed: of all noise.
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 4096,
+        ode_steps: int = 500,
+        times: list[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        repeats: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.num_samples, self.ode_steps, self.times = num_samples, ode_steps, tuple(times)
+        self.repeats, self.seed = repeats, seed
+
+    @torch.no_grad()
+    def measure(self, module, folder: Path) -> None:
+        oracle, target = module.trainer.datamodule.oracle, module.target(None)
+        exact, testing = oracle.tilted(target.reward), module.trainer.testing
+        distances: dict[str, list[float]] = {"exact (floor)": [], "base flow": [], "policy": []}
+        for repeat in track(range(self.repeats if testing else 1), describe=lambda i: f"samples {i + 1}"):
+            generator = torch.Generator().manual_seed(self.seed + repeat)
+            reference, again = (exact.sample(self.num_samples, generator) for _ in range(2))
+            noise = torch.randn(again.shape, generator=generator).to(module.device)
+            samples = {
+                "exact (floor)": again,
+                "base flow": module.sample_base(noise, None, self.ode_steps),
+                "policy": module.sample_policy(noise, None, self.ode_steps),
+            }
+            for name, x in samples.items():
+                directions = torch.Generator().manual_seed(0)
+                distances[name].append(float(sliced_wasserstein(x.cpu(), reference, 256, directions)))
+        floor = sum(distances["exact (floor)"]) / len(distances["exact (floor)"])
+        rows = []
+        for name, found in distances.items():
+            numbers = torch.tensor(found)
+            mean, spread = numbers.mean().item(), numbers.std().item() if len(found) > 1 else 0.0
+            rows.append({"samples": name, "sliced W2": mean, "std": spread, "times the floor": mean / floor})
+            module.log(f"{'test' if testing else 'val'}/sliced_w2/{name}", mean, rank_zero_only=True)
+        title = f"Distance of {self.num_samples} ODE samples to the tilted mixture"
+        write_table(rows, title, folder, "tilted_distance", show=testing)
+        errors, title = (
+            self._drift_errors(module, oracle, exact, target),
+            "Drift at noised samples of the tilted mixture",
+        )
+        write_table(errors, title, folder, "drift_errors", show=testing)
+
+    def _drift_errors(self, module, oracle, exact, target) -> list[dict[str, Any]]:
+        rows = []
+        for t in self.times:
+            generator = torch.Generator().manual_seed(self.seed)
+            x1 = exact.sample(self.num_samples, generator)
+            x = interpolate(as_times(t, x1), torch.randn(x1.shape, generator=generator), x1)
+            base = oracle.drift(t, x)
+            optimal = base + expand(diffusion(as_times(t, x)), x) * oracle.value_gradient(x, t, target.reward)
+            on_device = x.to(module.device)
+            row = {"t": t}
+            for name, flow in (("base flow", module.base), ("policy", module.policy)):
+                error = flow.drift(t, on_device).cpu() - optimal
+                row[f"{name}, relative error"] = (error.square().sum() / optimal.square().sum()).sqrt().item()
+            rows.append(row)
+        return rows
+
+    @torch.no_grad()
+    def draw(self, module, folder: Path) -> None:
+        oracle, target = module.trainer.datamodule.oracle, module.target(None)
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(2000, *module.state_shape, generator=generator).to(module.device)
+        samples = {
+            "base flow": module.sample_base(noise, None, self.ode_steps),
+            "policy": module.sample_policy(noise, None, self.ode_steps),
+            "exact": oracle.tilted(target.reward).sample(2000, generator),
+        }
+        scatter(samples, folder / "samples.png", "ODE samples before and after fine-tuning, and the tilted mixture")
+
+
+def _standard_error(x: Tensor) -> float:
+    return (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0

@@ -1,0 +1,247 @@
+"""Off-policy fine-tuning of a base flow to a reward (MFM-FT, paper, Eq. 43)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfm_lightning.checkpoints import fingerprint, load_model
+from mfm_lightning.evaluation.base import Evaluation
+from mfm_lightning.interpolant import diffusion, interpolate
+from mfm_lightning.models import MetaFlowMap, randn
+from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.modules.normaliser import LogNormaliser
+from mfm_lightning.modules.optimization import Optimization
+from mfm_lightning.objectives import ConditionTimes
+from mfm_lightning.objectives.finetuning import (
+    GRADIENTS,
+    Tilt,
+    finetuning_target,
+    tilt_by_reward_gradient,
+    tilt_without_gradient,
+)
+from mfm_lightning.posteriors import FlowMapPosterior, Posterior
+from mfm_lightning.samplers import sample_ode
+from mfm_lightning.target import TargetSettings
+from mfm_lightning.values import effective_sample_size
+
+
+@dataclass
+class DiffusionSchedule:
+    """sigma^2/2 of the objective: (1-t)/t, clamped at `max_value` (Eq. 14), or a `constant` (the release: 100, as its
+    sigma^2 = 200; the fixed point is then b + constant grad V, no longer the tilted distribution's flow)."""
+
+    max_value: float = 25.0
+    constant: float | None = None
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return diffusion(t, self.max_value) if self.constant is None else torch.full_like(t, self.constant)
+
+
+@dataclass
+class LowRank:
+    """Low-rank adapters (peft): trained instead of the weights, and merged into them on export.
+
+    rank, alpha: of the adapters; modules: ends of the names of the linear layers that get one.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    modules: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "adaLN_modulation.1")
+
+
+class RewardFinetuning(TrainingModule):
+    """Trains a policy, a copy of the base flow, on Eq. 43; the base flow, the Meta Flow Map and the reward are frozen.
+
+    The policy is exported as a base flow: a `model.safetensors` that every sampler here takes.
+
+    Args:
+        target: the Meta Flow Map for the draws, the reward, its decoder, and `reward_scale` (the paper's lambda).
+        base: the base flow's `model.safetensors`; the flow that the Meta Flow Map contains where None.
+        adapters: train low-rank adapters; all weights where None.
+        gradient: "reward": of the reward through the draws; "free": for black-box rewards.
+        times: outer times t of the states.
+        half_diffusion: sigma^2/2 by t.
+        class_dropout: probability that a label becomes the null label.
+        num_draws: posterior draws for each state.
+        posterior: source of draws; one step of the flow map where None.
+        normaliser_rate: of the running log E[e^r] by class.
+        optimization: the optimiser and its learning rate.
+        evaluation: what `validate` and `test` measure and draw.
+
+    Raises:
+        ValueError: if base and Meta Flow Map differ in shapes or classes, an image reward has no decoder, or the reward
+            needs labels that class dropout takes away.
+        RewardError: if the gradient is "reward" and the reward has none.
+    """
+
+    def __init__(
+        self,
+        target: TargetSettings,
+        base: str | None = None,
+        adapters: LowRank | None = None,
+        gradient: str = "reward",
+        times: ConditionTimes | None = None,
+        half_diffusion: DiffusionSchedule | None = None,
+        class_dropout: float = 0.0,
+        num_draws: int = 1,
+        posterior: Posterior | None = None,
+        normaliser_rate: float = 0.02,
+        optimization: Optimization | None = None,
+        evaluation: Evaluation | None = None,
+    ) -> None:
+        super().__init__(optimization, evaluation)
+        if gradient not in GRADIENTS:
+            raise ValueError(f"unknown gradient {gradient!r}: expected one of {', '.join(GRADIENTS)}")
+        self.target, self.base_path = target.load(), base or target.model
+        model = self.target.model
+        flow = model if base is None else load_model(base).eval().requires_grad_(False)
+        if (flow.state_shape, flow.num_classes) != (model.state_shape, model.num_classes):
+            raise ValueError(
+                f"the base flow has states {flow.state_shape} and {flow.num_classes} classes, the Meta Flow Map "
+                f"{model.state_shape} and {model.num_classes}: they must agree"
+            )
+        if len(model.state_shape) == 3 and target.decoder is None:
+            raise ValueError("rewards see images: set target.decoder (mfm_lightning.decoders.PixelDecoder for pixels)")
+        if class_dropout and "labels" in self.target.reward.needs:
+            raise ValueError("the reward needs labels: set class_dropout to 0")
+        if num_draws < 1 or not 0 <= class_dropout <= 1:
+            raise ValueError(f"num_draws {num_draws} must be at least 1 and class_dropout {class_dropout} in [0, 1]")
+        self.state_shape, self.num_classes = model.state_shape, model.num_classes
+        self._base = [flow]  # in a list: frozen, and no part of this module's state
+        self.policy = load_model(self.base_path)
+        if adapters is not None:
+            _add_adapters(self.policy, adapters)
+            self.strict_loading = False  # what is frozen is not in the checkpoint
+        self.adapters, self.gradient = adapters, gradient
+        self.times = times or ConditionTimes(power=1.0, zero_rate=0.0)
+        self.half_diffusion = half_diffusion or DiffusionSchedule()
+        self.class_dropout, self.num_draws = class_dropout, num_draws
+        self.posterior, self.normaliser = (
+            posterior or FlowMapPosterior(),
+            LogNormaliser(self.num_classes, normaliser_rate),
+        )
+        if gradient == "reward":
+            self.target.require_gradient("fine-tuning with gradient 'reward'")
+
+    @property
+    def base(self) -> MetaFlowMap:
+        """The frozen base flow."""
+        return self._base[0]
+
+    @property
+    def exported(self) -> nn.Module:
+        if self.adapters is None:
+            return self.policy.network
+        return copy.deepcopy(self.policy.network).merge_and_unload()
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        return {**self.target.settings.identity, "base": self.base_path, "base_sha256": fingerprint(self.base_path)}
+
+    def setup(self, stage: str) -> None:
+        self.check_data()
+        self.target.to(self.device)
+        self.base.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.adapters is not None:
+            frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+
+    @torch.no_grad()
+    def sample_policy(self, noise: Tensor, label: Tensor | None, steps: int = 50) -> Tensor:
+        """Euler samples of the policy's ODE from noise `(B, *shape)`."""
+        guidance = self.target.settings.guidance
+        return sample_ode(lambda t, x: self.policy.drift(t, x, label, guidance), noise, steps)
+
+    @torch.no_grad()
+    def sample_base(self, noise: Tensor, label: Tensor | None, steps: int = 50) -> Tensor:
+        """Euler samples of the base flow's ODE from noise `(B, *shape)`."""
+        guidance = self.target.settings.guidance
+        return sample_ode(lambda t, x: self.base.drift(t, x, label, guidance), noise, steps)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        losses = self._losses(*batch, update=True)
+        self.check_loss(losses, batch[0])
+        self.log("train/loss", losses["loss"], prog_bar=True)
+        self.log("train/reward", losses["reward"], prog_bar=True)
+        self.log_dict({f"train/{k}": v for k, v in losses.items() if k not in ("loss", "reward")})
+        return losses["loss"]
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._log_loss("val", batch, batch_idx)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._log_loss("test", batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.evaluation is not None and not self.trainer.sanity_checking and self.trainer.is_global_zero:
+            self.evaluation.measure(self, self.folder / "pictures" / f"step_{self.global_step:07d}")
+
+    def _log_loss(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        with torch.random.fork_rng():  # the same noise each time, and training's is not touched
+            torch.manual_seed(batch_idx)
+            losses = self._losses(*batch, update=False)
+        self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
+
+    def _losses(self, x1: Tensor, label: Tensor, update: bool) -> dict[str, Tensor]:
+        label = torch.where(torch.rand(len(x1), device=x1.device) < self.class_dropout, self.num_classes, label)
+        t = self.times.sample(len(x1), x1.device)
+        x = interpolate(t, torch.randn_like(x1), x1)
+        target, half = self.target(label), self.half_diffusion(t)
+        with torch.no_grad():
+            base = self.base.drift(t, x, label, target.guidance)
+        tilt = self._tilt(target, t, x, label, base, update)
+        policy = self.policy.drift(t, x, label, target.guidance)
+        terms = finetuning_target(base, policy, tilt, half)
+        error = (policy - sum(terms)).float().flatten(1).square().sum(dim=1)
+        return {"loss": error.mean(), **self._account(label, half, base, policy.detach(), tilt, terms)}
+
+    def _tilt(self, target, t: Tensor, x: Tensor, label: Tensor, base: Tensor, update: bool) -> Tilt:
+        def log_normaliser(rewards: Tensor) -> Tensor:
+            if update:
+                every = self.all_gather((rewards, label[:, None].expand_as(rewards).contiguous()))
+                self.normaliser.update(*(part.flatten() for part in every))
+            return self.normaliser(label)
+
+        noise = randn((len(x), self.num_draws, *x.shape[1:]), x)
+        if self.gradient == "reward":
+            return tilt_by_reward_gradient(target, t, x, noise, self.posterior, log_normaliser)
+        return tilt_without_gradient(target, t, x, noise, self.posterior, log_normaliser, base)
+
+    @torch.no_grad()
+    def _account(self, label, half: Tensor, base: Tensor, policy: Tensor, tilt: Tilt, terms) -> dict[str, Tensor]:
+        scale = self.target.settings.reward_scale
+        norms = torch.stack([term.flatten(1).norm(dim=1).mean() for term in terms])
+        change = (policy - base).flatten(1).square().sum(dim=1)
+        log_weights = tilt.rewards.flatten() - self.normaliser(label).repeat_interleave(self.num_draws)
+        return {
+            "reward": (tilt.rewards / scale if scale else tilt.rewards).mean(),
+            # of the controlled SDE from the base SDE: the integral of |b_theta - b|^2 / (sigma^2/2)
+            "kl": (change / half.clamp_min(0.05)).mean(),
+            "relative_change": change.mean() / base.flatten(1).square().sum(dim=1).mean(),
+            **{f"share/{name}": n / norms.sum() for name, n in zip(("base", "weight", "reward"), norms, strict=True)},
+            "ess": effective_sample_size(log_weights, dim=0) / len(log_weights),
+            "log_normaliser": self.normaliser(label).mean(),
+        }
+
+
+def _add_adapters(policy: MetaFlowMap, settings: LowRank) -> None:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("low-rank adapters need peft: pip install 'mfm-lightning[peft]'") from error
+    names = [name for name, m in policy.network.named_modules() if isinstance(m, nn.Linear)]
+    if missing := [end for end in settings.modules if not any(name.endswith(end) for name in names)]:
+        raise ValueError(
+            f"no linear layer of {type(policy.network).__name__} ends in {missing[0]!r}: set adapters.modules"
+        )
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.modules))
+    policy.network = get_peft_model(policy.network, config)

@@ -1,0 +1,51 @@
+"""A running estimate of log E[e^r], so that e^{r - c} neither overflows nor vanishes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LogNormaliser(nn.Module):
+    """c = log of a running mean of e^r, for each class and for the null label, kept in the log domain.
+
+    The first values count equally, later ones with `rate`. A batch is taken in before it is normalised, so that
+    e^{r - c} is at most (values of that class in the batch) / rate, whatever r.
+
+    Args:
+        num_classes: labels 0..num_classes, the last one null.
+        rate: of the running mean.
+
+    Raises:
+        ValueError: unless 0 < rate <= 1.
+    """
+
+    def __init__(self, num_classes: int = 0, rate: float = 0.02) -> None:
+        super().__init__()
+        if not 0 < rate <= 1:
+            raise ValueError(f"normaliser rate {rate} must lie in (0, 1]")
+        self.rate = rate
+        self.register_buffer("value", torch.zeros(num_classes + 1))
+        self.register_buffer("updates", torch.zeros(num_classes + 1, dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, rewards: Tensor, label: Tensor) -> None:
+        """Take in rewards `(M,)` of these labels `(M,)`: those of all ranks, so that all hold the same c."""
+        K = len(self.value)
+        largest = torch.full((K,), -torch.inf, device=rewards.device)
+        largest.scatter_reduce_(0, label, rewards.float(), "amax")
+        count = torch.zeros(K, device=rewards.device).index_add_(
+            0, label, torch.ones_like(rewards, dtype=torch.float32)
+        )
+        seen = count > 0
+        shift = torch.where(seen, largest, 0.0)
+        total = torch.zeros(K, device=rewards.device).index_add_(0, label, (rewards.float() - shift[label]).exp())
+        batch = shift + (total / count.clamp_min(1)).log()
+        share = torch.clamp(1 / (self.updates + 1).float(), min=self.rate)
+        mixed = torch.logaddexp(torch.log1p(-share) + self.value, share.log() + batch)
+        self.value.copy_(torch.where(seen, mixed, self.value))
+        self.updates.add_(seen.long())
+
+    def forward(self, label: Tensor) -> Tensor:
+        """c for each label, `(B,)`."""
+        return self.value[label]

@@ -1,0 +1,79 @@
+"""The fine-tuning objective MFM-FT (paper, Eq. 43): off-policy, unbiased with one posterior draw.
+
+b_theta(t, x_t) regresses on sg[ b - (e^r - 1)(b_theta - b) + (sigma^2/2) grad e^r ]. Averaged over the draw, the target
+equals b_theta where (b_theta - b) E[e^r | x_t] = (sigma^2/2) grad E[e^r | x_t]: at b + (sigma^2/2) grad V. That holds
+with e^{r-c} for any c that does not depend on the draw, so that a normaliser c keeps e^r within range.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.interpolant import expand
+from mfm_lightning.posteriors import Posterior
+from mfm_lightning.target import Target
+
+GRADIENTS = ("reward", "free")
+
+
+class Tilt(NamedTuple):
+    """weight: mean over draws of e^{r-c}, `(B,)`; gradient: unbiased for grad_x E[e^{r-c} | x_t = x], `(B, *shape)`;
+    rewards: r of the draws (scaled, without the normaliser), `(B, N)`."""
+
+    weight: Tensor
+    gradient: Tensor
+    rewards: Tensor
+
+
+def tilt_by_reward_gradient(
+    target: Target, t: Tensor, x: Tensor, noise: Tensor, posterior: Posterior, log_normaliser
+) -> Tilt:
+    """e^{r-c} differentiated through the draws, their noise fixed (as MFM-G, Eq. 22).
+
+    Args:
+        t, x: outer times `(B,)` and states `(B, *shape)`.
+        noise: of N draws, `(B, N, *shape)`.
+        log_normaliser: a function of the rewards `(B, N)` that gives c, `(B,)`.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        x1 = posterior(target, t, x, noise)
+        rewards = target.rewards(x1.flatten(0, 1)).reshape(noise.shape[:2])
+        weight = (rewards - log_normaliser(rewards.detach())[:, None]).exp().mean(dim=1)
+        (gradient,) = torch.autograd.grad(weight.sum(), x)
+    return Tilt(weight.detach(), gradient, rewards.detach())
+
+
+@torch.no_grad()
+def tilt_without_gradient(
+    target: Target, t: Tensor, x: Tensor, noise: Tensor, posterior: Posterior, log_normaliser, base: Tensor
+) -> Tilt:
+    """The same for black-box rewards, by grad_x E[f(X1) | x] = t/(1-t)^2 Cov(f(X1), X1 | x) (as MFM-GF, Eq. 20).
+
+    The score of the posterior in x is t (x1 - E[x1 | x]) / (1-t)^2, so that e^{r-c} t (x1 - D_t(x)) / (1-t)^2 with the
+    base flow's denoiser D_t(x) = x + (1-t) b_t(x) is unbiased even from one draw.
+
+    Args:
+        base: b_t(x), `(B, *shape)`.
+    """
+    x1 = posterior(target, t, x, noise)
+    rewards = target.rewards(x1.flatten(0, 1)).reshape(noise.shape[:2])
+    weights = (rewards - log_normaliser(rewards)[:, None]).exp()
+    centred = x1 - (x + expand(1 - t, x) * base)[:, None]
+    mean = torch.einsum("bn,bn...->b...", weights.to(x.dtype), centred) / noise.shape[1]
+    factor = t / (1 - t).clamp_min(1e-3) ** 2
+    return Tilt(weights.mean(dim=1), expand(factor, x) * mean, rewards)
+
+
+def finetuning_target(base: Tensor, policy: Tensor, tilt: Tilt, half_diffusion: Tensor) -> tuple[Tensor, ...]:
+    """The three terms whose sum b_theta regresses on (Eq. 43): b, -(e^r - 1)(b_theta - b), (sigma^2/2) grad e^r.
+
+    Args:
+        base, policy: b_t(x) and b_theta(t, x), `(B, *shape)`.
+        half_diffusion: sigma^2/2, `(B,)`.
+    """
+    policy = policy.detach()
+    return base, -expand(tilt.weight - 1, base) * (policy - base), expand(half_diffusion, base) * tilt.gradient
