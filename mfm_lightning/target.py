@@ -71,11 +71,7 @@ class Target:
 
     def require_gradient(self, method: str) -> None:
         """Raise RewardError, before any work, if `method` needs a gradient that the reward has not got."""
-        if not self.differentiable:
-            raise RewardError(
-                f"{method} differentiates the reward, but {name_of(self.reward)!r} is not differentiable: use a method "
-                "without reward gradients (mfm_gf, glass_gf, search, best_of_n, or Feynman-Kac steering)"
-            )
+        require_gradient(self.reward, method)
 
     def take(self, index: slice | Tensor) -> Target:
         """The same target for some of the samples; evaluations are counted on the same meter."""
@@ -193,6 +189,15 @@ class LoadedTarget:
             prompts = [prompts[i] for i in label.tolist()]
         return Target(
             self.model, self.reward, settings.decoder, label, settings.guidance, prompts, settings.reward_scale
+        )
+
+
+def require_gradient(reward: Reward, method: str) -> None:
+    """Raise RewardError if `method` needs a gradient that the reward has not got."""
+    if not reward.differentiable:
+        raise RewardError(
+            f"{method} differentiates the reward, but {name_of(reward)!r} is not differentiable: use a method without "
+            "reward gradients (mfm_gf, glass_gf, search, best_of_n, Feynman-Kac; fine-tuning with gradient 'free')"
         )
 
 

@@ -49,13 +49,13 @@ def test_the_loss_is_least_at_the_exact_value():
 
 
 def test_rollouts_draw_from_the_posterior():
-    # mean and covariance of 20,000 rollouts; 4.5 standard errors and 3 % for the Euler steps
+    # mean and covariance of 5,000 rollouts; 4.5 standard errors and 5 % for the Euler steps
     t, x_t = 0.3, torch.tensor([[0.6, 0.2]])
-    draws = RolloutPosterior(200, generator=seeded())(Target(MIXTURE, sum), t, x_t, torch.empty(1, 20_000, 2))[0]
-    exact = MIXTURE.sample_posterior(x_t, t, 400_000, generator=seeded(1))[0]
-    error = 4.5 * exact.std(0) / 20_000**0.5
-    assert ((draws.mean(0) - exact.mean(0)).abs() < error + 0.03 * exact.std(0)).all()
-    torch.testing.assert_close(draws.T.cov(), exact.T.cov(), rtol=0.06, atol=0.06)
+    draws = RolloutPosterior(100, generator=seeded())(Target(MIXTURE, sum), t, x_t, torch.empty(1, 5000, 2))[0]
+    exact = MIXTURE.sample_posterior(x_t, t, 100_000, generator=seeded(1))[0]
+    error = 4.5 * exact.std(0) / 5000**0.5
+    assert ((draws.mean(0) - exact.mean(0)).abs() < error + 0.05 * exact.std(0)).all()
+    torch.testing.assert_close(draws.T.cov(), exact.T.cov(), rtol=0.12, atol=0.06)
     with pytest.raises(ValueError, match="one t for all states"):
         RolloutPosterior(2)(Target(MIXTURE, sum), torch.tensor([0.1, 0.2]), torch.zeros(2, 2), torch.empty(2, 1, 2))
 
@@ -72,11 +72,11 @@ def test_the_network_learns_the_exact_value_from_single_draws(tmp_path, model_fi
         posterior=OraclePosterior(MIXTURE), optimization=Optimization("adamw", 3e-3, (0.9, 0.95), 0.0, 50, 1e-5),
     )  # fmt: skip
     trainer = L.Trainer(
-        max_steps=1500, max_epochs=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        max_steps=800, max_epochs=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
         enable_checkpointing=False, enable_model_summary=False, accelerator="cpu", gradient_clip_val=1.0,
         limit_val_batches=0,
     )  # fmt: skip
-    trainer.fit(module, GaussianMixtureDataModule(batch_size=512))
+    trainer.fit(module, GaussianMixtureDataModule(batch_size=256))
     assert not [name for name in module.state_dict() if not name.startswith("network.")]
     reward = LinearGaussianLikelihood([1.2, -0.8], -1.0, 1.0)
     x1, estimator = MIXTURE.sample(512, seeded(1)), NetworkGradient(module.network)
@@ -125,7 +125,7 @@ def test_the_evaluation_finds_exact_draws_to_be_exact(tmp_path):
         target=LoadedTarget(TargetSettings("", ""), gaussian_model().requires_grad_(False), reward),
         log=lambda name, value, **_: logged.__setitem__(name, value),
     )  # fmt: skip
-    evaluation = ValueEvaluation([0.3, 0.6], 64, 400, 3, [1, 4], [1, 8], 50)
+    evaluation = ValueEvaluation([0.3, 0.6], 64, 2000, 2, [1, 4], [1, 8], 20, max_rows=200_000)
     evaluation.measure(module, tmp_path)
     rows = {(row["t"], row["estimator"]): row for row in json.loads((tmp_path / "value_estimates.json").read_text())}
     for t in (0.3, 0.6):
@@ -138,7 +138,7 @@ def test_the_evaluation_finds_exact_draws_to_be_exact(tmp_path):
         assert four["RMSE"] == pytest.approx(one["RMSE"], abs=1e-4)
         assert abs(one["bias"]) < abs(rows[t, "DPS point"]["bias"])
         assert rows[t, "GLASS 8"]["RMSE"] < rows[t, "GLASS 1"]["RMSE"]
-        assert (one["NFE"], rows[t, "GLASS 8"]["NFE"], rows[t, "DPS point"]["NFE"]) == (800, 3600, 2)
+        assert (one["NFE"], rows[t, "GLASS 8"]["NFE"], rows[t, "DPS point"]["NFE"]) == (4000, 18000, 2)
     assert logged["test/pearson_r/MFM 1/t=0.3"] == rows[0.3, "MFM 1"]["r"]
     evaluation.draw(module, tmp_path)
     assert {"scatter.png", "scatter.svg", "r_against_nfe.png", "r_against_nfe.svg"} <= {

@@ -35,6 +35,7 @@ class ValueEvaluation(Evaluation):
         num_draws: draws of an estimate, and rollouts of a reference value.
         num_repeats: independent estimates of each state's value, for the variance.
         model_steps: flow-map steps; glass_steps: Euler steps of the GLASS ODE; rollout_steps: of the SDE.
+        rollout_draws: rollouts of the SDE's own estimate, which is the dearest.
         reference: "exact" (the DataModule's oracle), "rollouts", or "auto": the former where there is an oracle.
         use_labels: condition states on their classes.
         max_rows: at most so many draws in memory at once.
@@ -53,16 +54,23 @@ class ValueEvaluation(Evaluation):
         model_steps: list[int] = (1, 2, 4),
         glass_steps: list[int] = (1, 2, 4, 8, 16),
         rollout_steps: int = 200,
+        rollout_draws: int = 50,
         reference: str = "auto",
         use_labels: bool = False,
-        max_rows: int = 8192,
+        max_rows: int = 1024,
         seed: int = 0,
     ) -> None:
         if reference not in REFERENCES:
             raise ValueError(f"unknown reference {reference!r}: expected one of {', '.join(REFERENCES)}")
         self.times, self.num_states, self.num_draws, self.num_repeats = tuple(times), num_states, num_draws, num_repeats
         self.model_steps, self.glass_steps, self.rollout_steps = tuple(model_steps), tuple(glass_steps), rollout_steps
-        self.reference, self.use_labels, self.max_rows, self.seed = reference, use_labels, max_rows, seed
+        self.rollout_draws, self.reference, self.use_labels, self.max_rows = (
+            rollout_draws,
+            reference,
+            use_labels,
+            max_rows,
+        )
+        self.seed = seed
         self._rows: list[dict[str, Any]] = []
         self._values: dict[tuple[float, str], tuple[Tensor, Tensor]] = {}
 
@@ -92,7 +100,8 @@ class ValueEvaluation(Evaluation):
                 evaluations, draws, estimate = estimators[name]
                 generator = self._generator(4)
                 # an estimate without draws is the same each time
-                found = [estimate(target, t, x, generator) for _ in range(self.num_repeats if draws > 1 else 1)]
+                repeats = self.num_repeats if draws > 1 else 1
+                found = [estimate(target, t, x, generator) for _ in range(repeats)]
                 values, ess = torch.stack([v for v, _ in found]), torch.stack([e for _, e in found]).mean().item()
                 self._values[t, name] = (values.cpu(), reference.cpu())
                 self._rows.append(_row(t, name, evaluations, draws, values.cpu(), reference.cpu(), ess, self.seed))
@@ -120,7 +129,8 @@ class ValueEvaluation(Evaluation):
         found = {f"MFM {k}": (k, N, self._from_draws(FlowMapPosterior(k))) for k in self.model_steps}
         found |= {f"GLASS {k}": (k, N, self._from_draws(GlassPosterior(k))) for k in self.glass_steps}
         rollouts = RolloutPosterior(self.rollout_steps, generator=self._generator(5))
-        found[f"SDE {self.rollout_steps}"] = (self.rollout_steps, N, self._from_draws(rollouts))
+        estimate = self._from_draws(rollouts, self.rollout_draws)
+        found[f"SDE {self.rollout_steps}"] = (self.rollout_steps, self.rollout_draws, estimate)
         found["DPS point"] = (1, 1, _denoised)
         if network is not None:
 
@@ -131,9 +141,11 @@ class ValueEvaluation(Evaluation):
             found["network"] = (1, 1, amortised)
         return found
 
-    def _from_draws(self, posterior: Posterior) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _from_draws(self, posterior: Posterior, num_draws: int | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+        num_draws = num_draws or self.num_draws
+
         def estimate(target: Target, t: float, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            return estimate_value(target, t, x, self.num_draws, posterior, max_rows=self.max_rows, generator=generator)
+            return estimate_value(target, t, x, num_draws, posterior, max_rows=self.max_rows, generator=generator)
 
         return estimate
 
@@ -205,6 +217,7 @@ def _row(t, name, evaluations, draws, values: Tensor, reference: Tensor, ess: fl
         "t": t,
         "estimator": name,
         "evaluations": evaluations,  # of the network, for a draw
+        "draws": draws,
         "NFE": draws * (evaluations + (name != "network")),  # with those of the reward
         "r": r,
         "r low": low,

@@ -78,7 +78,10 @@ class RewardAlignment(L.LightningModule):
         return batch
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> AlignmentResult:
-        x0, label = batch
+        with torch.inference_mode(False), torch.no_grad():  # steering takes gradients of its own
+            return self._align(*[part.clone() for part in batch], batch_idx)
+
+    def _align(self, x0: Tensor, label: Tensor, batch_idx: int) -> AlignmentResult:
         # the states of all ranks' batches have numbers of their own
         number = batch_idx * self.trainer.world_size + self.global_rank
         target = self.target(None if bool((label == self.target.model.num_classes).all()) else label)

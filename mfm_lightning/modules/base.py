@@ -83,8 +83,9 @@ class TrainingModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         if self.evaluation is not None and self.trainer.is_global_zero:
-            self.evaluation.measure(self, self.folder / "test")
-            self.evaluation.draw(self, self.folder / "test")
+            with torch.inference_mode(False), torch.no_grad():  # steering takes gradients of its own
+                self.evaluation.measure(self, self.folder / "test")
+                self.evaluation.draw(self, self.folder / "test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng_state"] = _get_rng_state()

@@ -26,7 +26,7 @@ from mfm_lightning.objectives.finetuning import (
 )
 from mfm_lightning.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.samplers import sample_ode
-from mfm_lightning.target import TargetSettings
+from mfm_lightning.target import TargetSettings, require_gradient
 from mfm_lightning.values import effective_sample_size
 
 
@@ -126,7 +126,7 @@ class RewardFinetuning(TrainingModule):
             LogNormaliser(self.num_classes, normaliser_rate),
         )
         if gradient == "reward":
-            self.target.require_gradient("fine-tuning with gradient 'reward'")
+            require_gradient(self.target.reward, "fine-tuning with gradient 'reward'")
 
     @property
     def base(self) -> MetaFlowMap:
@@ -238,10 +238,11 @@ def _add_adapters(policy: MetaFlowMap, settings: LowRank) -> None:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError("low-rank adapters need peft: pip install 'mfm-lightning[peft]'") from error
-    names = [name for name, m in policy.network.named_modules() if isinstance(m, nn.Linear)]
+    names = [name for name, layer in policy.network.named_modules() if isinstance(layer, nn.Linear)]
     if missing := [end for end in settings.modules if not any(name.endswith(end) for name in names)]:
         raise ValueError(
             f"no linear layer of {type(policy.network).__name__} ends in {missing[0]!r}: set adapters.modules"
         )
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.modules))
+    chosen = [name for name in names if name.endswith(tuple(settings.modules))]
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=chosen)
     policy.network = get_peft_model(policy.network, config)
