@@ -1,4 +1,4 @@
-"""`mfm demo`: a base flow and a Meta Flow Map on real digits, measured and drawn."""
+"""`mfm demo`: a base flow and a Meta Flow Map on real digits, measured and drawn, and fine-tuned to a reward."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ STAGES = (
     ("fit", "configs/digits/flow.yaml", "Base flow"),
     ("fit", "configs/digits/mfm.yaml", "Meta Flow Map, distilled from it"),
     ("test", "configs/digits/mfm.yaml", "Measure and draw"),
+    ("fit", "configs/digits/finetune.yaml", "Fine-tune the base flow to a reward"),
+    ("test", "configs/digits/finetune.yaml", "Before and after"),
 )
 
 
@@ -28,8 +30,8 @@ def demo(extra: Sequence[str] = ()) -> None:
     console, begin = Console(), time.monotonic()
     for i, (command, config, title) in enumerate(STAGES, start=1):
         console.rule(f"{i}/{len(STAGES)}  {title}  (mfm {command} --config {config})")
-        checkpoint = ["--ckpt_path", "outputs/digits/mfm/last.ckpt"] if command == "test" else []
+        checkpoint = ["--ckpt_path", f"outputs/digits/{Path(config).stem}/last.ckpt"] if command == "test" else []
         run([command, "--config", config, *checkpoint, *extra])
     console.print(f"Done in {time.monotonic() - begin:.0f} s. Pictures and tables:")
-    for path in sorted(Path("outputs/digits/mfm/test").iterdir()):
+    for path in sorted(Path("outputs/digits").glob("*/test/*")):
         console.print(f"  {path}")
