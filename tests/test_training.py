@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
 
 # the order in which they build on each other; a config that is not here is a config that is not tested
 FIT = ["digits/flow", "digits/mfm", "digits/mfm_from_data", "digits/value", "gmm/mfm", "gmm/mean_flow", "gmm/semigroup"]
-FIT += ["gmm/value"]
+FIT += ["digits/finetune", "gmm/value", "gmm/finetune"]
 PREDICT = ["digits/steer"]
 
 
@@ -58,15 +58,24 @@ def test_every_config_runs(folder):
         assert tuple(load(exported).state_shape) == ((1, 8, 8) if "digits" in name else (2,))
         rows = list(csv.DictReader((output / "logs/csv/metrics.csv").read_text().splitlines()))
         assert any(row["train/loss"] for row in rows)
-        assert "value" in name or (output / "pictures").is_dir()
+        assert "value" in name or list((output / "pictures").rglob("*.png"))
 
 
 def test_value_and_steering_on_digits(folder):
     for name in ("flow", "mfm"):
         run(["fit", "--config", f"configs/digits/{name}.yaml", *SMALL])
     value = ["--config", "configs/digits/value.yaml"]
-    small = [f"--model.init_args.evaluation.init_args.{option}" for option in
-             ("num_states=8", "num_draws=4", "rollout_steps=3", "times=[0.3]", "glass_steps=[1, 2]")]  # fmt: skip
+    small = [
+        f"--model.init_args.evaluation.init_args.{option}"
+        for option in (
+            "num_states=8",
+            "num_draws=4",
+            "rollout_draws=4",
+            "rollout_steps=3",
+            "times=[0.3]",
+            "glass_steps=[1, 2]",
+        )
+    ]
     run(["test", *value, *small])
     table = Path("outputs/digits/value/test/value_estimates.json")
     names = ["MFM 1", "MFM 2", "MFM 4", "GLASS 1", "GLASS 2", "SDE 3", "DPS point"]
@@ -119,19 +128,20 @@ def test_the_readme_works_as_written(folder, capsys):
     readme = (ROOT / "README.md").read_text()
     commands = [line.split("#")[0].split() for line in readme.splitlines() if re.match(r"mfm \w+ --config", line)]
     assert [c[1] for c in commands[:4]] == ["fit", "fit", "test", "predict"]
-    small = {"fit": SMALL, "predict": []}
+    tests = {  # by config: what makes its evaluation short
+        "digits/mfm": ["num_samples=64"],
+        "digits/value": ["num_states=4", "num_draws=2", "rollout_draws=2", "rollout_steps=2", "times=[0.3]"],
+        "digits/finetune": ["samples_per_class=3", "steering=null"],
+        "gmm/mfm": ["num_states=2"],
+    }
     for command in commands:
-        name, config = command[1], command[3]
-        if name == "test" and "value" in config:
-            options = ("num_states=4", "num_draws=2", "rollout_steps=2", "times=[0.3]")
-        elif name == "test":
-            options = ("num_states=2",) if "gmm" in config else ("num_samples=64",)
-        else:
-            options = ()
-        extra = [f"--model.init_args.evaluation.init_args.{option}" for option in options] + small.get(name, [])
-        if "steer" in config:
-            extra = ["--data.init_args.num_samples=4", "--model.init_args.method.init_args.grid.steps=2"]
-        run([*command[1:], *extra])
+        name, config = command[1], command[3].removeprefix("configs/").removesuffix(".yaml")
+        small = SMALL if name == "fit" else []
+        if name == "test":
+            small = [f"--model.init_args.evaluation.init_args.{option}" for option in tests[config]]
+        elif config == "digits/steer":
+            small = ["--data.init_args.num_samples=4", "--model.init_args.method.init_args.grid.steps=2"]
+        run([*command[1:], *small])
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
         exec(block, namespace)

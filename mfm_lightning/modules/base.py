@@ -65,6 +65,13 @@ class TrainingModule(L.LightningModule):
         if not torch.isfinite(losses["loss"]):
             raise NonFiniteLossError(_describe(self.global_step, losses, x1))
 
+    def log_training(self, losses: dict[str, Tensor], *shown: str) -> None:
+        """Log the loss, and on the steps that the loggers take the rest; `shown` are in the progress bar, too."""
+        self.log("train/loss", losses["loss"], prog_bar=True)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            for name in (name for name in losses if name != "loss"):
+                self.log(f"train/{name}", losses[name], prog_bar=name in shown)
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         check_batch(batch, self.state_shape, self.num_classes)
         return batch

@@ -169,9 +169,7 @@ class RewardFinetuning(TrainingModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         losses = self._losses(*batch, update=True)
         self.check_loss(losses, batch[0])
-        self.log("train/loss", losses["loss"], prog_bar=True)
-        self.log("train/reward", losses["reward"], prog_bar=True)
-        self.log_dict({f"train/{k}": v for k, v in losses.items() if k not in ("loss", "reward")})
+        self.log_training(losses, "reward")
         return losses["loss"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -186,9 +184,10 @@ class RewardFinetuning(TrainingModule):
             self.evaluation.measure(self, self.folder / "pictures" / f"step_{self.global_step:07d}")
 
     def _log_loss(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        with torch.random.fork_rng():  # the same noise each time, and training's is not touched
+        # the same noise each time, and training's is not touched; the objective takes gradients of its own
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.no_grad():
             torch.manual_seed(batch_idx)
-            losses = self._losses(*batch, update=False)
+            losses = self._losses(*[part.clone() for part in batch], update=False)
         self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
 
     def _losses(self, x1: Tensor, label: Tensor, update: bool) -> dict[str, Tensor]:

@@ -71,8 +71,7 @@ class MFMPretraining(TrainingModule):
         x1, label = batch
         losses = self.objective(self.model, self.teacher, x1, label, self.global_step)
         self.check_loss(losses, x1)
-        self.log("train/loss", losses["loss"], prog_bar=True)
-        self.log_dict({f"train/{k}": v for k, v in losses.items() if k != "loss"})
+        self.log_training(losses)
         return losses["loss"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

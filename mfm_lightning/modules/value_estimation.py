@@ -97,8 +97,7 @@ class ValueEstimation(TrainingModule):
             self.network.set_level(log_mean_exp(self.all_gather(rewards).flatten()))
         losses = self._losses(state, rewards)
         self.check_loss(losses, batch[0])
-        self.log("train/loss", losses["loss"], prog_bar=True)
-        self.log_dict({f"train/{k}": v for k, v in losses.items() if k != "loss"})
+        self.log_training(losses)
         return losses["loss"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
