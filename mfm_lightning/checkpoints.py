@@ -212,6 +212,22 @@ def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] 
     return path
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; of ours: `network`, `config`, and `kind` ("base_flow", "meta_flow_map", ...).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it is not a safetensors file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no model at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+
 def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWORKS) -> nn.Module:
     """Build the network that `save_network` wrote.
 
@@ -222,14 +238,7 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file was not written by `save_network`, or holds a network of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no model at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    header = read_metadata(path)
     name = header.get("network")
     if name is None:
         raise CheckpointError(f"{path} was not written by mfm-lightning: use import_checkpoint for released weights")

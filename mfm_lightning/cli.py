@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
 
-from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.modules import NonFiniteLossError
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
             rewards_main(args[1:])
         else:
             run(args)
-    except (CheckpointError, FileNotFoundError, NonFiniteLossError, ValueError) as error:
+    except (FileNotFoundError, FloatingPointError, ImportError, NonFiniteLossError, ValueError) as error:
         if log.isEnabledFor(logging.DEBUG):
             raise
         sys.exit(f"mfm: {type(error).__name__}: {error}")

@@ -91,7 +91,7 @@ class GaussianMixture:
         Raises:
             TypeError: if the reward is of another kind, for which a mixture has no closed form.
         """
-        _require_linear_gaussian(reward)
+        require_linear_gaussian(reward)
         t = as_times(t, x)
         log_joint, means, variances = self._posterior_moments(t, x)
         A, y = reward.operator.to(x), reward.observation.to(x)
@@ -113,8 +113,8 @@ class GaussianMixture:
         Raises:
             TypeError: if the reward is of another kind.
         """
-        _require_linear_gaussian(reward)
-        A, y = reward.operator.double(), reward.observation.double()
+        require_linear_gaussian(reward)
+        A, y = reward.operator.to(self.means), reward.observation.to(self.means)
         precision = torch.linalg.inv(self.covariances)
         covariances = torch.linalg.inv(precision + A.T @ A / reward.noise_std**2)
         information = torch.einsum("kij,kj->ki", precision, self.means) + A.T @ y / reward.noise_std**2
@@ -138,7 +138,8 @@ class GaussianMixture:
         return log_joint, self.means.to(x) + gain, (1 - time) ** 2 * lam / noisy
 
 
-def _require_linear_gaussian(reward) -> None:
+def require_linear_gaussian(reward) -> None:
+    """Raise TypeError unless the reward is a linear-Gaussian likelihood, for which a mixture has closed forms."""
     if not all(hasattr(reward, name) for name in ("operator", "observation", "noise_std")):
         raise TypeError(
             f"the value of a {type(reward).__name__} under a mixture has no closed form: give a linear-Gaussian "

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfm_lightning.checkpoints import fingerprint, load_model
+from mfm_lightning.checkpoints import CheckpointError, fingerprint, load_model, read_metadata
 from mfm_lightning.decoders import Decoder, IdentityDecoder
 from mfm_lightning.interpolant import as_times
 from mfm_lightning.models import MetaFlowMap
@@ -86,26 +86,33 @@ class Target:
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         """b_t(x), `(B*k, *shape)`."""
         drift = self.meter.counted("network", self._drift)
-        return drift(as_times(t, x), x, self.labels(x), self.guidance)
+        return drift(as_times(t, x), x, *self._conditions(x))
 
     def flow_map(self, s: Tensor | float, u: Tensor | float, x: Tensor, t: Tensor | float, x_t: Tensor) -> Tensor:
         """X_{s,u}(x; t, x_t), `(B*k, *shape)`."""
         flow_map = self.meter.counted("network", self.model.flow_map)
-        return flow_map(s, u, x, t, x_t, self.labels(x), self.guidance)
+        return flow_map(s, u, x, t, x_t, *self._conditions(x))
 
-    def rewards(self, x: Tensor, count: bool = True) -> Tensor:
-        """r(x) `(B*k,)`, scaled, of clean states `(B*k, *shape)`.
+    def rewards(self, x: Tensor) -> Tensor:
+        """r(x) `(B*k,)`, times `reward_scale`, of clean states `(B*k, *shape)`; counted.
 
         Raises:
-            RewardError: as `rewards.evaluate`, or if labels or prompts do not fit the number of states.
+            RewardError: as `rewards.evaluate`; if labels or prompts do not fit the number of states; or if a gradient
+                is wanted of a reward that said it was differentiable, and is not.
         """
+        return self.reward_scale * self.meter.counted("reward", self.plain_rewards)(x)
 
-        def reward(x: Tensor) -> Tensor:
-            images, labels, prompts = self.decoder(x), self.labels(x), self._prompts(x)
-            check_context(self.reward, len(x), prompts, labels)
-            return self.reward_scale * evaluate(self.reward, images, prompts, labels).float()
-
-        return (self.meter.counted("reward", reward) if count else reward)(x)
+    def plain_rewards(self, x: Tensor) -> Tensor:
+        """The same without the scale, and not counted: what is reported."""
+        images, labels, prompts = self.decoder(x), self.labels(x), self.prompts_of(x)
+        check_context(self.reward, len(x), prompts, labels)
+        values = evaluate(self.reward, images, prompts, labels).float()
+        if images.requires_grad and self.reward.differentiable and not values.requires_grad:
+            raise RewardError(
+                f"reward {name_of(self.reward)!r} gave values that carry no gradient: keep it free of detach() and "
+                "no_grad, or say differentiable = False"
+            )
+        return values
 
     def labels(self, x: Tensor) -> Tensor | None:
         """The label of each state `(B*k,)`."""
@@ -114,7 +121,15 @@ class Target:
         label = torch.as_tensor(self.label, device=x.device)
         return label.expand(len(x)) if label.dim() == 0 else label.repeat_interleave(_per_sample(len(label), x))
 
-    def _prompts(self, x: Tensor) -> list[str] | None:
+    def _conditions(self, x: Tensor) -> tuple[Tensor | None, Tensor | float | None]:
+        """Label and guidance of each state; there is nothing to guide to without a class."""
+        label, null = self.labels(x), getattr(self.model, "num_classes", None)
+        if label is None or self.guidance is None:
+            return label, self.guidance if label is not None else None
+        return label, torch.where(label == null, 1.0, float(self.guidance)).to(x)
+
+    def prompts_of(self, x: Tensor) -> list[str] | None:
+        """The prompt of each state."""
         if self.prompts is None or isinstance(self.prompts, str):
             return None if self.prompts is None else [self.prompts] * len(x)
         k = _per_sample(len(self.prompts), x)
@@ -145,7 +160,9 @@ class TargetSettings:
 
         Raises:
             FileNotFoundError: if the model is not there.
+            CheckpointError: if the file is a base flow, which has no posterior draws.
             RewardError: if the reward is unknown, its options do not fit, or it needs prompts and there are none.
+            ValueError: if prompts are given by class and are not as many as classes.
         """
         reward = build(self.reward).eval().requires_grad_(False)
         if "prompts" in reward.needs and self.prompts is None:
@@ -154,12 +171,18 @@ class TargetSettings:
             raise FileNotFoundError(
                 f"no model at {self.model}: fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)"
             )
-        return LoadedTarget(self, load_model(self.model).eval().requires_grad_(False), reward)
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint names the frozen parts by."""
-        return {"model": self.model, "sha256": fingerprint(self.model), "reward": repr(self.reward)}
+        if read_metadata(self.model).get("kind") == "base_flow":
+            raise CheckpointError(
+                f"{self.model} is a base flow, which draws no posteriors: give a Meta Flow Map's file"
+            )
+        model = load_model(self.model).eval().requires_grad_(False)
+        if isinstance(self.prompts, list) and len(self.prompts) != model.num_classes:
+            raise ValueError(f"{len(self.prompts)} prompts for {model.num_classes} classes: give one, or one a class")
+        if self.decoder is not None:
+            self.decoder.eval().requires_grad_(False)
+        settings = {"reward": self.reward, "reward_scale": self.reward_scale, "guidance": self.guidance}
+        identity = {"model": self.model, "sha256": fingerprint(self.model), **{k: repr(v) for k, v in settings.items()}}
+        return LoadedTarget(self, model, reward, identity)
 
 
 @dataclass
@@ -169,6 +192,14 @@ class LoadedTarget:
     settings: TargetSettings
     model: MetaFlowMap
     reward: Reward
+    identity: dict[str, str] = field(default_factory=dict)  # what a checkpoint names the frozen parts by
+
+    def check_labels(self, all_labelled: bool) -> None:
+        """Raise ValueError if reward or prompts need a label for each sample and there are samples without one."""
+        if not all_labelled and "labels" in self.reward.needs:
+            raise ValueError(f"reward {name_of(self.reward)!r} needs labels, but not all samples have one")
+        if not all_labelled and isinstance(self.settings.prompts, list):
+            raise ValueError("prompts by class need a label for each sample, but not all samples have one")
 
     def to(self, device: torch.device | str) -> None:
         """Move the parts to a device."""
@@ -176,8 +207,11 @@ class LoadedTarget:
             if part is not None:
                 part.to(device)
 
-    def __call__(self, label: Tensor | None) -> Target:
+    def __call__(self, label: Tensor | None, flow: MetaFlowMap | None = None) -> Target:
         """The target of samples with these labels `(B,)`, with the prompts of their classes.
+
+        Args:
+            flow: another model for its drift.
 
         Raises:
             ValueError: if prompts are given by class and a label is none of them.
@@ -188,8 +222,9 @@ class LoadedTarget:
                 raise ValueError(f"{len(prompts)} prompts, one a class, need a label in 0..{len(prompts) - 1} each")
             prompts = [prompts[i] for i in label.tolist()]
         return Target(
-            self.model, self.reward, settings.decoder, label, settings.guidance, prompts, settings.reward_scale
-        )
+            self.model, self.reward, settings.decoder, label, settings.guidance, prompts, settings.reward_scale,
+            None if flow is None else flow.drift,
+        )  # fmt: skip
 
 
 def require_gradient(reward: Reward, method: str) -> None:

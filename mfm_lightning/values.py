@@ -167,6 +167,10 @@ class DrawGradientFree(GradientEstimator):
     max_rows: int | None = None
     needs_reward_gradient = False
 
+    def __post_init__(self) -> None:
+        if self.num_draws < 2:
+            raise ValueError(f"draws are weighed against each other: num_draws {self.num_draws} must be at least 2")
+
     @torch.no_grad()
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
         posterior, t = self.posterior or FlowMapPosterior(), as_times(t, x)
@@ -234,7 +238,9 @@ class ExactGradient(GradientEstimator):
 
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
         t, label = as_times(t, x), target.labels(x)
-        reward = target.reward if target.reward_scale == 1 else lambda x1: target.rewards(x1, count=False)
+        reward = (
+            target.reward if target.reward_scale == 1 else lambda x1: target.reward_scale * target.plain_rewards(x1)
+        )
         value = self.oracle.value(x, t, reward, label).float()
         return Estimate(self.oracle.value_gradient(x, t, reward, label), value, torch.ones_like(value))
 
@@ -263,8 +269,6 @@ def gradient_estimator(
     if name == "dps":
         return DPSGradient(max_rows)
     posterior = FlowMapPosterior(posterior_steps) if name.startswith("mfm") else GlassPosterior(posterior_steps)
-    if name.endswith("_gf") and num_draws < 2:
-        raise ValueError(f"{name} weighs draws against each other: num_draws {num_draws} must be at least 2")
     kind = DrawGradientFree if name.endswith("_gf") else DrawGradient
     return kind(num_draws, posterior, antithetic, max_rows)
 

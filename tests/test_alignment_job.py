@@ -1,7 +1,6 @@
 """`mfm predict` with an alignment method, as a user runs it: what it writes, and what it refuses."""
 
 import json
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -92,10 +91,14 @@ def test_labels_and_prompts_reach_the_reward(tmp_path, model_file):
 
 
 def test_black_boxes_are_refused_before_any_sampling(tmp_path, model_file):
-    module = RewardAlignment(settings(model_file, "jpeg_compressibility"), Steering(DrawGradient(2), GRID))
-    with pytest.raises(RewardError, match="not differentiable"):
-        predict(tmp_path, module)
-    assert not list((tmp_path / "predict").iterdir())
+    with pytest.raises(RewardError, match="Steering differentiates the reward, but 'jpeg_compressibility'"):
+        RewardAlignment(settings(model_file, "jpeg_compressibility"), Steering(DrawGradient(2), GRID))
+
+    def detached(images):
+        return images.detach().mean(dim=(1, 2, 3))
+
+    with pytest.raises(RewardError, match="'detached' gave values that carry no gradient"):
+        predict(tmp_path, RewardAlignment(settings(model_file, detached), Steering(DrawGradient(2), GRID), 3))
     module = RewardAlignment(settings(model_file, "jpeg_compressibility"), Steering(DrawGradientFree(4), GRID), 3)
     assert (predict(tmp_path, module) / "summary.json").is_file()
 
@@ -126,4 +129,13 @@ def test_noise_that_does_not_fit_is_refused(tmp_path, model_file):
         predict(tmp_path, module, num_classes=3)
     with pytest.raises(ValueError, match=r"labels \[11\] must lie in 0..10"):
         NoiseDataModule([1, 8, 8], num_classes=10, labels=[11])
-    assert Path(model_file).is_file()
+    for method, message in (
+        (lambda: Steering(dynamics="sode"), "unknown dynamics 'sode'"),
+        (lambda: Search(num_particles=0), "num_particles 0"),
+        (lambda: FeynmanKac(keep="most"), "unknown keep 'most'"),
+        (lambda: TwistedSMC(ess_threshold=2.0), "ess_threshold 2.0"),
+        (lambda: BestOfN(0), "num_candidates 0"),
+        (lambda: DrawGradientFree(1), "at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method()

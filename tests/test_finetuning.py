@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mfm_lightning.callbacks import EMA
-from mfm_lightning.checkpoints import load_model, save_model
+from mfm_lightning.checkpoints import CheckpointError, load_model, save_model
 from mfm_lightning.data import DigitsDataModule, GaussianMixtureDataModule, OffPolicyDataModule
 from mfm_lightning.decoders import PixelDecoder
 from mfm_lightning.interpolant import diffusion
@@ -71,10 +71,12 @@ def test_the_normaliser_is_the_running_mean_in_the_log_domain():
         share = max(1 / (k + 1), 0.25)
         for c in range(3):
             means[c] = (1 - share) * means[c] + share * rewards[label == c].double().exp().mean()
-    torch.testing.assert_close(normaliser(torch.tensor([0, 1, 2])).double(), means[:3].log(), rtol=1e-5, atol=1e-5)
-    assert normaliser(torch.tensor([3])).item() == 0  # a class that has not been seen
+    classes, other = torch.tensor([0, 1, 2]), torch.full((3,), 50.0)
+    # what it is given now does not matter, but for a class that it has not seen: that has its batch's own
+    torch.testing.assert_close(normaliser(other, classes).double(), means[:3].log(), rtol=1e-5, atol=1e-5)
+    assert normaliser(other, torch.tensor([0, 1, 3]))[2].item() == pytest.approx(50.0)
     normaliser.update(torch.full((10,), 1e5), torch.zeros(10, dtype=torch.long))
-    assert (1e5 - normaliser(torch.tensor([0]))).exp().item() <= 1 / 0.25 + 0.1
+    assert (1e5 - normaliser(other, classes)[0]).exp().item() <= 1 / 0.25 + 0.1
     with pytest.raises(ValueError, match="rate 0"):
         LogNormaliser(rate=0)
 
@@ -141,10 +143,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, vectors):
 
 
 def test_no_reward_leaves_the_base_and_a_huge_one_trains(tmp_path, vectors):
-    still = fit(tmp_path, vector_module(vectors, scale=0.0), mixture_data(), 10)
-    for name, tensor in load_model(vectors).state_dict().items():
-        assert torch.equal(still.policy.state_dict()[name], tensor), name
     for gradient in ("reward", "free"):
+        still = fit(tmp_path, vector_module(vectors, scale=0.0, gradient=gradient), mixture_data(), 10)
+        for name, tensor in load_model(vectors).state_dict().items():
+            # the normaliser is log(1) up to rounding
+            torch.testing.assert_close(still.policy.state_dict()[name], tensor, rtol=0, atol=1e-4)
         huge = fit(tmp_path, vector_module(vectors, scale=1e5, gradient=gradient), mixture_data(), 10)
         assert all(tensor.isfinite().all() for tensor in huge.state_dict().values())
         moved = [torch.equal(p, q) for p, q in zip(huge.policy.parameters(), huge.base.parameters(), strict=True)]
@@ -183,6 +186,11 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path, images, vectors)
     assert RewardFinetuning(black_box, gradient="free").policy is not None
     with pytest.raises(ValueError, match=r"base flow has states \(2,\) and 0 classes"):
         RewardFinetuning(TargetSettings(images, "brightness", PixelDecoder()), base=vectors)
+    base_only = save_model(load_model(images), tmp_path / "flow.safetensors", {"kind": "base_flow"})
+    with pytest.raises(CheckpointError, match="is a base flow, which draws no posteriors"):
+        RewardFinetuning(TargetSettings(str(base_only), "brightness", PixelDecoder()))
+    with pytest.raises(ValueError, match="3 prompts for 10 classes"):
+        RewardFinetuning(TargetSettings(images, "brightness", PixelDecoder(), prompts=["a", "b", "c"]))
     with pytest.raises(ValueError, match=r"set target\.decoder"):
         RewardFinetuning(TargetSettings(images, "brightness"))
     with pytest.raises(ValueError, match="unknown gradient 'score'"):

@@ -12,9 +12,9 @@ from mfm_lightning.data import GaussianMixtureDataModule
 from mfm_lightning.evaluation import ValueEvaluation
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import Optimization, ValueEstimation
-from mfm_lightning.modules.value_estimation import amortised_value_loss
 from mfm_lightning.networks import MLP, ValueDiT, ValueMLP
 from mfm_lightning.objectives import ConditionTimes
+from mfm_lightning.objectives.value import amortised_value_loss
 from mfm_lightning.oracles import GaussianMixture
 from mfm_lightning.posteriors import OraclePosterior, RolloutPosterior
 from mfm_lightning.target import LoadedTarget, Target, TargetSettings

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mfm_lightning.alignment.best_of_n import best_of_n
 from mfm_lightning.alignment.result import AlignmentResult
-from mfm_lightning.alignment.search import search, search_times
-from mfm_lightning.alignment.smc import feynman_kac, twisted_smc
-from mfm_lightning.alignment.steer import steer, time_grid
+from mfm_lightning.alignment.search import SELECTIONS, search, search_times
+from mfm_lightning.alignment.smc import TRANSITIONS, check_particles, feynman_kac, twisted_smc
+from mfm_lightning.alignment.steer import DYNAMICS, steer, time_grid
 from mfm_lightning.models import randn
 from mfm_lightning.posteriors import Posterior
-from mfm_lightning.target import Target
+from mfm_lightning.target import Target, require_gradient
 from mfm_lightning.values import DenoisedValue, DPSGradient, DrawGradient, GradientEstimator, ValueEstimator
+from rewards import Reward
 
 
 class AlignmentMethod(ABC):
@@ -26,10 +27,10 @@ class AlignmentMethod(ABC):
     def needs_reward_gradient(self) -> bool:
         return False
 
-    def check(self, target: Target) -> None:
-        """Raise RewardError, before any work, if the target's reward does not give what the method needs."""
+    def check(self, reward: Reward) -> None:
+        """Raise RewardError, before any work, if the reward does not give what the method needs."""
         if self.needs_reward_gradient:
-            target.require_gradient(type(self).__name__)
+            require_gradient(reward, type(self).__name__)
 
     @abstractmethod
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult: ...
@@ -62,6 +63,9 @@ class Steering(AlignmentMethod):
     clip: float | None = None
     max_diffusion: float = 25.0
 
+    def __post_init__(self) -> None:
+        _one_of("dynamics", self.dynamics, DYNAMICS)
+
     @property
     def needs_reward_gradient(self) -> bool:
         return bool(self.estimator.needs_reward_gradient and self.strength)
@@ -85,6 +89,10 @@ class Search(AlignmentMethod):
     stochastic: bool = True
     posterior: Posterior | None = None
 
+    def __post_init__(self) -> None:
+        _one_of("selection", self.selection, SELECTIONS)
+        _positive(num_particles=self.num_particles, num_draws=self.num_draws, steps=self.steps)
+
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
         return search(
             target, with_particles(x0, self.num_particles, generator), self.num_particles, self.num_draws,
@@ -99,6 +107,9 @@ class BestOfN(AlignmentMethod):
     num_candidates: int = 100
     steps: int = 100
     max_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        _positive(num_candidates=self.num_candidates, steps=self.steps, max_rows=self.max_rows)
 
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
         return best_of_n(
@@ -118,6 +129,10 @@ class FeynmanKac(AlignmentMethod):
     ess_threshold: float = 0.5
     keep: str = "sample"
     max_diffusion: float = 25.0
+
+    def __post_init__(self) -> None:
+        _one_of("transition", self.transition, TRANSITIONS)
+        check_particles(self.num_particles, self.ess_threshold, self.keep)
 
     @property
     def needs_reward_gradient(self) -> bool:
@@ -143,6 +158,9 @@ class TwistedSMC(AlignmentMethod):
     keep: str = "sample"
     max_diffusion: float = 25.0
 
+    def __post_init__(self) -> None:
+        check_particles(self.num_particles, self.ess_threshold, self.keep)
+
     @property
     def needs_reward_gradient(self) -> bool:
         return self.estimator.needs_reward_gradient
@@ -152,6 +170,17 @@ class TwistedSMC(AlignmentMethod):
             target, with_particles(x0, self.num_particles, generator), self.estimator, self.num_particles,
             self.grid.times, self.strength, self.clip, self.ess_threshold, self.keep, self.max_diffusion, generator,
         )  # fmt: skip
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+
+
+def _positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
 
 
 def with_particles(x0: Tensor, num_particles: int, generator: torch.Generator | None = None) -> Tensor:

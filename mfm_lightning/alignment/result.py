@@ -109,7 +109,7 @@ class Run:
         target, seconds = self.target, time.monotonic() - self._begin
         with torch.no_grad(), self.step(len(self.trace), len(self.trace) + 1, 1.0, states):
             images = target.decoder(states)
-            rewards = target.rewards(states, count=False) / target.reward_scale
+            rewards = target.plain_rewards(states)
         return AlignmentResult(
             self.method, states, images, rewards, self.trace, target.meter, seconds, _peak_memory(), log_normaliser
         )

@@ -52,6 +52,16 @@ def bridge(now: float, then: float, x: Tensor, x1: Tensor) -> tuple[Tensor, floa
     return mean, (1 - then) ** 2 * gap / total
 
 
+def check_particles(num_particles: int, ess_threshold: float, keep: str) -> None:
+    """Raise ValueError if one of these is out of range."""
+    if num_particles < 1:
+        raise ValueError(f"num_particles {num_particles} must be at least 1")
+    if not 0 <= ess_threshold <= 1:
+        raise ValueError(f"ess_threshold {ess_threshold} must be in [0, 1]")
+    if keep not in KEEP:
+        raise ValueError(f"unknown keep {keep!r}: expected one of {', '.join(KEEP)}")
+
+
 @torch.no_grad()
 def feynman_kac(
     target: Target,
@@ -175,11 +185,8 @@ class _Glass:
 def _run(
     name, settings, target, x0, value, move, num_particles, times, ess_threshold, keep, generator
 ) -> AlignmentResult:
-    if keep not in KEEP:
-        raise ValueError(f"unknown keep {keep!r}: expected one of {', '.join(KEEP)}")
-    if not 0 <= ess_threshold <= 1:
-        raise ValueError(f"ess_threshold {ess_threshold} must be in [0, 1]")
-    if num_particles < 1 or len(x0) % num_particles:
+    check_particles(num_particles, ess_threshold, keep)
+    if len(x0) % num_particles:
         raise ValueError(f"{len(x0)} states for {num_particles} particles a sample: give B*M states")
     times = torch.as_tensor(time_grid(100) if times is None else times, dtype=torch.float64).tolist()
     if len(times) < 2 or any(b <= a for a, b in itertools.pairwise(times)) or times[-1] != 1:

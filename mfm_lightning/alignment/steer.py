@@ -121,15 +121,17 @@ def steer(
             velocity = velocity + (term if dynamics == "ode" else 2 * term)
             size = term.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-20)
             run.note(now, value=estimate.value, ess=estimate.ess, steering_over_drift=size)
-        x = x + dt * velocity
+        previous, x = x, x + dt * velocity
         if dynamics == "sde" and then < 1:
             x = x + expand((2 * half * dt).sqrt(), x) * randn(x.shape, x, generator)
         if not torch.isfinite(x).all():
             bad = (~torch.isfinite(x).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-            raise FloatingPointError(
+            failure = FloatingPointError(
                 f"steering left the finite numbers at step {k + 1} (t = {then:.4g}) in samples {bad[:8]}: use more "
                 "steps, a smaller strength, clip, or renormalise"
             )
+            failure.states = previous
+            raise failure
         if callback:
             callback(k, x)
     return run.finish(x)

@@ -28,5 +28,7 @@ class ExportModel(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), EMA())
         with ema.applied(module):
-            path = save_network(module.exported, Path(trainer.default_root_dir) / self.filename)
+            path = save_network(
+                module.exported, Path(trainer.default_root_dir) / self.filename, {"kind": module.exported_kind}
+            )
         log.info("model written to %s", path)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfm_lightning.data.base import ArrayDataModule, generator
 from mfm_lightning.data.stream import BatchStream
+from mfm_lightning.distributed import gather_ranks, own
 
 
 class OffPolicyDataModule(L.LightningDataModule):
@@ -85,10 +86,10 @@ class OffPolicyDataModule(L.LightningDataModule):
         return self.data.predict_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._buffer is None else dict(zip(("samples", "labels"), self._buffer, strict=True))
+        return {"buffers": gather_ranks(self._buffer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._buffer = (state["samples"], state["labels"]) if state else None
+        self._buffer = own(state["buffers"])
 
     def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
         module = self.trainer.lightning_module
@@ -101,5 +102,8 @@ class OffPolicyDataModule(L.LightningDataModule):
                 break
         label = torch.cat(labels)[: self.buffer_size]
         x0 = torch.randn(self.buffer_size, *self.state_shape, generator=noise)
-        samples = module.sample_policy(x0.to(module.device), label.to(module.device), self.ode_steps)
-        return samples.float().cpu(), label
+        samples = [  # in batches of the size that training takes
+            module.sample_policy(x.to(module.device), y.to(module.device), self.ode_steps).float().cpu()
+            for x, y in zip(x0.split(self.data.batch_size), label.split(self.data.batch_size), strict=True)
+        ]
+        return torch.cat(samples), label

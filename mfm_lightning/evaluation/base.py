@@ -19,6 +19,9 @@ Job = TypeVar("Job")
 class Evaluation:
     """Base class. Methods take the LightningModule (its `model`, `teacher` and trainer) and a folder to write to."""
 
+    def check(self, module: L.LightningModule) -> None:
+        """Raise ValueError, before any work, if the module's target or data cannot be evaluated so."""
+
     def draw(self, module: L.LightningModule, folder: Path) -> None:
         """Write pictures."""
 

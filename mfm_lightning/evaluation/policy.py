@@ -12,8 +12,10 @@ from mfm_lightning.alignment.methods import AlignmentMethod
 from mfm_lightning.evaluation.base import Evaluation, track, write_table
 from mfm_lightning.figures import before_after, scatter
 from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate
-from mfm_lightning.metrics.classifier import train_classifier
+from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 from mfm_lightning.metrics.distances import frechet_distance, mean_pairwise_distance, sliced_wasserstein
+from mfm_lightning.oracles import GaussianMixture, require_linear_gaussian
+from mfm_lightning.target import require_gradient
 from rewards import build, evaluate
 
 
@@ -40,19 +42,31 @@ class PolicyEvaluation(Evaluation):
         pictures: int = 20,
         seed: int = 0,
     ) -> None:
-        if samples_per_class < 1:
-            raise ValueError(f"samples_per_class {samples_per_class} must be at least 1")
+        if samples_per_class < 2:
+            raise ValueError(f"samples_per_class {samples_per_class} must be at least 2, for the diversity")
         self.samples_per_class, self.ode_steps, self.steering = samples_per_class, ode_steps, steering
         self.held_out = {name: build(reward) for name, reward in (held_out or {}).items()}
         self.pictures, self.seed = pictures, seed
+        self._classifier: SmallClassifier | None = None
+
+    def check(self, module) -> None:
+        if module.num_classes < 1 or len(module.state_shape) != 3:
+            raise ValueError("PolicyEvaluation is for images with classes: for a mixture use TiltedMixtureEvaluation")
+        if self.steering is not None and self.steering.needs_reward_gradient:
+            require_gradient(module.target.reward, f"the evaluation's {type(self.steering).__name__}")
+        for name, reward in self.held_out.items():
+            if "prompts" in reward.needs and module.target.settings.prompts is None:
+                raise ValueError(f"held-out reward {name!r} needs prompts: set target.prompts")
 
     @torch.no_grad()
     def measure(self, module, folder: Path) -> None:
         data, testing = module.trainer.datamodule, module.trainer.testing
         noise, label = self._noise(module)
         real = data.decode(data.splits["train"][0])
-        classifier = train_classifier(real, data.splits["train"][1], data.num_classes)
-        target = module.target(label)
+        if self._classifier is None:
+            self._classifier = train_classifier(real, data.splits["train"][1], data.num_classes)
+        classifier, target = self._classifier, module.target(label)
+        prompts = target.prompts_of(noise)
         jobs = {
             "base flow": lambda: module.sample_base(noise, label, self.ode_steps),
             "policy": lambda: module.sample_policy(noise, label, self.ode_steps),
@@ -64,10 +78,10 @@ class PolicyEvaluation(Evaluation):
         for name in track(list(jobs), describe=str):
             states = jobs[name]()
             images = target.decoder(states)
-            reward = target.rewards(states, count=False) / (target.reward_scale or 1.0)
+            reward = target.plain_rewards(states)
             row = {"samples": name, "reward": reward.mean().item(), "standard error": _standard_error(reward)}
             for other, held_out in self.held_out.items():
-                row[other] = evaluate(held_out.to(images.device), images, None, label).mean().item()
+                row[other] = evaluate(held_out.to(images.device), images, prompts, label).mean().item()
             features = classifier.features_module()(images.cpu())
             row["Fréchet"] = frechet_distance(classifier.features_module(), classifier.num_features, real, images.cpu())
             row["diversity"] = mean_pairwise_distance(features, label.cpu())
@@ -84,7 +98,7 @@ class PolicyEvaluation(Evaluation):
         noise, label = noise[pick], label[pick]
         target = module.target(label)
         before, after = (sample(noise, label, self.ode_steps) for sample in (module.sample_base, module.sample_policy))
-        scores = tuple((target.rewards(x, count=False) / (target.reward_scale or 1.0)).cpu() for x in (before, after))
+        scores = tuple(target.plain_rewards(x).cpu() for x in (before, after))
         title = "base flow (upper of each pair) and policy from the same noise (lower), with rewards"
         columns = min(10, max(1, module.num_classes))
         before_after(
@@ -125,6 +139,13 @@ class TiltedMixtureEvaluation(Evaluation):
     ) -> None:
         self.num_samples, self.ode_steps, self.times = num_samples, ode_steps, tuple(times)
         self.repeats, self.seed = repeats, seed
+
+    def check(self, module) -> None:
+        if not isinstance(getattr(module.trainer.datamodule, "oracle", None), GaussianMixture):
+            raise ValueError("TiltedMixtureEvaluation needs a DataModule of a Gaussian mixture")
+        require_linear_gaussian(module.target.reward)
+        if module.target.settings.reward_scale != 1:
+            raise ValueError(f"the tilted mixture is for reward_scale 1, not {module.target.settings.reward_scale}")
 
     @torch.no_grad()
     def measure(self, module, folder: Path) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mfm_lightning.evaluation.base import Evaluation, track, write_table
 from mfm_lightning.interpolant import as_times, interpolate
+from mfm_lightning.nfe import Meter
+from mfm_lightning.oracles import require_linear_gaussian
 from mfm_lightning.posteriors import FlowMapPosterior, GlassPosterior, Posterior, RolloutPosterior
 from mfm_lightning.target import Target
 from mfm_lightning.values import DenoisedValue, estimate_value
@@ -74,12 +76,22 @@ class ValueEvaluation(Evaluation):
         self._rows: list[dict[str, Any]] = []
         self._values: dict[tuple[float, str], tuple[Tensor, Tensor]] = {}
 
-    @torch.no_grad()
-    def measure(self, module, folder: Path) -> None:
-        oracle = getattr(module.trainer.datamodule, "oracle", None)
+    def check(self, module) -> None:
+        oracle, settings = getattr(module.trainer.datamodule, "oracle", None), module.target.settings
         if self.reference == "exact" and oracle is None:
             raise ValueError("reference 'exact' needs a DataModule with an oracle: use 'rollouts'")
-        exact = oracle is not None and self.reference != "rollouts"
+        if self._is_exact(module):
+            require_linear_gaussian(module.target.reward)
+            if settings.reward_scale != 1:
+                raise ValueError(f"the exact value is for reward_scale 1, not {settings.reward_scale}: use 'rollouts'")
+        module.target.check_labels(self.use_labels)
+
+    def _is_exact(self, module) -> bool:
+        return self.reference != "rollouts" and getattr(module.trainer.datamodule, "oracle", None) is not None
+
+    @torch.no_grad()
+    def measure(self, module, folder: Path) -> None:
+        exact = self._is_exact(module)
         x1, label = self._states(module)
         target = module.target(label if self.use_labels else None)
         network = module.network if _is_trained(module) else None
@@ -91,7 +103,7 @@ class ValueEvaluation(Evaluation):
         for t, name in track(jobs, describe=lambda job: f"t = {job[0]}: {job[1]}"):
             x = interpolate(as_times(t, x1), torch.randn(x1.shape, generator=self._generator(1)).to(x1), x1)
             if name == "reference" and exact:
-                reference = oracle.value(x, t, target.reward).float()
+                reference = module.trainer.datamodule.oracle.value(x, t, target.reward).float()
             elif name == "reference":
                 reference = self._from_draws(RolloutPosterior(self.rollout_steps, generator=self._generator(2)))(
                     target, t, x, self._generator(3)
@@ -101,10 +113,12 @@ class ValueEvaluation(Evaluation):
                 generator = self._generator(4)
                 # an estimate without draws is the same each time
                 repeats = self.num_repeats if draws > 1 else 1
+                target.meter = Meter()
                 found = [estimate(target, t, x, generator) for _ in range(repeats)]
+                nfe = target.meter.total / (len(x) * repeats)
                 values, ess = torch.stack([v for v, _ in found]), torch.stack([e for _, e in found]).mean().item()
                 self._values[t, name] = (values.cpu(), reference.cpu())
-                self._rows.append(_row(t, name, evaluations, draws, values.cpu(), reference.cpu(), ess, self.seed))
+                self._rows.append(_row(t, name, evaluations, draws, nfe, values.cpu(), reference.cpu(), ess, self.seed))
         for row in self._rows:
             module.log(f"test/pearson_r/{row['estimator']}/t={row['t']}", row["r"], rank_zero_only=True)
         kind = "the exact value" if exact else f"{self.num_draws} SDE rollouts of {self.rollout_steps} steps"
@@ -135,7 +149,7 @@ class ValueEvaluation(Evaluation):
         if network is not None:
 
             def amortised(target: Target, t: float, x: Tensor, generator) -> tuple[Tensor, Tensor]:
-                value = network(as_times(t, x), x, target.labels(x))
+                value = target.meter.counted("network", network)(as_times(t, x), x, target.labels(x))
                 return value, torch.ones_like(value)
 
             found["network"] = (1, 1, amortised)
@@ -210,7 +224,9 @@ def _is_trained(module) -> bool:
     return module.global_step > 0 or module.trainer.ckpt_path is not None
 
 
-def _row(t, name, evaluations, draws, values: Tensor, reference: Tensor, ess: float, seed: int) -> dict[str, Any]:
+def _row(
+    t, name, evaluations, draws, nfe: float, values: Tensor, reference: Tensor, ess: float, seed: int
+) -> dict[str, Any]:
     r, low, high = _correlation(values, reference, seed)
     error = values - reference
     return {
@@ -218,7 +234,7 @@ def _row(t, name, evaluations, draws, values: Tensor, reference: Tensor, ess: fl
         "estimator": name,
         "evaluations": evaluations,  # of the network, for a draw
         "draws": draws,
-        "NFE": draws * (evaluations + (name != "network")),  # with those of the reward
+        "NFE": round(nfe),  # of a value, with those of the reward
         "r": r,
         "r low": low,
         "r high": high,

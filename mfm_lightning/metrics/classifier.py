@@ -52,7 +52,7 @@ def train_classifier(
 ) -> SmallClassifier:
     """Train on `(N, C, H, W)` images in [0, 1]; the same result each time, and the global random state is kept."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.inference_mode(False):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # and not those of other devices, which would not be restored
         images, labels = images.detach().clone(), labels.clone()
         model = SmallClassifier(images.shape[1], images.shape[2], num_classes)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)

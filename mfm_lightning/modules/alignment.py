@@ -51,6 +51,7 @@ class RewardAlignment(L.LightningModule):
     ) -> None:
         super().__init__()
         self.target, self.method = target.load(), method or Steering()
+        self.method.check(self.target.reward)
         self.base_steps, self.pictures, self.seed = base_steps, pictures, seed
         self._done: list[dict[str, Any]] = []
         self._shown: list[tuple[Tensor, ...]] = []
@@ -85,10 +86,12 @@ class RewardAlignment(L.LightningModule):
         # the states of all ranks' batches have numbers of their own
         number = batch_idx * self.trainer.world_size + self.global_rank
         target = self.target(None if bool((label == self.target.model.num_classes).all()) else label)
-        self.method.check(target)
         before = sample_ode(target.drift, x0, self.base_steps)
         images = target.decoder(before)
-        base_rewards = target.rewards(before, count=False) / target.reward_scale
+        try:
+            base_rewards = target.plain_rewards(before)
+        except RewardError as error:
+            raise RewardError(f"base flow's samples, before any alignment: {error}") from error
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         name = f"batch_{number:04d}"
         try:
@@ -101,7 +104,7 @@ class RewardAlignment(L.LightningModule):
             raise
         result.save(self.folder, name)
         self._done.append({"batch": number, "rewards_before": base_rewards.tolist(), **result.summary()})
-        if len(result.states) == len(x0):
+        if len(result.states) == len(x0) and sum(len(shown[0]) for shown in self._shown) < self.pictures:
             self._shown.append((images.cpu(), result.images.cpu(), base_rewards.cpu(), result.rewards.cpu()))
         return result
 
@@ -115,7 +118,7 @@ class RewardAlignment(L.LightningModule):
             "method": self._done[0]["method"],
             "reward": self.target.settings.reward,
             "reward_scale": self.target.settings.reward_scale,
-            "model": self.target.settings.identity,
+            "model": self.target.identity,
             "samples": len(after),
             "mean_reward_before": before.mean().item(),
             "mean_reward": after.mean().item(),

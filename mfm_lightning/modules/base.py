@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import CheckpointError
+from mfm_lightning.distributed import gather_ranks, own
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.modules.optimization import Optimization
 
@@ -21,8 +24,11 @@ class NonFiniteLossError(RuntimeError):
 class TrainingModule(L.LightningModule):
     """Base class: trains the parameters that require a gradient, and stores nothing else.
 
-    A subclass calls `check_data` in `setup`, sets `state_shape`, `num_classes` and `exported` (the network that is
-    written to a file of its own), and names its frozen parts in `frozen`.
+    A subclass sets `state_shape` and `num_classes`, and implements `losses`, `exported` (the network that is written to
+    a file of its own), `frozen` (what a checkpoint names its frozen parts by), and `to_device` (which moves them).
+
+    Resuming is exact: checkpoints have each rank's random state as of the last optimiser step, also where the run was
+    interrupted within the next one.
 
     Args:
         optimization: the optimiser and its learning rate.
@@ -31,11 +37,19 @@ class TrainingModule(L.LightningModule):
 
     state_shape: tuple[int, ...]
     num_classes: int
+    exported_kind = "meta_flow_map"
 
     def __init__(self, optimization: Optimization | None = None, evaluation: Evaluation | None = None) -> None:
         super().__init__()
         self.optimization, self.evaluation = optimization or Optimization(), evaluation
-        self._rng_state: dict[str, Tensor] | None = None
+        self._resumed: list[dict[str, Tensor]] | None = None
+        self._step_began: dict[str, Tensor] | None = None  # random state, while a step is under way
+
+    # -- what a subclass says ------------------------------------------------------------------------------------------
+
+    def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
+        """The loss under "loss", and what else is logged, of data `(B, *shape)` with labels `(B,)`."""
+        raise TypeError(f"{type(self).__name__} must implement losses(x1, label, training)")
 
     @property
     def exported(self) -> nn.Module:
@@ -47,65 +61,112 @@ class TrainingModule(L.LightningModule):
         """By name, the identity of each frozen part; a run cannot be resumed with another one."""
         return {}
 
+    def to_device(self) -> None:
+        """Move the frozen parts to `self.device`."""
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
     @property
     def folder(self) -> Path:
         """Where this run writes: the trainer's `default_root_dir`."""
         return Path(self.trainer.default_root_dir)
 
-    def check_data(self) -> None:
-        """Raise ValueError if the DataModule's states or classes are not the network's."""
+    def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
         if data is not None and tuple(data.state_shape) != self.state_shape:
             raise ValueError(f"data of shape {tuple(data.state_shape)}, but the network takes {self.state_shape}")
         if data is not None and data.num_classes != self.num_classes:
             raise ValueError(f"data of {data.num_classes} classes, but the network has {self.num_classes}")
-
-    def check_loss(self, losses: dict[str, Tensor], x1: Tensor) -> None:
-        """Raise NonFiniteLossError, with step, term and statistics of the batch, unless `losses["loss"]` is finite."""
-        if not torch.isfinite(losses["loss"]):
-            raise NonFiniteLossError(_describe(self.global_step, losses, x1))
-
-    def log_training(self, losses: dict[str, Tensor], *shown: str) -> None:
-        """Log the loss, and on the steps that the loggers take the rest; `shown` are in the progress bar, too."""
-        self.log("train/loss", losses["loss"], prog_bar=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            for name in (name for name in losses if name != "loss"):
-                self.log(f"train/{name}", losses[name], prog_bar=name in shown)
+        if self.evaluation is not None:
+            self.evaluation.check(self)
+        self.to_device()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         check_batch(batch, self.state_shape, self.num_classes)
         return batch
 
     def on_train_start(self) -> None:
-        if self._rng_state is not None:
-            _set_rng_state(self._rng_state)
-            self._rng_state = None
+        state = None if self._resumed is None else own(self._resumed)
+        if state is not None:
+            _set_rng_state(state)
+        elif self.global_rank > 0 or self._resumed is not None:  # else all ranks would draw the same noise
+            torch.manual_seed(torch.initial_seed() + 7919 * self.global_rank + self.global_step)
+        self._resumed = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._step_began = _get_rng_state()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        losses = self.losses(*batch, training=True)
+        if not torch.isfinite(losses["loss"]):
+            raise NonFiniteLossError(_describe(self.global_step, losses, batch[0]))
+        self.log("train/loss", losses["loss"], prog_bar=True)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # the steps that the loggers take
+            for name in (name for name in losses if name != "loss"):
+                self.log(f"train/{name}", losses[name], prog_bar=name == "reward")
+        return losses["loss"]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._step_began = None
 
     def configure_optimizers(self) -> dict[str, Any]:
         return self.optimization.configure([p for p in self.parameters() if p.requires_grad], self.trainer.max_steps)
 
+    # -- validation, test ----------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._log_losses("val", batch, batch_idx)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._log_losses("test", batch, batch_idx)
+
     def on_validation_epoch_end(self) -> None:
-        if self.evaluation is not None and not self.trainer.sanity_checking and self.trainer.is_global_zero:
-            self.evaluation.draw(self, self.folder / "pictures" / f"step_{self.global_step:07d}")
+        if not self.trainer.sanity_checking:
+            self._evaluate(self.folder / "pictures" / f"step_{self.global_step:07d}", measure=False)
 
     def on_test_epoch_end(self) -> None:
-        if self.evaluation is not None and self.trainer.is_global_zero:
-            with torch.inference_mode(False), torch.no_grad():  # steering takes gradients of its own
-                self.evaluation.measure(self, self.folder / "test")
-                self.evaluation.draw(self, self.folder / "test")
+        self._evaluate(self.folder / "test", measure=True)
+
+    def _evaluate(self, folder: Path, measure: bool) -> None:
+        if self.evaluation is None or not self.trainer.is_global_zero:
+            return
+        with _own_gradients():
+            if measure:
+                self.evaluation.measure(self, folder)
+            self.evaluation.draw(self, folder)
+
+    def _log_losses(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # the same noise each time, and training's is not touched
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), _own_gradients():
+            torch.default_generator.manual_seed(batch_idx)
+            if devices:
+                torch.cuda.manual_seed(batch_idx)
+            losses = self.losses(*[part.clone() for part in batch], training=False)
+        self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_state"] = _get_rng_state()
+        checkpoint["rng_state"] = gather_ranks(self._step_began or _get_rng_state())
         checkpoint["frozen"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng_state = checkpoint.get("rng_state")
+        self._resumed = checkpoint.get("rng_state")
         saved, ours = checkpoint.get("frozen", {}), self.frozen
         for name in sorted(saved.keys() | ours.keys()):
             if saved.get(name) != ours.get(name):
                 raise CheckpointError(
                     f"this run was trained with {name} {saved.get(name)}, the config has {ours.get(name)}"
                 )
+
+
+@contextmanager
+def _own_gradients() -> Iterator[None]:
+    """No graph, but code within may take gradients of its own, which Lightning's inference mode rules out."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> None:

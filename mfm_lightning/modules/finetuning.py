@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import fingerprint, load_model
@@ -37,6 +38,10 @@ class DiffusionSchedule:
 
     max_value: float = 25.0
     constant: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_value <= 0 or (self.constant is not None and self.constant <= 0):
+            raise ValueError(f"half_diffusion max_value {self.max_value} and constant {self.constant} must be positive")
 
     def __call__(self, t: Tensor) -> Tensor:
         return diffusion(t, self.max_value) if self.constant is None else torch.full_like(t, self.constant)
@@ -107,12 +112,14 @@ class RewardFinetuning(TrainingModule):
             )
         if len(model.state_shape) == 3 and target.decoder is None:
             raise ValueError("rewards see images: set target.decoder (mfm_lightning.decoders.PixelDecoder for pixels)")
-        if class_dropout and "labels" in self.target.reward.needs:
-            raise ValueError("the reward needs labels: set class_dropout to 0")
+        self.target.check_labels(all_labelled=class_dropout == 0)
         if num_draws < 1 or not 0 <= class_dropout <= 1:
             raise ValueError(f"num_draws {num_draws} must be at least 1 and class_dropout {class_dropout} in [0, 1]")
         self.state_shape, self.num_classes = model.state_shape, model.num_classes
         self._base = [flow]  # in a list: frozen, and no part of this module's state
+        self._identity = {**self.target.identity, "base": self.base_path, "base_sha256": fingerprint(self.base_path)}
+        self._identity["adapters"] = repr(adapters)
+        self._seen: list[tuple[Tensor, Tensor]] = []  # rewards and labels that the normaliser has yet to take in
         self.policy = load_model(self.base_path)
         if adapters is not None:
             _add_adapters(self.policy, adapters)
@@ -128,6 +135,8 @@ class RewardFinetuning(TrainingModule):
         if gradient == "reward":
             require_gradient(self.target.reward, "fine-tuning with gradient 'reward'")
 
+    exported_kind = "base_flow"
+
     @property
     def base(self) -> MetaFlowMap:
         """The frozen base flow."""
@@ -141,12 +150,17 @@ class RewardFinetuning(TrainingModule):
 
     @property
     def frozen(self) -> dict[str, Any]:
-        return {**self.target.settings.identity, "base": self.base_path, "base_sha256": fingerprint(self.base_path)}
+        return self._identity
 
-    def setup(self, stage: str) -> None:
-        self.check_data()
+    def to_device(self) -> None:
         self.target.to(self.device)
         self.base.to(self.device)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        for rewards, label in self._seen:  # with the step, so that an interrupted one leaves no trace
+            self.normaliser.update(rewards, label)
+        self._seen.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -154,61 +168,52 @@ class RewardFinetuning(TrainingModule):
             frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
-    @torch.no_grad()
     def sample_policy(self, noise: Tensor, label: Tensor | None, steps: int = 50) -> Tensor:
         """Euler samples of the policy's ODE from noise `(B, *shape)`."""
-        guidance = self.target.settings.guidance
-        return sample_ode(lambda t, x: self.policy.drift(t, x, label, guidance), noise, steps)
+        return self._sample(self.policy, noise, label, steps)
 
-    @torch.no_grad()
     def sample_base(self, noise: Tensor, label: Tensor | None, steps: int = 50) -> Tensor:
         """Euler samples of the base flow's ODE from noise `(B, *shape)`."""
-        guidance = self.target.settings.guidance
-        return sample_ode(lambda t, x: self.base.drift(t, x, label, guidance), noise, steps)
+        return self._sample(self.base, noise, label, steps)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        losses = self._losses(*batch, update=True)
-        self.check_loss(losses, batch[0])
-        self.log_training(losses, "reward")
-        return losses["loss"]
+    @torch.no_grad()
+    def _sample(self, flow: MetaFlowMap, noise: Tensor, label: Tensor | None, steps: int) -> Tensor:
+        target = self.target(label, flow)
+        return sample_ode(target.drift, noise, steps)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_loss("val", batch, batch_idx)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_loss("test", batch, batch_idx)
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Write samples of base and policy for a batch's labels, from the same noise, to `predict/`."""
+        x1, label = batch
+        number = batch_idx * self.trainer.world_size + self.global_rank
+        noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(number)).to(x1)
+        samples = {"base": self.sample_base(noise, label), "policy": self.sample_policy(noise, label), "label": label}
+        folder = self.folder / "predict"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.cpu().contiguous() for k, v in samples.items()}, folder / f"batch_{number:04d}.safetensors")
 
     def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        if self.evaluation is not None and not self.trainer.sanity_checking and self.trainer.is_global_zero:
-            self.evaluation.measure(self, self.folder / "pictures" / f"step_{self.global_step:07d}")
+        if not self.trainer.sanity_checking:
+            self._evaluate(self.folder / "pictures" / f"step_{self.global_step:07d}", measure=True)
 
-    def _log_loss(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # the same noise each time, and training's is not touched; the objective takes gradients of its own
-        with torch.random.fork_rng(), torch.inference_mode(False), torch.no_grad():
-            torch.manual_seed(batch_idx)
-            losses = self._losses(*[part.clone() for part in batch], update=False)
-        self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
-
-    def _losses(self, x1: Tensor, label: Tensor, update: bool) -> dict[str, Tensor]:
+    def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
         label = torch.where(torch.rand(len(x1), device=x1.device) < self.class_dropout, self.num_classes, label)
         t = self.times.sample(len(x1), x1.device)
         x = interpolate(t, torch.randn_like(x1), x1)
         target, half = self.target(label), self.half_diffusion(t)
         with torch.no_grad():
-            base = self.base.drift(t, x, label, target.guidance)
-        tilt = self._tilt(target, t, x, label, base, update)
-        policy = self.policy.drift(t, x, label, target.guidance)
+            base = self.target(label, self.base).drift(t, x)
+        tilt = self._tilt(target, t, x, label, base)
+        if training:
+            rewards, labels = self.all_gather((tilt.rewards, label[:, None].expand_as(tilt.rewards).contiguous()))
+            self._seen.append((rewards.flatten(), labels.flatten()))
+        policy = self.target(label, self.policy).drift(t, x)
         terms = finetuning_target(base, policy, tilt, half)
         error = (policy - sum(terms)).float().flatten(1).square().sum(dim=1)
         return {"loss": error.mean(), **self._account(label, half, base, policy.detach(), tilt, terms)}
 
-    def _tilt(self, target, t: Tensor, x: Tensor, label: Tensor, base: Tensor, update: bool) -> Tilt:
+    def _tilt(self, target, t: Tensor, x: Tensor, label: Tensor, base: Tensor) -> Tilt:
         def log_normaliser(rewards: Tensor) -> Tensor:
-            if update:
-                every = self.all_gather((rewards, label[:, None].expand_as(rewards).contiguous()))
-                self.normaliser.update(*(part.flatten() for part in every))
-            return self.normaliser(label)
+            return self.normaliser(rewards, label)
 
         noise = randn((len(x), self.num_draws, *x.shape[1:]), x)
         if self.gradient == "reward":
@@ -220,7 +225,8 @@ class RewardFinetuning(TrainingModule):
         scale = self.target.settings.reward_scale
         norms = torch.stack([term.flatten(1).norm(dim=1).mean() for term in terms])
         change = (policy - base).flatten(1).square().sum(dim=1)
-        log_weights = tilt.rewards.flatten() - self.normaliser(label).repeat_interleave(self.num_draws)
+        normaliser = self.normaliser(tilt.rewards, label)
+        log_weights = (tilt.rewards - normaliser[:, None]).flatten()
         return {
             "reward": (tilt.rewards / scale if scale else tilt.rewards).mean(),
             # of the controlled SDE from the base SDE: the integral of |b_theta - b|^2 / (sigma^2/2)
@@ -228,7 +234,7 @@ class RewardFinetuning(TrainingModule):
             "relative_change": change.mean() / base.flatten(1).square().sum(dim=1).mean(),
             **{f"share/{name}": n / norms.sum() for name, n in zip(("base", "weight", "reward"), norms, strict=True)},
             "ess": effective_sample_size(log_weights, dim=0) / len(log_weights),
-            "log_normaliser": self.normaliser(label).mean(),
+            "log_normaliser": normaliser.mean(),
         }
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class LogNormaliser(nn.Module):
     """c = log of a running mean of e^r, for each class and for the null label, kept in the log domain.
 
-    The first values count equally, later ones with `rate`. A batch is taken in before it is normalised, so that
-    e^{r - c} is at most (values of that class in the batch) / rate, whatever r.
+    The first batches count equally, later ones with `rate`. A batch is normalised by what came before it: c must not
+    depend on the draws that it normalises. For a class that has not been seen, it is the batch's own.
 
     Args:
         num_classes: labels 0..num_classes, the last one null.
@@ -31,6 +31,20 @@ class LogNormaliser(nn.Module):
     @torch.no_grad()
     def update(self, rewards: Tensor, label: Tensor) -> None:
         """Take in rewards `(M,)` of these labels `(M,)`: those of all ranks, so that all hold the same c."""
+        batch, seen = self._batch(rewards, label)
+        share = torch.clamp(1 / (self.updates + 1).float(), min=self.rate)
+        mixed = torch.logaddexp(torch.log1p(-share) + self.value, share.log() + batch)
+        self.value.copy_(torch.where(seen, mixed, self.value))
+        self.updates.add_(seen.long())
+
+    @torch.no_grad()
+    def forward(self, rewards: Tensor, label: Tensor) -> Tensor:
+        """c `(B,)` for samples of these labels `(B,)`; `rewards` and their labels are looked at for unseen classes."""
+        batch, _ = self._batch(rewards.flatten(), label.repeat_interleave(rewards.numel() // len(label)))
+        return torch.where(self.updates > 0, self.value, batch)[label]
+
+    def _batch(self, rewards: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """log mean e^r by class, and which classes there are."""
         K = len(self.value)
         largest = torch.full((K,), -torch.inf, device=rewards.device)
         largest.scatter_reduce_(0, label, rewards.float(), "amax")
@@ -40,12 +54,4 @@ class LogNormaliser(nn.Module):
         seen = count > 0
         shift = torch.where(seen, largest, 0.0)
         total = torch.zeros(K, device=rewards.device).index_add_(0, label, (rewards.float() - shift[label]).exp())
-        batch = shift + (total / count.clamp_min(1)).log()
-        share = torch.clamp(1 / (self.updates + 1).float(), min=self.rate)
-        mixed = torch.logaddexp(torch.log1p(-share) + self.value, share.log() + batch)
-        self.value.copy_(torch.where(seen, mixed, self.value))
-        self.updates.add_(seen.long())
-
-    def forward(self, label: Tensor) -> Tensor:
-        """c for each label, `(B,)`."""
-        return self.value[label]
+        return torch.where(seen, shift + (total / count.clamp_min(1)).log(), 0.0), seen

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 
-OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": partial(torch.optim.AdamW, fused=True)}  # RAdam has no fused form
+OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW}
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import CheckpointError, load_model
@@ -53,6 +52,8 @@ class MFMPretraining(TrainingModule):
         if initial is not None:
             _initialise(self.model, initial)
         self.objective, self.teacher = objective, teacher
+        if objective.base_flow_only:
+            self.exported_kind = "base_flow"
 
     @property
     def exported(self) -> nn.Module:
@@ -62,34 +63,17 @@ class MFMPretraining(TrainingModule):
     def frozen(self) -> dict[str, Any]:
         return {"teacher": self.teacher.identity} if self.teacher is not None else {}
 
-    def setup(self, stage: str) -> None:
-        self.check_data()
+    def to_device(self) -> None:
         if self.teacher is not None:
             self.teacher.to(self.device)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x1, label = batch
-        losses = self.objective(self.model, self.teacher, x1, label, self.global_step)
-        self.check_loss(losses, x1)
-        self.log_training(losses)
-        return losses["loss"]
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_loss("val", batch, batch_idx)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_loss("test", batch, batch_idx)
+    def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
+        return self.objective(self.model, self.teacher, x1, label, self.global_step)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if self.evaluation is None:
             raise ValueError("predict needs model.evaluation, which says what to draw")
         self.evaluation.predict(self, batch, batch_idx, self.folder / "predict")
-
-    def _log_loss(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        with torch.random.fork_rng():  # the same noise at each validation, and training's is not touched
-            torch.manual_seed(batch_idx)
-            losses = self.objective(self.model, self.teacher, *batch, self.global_step)
-        self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
 
 
 def _initialise(model: MetaFlowMap, path: str) -> None:

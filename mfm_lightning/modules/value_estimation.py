@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,24 +13,10 @@ from mfm_lightning.models import randn
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import ConditionTimes
+from mfm_lightning.objectives.value import amortised_value_loss
 from mfm_lightning.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.target import TargetSettings
 from mfm_lightning.values import log_mean_exp
-
-
-def amortised_value_loss(value: Tensor, rewards: Tensor, linear_above: float = 10.0) -> Tensor:
-    """E[e^{r - V} + V], `(B,)`: in expectation over the draws its minimiser is the exact value, even with one draw
-    a state (DESIGN, section 3).
-
-    Args:
-        value: V_phi, `(B,)`.
-        rewards: of N posterior draws, `(B, N)`.
-        linear_above: e^{r - V} is continued by its tangent where r - V is above this, so that neither it nor its
-            gradient overflows while V is still far too low.
-    """
-    gap = rewards - value[:, None]
-    inside = gap.clamp_max(linear_above)
-    return (inside.exp() + math.exp(linear_above) * (gap - inside)).mean(dim=1) + value
 
 
 class ValueEstimation(TrainingModule):
@@ -72,12 +57,14 @@ class ValueEstimation(TrainingModule):
                 f"the value network takes {self.state_shape} with {self.num_classes} classes, the model "
                 f"{model.state_shape} with {model.num_classes}"
             )
-        if class_dropout and "labels" in self.target.reward.needs:
-            raise ValueError("the reward needs labels: set class_dropout to 0")
+        self.target.check_labels(all_labelled=class_dropout == 0)
         if num_draws < 1 or not 0 <= class_dropout <= 1:
             raise ValueError(f"num_draws {num_draws} must be at least 1 and class_dropout {class_dropout} in [0, 1]")
         self.times, self.class_dropout = times or ConditionTimes(power=1.0, zero_rate=0.05), class_dropout
         self.num_draws, self.posterior = num_draws, posterior or FlowMapPosterior()
+        self._levelled = False
+
+    exported_kind = "value"
 
     @property
     def exported(self) -> nn.Module:
@@ -85,32 +72,29 @@ class ValueEstimation(TrainingModule):
 
     @property
     def frozen(self) -> dict[str, Any]:
-        return self.target.settings.identity
+        return self.target.identity
 
-    def setup(self, stage: str) -> None:
-        self.check_data()
+    def to_device(self) -> None:
         self.target.to(self.device)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        state, rewards = self._states_and_rewards(*batch)
-        if self.global_step == 0:  # start at the level of the rewards: e^{r - V} is then near 1
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        raise ValueError(
+            "there is nothing to predict: mfm test measures values, mfm predict with RewardAlignment steers"
+        )
+
+    def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
+        state, rewards = self._states_and_rewards(x1, label)
+        if training and not self._levelled and self.global_step == 0:
+            # start at the level of the rewards: e^{r - V} is then near 1
             self.network.set_level(log_mean_exp(self.all_gather(rewards).flatten()))
-        losses = self._losses(state, rewards)
-        self.check_loss(losses, batch[0])
-        self.log_training(losses)
-        return losses["loss"]
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_loss("val", batch, batch_idx)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._log_loss("test", batch, batch_idx)
-
-    def _log_loss(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        with torch.random.fork_rng():  # the same noise each time, and training's is not touched
-            torch.manual_seed(batch_idx)
-            losses = self._losses(*self._states_and_rewards(*batch))
-        self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
+        self._levelled = self._levelled or training
+        value = self.network(*state)
+        gap = (rewards - value.detach()[:, None]).clamp_max(20.0)
+        return {
+            "loss": amortised_value_loss(value, rewards).mean(),
+            "value": value.detach().mean(),
+            "mean_exp_gap": gap.exp().mean(),  # E[e^{r - V}], 1 where V is exact
+        }
 
     @torch.no_grad()
     def _states_and_rewards(self, x1: Tensor, label: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
@@ -122,12 +106,3 @@ class ValueEstimation(TrainingModule):
         noise = randn((len(x1), self.num_draws, *x1.shape[1:]), x1)
         draws = self.posterior(target, t, x_t, noise)
         return (t, x_t, label), target.rewards(draws.flatten(0, 1)).reshape(len(x1), self.num_draws)
-
-    def _losses(self, state: tuple[Tensor, Tensor, Tensor], rewards: Tensor) -> dict[str, Tensor]:
-        value = self.network(*state)
-        gap = (rewards - value.detach()[:, None]).clamp_max(20.0)
-        return {
-            "loss": amortised_value_loss(value, rewards).mean(),
-            "value": value.detach().mean(),
-            "mean_exp_gap": gap.exp().mean(),  # E[e^{r - V}], 1 where V is exact
-        }

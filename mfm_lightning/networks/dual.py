@@ -92,7 +92,8 @@ def layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
         n, _, inverse = torch.native_layer_norm(x.value.to(full), layer.normalized_shape, None, None, layer.eps)
         dx = x.tangent.to(full)
         tangent = inverse * (dx - dx.mean(-1, keepdim=True) - n * (n * dx).mean(-1, keepdim=True))
-        return Dual(value, tangent if layer.weight is None else tangent * layer.weight)
+        tangent = tangent if layer.weight is None else tangent * layer.weight
+        return Dual(value, tangent.to(x.tangent.dtype))
 
 
 def modulate(x: Dual, shift: Dual, scale: Dual) -> Dual:

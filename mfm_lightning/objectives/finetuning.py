@@ -17,6 +17,7 @@ from mfm_lightning.posteriors import Posterior
 from mfm_lightning.target import Target
 
 GRADIENTS = ("reward", "free")
+MAX_LOG_WEIGHT = 12.0  # e^{r-c} ends here; reached only while the normaliser c is still far too low
 
 
 class Tilt(NamedTuple):
@@ -42,7 +43,8 @@ def tilt_by_reward_gradient(
         x = x.detach().requires_grad_()
         x1 = posterior(target, t, x, noise)
         rewards = target.rewards(x1.flatten(0, 1)).reshape(noise.shape[:2])
-        weight = (rewards - log_normaliser(rewards.detach())[:, None]).exp().mean(dim=1)
+        log_weights = rewards - log_normaliser(rewards.detach())[:, None]
+        weight = log_weights.clamp_max(MAX_LOG_WEIGHT).exp().mean(dim=1)
         (gradient,) = torch.autograd.grad(weight.sum(), x)
     return Tilt(weight.detach(), gradient, rewards.detach())
 
@@ -53,19 +55,20 @@ def tilt_without_gradient(
 ) -> Tilt:
     """The same for black-box rewards, by grad_x E[f(X1) | x] = t/(1-t)^2 Cov(f(X1), X1 | x) (as MFM-GF, Eq. 20).
 
-    The score of the posterior in x is t (x1 - E[x1 | x]) / (1-t)^2, so that e^{r-c} t (x1 - D_t(x)) / (1-t)^2 with the
-    base flow's denoiser D_t(x) = x + (1-t) b_t(x) is unbiased even from one draw.
+    The score of the posterior in x is t (x1 - E[x1 | x]) / (1-t)^2, and the base flow gives E[x1 | x] = D_t(x) =
+    x + (1-t) b_t(x). So (e^{r-c} - 1) t (x1 - D_t(x)) / (1-t)^2 is unbiased even from one draw; the -1, whose term has
+    mean zero, takes away most of the noise.
 
     Args:
         base: b_t(x), `(B, *shape)`.
     """
     x1 = posterior(target, t, x, noise)
     rewards = target.rewards(x1.flatten(0, 1)).reshape(noise.shape[:2])
-    weights = (rewards - log_normaliser(rewards)[:, None]).exp()
+    log_weights = (rewards - log_normaliser(rewards)[:, None]).clamp_max(MAX_LOG_WEIGHT)
     centred = x1 - (x + expand(1 - t, x) * base)[:, None]
-    mean = torch.einsum("bn,bn...->b...", weights.to(x.dtype), centred) / noise.shape[1]
+    mean = torch.einsum("bn,bn...->b...", log_weights.expm1().to(x.dtype), centred) / noise.shape[1]
     factor = t / (1 - t).clamp_min(1e-3) ** 2
-    return Tilt(weights.mean(dim=1), expand(factor, x) * mean, rewards)
+    return Tilt(log_weights.exp().mean(dim=1), expand(factor, x) * mean, rewards)
 
 
 def finetuning_target(base: Tensor, policy: Tensor, tilt: Tilt, half_diffusion: Tensor) -> tuple[Tensor, ...]:

@@ -74,6 +74,11 @@ class Objective:
         """Names of the terms that need a teacher."""
         return [t.name for t, term in zip(self.terms, self._terms, strict=True) if term.needs_teacher]
 
+    @property
+    def base_flow_only(self) -> bool:
+        """Whether nothing trains the condition (t, x_t), so that the result draws no posteriors."""
+        return all(term.name == "flow_matching" for term in self.terms)
+
     def __call__(
         self, model: MetaFlowMap, teacher: Teacher | None, x1: Tensor, label: Tensor | None, step: int = 0
     ) -> dict[str, Tensor]:
