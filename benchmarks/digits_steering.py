@@ -38,8 +38,8 @@ def settings() -> dict[str, tuple[dict, float]]:
     return {
         # at most log 0.4, which any clear 9 has: with 1,000 candidates there is always one
         "class mixture": (log_probability({1: 1, 3: 1, 5: 2, 7: 2, 9: 4}), 1.0),
-        # log p(3|x) + log p(8|x): digits that are both
-        "between 3 and 8": ({"name": "sum", "rewards": [log_probability({3: 1}), log_probability({8: 1})]}, 4.0),
+        # log p(3|x) + log p(5|x) + log p(8|x), at most -3 log 3: digits that are all three
+        "3, 5 and 8": ({"name": "sum", "rewards": [log_probability({k: 1}) for k in (3, 5, 8)]}, 16.0),
         "brightness": ({"name": "brightness"}, 120.0),
         "contrast": ({"name": "contrast"}, 300.0),
         "symmetry": ({"name": "symmetry"}, 300.0),
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--ode-steps", type=int, default=25, help="Euler steps of a candidate")
     parser.add_argument("--steps", type=int, default=50, help="steps of the steered ODE")
     parser.add_argument("--draws", type=int, default=1, help="posterior draws of a steering step")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest steering, in norms of the drift")
+    parser.add_argument("--clip", type=float, default=2.0, help="largest steering, in norms of the drift")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all reward scales")
     parser.add_argument("--pool", type=Path, help="file to keep the pool in, and to take it from if it is there")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/digits_steering"))

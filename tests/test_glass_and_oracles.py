@@ -154,3 +154,20 @@ def test_score_and_diffusion():
     exact = torch.autograd.grad(MIXTURE.log_prob(t, x).sum(), x)[0]
     torch.testing.assert_close(score(t, x, MIXTURE.drift(t, x)), exact)
     assert diffusion(torch.tensor([0.0, 0.01, 0.5, 1.0])).tolist() == [25.0, 25.0, 1.0, 0.0]
+
+
+def test_the_tilted_mixture_is_the_reweighted_one():
+    # moments of 400,000 exact draws against importance weights on as many; tolerance above 5 standard errors of both
+    reward = LinearGaussianLikelihood([1.2, -0.8], -1.0, 0.4)
+    points = MIXTURE.sample(400_000, torch.Generator().manual_seed(0)).double()
+    weight = reward(points).softmax(0)
+    mean = weight @ points
+    covariance = (weight[:, None] * (points - mean)).T @ (points - mean)
+    draws = MIXTURE.tilted(reward).sample(400_000, torch.Generator().manual_seed(1)).double()
+    torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=0.04)
+    torch.testing.assert_close(draws.T.cov(), covariance, rtol=0.03, atol=0.05)
+    # the density is p e^r / Z with Z = e^{V_0}
+    x = torch.randn(5, 2, dtype=torch.float64)
+    log_normaliser = MIXTURE.value(torch.zeros(1, 2, dtype=torch.float64), 0.0, reward)
+    wanted = MIXTURE.log_prob(1.0, x) + reward(x) - log_normaliser
+    torch.testing.assert_close(MIXTURE.tilted(reward).log_prob(1.0, x), wanted, rtol=1e-6, atol=1e-6)

@@ -84,6 +84,8 @@ class RewardFinetuning(TrainingModule):
         RewardError: if the gradient is "reward" and the reward has none.
     """
 
+    exported_kind = "base_flow"
+
     def __init__(
         self,
         target: TargetSettings,
@@ -128,14 +130,10 @@ class RewardFinetuning(TrainingModule):
         self.times = times or ConditionTimes(power=1.0, zero_rate=0.0)
         self.half_diffusion = half_diffusion or DiffusionSchedule()
         self.class_dropout, self.num_draws = class_dropout, num_draws
-        self.posterior, self.normaliser = (
-            posterior or FlowMapPosterior(),
-            LogNormaliser(self.num_classes, normaliser_rate),
-        )
+        self.posterior = posterior or FlowMapPosterior()
+        self.normaliser = LogNormaliser(self.num_classes, normaliser_rate)
         if gradient == "reward":
             require_gradient(self.target.reward, "fine-tuning with gradient 'reward'")
-
-    exported_kind = "base_flow"
 
     @property
     def base(self) -> MetaFlowMap:

@@ -37,6 +37,8 @@ class ValueEstimation(TrainingModule):
             dropout takes away.
     """
 
+    exported_kind = "value"
+
     def __init__(
         self,
         network: nn.Module,
@@ -63,8 +65,6 @@ class ValueEstimation(TrainingModule):
         self.times, self.class_dropout = times or ConditionTimes(power=1.0, zero_rate=0.05), class_dropout
         self.num_draws, self.posterior = num_draws, posterior or FlowMapPosterior()
         self._levelled = False
-
-    exported_kind = "value"
 
     @property
     def exported(self) -> nn.Module:
