@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mfm_lightning.alignment import AlignmentResult, Steering, TimeGrid, TwistedSMC, feynman_kac, time_grid
+from mfm_lightning.alignment.methods import with_particles
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.data import GaussianMixtureDataModule
 from mfm_lightning.evaluation.base import track, write_table
@@ -33,10 +34,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="outputs/gmm/mfm/model.safetensors")
     parser.add_argument("--draws", type=int, nargs="+", default=[1, 4, 16, 64], help="N of MFM-G and MFM-GF")
-    parser.add_argument("--samples", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--particles", type=int, default=4096, help="of the sequential Monte Carlo methods")
     parser.add_argument("--steps", type=int, default=200, help="steps of the steered ODE and SDE")
-    parser.add_argument("--power", type=float, default=1.0, help="of the time grid")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max-diffusion", type=float, default=25.0, help="clamp of sigma^2/2 near t = 0")
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/gmm_steering"))
     options = parser.parse_args()
 
@@ -44,21 +46,21 @@ def main() -> None:
     reward = LinearGaussianLikelihood([1.2, -0.8], -1.0, 0.2)
     exact = oracle.tilted(reward)
     model = load_model(options.model).requires_grad_(False)
-    grid = TimeGrid(options.steps, power=options.power)
+    grid, clamp = TimeGrid(options.steps), options.max_diffusion
     target, exact_target = Target(model, reward), Target(oracle, reward)
 
     def steering(estimator, dynamics: str = "ode", on: Target = target):
-        return lambda x0, generator: Steering(estimator, grid, dynamics)(on, x0, generator)
+        return lambda x0, generator: Steering(estimator, grid, dynamics, max_diffusion=clamp)(on, x0, generator)
 
     def particles(method: str):
-        M = options.samples
+        M = options.particles
         if method == "tds":
-            smc = TwistedSMC(ExactGradient(oracle), M, grid, keep="all")
+            smc = TwistedSMC(ExactGradient(oracle), M, grid, keep="all", max_diffusion=clamp)
             return lambda x0, generator: smc(exact_target, x0[:1], generator)
         posterior = OraclePosterior(oracle)
         return lambda x0, generator: feynman_kac(
-            exact_target, x0, DenoisedValue(), M, time_grid(20, 0.0), "glass", posterior, keep="all",
-            generator=generator,
+            exact_target, with_particles(x0[:1], M, generator), DenoisedValue(), M, time_grid(20, 0.0), "glass",
+            posterior, keep="all", generator=generator,
         )  # fmt: skip
 
     jobs: list[Job] = []
@@ -71,25 +73,31 @@ def main() -> None:
         jobs.append(
             (f"exact gradient and drift, {dynamics}", 1, steering(ExactGradient(oracle), dynamics, exact_target))
         )
-    jobs.append((f"TDS, {options.samples} particles, exact drift and value", 1, particles("tds")))
-    jobs.append((f"FK-GLASS, {options.samples} particles, exact drift and draws", 1, particles("fk")))
+    jobs.append((f"TDS, {options.particles} particles, exact drift and value", 1, particles("tds")))
+    jobs.append((f"FK-GLASS, {options.particles} particles, exact drift and draws", 1, particles("fk")))
 
     found: dict[tuple[str, int], dict[str, list[float]]] = {}
     shown: dict[str, Tensor] = {"exact": exact.sample(options.samples, torch.Generator().manual_seed(99))}
-    for seed in track(range(options.seeds), describe=lambda seed: f"seed {seed}"):
+    num, sizes = max(options.samples, options.particles), sorted({options.samples, options.particles})
+
+    def account(key: tuple[str, int], x: Tensor, reference: Tensor, nfe: float) -> None:
+        row = found.setdefault(key, {"W2": [], "MMD": [], "NFE": []})
+        reference = reference[: len(x)]
+        row["W2"].append(float(sliced_wasserstein(x, reference, 256, torch.Generator().manual_seed(0))))
+        row["MMD"].append(mmd(x, reference))
+        row["NFE"].append(nfe)
+        shown[f"{key[0]}, N = {key[1]}" if key[1] > 1 else key[0]] = x
+
+    runs = [(seed, job) for seed in range(options.seeds) for job in jobs]
+    for seed, (name, n, job) in track(runs, describe=lambda run: f"seed {run[0]}: {run[1][0]}, N = {run[1][1]}"):
         generator = torch.Generator().manual_seed(seed)
-        reference, again = (exact.sample(options.samples, generator) for _ in range(2))
+        reference, again = (exact.sample(num, generator) for _ in range(2))
         x0 = torch.randn(options.samples, 2, generator=generator)
-        samples = {("exact again (floor)", 0): (again, 0.0)}
-        for name, n, job in track(jobs, describe=lambda job: f"{job[0]}, N = {job[1]}"):
-            result = job(x0, torch.Generator().manual_seed(1000 + seed))
-            samples[name, n] = (result.states, result.nfe_per_sample)
-        for key, (x, nfe) in samples.items():
-            row = found.setdefault(key, {"W2": [], "MMD": [], "NFE": []})
-            row["W2"].append(float(sliced_wasserstein(x, reference, 256, torch.Generator().manual_seed(0))))
-            row["MMD"].append(mmd(x, reference))
-            row["NFE"].append(nfe)
-            shown[f"{key[0]}, N = {key[1]}" if key[1] > 1 else key[0]] = x
+        if name == jobs[0][0] and n == jobs[0][1]:
+            for size in sizes:
+                account((f"exact, {size} samples (floor)", 0), again[:size], reference, 0.0)
+        result = job(x0, torch.Generator().manual_seed(1000 + seed))
+        account((name, n), result.states, reference, result.nfe_per_sample)
     rows = []
     for (name, n), values in found.items():
         row = {"method": name, "N": n or ""}
