@@ -131,7 +131,7 @@ def test_the_readme_works_as_written(folder, capsys):
     tests = {  # by config: what makes its evaluation short
         "digits/mfm": ["num_samples=64"],
         "digits/value": ["num_states=4", "num_draws=2", "rollout_draws=2", "rollout_steps=2", "times=[0.3]"],
-        "digits/finetune": ["samples_per_class=3", "steering=null"],
+        "digits/finetune": ["samples_per_class=3", "steering.init_args.grid.steps=2"],
         "gmm/mfm": ["num_states=2"],
     }
     for command in commands:

@@ -33,7 +33,11 @@ class LogNormaliser(nn.Module):
         """Take in rewards `(M,)` of these labels `(M,)`: those of all ranks, so that all hold the same c."""
         batch, seen = self._batch(rewards, label)
         share = torch.clamp(1 / (self.updates + 1).float(), min=self.rate)
-        mixed = torch.logaddexp(torch.log1p(-share) + self.value, share.log() + batch)
+        # log of the weighted mean of e^value and e^batch, from the larger of the two; exact where they are equal
+        rise = batch - self.value
+        up = batch + torch.log1p((1 - share) * torch.expm1(-rise.clamp_min(0)))
+        down = self.value + torch.log1p(share * torch.expm1(rise.clamp_max(0)))
+        mixed = torch.where(self.updates == 0, batch, torch.where(rise > 0, up, down))
         self.value.copy_(torch.where(seen, mixed, self.value))
         self.updates.add_(seen.long())
 
