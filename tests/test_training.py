@@ -24,7 +24,18 @@ from tests.parity import ARCHITECTURE, DATA
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
-SMALL_IMAGES = ["--model.init_args.evaluation.init_args.num_samples=64"]
+EVALUATION, DATA_MODULE = "--model.init_args.evaluation.init_args", "--data.init_args"
+FITS = {  # by config: what makes the rest of a fit short
+    "digits/finetune": [
+        f"{EVALUATION}.samples_per_class=3", f"{EVALUATION}.ode_steps=3", f"{EVALUATION}.pictures=10",
+        f"{DATA_MODULE}.buffer_size=64", f"{DATA_MODULE}.ode_steps=2",
+    ],
+    "gmm/finetune": [
+        f"{EVALUATION}.num_samples=64", f"{EVALUATION}.ode_steps=3",
+        f"{DATA_MODULE}.buffer_size=64", f"{DATA_MODULE}.ode_steps=2",
+    ],
+}  # fmt: skip
+SMALL_IMAGES = [f"{EVALUATION}.{option}" for option in ("num_samples=64", "ode_steps=10", "glass_steps=5")]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +61,7 @@ def test_every_config_runs(folder):
     assert {str(p) for p in Path("configs").glob("*/*.yaml")} == {f"configs/{name}.yaml" for name in FIT + PREDICT}
     for name in FIT:
         config = f"configs/{name}.yaml"
-        run(["fit", "--config", config, *SMALL])
+        run(["fit", "--config", config, *SMALL, *FITS.get(name, [])])
         output = Path(yaml.safe_load(Path(config).read_text())["trainer"]["default_root_dir"])
         assert (output / "last.ckpt").is_file()
         exported = output / ("value.safetensors" if "value" in name else "model.safetensors")
@@ -65,17 +76,8 @@ def test_value_and_steering_on_digits(folder):
     for name in ("flow", "mfm"):
         run(["fit", "--config", f"configs/digits/{name}.yaml", *SMALL])
     value = ["--config", "configs/digits/value.yaml"]
-    small = [
-        f"--model.init_args.evaluation.init_args.{option}"
-        for option in (
-            "num_states=8",
-            "num_draws=4",
-            "rollout_draws=4",
-            "rollout_steps=3",
-            "times=[0.3]",
-            "glass_steps=[1, 2]",
-        )
-    ]
+    options = ["num_states=8", "num_draws=4", "rollout_draws=4", "rollout_steps=3", "times=[0.3]", "glass_steps=[1, 2]"]
+    small = [f"{EVALUATION}.{option}" for option in options]
     run(["test", *value, *small])
     table = Path("outputs/digits/value/test/value_estimates.json")
     names = ["MFM 1", "MFM 2", "MFM 4", "GLASS 1", "GLASS 2", "SDE 3", "DPS point"]
@@ -129,16 +131,16 @@ def test_the_readme_works_as_written(folder, capsys):
     commands = [line.split("#")[0].split() for line in readme.splitlines() if re.match(r"mfm \w+ --config", line)]
     assert [c[1] for c in commands[:4]] == ["fit", "fit", "test", "predict"]
     tests = {  # by config: what makes its evaluation short
-        "digits/mfm": ["num_samples=64"],
+        "digits/mfm": ["num_samples=64", "ode_steps=5", "glass_steps=3"],
         "digits/value": ["num_states=4", "num_draws=2", "rollout_draws=2", "rollout_steps=2", "times=[0.3]"],
         "digits/finetune": ["samples_per_class=3", "steering.init_args.grid.steps=2"],
         "gmm/mfm": ["num_states=2"],
     }
     for command in commands:
         name, config = command[1], command[3].removeprefix("configs/").removesuffix(".yaml")
-        small = SMALL if name == "fit" else []
+        small = [*SMALL, *FITS.get(config, [])] if name == "fit" else []
         if name == "test":
-            small = [f"--model.init_args.evaluation.init_args.{option}" for option in tests[config]]
+            small = [f"{EVALUATION}.{option}" for option in tests[config]]
         elif config == "digits/steer":
             small = ["--data.init_args.num_samples=4", "--model.init_args.method.init_args.grid.steps=2"]
         run([*command[1:], *small])
