@@ -44,14 +44,26 @@ def track(jobs: Sequence[Job], describe: Callable[[Job], str]) -> Iterator[Job]:
             progress.advance(task)
 
 
-def write_table(rows: Sequence[dict[str, Any]], title: str, folder: Path, name: str, show: bool = True) -> None:
-    """Print `rows` as a table (with `show`) and write `NAME.csv` and `NAME.json`."""
+def write_table(
+    rows: Sequence[dict[str, Any]],
+    title: str,
+    folder: Path,
+    name: str,
+    show: bool = True,
+    shown: Sequence[dict[str, Any]] | None = None,
+) -> None:
+    """Print a table (with `show`) and write `NAME.csv` and `NAME.json`.
+
+    Args:
+        shown: what is printed instead of `rows`, where they are too wide for a terminal.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if show:
+        shown = rows if shown is None else shown
         table = Table(title=title)
-        for column in rows[0]:
+        for column in shown[0]:
             table.add_column(column)
-        for row in rows:
+        for row in shown:
             table.add_row(*[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()])
         get_console().print(table)
     with open(folder / f"{name}.csv", "w", newline="") as file:

@@ -123,7 +123,19 @@ class ValueEvaluation(Evaluation):
             module.log(f"test/pearson_r/{row['estimator']}/t={row['t']}", row["r"], rank_zero_only=True)
         kind = "the exact value" if exact else f"{self.num_draws} SDE rollouts of {self.rollout_steps} steps"
         title = f"Value estimates against {kind}: {self.num_states} states, {self.num_draws} draws each"
-        write_table(self._rows, title, folder, "value_estimates")
+        shown = [
+            {
+                "t": f"{row['t']:g}",
+                "estimator": row["estimator"],
+                "NFE": row["NFE"],
+                "Pearson r (95 %)": f"{row['r']:.3f} ({row['r low']:.3f} to {row['r high']:.3f})",
+                "bias": f"{row['bias']:+.3f}",
+                "variance": f"{row['variance']:.4f}",
+                "ESS": f"{row['ESS']:.0f}",
+            }
+            for row in self._rows
+        ]
+        write_table(self._rows, title, folder, "value_estimates", shown=shown)
 
     def draw(self, module, folder: Path) -> None:
         if not self._rows:
