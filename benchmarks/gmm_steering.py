@@ -65,9 +65,9 @@ def main() -> None:
 
     jobs: list[Job] = []
     for n in options.draws:
-        jobs.append(("MFM-G", n, steering(DrawGradient(n, max_rows=65536))))
+        jobs.append(("MFM-G", n, steering(DrawGradient(n, max_rows=8192))))
         if n > 1:
-            jobs.append(("MFM-GF", n, steering(DrawGradientFree(n, max_rows=65536))))
+            jobs.append(("MFM-GF", n, steering(DrawGradientFree(n, max_rows=8192))))
     for dynamics in ("ode", "sde"):
         jobs.append((f"DPS, {dynamics}", 1, steering(DPSGradient(), dynamics)))
         jobs.append(
