@@ -3,5 +3,6 @@
 from mfm_lightning.callbacks.checkpoint import LastCheckpoint
 from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.callbacks.export import ExportModel
+from mfm_lightning.callbacks.progress import StepProgressBar
 
-__all__ = ["EMA", "ExportModel", "LastCheckpoint"]
+__all__ = ["EMA", "ExportModel", "LastCheckpoint", "StepProgressBar"]
