@@ -32,7 +32,7 @@ class Target:
         reward: a reward, or a function that is one.
         decoder: states to images.
         label: one class for all samples, or `(B,)`; None for no class.
-        guidance: class-guidance scale given to the network.
+        guidance: class-guidance scale given to the network, one for all or `(B,)`; 1 where there is no class.
         prompts: one prompt for all samples, or B of them.
         reward_scale: the reward is multiplied by it (the paper's multiplier).
         drift: base drift `(t, x, label, guidance)`; the model's own where None.
@@ -47,7 +47,7 @@ class Target:
         reward: Reward | Callable[..., Tensor],
         decoder: Decoder | None = None,
         label: Tensor | int | None = None,
-        guidance: float | None = None,
+        guidance: Tensor | float | None = None,
         prompts: str | Sequence[str] | None = None,
         reward_scale: float = 1.0,
         drift: Callable[..., Tensor] | None = None,
@@ -78,6 +78,8 @@ class Target:
         part = copy.copy(self)
         if isinstance(self.label, Tensor) and self.label.dim():
             part.label = self.label[index]
+        if isinstance(self.guidance, Tensor) and self.guidance.dim():
+            part.guidance = self.guidance[index]
         if isinstance(self.prompts, list):
             rows = torch.arange(len(self.prompts))[index if isinstance(index, slice) else index.cpu()]
             part.prompts = [self.prompts[i] for i in rows.tolist()]
@@ -118,15 +120,20 @@ class Target:
         """The label of each state `(B*k,)`."""
         if self.label is None:
             return None
-        label = torch.as_tensor(self.label, device=x.device)
-        return label.expand(len(x)) if label.dim() == 0 else label.repeat_interleave(_per_sample(len(label), x))
+        return self._each(self.label, x)
+
+    @staticmethod
+    def _each(value: Tensor | float, x: Tensor) -> Tensor:
+        """One value for all samples, or `(B,)`, as one for each state `(B*k,)`."""
+        value = torch.as_tensor(value, device=x.device)
+        return value.expand(len(x)) if value.dim() == 0 else value.repeat_interleave(_per_sample(len(value), x))
 
     def _conditions(self, x: Tensor) -> tuple[Tensor | None, Tensor | float | None]:
         """Label and guidance of each state; there is nothing to guide to without a class."""
         label, null = self.labels(x), getattr(self.model, "num_classes", None)
         if label is None or self.guidance is None:
             return label, self.guidance if label is not None else None
-        return label, torch.where(label == null, 1.0, float(self.guidance)).to(x)
+        return label, torch.where(label == null, 1.0, self._each(self.guidance, x)).to(x)
 
     def prompts_of(self, x: Tensor) -> list[str] | None:
         """The prompt of each state."""
