@@ -15,7 +15,7 @@ from torch import Tensor
 from mfm_lightning.alignment.methods import AlignmentMethod, Steering
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.figures import before_after, scatter
-from mfm_lightning.modules.base import check_batch
+from mfm_lightning.modules.base import check_batch, own_gradients
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.target import TargetSettings
 from rewards import RewardError
@@ -79,7 +79,7 @@ class RewardAlignment(L.LightningModule):
         return batch
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> AlignmentResult:
-        with torch.inference_mode(False), torch.no_grad():  # steering takes gradients of its own
+        with own_gradients():
             return self._align(*[part.clone() for part in batch], batch_idx)
 
     def _align(self, x0: Tensor, label: Tensor, batch_idx: int) -> AlignmentResult:

@@ -38,6 +38,7 @@ class TrainingModule(L.LightningModule):
     state_shape: tuple[int, ...]
     num_classes: int
     exported_kind = "meta_flow_map"
+    measures_at_validation = False  # whether validation measures, too, or only draws
 
     def __init__(self, optimization: Optimization | None = None, evaluation: Evaluation | None = None) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ class TrainingModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self._evaluate(self.folder / "pictures" / f"step_{self.global_step:07d}", measure=False)
+            self._evaluate(self.folder / "pictures" / f"step_{self.global_step:07d}", self.measures_at_validation)
 
     def on_test_epoch_end(self) -> None:
         self._evaluate(self.folder / "test", measure=True)
@@ -131,7 +132,7 @@ class TrainingModule(L.LightningModule):
     def _evaluate(self, folder: Path, measure: bool) -> None:
         if self.evaluation is None or not self.trainer.is_global_zero:
             return
-        with _own_gradients():
+        with own_gradients():
             if measure:
                 self.evaluation.measure(self, folder)
             self.evaluation.draw(self, folder)
@@ -139,7 +140,7 @@ class TrainingModule(L.LightningModule):
     def _log_losses(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         # the same noise each time, and training's is not touched
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), _own_gradients():
+        with torch.random.fork_rng(devices), own_gradients():
             torch.default_generator.manual_seed(batch_idx)
             if devices:
                 torch.cuda.manual_seed(batch_idx)
@@ -163,7 +164,7 @@ class TrainingModule(L.LightningModule):
 
 
 @contextmanager
-def _own_gradients() -> Iterator[None]:
+def own_gradients() -> Iterator[None]:
     """No graph, but code within may take gradients of its own, which Lightning's inference mode rules out."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -85,6 +85,7 @@ class RewardFinetuning(TrainingModule):
     """
 
     exported_kind = "base_flow"
+    measures_at_validation = True
 
     def __init__(
         self,
@@ -188,10 +189,6 @@ class RewardFinetuning(TrainingModule):
         folder = self.folder / "predict"
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in samples.items()}, folder / f"batch_{number:04d}.safetensors")
-
-    def on_validation_epoch_end(self) -> None:
-        if not self.trainer.sanity_checking:
-            self._evaluate(self.folder / "pictures" / f"step_{self.global_step:07d}", measure=True)
 
     def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
         label = torch.where(torch.rand(len(x1), device=x1.device) < self.class_dropout, self.num_classes, label)
