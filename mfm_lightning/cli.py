@@ -1,11 +1,12 @@
-"""The command `mfm`: `fit`, `validate`, `test` and `predict` with a YAML (LightningCLI), `rewards`, and `demo`."""
+"""The command `mfm`: `fit`, `validate`, `test` and `predict` with a YAML (LightningCLI), and tools by entry points."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from mfm_lightning.modules import NonFiniteLossError
 
 log = logging.getLogger(__name__)
+COMMANDS = "mfm_lightning.commands"
 
 
 class MFMCLI(LightningCLI):
@@ -43,20 +45,32 @@ def run(args: Sequence[str] | None = None) -> MFMCLI:
     )
 
 
+def commands() -> dict[str, Callable[[Sequence[str]], None]]:
+    """The commands besides LightningCLI's, by name; packages add theirs by the entry-point group of `COMMANDS`."""
+    return {point.name: _Command(point) for point in entry_points(group=COMMANDS)}
+
+
+class _Command:
+    """A command, imported when it is called."""
+
+    def __init__(self, point: EntryPoint) -> None:
+        self.point = point
+
+    def __call__(self, args: Sequence[str]) -> None:
+        self.point.load()(args)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: errors that the user can mend end with their message and status 1, without a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     args = list(sys.argv[1:] if args is None else args)
+    if "" not in sys.path:
+        sys.path.append("")  # rewards and methods of a user's own, in the folder that the command runs in
     try:
-        if args[:1] == ["demo"]:
-            from mfm_lightning.demo import demo
-
-            demo(args[1:])
-        elif args[:1] == ["rewards"]:
-            from mfm_lightning.reward_command import main as rewards_main
-
-            rewards_main(args[1:])
+        tools = commands()
+        if args[:1] and args[0] in tools:
+            tools[args[0]](args[1:])
         else:
             run(args)
     except (FileNotFoundError, FloatingPointError, ImportError, NonFiniteLossError, ValueError) as error:

@@ -24,6 +24,10 @@ class Meter:
     def total(self) -> int:
         return self.network + self.reward
 
+    def __sub__(self, other: Meter) -> Meter:
+        """What was counted since `other`, a copy taken earlier."""
+        return Meter(self.network - other.network, self.reward - other.reward)
+
     def counted(self, kind: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`function`, with the rows of what it returns counted as `kind`, and again when a gradient comes back."""
 

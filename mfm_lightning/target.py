@@ -85,6 +85,12 @@ class Target:
             part.prompts = [self.prompts[i] for i in rows.tolist()]
         return part
 
+    def with_drift(self, drift: Callable[..., Tensor]) -> Target:
+        """The same target on another base drift `(t, x, label, guidance)`, counted on the same meter."""
+        other = copy.copy(self)
+        other._drift = drift
+        return other
+
     def drift(self, t: Tensor | float, x: Tensor) -> Tensor:
         """b_t(x), `(B*k, *shape)`."""
         drift = self.meter.counted("network", self._drift)
@@ -162,8 +168,11 @@ class TargetSettings:
     guidance: float | None = None
     prompts: str | list[str] | None = None
 
-    def load(self) -> LoadedTarget:
+    def load(self, model: MetaFlowMap | None = None) -> LoadedTarget:
         """The frozen parts, read and built.
+
+        Args:
+            model: what `self.model` holds, where it has been loaded already.
 
         Raises:
             FileNotFoundError: if the model is not there.
@@ -182,7 +191,7 @@ class TargetSettings:
             raise CheckpointError(
                 f"{self.model} is a base flow, which draws no posteriors: give a Meta Flow Map's file"
             )
-        model = load_model(self.model).eval().requires_grad_(False)
+        model = (model or load_model(self.model)).eval().requires_grad_(False)
         if isinstance(self.prompts, list) and len(self.prompts) != model.num_classes:
             raise ValueError(f"{len(self.prompts)} prompts for {model.num_classes} classes: give one, or one a class")
         if self.decoder is not None:

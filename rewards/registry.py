@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -35,6 +35,11 @@ def register(name: str, factory: Callable | None = None) -> Callable:
         return factory
 
     return add if factory is None else add(factory)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def _load_plugins() -> None:
@@ -86,10 +91,8 @@ def build(name: str | dict[str, Any] | Callable, **options: Any) -> Reward:
         return as_reward(name)
     _load_plugins()
     if name not in _FACTORIES:
-        near = difflib.get_close_matches(name, _FACTORIES, n=1, cutoff=0.0)
-        raise RewardError(
-            f"unknown reward {name!r}: did you mean {near[0]!r}? Known are {', '.join(sorted(_FACTORIES))}"
-        )
+        known = ", ".join(sorted(_FACTORIES))
+        raise RewardError(f"unknown reward {name!r}: did you mean {nearest(name, _FACTORIES)!r}? Known are {known}")
     return _call(_FACTORIES[name], name, options)
 
 

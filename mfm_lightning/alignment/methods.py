@@ -9,19 +9,28 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.best_of_n import best_of_n
-from mfm_lightning.alignment.result import AlignmentResult
+from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.search import SELECTIONS, search, search_times
 from mfm_lightning.alignment.smc import TRANSITIONS, check_particles, feynman_kac, twisted_smc
 from mfm_lightning.alignment.steer import DYNAMICS, steer, time_grid
-from mfm_lightning.models import randn
+from mfm_lightning.checkpoints import load_model
+from mfm_lightning.models import MetaFlowMap, randn
 from mfm_lightning.posteriors import Posterior
+from mfm_lightning.samplers import sample_ode
 from mfm_lightning.target import Target, require_gradient
 from mfm_lightning.values import DenoisedValue, DPSGradient, DrawGradient, GradientEstimator, ValueEstimator
 from rewards import Reward
 
 
 class AlignmentMethod(ABC):
-    """Aligned samples from noise."""
+    """Aligned samples from noise.
+
+    Attributes:
+        uses_reward_scale: whether the result depends on the reward's multiplier; not where only the order of rewards
+            counts.
+    """
+
+    uses_reward_scale: bool = True
 
     @property
     def needs_reward_gradient(self) -> bool:
@@ -88,6 +97,7 @@ class Search(AlignmentMethod):
     selection: str = "overall"
     stochastic: bool = True
     posterior: Posterior | None = None
+    uses_reward_scale = False
 
     def __post_init__(self) -> None:
         _one_of("selection", self.selection, SELECTIONS)
@@ -107,6 +117,7 @@ class BestOfN(AlignmentMethod):
     num_candidates: int = 100
     steps: int = 100
     max_rows: int = 1024
+    uses_reward_scale = False
 
     def __post_init__(self) -> None:
         _positive(num_candidates=self.num_candidates, steps=self.steps, max_rows=self.max_rows)
@@ -170,6 +181,25 @@ class TwistedSMC(AlignmentMethod):
             target, with_particles(x0, self.num_particles, generator), self.estimator, self.num_particles,
             self.grid.times, self.strength, self.clip, self.ess_threshold, self.keep, self.max_diffusion, generator,
         )  # fmt: skip
+
+
+class PolicySampling(AlignmentMethod):
+    """The plain ODE of a fine-tuned policy: aligned by its weights, at the cost of ordinary sampling.
+
+    Args:
+        policy: the model, or the `model.safetensors` that fitting `RewardFinetuning` exported.
+        steps: Euler steps.
+    """
+
+    def __init__(self, policy: MetaFlowMap | str, steps: int = 50) -> None:
+        _positive(steps=steps)
+        policy = load_model(policy) if isinstance(policy, str) else policy
+        self.policy, self.steps = policy.eval().requires_grad_(False), steps
+
+    @torch.no_grad()
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        run, policy = Run(target, "policy", steps=self.steps), target.with_drift(self.policy.to(x0.device).drift)
+        return run.finish(sample_ode(policy.drift, x0, self.steps))
 
 
 def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:

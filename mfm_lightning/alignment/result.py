@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Run:
     def __init__(self, target: Target, method: str, **settings: Any) -> None:
         self.target, self.method = target, {"name": method, **settings}
         self.trace: list[dict[str, float]] = []
-        target.meter = Meter()
+        self._before = replace(target.meter)
         self._begin = time.monotonic()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -111,8 +111,9 @@ class Run:
             images = target.decoder(states)
             rewards = target.plain_rewards(states)
         return AlignmentResult(
-            self.method, states, images, rewards, self.trace, target.meter, seconds, _peak_memory(), log_normaliser
-        )
+            self.method, states, images, rewards, self.trace, target.meter - self._before, seconds, _peak_memory(),
+            log_normaliser,
+        )  # fmt: skip
 
 
 def _peak_memory() -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,14 +39,18 @@ class DigitsClassifier(SmallClassifier):
     """
 
     def __init__(self, seed: int = 1, steps: int = 600) -> None:
-        from mfm_lightning.data.digits import DigitsDataModule
+        super().__init__(1, 8, 10)
+        self.load_state_dict(_trained_on_digits(seed, steps))
 
-        super().__init__(1, 8, DigitsDataModule.num_classes)
-        data = DigitsDataModule()
-        data.setup()
-        images, labels = data.splits["train"]
-        trained = train_classifier(data.decode(images), labels, data.num_classes, steps, seed)
-        self.load_state_dict(trained.state_dict())
+
+@cache
+def _trained_on_digits(seed: int, steps: int) -> dict[str, Tensor]:
+    from mfm_lightning.data.digits import DigitsDataModule
+
+    data = DigitsDataModule()
+    data.setup()
+    images, labels = data.splits["train"]
+    return train_classifier(data.decode(images), labels, data.num_classes, steps, seed).state_dict()
 
 
 def train_classifier(

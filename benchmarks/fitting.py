@@ -1,0 +1,74 @@
+"""Training jobs that a suite needs: run as the user would, unless their file is there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mfm_lightning.checkpoints import fingerprint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Fit:
+    """`mfm fit --config CONFIG` with these options, for one file.
+
+    Args:
+        config: the job's YAML.
+        file: what it is run for.
+        options: dotted keys of the config and their values.
+        inputs: files that it reads; where one has changed since, it is run again.
+    """
+
+    config: str
+    file: str
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+
+    @property
+    def _note(self) -> Path:
+        return Path(self.file).with_suffix(".fit.json")
+
+    def _identity(self) -> dict[str, Any]:
+        inputs = {path: fingerprint(path) for path in self.inputs if Path(path).is_file()}
+        return json.loads(json.dumps({"config": self.config, "options": self.options, "inputs": inputs}))
+
+    def is_done(self) -> bool:
+        """Whether the file is there, and is not one that a benchmark made with other options or inputs."""
+        if not Path(self.file).is_file():
+            return False
+        if not self._note.is_file():
+            return True  # the user's own
+        noted = json.loads(self._note.read_text())
+        return noted["identity"] == self._identity() and noted["sha256"] == fingerprint(self.file)
+
+    def seconds(self) -> float | None:
+        """How long it took, where it was run here."""
+        return json.loads(self._note.read_text())["seconds"] if self._note.is_file() else None
+
+    def run(self) -> None:
+        """Fit, in this process.
+
+        Raises:
+            FileNotFoundError: if the config is not there.
+        """
+        from mfm_lightning.cli import run
+
+        if not Path(self.config).is_file():
+            raise FileNotFoundError(f"no config at {self.config}: run from the repository's root, or give a full path")
+        options = [part for key, value in self.options.items() for part in (f"--{key}", _as_argument(value))]
+        begin = time.monotonic()
+        run(["fit", "--config", self.config, *options])
+        if not Path(self.file).is_file():
+            raise FileNotFoundError(f"{self.config} did not write {self.file}: is it stopped, or of another folder?")
+        note = {"identity": self._identity(), "sha256": fingerprint(self.file), "seconds": time.monotonic() - begin}
+        self._note.write_text(json.dumps(note, indent=1))
+
+
+def _as_argument(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

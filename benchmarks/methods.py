@@ -1,0 +1,135 @@
+"""Methods of a comparison as a YAML describes them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.spec import Spec
+from mfm_lightning.alignment import AlignmentMethod
+from rewards.registry import nearest
+
+FITTED = "FITTED"
+
+
+@dataclass
+class FitSettings:
+    """A job that trains what a method uses, for each reward and multiplier.
+
+    Args:
+        config: its YAML, of `RewardFinetuning` or `ValueEstimation`.
+        file: what the job exports to its folder; in the method's settings, `FITTED` stands for its path.
+        options: dotted keys of the config and their values.
+    """
+
+    config: str
+    file: str = "model.safetensors"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class MethodSettings:
+    """A method, at one or several costs.
+
+    Args:
+        method: `{class_path: ..., init_args: {...}}` of an `AlignmentMethod`; those here go by their bare names.
+        sweep: keys of `init_args`, dotted, each with values; the k-th values of all keys make the k-th point, cheapest
+            first.
+        fit: what is trained first.
+        rewards: only for these; for all where None.
+    """
+
+    method: Spec
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    fit: FitSettings | None = None
+    rewards: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a method: `label` tells it from the others of its line."""
+
+    method: str
+    label: str
+    settings: str  # JSON, which can be hashed
+    fit: FitSettings | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} ({self.label})" if self.label else self.method
+
+    def build(self, fitted: str | None = None) -> AlignmentMethod:
+        """The method; `fitted` is the trained file."""
+        text = self.settings if fitted is None else self.settings.replace(f'"{FITTED}"', json.dumps(fitted))
+        return build_method(json.loads(text), self.method)
+
+
+def points(name: str, settings: MethodSettings) -> Iterator[Point]:
+    """The settings of a method's sweep.
+
+    Raises:
+        ValueError: if the sweep's keys have different numbers of values.
+    """
+    lengths = {len(values) for values in settings.sweep.values()}
+    if len(lengths) > 1 or lengths == {0}:
+        raise ValueError(f"method {name!r}: give all keys of the sweep the same number of values, at least one")
+    for k in range(lengths.pop() if lengths else 1):
+        method, words = copy.deepcopy(settings.method.value), []
+        for key, values in settings.sweep.items():
+            *path, last = key.split(".")
+            place = method.setdefault("init_args", {})
+            for part in path:
+                place = place.setdefault(part, {})
+            place[last] = values[k]
+            words.append(f"{last.removeprefix('num_')} {values[k]}")
+        yield Point(name, ", ".join(words), json.dumps(method, sort_keys=True), settings.fit)
+
+
+def build_method(settings: dict[str, Any], name: str = "method") -> AlignmentMethod:
+    """An `AlignmentMethod` of its `class_path` and `init_args`.
+
+    Raises:
+        ValueError: if there is no such class (the nearest is suggested), or the settings do not fit it.
+    """
+    path = settings.get("class_path")
+    if not path:
+        raise ValueError(f"method {name!r} needs a class_path, got {', '.join(settings) or 'nothing'}")
+    known = {kind.__name__: kind for kind in _subclasses(AlignmentMethod)}
+    if "." not in path and path not in known:
+        raise ValueError(
+            f"method {name!r}: unknown class {path!r}: did you mean {nearest(path, known)!r}? Known are "
+            f"{', '.join(sorted(known))}, or give the full path of your own"
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(AlignmentMethod, "method", required=True)
+    try:
+        return parser.instantiate(parser.parse_object({"method": settings})).method
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"method {name!r} cannot be built: {error}") from error
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def job(settings: FitSettings, folder: Path, model: str, reward: Any, scale: float) -> Fit:
+    """The training job of a method for one reward and multiplier, in `folder`."""
+    target = "model.init_args.target"
+    options = {
+        "trainer.default_root_dir": str(folder),
+        "trainer.logger": False,
+        f"{target}.model": model,
+        f"{target}.reward": reward,
+        f"{target}.reward_scale": scale,
+        **settings.options,
+    }
+    return Fit(settings.config, str(folder / settings.file), options, [model])

@@ -1,0 +1,148 @@
+"""Posterior draws of the Meta Flow Map and of GLASS against rollouts of the base SDE, by number of evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfm_benchmarks import bootstrap, plots
+from mfm_benchmarks.blocks import Block, Claims, Picture, Table
+from mfm_benchmarks.bootstrap import Measured
+from mfm_benchmarks.measure import clock
+from mfm_benchmarks.suite import Cell, Outcome, Results
+from mfm_lightning.interpolant import as_times, interpolate
+from mfm_lightning.metrics.distances import sliced_wasserstein
+from mfm_lightning.posteriors import FlowMapPosterior, GlassPosterior, Posterior, RolloutPosterior
+from mfm_lightning.target import Target
+
+REFERENCE, FLOOR = "reference", "SDE rollouts again (floor)"
+
+
+@dataclass
+class PosteriorRecovery:
+    """Sliced W2 between draws and reference draws of each noisy state, mean over states.
+
+    Args:
+        times: outer times t.
+        num_states: noised test samples.
+        num_draws: draws of each state.
+        model_steps: flow-map steps of a draw; glass_steps: Euler steps of the GLASS ODE.
+        rollout_steps: of the reference.
+    """
+
+    times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5])
+    num_states: int = 16
+    num_draws: int = 128
+    model_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    glass_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    rollout_steps: int = 200
+
+    def shrink(self) -> None:
+        self.num_states, self.num_draws, self.times = min(4, self.num_states), min(32, self.num_draws), self.times[:2]
+        self.glass_steps = [k for k in self.glass_steps if k <= 16]
+        self.rollout_steps = min(self.rollout_steps, 50)
+
+    def cells(self, target: Target, x1: Tensor, identity: dict[str, Any]) -> list[Cell]:
+        """`x1`: clean states to noise, at least `num_states`."""
+        x1 = x1[: self.num_states]
+        settings = {**identity, "states": len(x1), "draws": self.num_draws}
+        self._cells: dict[tuple[float, str], Cell] = {}
+        found = []
+        for t in self.times:
+            x_t = noised(x1, t)
+            rollouts = settings | {"t": t, "rollouts": self.rollout_steps}
+            reference = Cell(
+                f"posterior, t = {t:g}, {REFERENCE}", rollouts, self._draw(target, t, x_t, self._rollouts(101), 1)
+            )
+            found.append(reference)
+            sources: dict[str, Posterior] = {f"MFM {k}": FlowMapPosterior(k) for k in self.model_steps}
+            sources |= {f"GLASS {k}": GlassPosterior(k) for k in self.glass_steps}
+            sources[FLOOR] = self._rollouts(202)
+            for name, source in sources.items():
+                draw = self._draw(target, t, x_t, source, 2)
+                cell = Cell(
+                    f"posterior, t = {t:g}, {name}", rollouts, lambda other, draw=draw: _compare(draw(), other), (reference,)
+                )
+                self._cells[t, name] = cell
+                found.append(cell)
+        return found
+
+    def _rollouts(self, seed: int) -> Posterior:
+        return RolloutPosterior(self.rollout_steps, generator=torch.Generator().manual_seed(seed))
+
+    def _draw(self, target: Target, t: float, x_t: Tensor, source: Posterior, seed: int) -> Callable[[], Outcome]:
+        @torch.no_grad()
+        def compute() -> Outcome:
+            noise = torch.randn(
+                len(x_t), self.num_draws, *x_t.shape[1:], generator=torch.Generator().manual_seed(seed)
+            ).to(x_t)
+            begin = clock(x_t.device)
+            draws = torch.cat([source(target, t, x_t[i : i + 8], noise[i : i + 8]) for i in range(0, len(x_t), 8)])
+            return Outcome({"seconds": clock(x_t.device) - begin}, {"draws": draws})
+
+        return compute
+
+    def blocks(self, results: Results) -> list[Block]:
+        rows, found = [], {}
+        for (t, name), cell in self._cells.items():
+            if cell in results:
+                found[t, name] = bootstrap.mean_of(results[cell].tensors["distance"])
+                kind, _, steps = name.partition(" ")
+                steps = int(steps) if kind in ("MFM", "GLASS") else self.rollout_steps
+                rows.append({"t": t, "draws": name, "evaluations": steps, "sliced W2": found[t, name]})
+        if not rows:
+            return []
+        caption = f"Sliced W2 of {self.num_draws} draws to {self.num_draws} SDE rollouts, mean over {self.num_states} states."
+        return [
+            Picture("posterior_recovery", "Posterior recovery", self._plot(found), caption + " 95 % intervals over states."),
+            self._claims(found),
+            Table("posterior_recovery", "Posterior recovery", rows, caption, folded=True),
+        ]
+
+    def _plot(self, found: dict[tuple[float, str], Measured]):
+        panels = {}
+        for t in self.times:
+            lines: dict[str, Any] = {
+                kind: [(k, found[t, f"{kind} {k}"]) for k in steps if (t, f"{kind} {k}") in found]
+                for kind, steps in (("MFM", self.model_steps), ("GLASS", self.glass_steps))
+            }
+            if (t, FLOOR) in found:
+                lines[FLOOR] = found[t, FLOOR]
+            panels[f"t = {t:g}"] = lines
+        return plots.lines(panels, "network evaluations of a draw", "sliced W2 to SDE rollouts", yscale="log")
+
+    def _claims(self, found: dict[tuple[float, str], Measured]) -> Claims:
+        lines = []
+        for t in self.times:
+            mine = found.get((t, f"MFM {self.model_steps[0]}"))
+            others = {k: found[t, f"GLASS {k}"] for k in self.glass_steps if (t, f"GLASS {k}") in found}
+            if mine is None or not others:
+                continue
+            closer = [k for k, other in others.items() if (other - mine).sign > 0]
+            further = [k for k, other in others.items() if (other - mine).sign < 0]
+            said = [f"closer to the reference than GLASS with {_these(closer)}"] if closer else []
+            said += [f"further than GLASS with {_these(further)}"] if further else []
+            level = [k for k in others if k not in (*closer, *further)]
+            said += [f"not told apart from GLASS with {_these(level)}"] if level else []
+            steps = f"{self.model_steps[0]} evaluation" + ("s" if self.model_steps[0] > 1 else "")
+            lines.append(f"t = {t:g}: MFM draws of {steps} are {', '.join(said)} evaluations.")
+        return Claims("Posterior draws at equal states", lines)
+
+
+def noised(x1: Tensor, t: float, seed: int = 1) -> Tensor:
+    """`x_t` of clean states, the same noise at all times."""
+    return interpolate(as_times(t, x1), torch.randn(x1.shape, generator=torch.Generator().manual_seed(seed)).to(x1), x1)
+
+
+def _compare(draws: Outcome, reference: Outcome) -> Outcome:
+    a, b = (o.tensors["draws"].cpu().flatten(2) for o in (draws, reference))
+    distance = sliced_wasserstein(a, b, 128, torch.Generator().manual_seed(0))
+    return Outcome(draws.numbers, {"distance": distance})
+
+
+def _these(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"

@@ -1,0 +1,144 @@
+"""Figures of the reports; each function makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mfm_benchmarks.bootstrap import Measured
+
+if TYPE_CHECKING:
+    from mfm_benchmarks.suites.alignment import Entry
+
+MARKERS = "osD^vP*Xh<>d"
+
+
+def style(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and marker for each name, by its place."""
+    colours = [*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["Dark2"].colors]
+    return {
+        name: {"color": colours[i % len(colours)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
+    }
+
+
+def line(axis: Axes, x: Sequence[float], y: Sequence[Measured], label: str, **look: Any) -> None:
+    """Values joined by a line, their intervals shaded; error bars where there is only one."""
+    if not y:
+        return
+    values, low, high = [m.value for m in y], [m.low for m in y], [m.high for m in y]
+    if len(y) == 1:
+        error = [[values[0] - low[0]], [high[0] - values[0]]]
+        axis.errorbar(x, values, yerr=error, linestyle="none", markersize=5, capsize=2, label=label, **look)
+        return
+    axis.plot(x, values, markersize=4, linewidth=1.4, label=label, **look)
+    axis.fill_between(x, low, high, color=look.get("color"), alpha=0.15, linewidth=0)
+
+
+def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+    """One legend for all axes, under them."""
+    handles = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+
+
+def curves(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float], cost: str) -> Figure:
+    """Mean reward by `nfe` or `seconds` a sample: a row a reward, a column a lambda."""
+    words = {"nfe": "NFE a sample", "seconds": "seconds a sample"}[cost]
+    return _grid(entries, scales, lambda e: getattr(e, cost), lambda e: e.reward, words, "mean reward", xscale="log")
+
+
+def hacking(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float]) -> Figure:
+    """Fréchet distance by mean reward: a row a reward, a column a lambda."""
+    return _grid(
+        entries, scales, lambda e: e.reward.value, lambda e: e.frechet, "mean reward", "Fréchet distance", yscale="log"
+    )
+
+
+def _grid(entries, scales, across, up, xlabel: str, ylabel: str, xscale="linear", yscale="linear") -> Figure:
+    looks = style(list(dict.fromkeys(e.method for found in entries.values() for e in found)))
+    R, C = len(entries), len(scales)
+    figure = Figure(figsize=(3.7 * max(C, 2), 3.1 * R + 1.0), layout="constrained")
+    axes = figure.subplots(R, C, squeeze=False, sharey="row")
+    for row, (reward, found) in zip(axes, entries.items(), strict=True):
+        for axis, scale in zip(row, scales, strict=True):
+            for method, look in looks.items():
+                points = [e for e in found if e.method == method and e.scale in (None, scale)]
+                line(axis, [across(e) for e in points], [up(e) for e in points], method, **look)
+            axis.set(xscale=xscale, yscale=yscale, title=f"{reward}, λ = {scale:g}", xlabel=xlabel)
+            axis.title.set_fontsize(10)
+            axis.grid(alpha=0.25)
+        row[0].set_ylabel(ylabel)
+        if yscale == "log":  # an interval may reach below zero
+            row[0].set_ylim(bottom=0.7 * min(up(e).value for e in found))
+    legend_below(figure, axes.flatten(), 4 if C > 1 else 3)
+    return figure
+
+
+def gallery(rows: Sequence[tuple[str, Tensor]], columns: int = 12) -> Figure:
+    """Images `(B, C, H, W)` in [0, 1], a row for each caption."""
+    columns = min(columns, min(len(images) for _, images in rows))
+    figure = Figure(figsize=(0.8 * columns + 2.0, 0.82 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line_, (caption, images) in zip(axes, rows, strict=True):
+        for axis, image in zip(line_, images, strict=False):
+            axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        line_[0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def clouds(panels: Mapping[str, Tensor], columns: int = 4, limit: float = 6.0) -> Figure:
+    """Samples `(N, 2)` by name, on the same axes."""
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.7 * columns, 2.85 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axis, (name, x) in zip(axes, panels.items(), strict=False):
+        axis.scatter(x[:2000, 0], x[:2000, 1], s=3, linewidths=0, alpha=0.6, rasterized=True)
+        axis.set_title(name, fontsize=9)
+        axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    return figure
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, Measured | Sequence[tuple[float, Measured]]]],
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "log",
+    yscale: str = "linear",
+    wide: bool = False,
+) -> Figure:
+    """A panel for each name; its lines are points `(x, value)`, or one value for all x, drawn across with its interval."""
+    looks = style(list(dict.fromkeys(name for found in panels.values() for name in found)))
+    C = len(panels)
+    figure = Figure(figsize=(7.6 if wide else 3.5 * max(C, 2), 4.6 if wide else 3.9), layout="constrained")
+    axes = figure.subplots(1, C, squeeze=False, sharey=True)[0]
+    for axis, (title, found) in zip(axes, panels.items(), strict=True):
+        ticks = set()
+        for name, values in found.items():
+            if isinstance(values, Measured):
+                colour = looks[name]["color"]
+                axis.axhline(values.value, color=colour, linestyle="--", linewidth=1.2, label=name)
+                axis.axhspan(values.low, values.high, color=colour, alpha=0.08, linewidth=0)
+                continue
+            ticks |= {x for x, _ in values}
+            line(axis, [x for x, _ in values], [y for _, y in values], name, **looks[name])
+        axis.set(xscale=xscale, yscale=yscale, title=title, xlabel=xlabel)
+        if ticks and len(ticks) < 12:
+            axis.set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
+            axis.minorticks_off()
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel(ylabel)
+    legend_below(figure, axes, 3)
+    return figure

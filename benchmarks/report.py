@@ -1,0 +1,67 @@
+"""Writes a report: one self-contained HTML page, figures as PNG and SVG, tables as CSV and JSON, the environment."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from mfm_benchmarks.blocks import Page, Picture, Table
+
+
+def write_report(page: Page, folder: Path) -> Path:
+    """Write `index.html`, `NAME.png`, `NAME.svg`, `NAME.csv`, `NAME.json` and `environment.json`; the page's path.
+
+    The page needs no network and no other file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {}
+    for block in page.blocks:
+        if isinstance(block, Picture):
+            sources[block.name] = _write_figure(block.plot, folder / block.name)
+        elif isinstance(block, Table) and block.rows:
+            _write_table(block, folder / block.name)
+    record = {"environment": page.environment, "settings": page.settings}
+    (folder / "environment.json").write_text(
+        json.dumps({**record, "failures": page.failures, "skipped": page.skipped}, indent=1, default=str)
+    )
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    html = templates.get_template("page.html.j2").render(
+        page=page,
+        sources=sources,
+        kind=lambda block: type(block).__name__,
+        settings=json.dumps(page.settings, indent=1, default=str),
+    )
+    path = folder / "index.html"
+    path.write_text(html)
+    return path
+
+
+def _write_figure(figure: Figure, path: Path) -> str:
+    """Both files; the SVG as a data URI."""
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+    buffer = io.BytesIO()
+    # without a date and with a fixed salt the same figure is the same file
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(buffer, format="svg", dpi=130, metadata={"Date": None})
+    path.with_suffix(".svg").write_bytes(buffer.getvalue())
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _write_table(table: Table, path: Path) -> None:
+    rows = table.plain()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1, default=str))

@@ -1,0 +1,102 @@
+"""Runs a suite: fits what is missing, computes cells that are not stored, goes on after failures, writes the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import get_console
+
+from mfm_benchmarks.blocks import Page
+from mfm_benchmarks.environment import describe
+from mfm_benchmarks.report import write_report
+from mfm_benchmarks.store import Store
+from mfm_benchmarks.suite import MissingInput, Results, Suite
+from mfm_lightning.evaluation.base import track
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Settings:
+    """How a suite is run.
+
+    Args:
+        output: folder of results and report.
+        fresh: compute all again.
+        command: what was typed, for the report.
+        settings: the suite's parameters, as the report shows them.
+    """
+
+    output: Path
+    fresh: bool = False
+    command: str = ""
+    settings: dict[str, Any] | None = None
+
+
+def run_suite(suite: Suite, how: Settings) -> Path:
+    """The path of the report's page.
+
+    Raises:
+        MissingInput: before any work, if something that the suite must be given is not there.
+    """
+    console = get_console()
+    suite.output = how.output
+    if missing := suite.missing():
+        raise MissingInput(suite.name, missing)
+    for fit in suite.fits():
+        if how.fresh or not fit.is_done():
+            console.rule(f"fit {fit.config} for {fit.file}")
+            fit.run()
+    suite.prepare()
+    results, seconds = compute(suite, Store(how.output / "results"), how.fresh)
+    page = Page(
+        suite.title,
+        suite.about,
+        list(suite.report(results)),
+        results.failures,
+        suite.skipped,
+        {"command": how.command, **describe(suite.device), "computing": f"{seconds:.0f} s for all results of this page"},
+        how.settings or {},
+    )
+    return write_report(page, how.output / "report")
+
+
+def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, float]:
+    """Outcomes of all cells, and the seconds that they took when they were computed.
+
+    A cell that fails is noted, and so are those that need it; the others go on. What is done is kept when the run is
+    interrupted.
+    """
+    results, total, stored = Results(), 0.0, 0
+    cells = list(suite.cells())
+    if len({cell.name for cell in cells}) < len(cells):
+        names = [cell.name for cell in cells]
+        raise ValueError(f"cells of one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
+    for cell in track(cells, describe=lambda cell: cell.name):
+        outcome = None if fresh else store.load(cell)
+        if outcome is None:
+            if lost := [need.name for need in cell.needs if need not in results]:
+                results.failures[cell.name] = f"needs {', '.join(lost)}, which failed"
+                continue
+            begin = time.monotonic()
+            try:
+                outcome = cell.compute(*[results[need] for need in cell.needs])
+            except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
+                results.failures[cell.name] = f"{type(error).__name__}: {error}"
+                log.warning("%s failed, the others go on: %s: %s", cell.name, type(error).__name__, error)
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    torch.cuda.empty_cache()
+                continue
+            outcome.numbers["cell_seconds"] = time.monotonic() - begin
+            store.save(cell, outcome)
+        else:
+            stored += 1
+        total += outcome.numbers.get("cell_seconds", 0.0)
+        results.add(cell, outcome)
+    log.info("%d of %d results were there already, %d failed", stored, len(cells), len(results.failures))
+    return results, total

@@ -1,0 +1,54 @@
+"""Outcomes on disk, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mfm_benchmarks.suite import Cell, Outcome
+
+
+class Store:
+    """A folder with one JSON (and one safetensors file, where there are tensors) a cell, named by cell and identity."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, cell: Cell) -> Path:
+        """Where the cell's JSON is."""
+        identity = json.dumps(cell.identity, sort_keys=True, default=str)
+        digest = hashlib.sha256(f"{cell.name}\n{identity}".encode()).hexdigest()[:12]
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', cell.name)[:100]}-{digest}.json"
+
+    def load(self, cell: Cell) -> Outcome | None:
+        """The stored outcome; None if there is none, or only a part of one."""
+        path = self.path(cell)
+        try:
+            content = json.loads(path.read_text())
+            tensors = load_file(path.with_suffix(".safetensors")) if content["tensors"] else {}
+        except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError):
+            return None
+        return Outcome(content["numbers"], tensors)
+
+    def save(self, cell: Cell, outcome: Outcome) -> None:
+        """Write the outcome; the JSON last and at once, so that what is there is whole."""
+        path = self.path(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if outcome.tensors:
+            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in outcome.tensors.items()}
+            save_file(tensors, path.with_suffix(".safetensors"))
+        content = {
+            "cell": cell.name,
+            "identity": cell.identity,
+            "numbers": outcome.numbers,
+            "tensors": sorted(outcome.tensors),
+        }
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1, default=str))
+        os.replace(part, path)

@@ -1,0 +1,1 @@
+"""The suites; each file has one."""
