@@ -21,11 +21,13 @@ class Measured:
     """A number with its bootstrap replicates `(R,)`.
 
     The 95 % interval is the normal one, value +- 1.96 standard deviations of the replicates: resampling biases
-    distances between sets of samples upwards, which would shift a percentile interval.
+    distances between sets of samples upwards, which would shift a percentile interval. For what is not biased so and
+    has an end, such as a correlation, `percentile` takes the replicates' own quantiles.
     """
 
     value: float
     replicates: Tensor
+    percentile: bool = False
 
     @property
     def error(self) -> float:
@@ -34,11 +36,11 @@ class Measured:
 
     @property
     def low(self) -> float:
-        return self.value - _Z * self.error
+        return float(self.replicates.quantile(0.025)) if self.percentile else self.value - _Z * self.error
 
     @property
     def high(self) -> float:
-        return self.value + _Z * self.error
+        return float(self.replicates.quantile(0.975)) if self.percentile else self.value + _Z * self.error
 
     def __sub__(self, other: Measured) -> Measured:
         """The difference, paired replicate by replicate."""
@@ -67,10 +69,7 @@ def mean(parts: Sequence[Measured]) -> Measured:
     replicates = torch.stack([part.replicates for part in parts])
     if len(parts) > 1:  # the seeds share their resampling weights; shuffle, since their samples are independent
         order = torch.stack(
-            [
-                torch.randperm(replicates.shape[1], generator=torch.Generator().manual_seed(i))
-                for i in range(len(parts))
-            ]
+            [torch.randperm(replicates.shape[1], generator=torch.Generator().manual_seed(i)) for i in range(len(parts))]
         )
         replicates = replicates.gather(1, order)
     return Measured(sum(part.value for part in parts) / len(parts), replicates.mean(dim=0))
@@ -109,7 +108,7 @@ def correlation(x: Tensor, y: Tensor, replicates: int = REPLICATES) -> Measured:
         a = centred(row)
         found.append((w * a * b).sum(1) / ((w * a * a).sum(1) * (w * b * b).sum(1)).sqrt())
     values = torch.stack(found).mean(dim=0)
-    return Measured(float(values[0]), values[1:][values[1:].isfinite()])
+    return Measured(float(values[0]), values[1:][values[1:].isfinite()], percentile=True)
 
 
 def pairwise_distance(x: Tensor, replicates: int = REPLICATES) -> Measured:

@@ -36,7 +36,9 @@ def main(args: Sequence[str]) -> None:
         "where it was. Without a suite: list them. Other options set the suite's own parameters, e.g. --num_samples 64.",
     )
     parser.add_argument("suite", nargs="?", help="name of a suite, or the path of a Suite class")
-    parser.add_argument("--config", type=Path, help=f"YAML with the suite's parameters; {CONFIGS}/SUITE.yaml if it is left out")
+    parser.add_argument(
+        "--config", type=Path, help=f"YAML with the suite's parameters; {CONFIGS}/SUITE.yaml if it is left out"
+    )
     parser.add_argument("--quick", action="store_true", help="a small version, within two minutes on two cores")
     parser.add_argument("--output", type=Path, help=f"folder of results and report; {OUTPUT}/SUITE if left out")
     parser.add_argument("--fresh", action="store_true", help="compute all again")

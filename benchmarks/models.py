@@ -39,7 +39,9 @@ class ModelSettings:
         """What is not there and no job makes."""
         if Path(self.file).is_file() or any(fit.file == self.file for fit in self.fits):
             return []
-        return [f"model.file: no model at {self.file}; give a model.safetensors, or the jobs that make it as model.fits"]
+        return [
+            f"model.file: no model at {self.file}; give a model.safetensors, or the jobs that make it as model.fits"
+        ]
 
 
 class Subject:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -45,7 +46,9 @@ def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
+    )
 
 
 def curves(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float], cost: str) -> Figure:
@@ -96,13 +99,32 @@ def gallery(rows: Sequence[tuple[str, Tensor]], columns: int = 12) -> Figure:
     return figure
 
 
-def clouds(panels: Mapping[str, Tensor], columns: int = 4, limit: float = 6.0) -> Figure:
-    """Samples `(N, 2)` by name, on the same axes."""
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.7 * columns, 2.85 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+def clouds(
+    panels: Mapping[str, Tensor],
+    log_density: Callable[[Tensor], Tensor],
+    exact: Tensor,
+    background: Tensor,
+    columns: int = 4,
+    limit: float = 5.5,
+) -> Figure:
+    """Samples `(N, 2)` by name over contours of a density that hold 50, 90 and 99 % of it.
+
+    Args:
+        log_density: `(M, 2) -> (M,)`.
+        exact: its samples, which say where the contours are.
+        background: samples drawn in grey.
+    """
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.7 * columns, 2.85 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    ticks = torch.linspace(-limit, limit, 220)
+    grid = torch.cartesian_prod(ticks, ticks)
+    height = log_density(grid).reshape(len(ticks), len(ticks)).T
+    levels = log_density(exact).quantile(torch.tensor([0.01, 0.1, 0.5], dtype=exact.dtype)).tolist()
     for axis, (name, x) in zip(axes, panels.items(), strict=False):
-        axis.scatter(x[:2000, 0], x[:2000, 1], s=3, linewidths=0, alpha=0.6, rasterized=True)
+        axis.scatter(*background.T, s=1.5, linewidths=0, color="0.87", rasterized=True)
+        axis.contour(ticks, ticks, height, levels=levels, colors="0.35", linewidths=0.7)
+        axis.scatter(x[:2000, 0], x[:2000, 1], s=5, linewidths=0, alpha=0.6, rasterized=True)
         axis.set_title(name, fontsize=9)
         axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     for axis in axes[len(panels) :]:
@@ -116,12 +138,15 @@ def lines(
     ylabel: str,
     xscale: str = "log",
     yscale: str = "linear",
-    wide: bool = False,
+    size: tuple[float, float] = (3.5, 3.9),
 ) -> Figure:
-    """A panel for each name; its lines are points `(x, value)`, or one value for all x, drawn across with its interval."""
+    """A panel for each name; its lines are points `(x, value)`, or one value for all x, drawn across with its interval.
+
+    size: of a panel, in inches.
+    """
     looks = style(list(dict.fromkeys(name for found in panels.values() for name in found)))
     C = len(panels)
-    figure = Figure(figsize=(7.6 if wide else 3.5 * max(C, 2), 4.6 if wide else 3.9), layout="constrained")
+    figure = Figure(figsize=(max(size[0] * C, 7.0), size[1]), layout="constrained")
     axes = figure.subplots(1, C, squeeze=False, sharey=True)[0]
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
         ticks = set()

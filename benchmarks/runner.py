@@ -60,7 +60,11 @@ def run_suite(suite: Suite, how: Settings) -> Path:
         list(suite.report(results)),
         results.failures,
         suite.skipped,
-        {"command": how.command, **describe(suite.device), "computing": f"{seconds:.0f} s for all results of this page"},
+        {
+            "command": how.command,
+            **describe(suite.device),
+            "computing": f"{seconds:.0f} s for all results of this page",
+        },
         how.settings or {},
     )
     return write_report(page, how.output / "report")

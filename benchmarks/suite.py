@@ -77,7 +77,9 @@ class MissingInput(FileNotFoundError):
     """What a suite needs and does not find."""
 
     def __init__(self, suite: str, missing: Sequence[str]) -> None:
-        super().__init__(f"the suite {suite} cannot run, for these are missing:\n" + "\n".join(f"  - {m}" for m in missing))
+        super().__init__(
+            f"the suite {suite} cannot run, for these are missing:\n" + "\n".join(f"  - {m}" for m in missing)
+        )
 
 
 class Suite(ABC):

@@ -55,7 +55,9 @@ class FrequencyComparison:
         for m in self.particles:
             found["SMC-TDS", m] = TwistedSMC(num_particles=m, grid=grid, clip=1.0)
             found["FK-SDE", m] = FeynmanKac(num_particles=m, grid=grid)
-            found["FK-GLASS", m] = FeynmanKac(num_particles=m, grid=TimeGrid(max(2, self.steps // 5)), transition="glass")
+            found["FK-GLASS", m] = FeynmanKac(
+                num_particles=m, grid=TimeGrid(max(2, self.steps // 5)), transition="glass"
+            )
         return found
 
     def cells(
@@ -65,7 +67,13 @@ class FrequencyComparison:
         self._cells: dict[tuple[str, int], list[Cell]] = {}
         for (name, n), method in self._methods().items():
             for seed in self.seeds:
-                settings = {**identity, "samples": self.num_samples, "seed": seed, "steps": self.steps, "clip": self.clip}
+                settings = {
+                    **identity,
+                    "samples": self.num_samples,
+                    "seed": seed,
+                    "steps": self.steps,
+                    "clip": self.clip,
+                }
 
                 def compute(method=method, seed=seed) -> Outcome:
                     x0 = noise(self.num_samples, target.state_shape, seed, device)
@@ -96,7 +104,9 @@ class FrequencyComparison:
                 "class shares in %": " ".join(f"{100 * s:.0f}" for s in (shares / shares.sum()).tolist()),
             })  # fmt: skip
             if name == "base flow" or n in (self.draws[-1], 0, self.particles[-1]):
-                gallery.append((f"{name}{f', {n}' if n else ''}\n{found[name, n].value:.2f}", parts[0].tensors["images"]))
+                gallery.append(
+                    (f"{name}{f', {n}' if n else ''}\n{found[name, n].value:.2f}", parts[0].tensors["images"])
+                )
         if not rows:
             return []
         floor = float(((wanted * (1 - wanted)).sum() / self.num_samples).sqrt())
@@ -110,7 +120,7 @@ class FrequencyComparison:
         for key in found:
             if key[0] not in lines:
                 lines[f"{key[0]}, {key[1]} particles" if key[1] else key[0]] = found[key]
-        plot = plots.lines({"class mixture": lines}, "posterior draws N", "L2 to the weights", wide=True)
+        plot = plots.lines({"class mixture": lines}, "posterior draws N", "L2 to the weights", size=(7.6, 5.0))
         return [
             Picture("class_frequencies", "Class frequencies against posterior draws", plot, caption),
             Picture("class_samples", "Samples", plots.gallery(gallery), "The same noise in each column; beside each method its L2."),

@@ -65,7 +65,10 @@ class PosteriorRecovery:
             for name, source in sources.items():
                 draw = self._draw(target, t, x_t, source, 2)
                 cell = Cell(
-                    f"posterior, t = {t:g}, {name}", rollouts, lambda other, draw=draw: _compare(draw(), other), (reference,)
+                    f"posterior, t = {t:g}, {name}",
+                    rollouts,
+                    lambda other, draw=draw: _compare(draw(), other),
+                    (reference,),
                 )
                 self._cells[t, name] = cell
                 found.append(cell)
@@ -96,9 +99,13 @@ class PosteriorRecovery:
                 rows.append({"t": t, "draws": name, "evaluations": steps, "sliced W2": found[t, name]})
         if not rows:
             return []
-        caption = f"Sliced W2 of {self.num_draws} draws to {self.num_draws} SDE rollouts, mean over {self.num_states} states."
+        caption = (
+            f"Sliced W2 of {self.num_draws} draws to {self.num_draws} SDE rollouts, mean over {self.num_states} states."
+        )
         return [
-            Picture("posterior_recovery", "Posterior recovery", self._plot(found), caption + " 95 % intervals over states."),
+            Picture(
+                "posterior_recovery", "Posterior recovery", self._plot(found), caption + " 95 % intervals over states."
+            ),
             self._claims(found),
             Table("posterior_recovery", "Posterior recovery", rows, caption, folded=True),
         ]

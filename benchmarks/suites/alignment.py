@@ -128,7 +128,9 @@ class AlignmentSuite(Suite):
             raise ValueError(f"best_of_n.numbers {self.best_of_n.numbers}: expected different numbers, smallest first")
         for name, method in self.methods.items():
             if unknown := set(method.rewards or ()) - set(self.rewards):
-                raise ValueError(f"method {name!r}: {', '.join(unknown)} is none of the rewards {', '.join(self.rewards)}")
+                raise ValueError(
+                    f"method {name!r}: {', '.join(unknown)} is none of the rewards {', '.join(self.rewards)}"
+                )
         self._points = [point for name, method in self.methods.items() for point in points(name, method)]
 
     # what is run
@@ -214,7 +216,14 @@ class AlignmentSuite(Suite):
         while begin < stops[-1]:
             n = min(block, min(stop for stop in stops if stop > begin) - begin)
             name = f"pool, candidates {begin + 1} to {begin + n} of each sample, seed {seed}"
-            identity = {**self._identity, "quality": None, "seed": seed, "begin": begin, "n": n, "steps": settings.steps}
+            identity = {
+                **self._identity,
+                "quality": None,
+                "seed": seed,
+                "begin": begin,
+                "n": n,
+                "steps": settings.steps,
+            }
             yield Cell(name, identity, lambda begin=begin, n=n: self._generate(seed, begin, n))
             begin += n
 
@@ -257,7 +266,13 @@ class AlignmentSuite(Suite):
             top, which = values.max(dim=1)
             seconds += clock(self.device) - start + block.numbers["seconds"]
             chosen = states[torch.arange(B), which.cpu()]
-            best = chosen if best is None else torch.where((top.cpu() > best_reward).reshape(-1, *[1] * (chosen.dim() - 1)).to(chosen.device), chosen, best)
+            best = (
+                chosen
+                if best is None
+                else torch.where(
+                    (top.cpu() > best_reward).reshape(-1, *[1] * (chosen.dim() - 1)).to(chosen.device), chosen, best
+                )
+            )
             best_reward, done = torch.maximum(best_reward, top.cpu()), done + n
             network += block.numbers["network"]
             if done in self.best_of_n.numbers:
@@ -364,7 +379,9 @@ class AlignmentSuite(Suite):
                 continue
             candidates = []
             for method, scale in dict.fromkeys((e.method, e.scale) for e in found if e.method != BEST):
-                above = [e for e in found if (e.method, e.scale) == (method, scale) and (e.reward - best.reward).sign > 0]
+                above = [
+                    e for e in found if (e.method, e.scale) == (method, scale) and (e.reward - best.reward).sign > 0
+                ]
                 cheapest = min(above, key=lambda e: e.nfe, default=None)
                 row = {"reward": reward, "method": method, "λ": "any" if scale is None else f"{scale:g}"}
                 if cheapest is None:
@@ -382,9 +399,20 @@ class AlignmentSuite(Suite):
                     candidates.append((ratio, method))
             if candidates:
                 ratio, method = max(candidates)
-                items.append((f"{rounded(ratio)}×", f"fewer evaluations than Best-of-{largest} for a higher {reward} reward: {method}"))
+                items.append(
+                    (
+                        f"{rounded(ratio)}×",
+                        f"fewer evaluations than Best-of-{largest} for a higher {reward} reward: {method}",
+                    )
+                )
             else:
-                items.append(("none", f"of the methods is above Best-of-{largest} in {reward}" + (" near the data" if self.quality else "")))
+                items.append(
+                    (
+                        "none",
+                        f"of the methods is above Best-of-{largest} in {reward}"
+                        + (" near the data" if self.quality else ""),
+                    )
+                )
         caption = (
             f"For each method the cheapest setting whose mean reward is above that of Best-of-{largest}: the interval of the "
             "paired difference is above zero. "
@@ -404,12 +432,16 @@ class AlignmentSuite(Suite):
             verdicts: dict[int, list[str]] = {1: [], -1: [], 0: []}
             for other in last.values():
                 gap = mine.reward - other.reward
-                verdicts[gap.sign].append(f"{other.name}, {round(other.nfe):,} NFE, by {gap.text()}" if gap.sign else other.name)
+                verdicts[gap.sign].append(
+                    f"{other.name}, {round(other.nfe):,} NFE, by {gap.text()}" if gap.sign else other.name
+                )
             said = [
                 f"{words} {'; '.join(verdicts[sign])}"
                 for sign, words in ((1, "higher than"), (-1, "lower than"), (0, "not told apart from")) if verdicts[sign]
             ]  # fmt: skip
-            lines.append(f"{reward}, λ = {scale:g}: the mean reward of {mine.name}, {round(mine.nfe):,} NFE, is {'; '.join(said)}.")
+            lines.append(
+                f"{reward}, λ = {scale:g}: the mean reward of {mine.name}, {round(mine.nfe):,} NFE, is {'; '.join(said)}."
+            )
         return Claims(f"{ours} against the others, each in its dearest setting", lines)
 
     def _gallery(self, found: list[Entry]) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,91 @@
+"""The paper's MNIST experiment (7.1.2) on digits, with posterior recovery and value estimation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from mfm_benchmarks.blocks import Block, Text
+from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.measure import noise
+from mfm_benchmarks.models import ModelSettings, Subject
+from mfm_benchmarks.parts.frequencies import FrequencyComparison
+from mfm_benchmarks.parts.posterior_recovery import PosteriorRecovery
+from mfm_benchmarks.parts.value_estimation import ValueComparison
+from mfm_benchmarks.quality import ClassifierQuality
+from mfm_benchmarks.spec import Spec
+from mfm_benchmarks.suite import Cell, Results, Suite
+
+
+class DigitsSuite(Suite):
+    """Class frequencies under a class-mixture reward, posterior recovery, and value estimates, on one model.
+
+    Args:
+        model: what all methods run on.
+        reward: a class mixture with `weights`.
+        quality: the classifier that counts classes (not the reward's), and the data whose test split is noised.
+        frequencies, posterior, value: the three parts.
+    """
+
+    name = "digits"
+    title = "Digits: class mixture, posterior draws, values"
+    about = (
+        "A reward log Σ w_i p(y_i | x) asks for digits in given shares. How near each method comes to the shares by posterior "
+        "draws N; how near one-step posterior draws are to rollouts; and how well they estimate values."
+    )
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        reward: Spec,
+        quality: ClassifierQuality,
+        frequencies: FrequencyComparison | None = None,
+        posterior: PosteriorRecovery | None = None,
+        value: ValueComparison | None = None,
+    ) -> None:
+        self.model, self.reward, self.quality = model, reward.value, quality
+        if "weights" not in self.reward:
+            raise ValueError("reward: expected a class mixture with weights, one a class")
+        self.frequencies, self.posterior, self.value = (
+            frequencies or FrequencyComparison(), posterior or PosteriorRecovery(), value or ValueComparison(),
+        )  # fmt: skip
+
+    def shrink(self) -> None:
+        for part in (self.frequencies, self.posterior, self.value):
+            part.shrink()
+
+    def missing(self) -> list[str]:
+        return self.model.missing()
+
+    def fits(self) -> list[Fit]:
+        return self.model.fits
+
+    def prepare(self) -> None:
+        self._subject = Subject(self.model, self.device)
+        self._loaded = self._subject.load(self.reward)
+        self.quality.prepare(self.device)
+
+    def cells(self) -> Sequence[Cell]:
+        target = self._subject.target(self._loaded, 1)
+        with torch.no_grad():
+            probe = target.plain_rewards(noise(4, target.state_shape, 12345, self.device))
+        model = self._subject.identity
+        rewarded = {**model, "reward": self.reward, "probe": [f"{value:.4g}" for value in probe.tolist()]}
+        x1, _ = self.quality.data.splits["test"]
+        x1 = x1[torch.randperm(len(x1), generator=torch.Generator().manual_seed(0))].to(self.device)
+        return [
+            *self.frequencies.cells(target, self.quality.classify, self.device, {**rewarded, **self.quality.identity}),
+            *self.posterior.cells(target, x1, model),
+            *self.value.cells(target, x1, rewarded),
+        ]
+
+    def report(self, results: Results) -> Sequence[Block]:
+        parts = (
+            self.frequencies.blocks(results, self.reward["weights"]),
+            self.posterior.blocks(results),
+            self.value.blocks(results),
+        )
+        found = list(itertools.chain(*parts))
+        return found or [Text("No result", ["Every run failed; the messages are above."])]
