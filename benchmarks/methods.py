@@ -52,13 +52,13 @@ class MethodSettings:
     rewards: list[str] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself alone
 class Point:
-    """One setting of a method: `label` tells it from the others of its line."""
+    """One setting of a method, its `settings` as JSON: `label` tells it from the others of its line."""
 
     method: str
     label: str
-    settings: str  # JSON, which can be hashed
+    settings: str
     fit: FitSettings | None = None
 
     @property
