@@ -34,8 +34,9 @@ class Fit:
     def _note(self) -> Path:
         return Path(self.file).with_suffix(".fit.json")
 
-    def _identity(self) -> dict[str, Any]:
-        inputs = {path: fingerprint(path) for path in self.inputs if Path(path).is_file()}
+    def identity(self) -> dict[str, Any]:
+        """What its file depends on, as JSON."""
+        inputs = {path: fingerprint(path) for path in (self.config, *self.inputs) if Path(path).is_file()}
         return json.loads(json.dumps({"config": self.config, "options": self.options, "inputs": inputs}))
 
     def is_done(self) -> bool:
@@ -45,7 +46,7 @@ class Fit:
         if not self._note.is_file():
             return True  # the user's own
         noted = json.loads(self._note.read_text())
-        return noted["identity"] == self._identity() and noted["sha256"] == fingerprint(self.file)
+        return noted["identity"] == self.identity() and noted["sha256"] == fingerprint(self.file)
 
     def seconds(self) -> float | None:
         """How long it took, where it was run here."""
@@ -55,7 +56,8 @@ class Fit:
         """Fit, in this process.
 
         Raises:
-            FileNotFoundError: if the config is not there.
+            FileNotFoundError: if the config is not there, or does not write the file.
+            ValueError: if the options do not fit the config.
         """
         from mfm_lightning.cli import run
 
@@ -63,10 +65,15 @@ class Fit:
             raise FileNotFoundError(f"no config at {self.config}: run from the repository's root, or give a full path")
         options = [part for key, value in self.options.items() for part in (f"--{key}", _as_argument(value))]
         begin = time.monotonic()
-        run(["fit", "--config", self.config, *options])
+        try:
+            run(["fit", "--config", self.config, *options])
+        except SystemExit as error:
+            if error.code != 2:  # Lightning's way to stop at Ctrl-C; 2 is the parser's way to refuse options
+                raise KeyboardInterrupt from error
+            raise ValueError(f"mfm fit --config {self.config} was refused, with the options {self.options}") from error
         if not Path(self.file).is_file():
             raise FileNotFoundError(f"{self.config} did not write {self.file}: is it stopped, or of another folder?")
-        note = {"identity": self._identity(), "sha256": fingerprint(self.file), "seconds": time.monotonic() - begin}
+        note = {"identity": self.identity(), "sha256": fingerprint(self.file), "seconds": time.monotonic() - begin}
         self._note.write_text(json.dumps(note, indent=1))
 
 

@@ -16,7 +16,7 @@ from mfm_benchmarks.environment import describe
 from mfm_benchmarks.report import write_report
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import MissingInput, Results, Suite
-from mfm_lightning.evaluation.base import track
+from mfm_lightning.evaluation.base import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -81,26 +81,35 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
     if len({cell.name for cell in cells}) < len(cells):
         names = [cell.name for cell in cells]
         raise ValueError(f"cells of one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
-    for cell in track(cells, describe=lambda cell: cell.name):
-        outcome = None if fresh else store.load(cell)
-        if outcome is None:
-            if lost := [need.name for need in cell.needs if need not in results]:
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(cells))
+        for cell in cells:
+            progress.update(task, description=cell.name)
+            outcome = None if fresh else store.load(cell)
+            if outcome is not None:
+                stored += 1
+            elif lost := [need.name for need in cell.needs if need not in results]:
                 results.failures[cell.name] = f"needs {', '.join(lost)}, which failed"
-                continue
-            begin = time.monotonic()
-            try:
-                outcome = cell.compute(*[results[need] for need in cell.needs])
-            except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
-                results.failures[cell.name] = f"{type(error).__name__}: {error}"
-                log.warning("%s failed, the others go on: %s: %s", cell.name, type(error).__name__, error)
-                if isinstance(error, torch.cuda.OutOfMemoryError):
-                    torch.cuda.empty_cache()
-                continue
-            outcome.numbers["cell_seconds"] = time.monotonic() - begin
-            store.save(cell, outcome)
-        else:
-            stored += 1
-        total += outcome.numbers.get("cell_seconds", 0.0)
-        results.add(cell, outcome)
+            else:
+                begin = time.monotonic()
+                try:
+                    if cell.fit is not None and not cell.fit.is_done():
+                        progress.stop()  # the training has a bar of its own
+                        cell.fit.run()
+                    outcome = cell.compute(*[results[need] for need in cell.needs])
+                except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
+                    results.failures[cell.name] = f"{type(error).__name__}: {error}"
+                    log.warning("%s failed, the others go on: %s: %s", cell.name, type(error).__name__, error)
+                    if isinstance(error, torch.cuda.OutOfMemoryError):
+                        torch.cuda.empty_cache()
+                else:
+                    outcome.numbers["cell_seconds"] = time.monotonic() - begin
+                    store.save(cell, outcome)
+                if cell.fit is not None:
+                    progress.start()
+            if outcome is not None:
+                total += outcome.numbers.get("cell_seconds", 0.0)
+                results.add(cell, outcome)
+            progress.advance(task)
     log.info("%d of %d results were there already, %d failed", stored, len(cells), len(results.failures))
     return results, total

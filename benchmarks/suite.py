@@ -39,12 +39,14 @@ class Cell:
         identity: all that its outcome depends on, as JSON; a stored outcome of equal identity is taken instead.
         compute: called with the outcomes of `needs`, in their order.
         needs: cells that must be there first.
+        fit: a job that is run first, unless its file is there.
     """
 
     name: str
     identity: dict[str, Any]
     compute: Callable[..., Outcome]
     needs: tuple[Cell, ...] = ()
+    fit: Fit | None = None
 
 
 class Results(Mapping[Cell, Outcome]):

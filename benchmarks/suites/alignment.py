@@ -286,21 +286,19 @@ class AlignmentSuite(Suite):
 
     def _run_cell(self, seed: int, reward: str, scale: float | None, point: Point) -> Cell:
         words = "" if scale is None else f", λ = {scale:g}"
+        factor = self.rewards[reward].scale * (1.0 if scale is None else scale)
+        fit = self._job(point, reward, factor)
         identity = {
             **self._identity, "seed": seed, "scale": scale, "method": point.settings,
             "reward": [self.rewards[reward].plain, self.rewards[reward].scale, self._probes[reward]],
-            "fit": point.fit and [point.fit.config, point.fit.options],
+            "fit": fit and fit.identity(),
         }  # fmt: skip
-        return Cell(
-            f"{point.name}, {reward}{words}, seed {seed}", identity, lambda: self._run(seed, reward, scale, point)
-        )
+        name = f"{point.name}, {reward}{words}, seed {seed}"
+        return Cell(name, identity, lambda: self._run(seed, reward, factor, point, fit), fit=fit)
 
-    def _run(self, seed: int, reward: str, scale: float | None, point: Point) -> Outcome:
-        factor = self.rewards[reward].scale * (1.0 if scale is None else scale)
-        fit, method = self._job(point, reward, factor), self._methods.get(point)
+    def _run(self, seed: int, reward: str, factor: float, point: Point, fit: Fit | None) -> Outcome:
+        method = self._methods.get(point)
         if fit is not None:
-            if not fit.is_done():
-                fit.run()
             method = point.build(fit.file)
             method.check(self._loaded[reward].reward)
         target = self._subject.target(self._loaded[reward], self.num_samples, factor)

@@ -32,11 +32,16 @@ class Evaluation:
         """Write samples and posterior draws for a batch."""
 
 
-def track(jobs: Sequence[Job], describe: Callable[[Job], str]) -> Iterator[Job]:
-    """The jobs one after the other, with a progress bar that says which one is under way."""
+def progress_bar() -> Progress:
+    """A bar that is gone when it is done."""
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
     # the console of Lightning's own bar, so that the two do not write over each other
-    with Progress(*columns, console=get_console(), transient=True) as progress:
+    return Progress(*columns, console=get_console(), transient=True)
+
+
+def track(jobs: Sequence[Job], describe: Callable[[Job], str]) -> Iterator[Job]:
+    """The jobs one after the other, with a progress bar that says which one is under way."""
+    with progress_bar() as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
             progress.update(task, description=describe(job))
