@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="mfm benchmark",
         description="Run a suite and write its report: one HTML page, figures, tables. A run that was stopped goes on "
-        "where it was. Without a suite: list them. Other options set the suite's own parameters, e.g. --num_samples 64.",
+        "where it was. Without a suite: list them. Other options set the suite's parameters, e.g. --num_samples 64.",
     )
     parser.add_argument("suite", nargs="?", help="name of a suite, or the path of a Suite class")
     parser.add_argument(

@@ -14,7 +14,7 @@ from torch import Tensor
 from mfm_benchmarks.bootstrap import Measured
 
 if TYPE_CHECKING:
-    from mfm_benchmarks.suites.alignment import Entry
+    from mfm_benchmarks.parts.reward_report import Entry
 
 MARKERS = "osD^vP*Xh<>d"
 

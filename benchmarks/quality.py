@@ -1,4 +1,4 @@
-"""Features in which sets of images are compared with real ones: what shows that a reward was bought by leaving the data."""
+"""Features in which sets of images are compared with real ones; they show when a reward was bought by leaving them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Quality(ABC):
         """Files that are not there, each with what would be right."""
         return []
 
+    @abstractmethod
     def prepare(self, device: torch.device) -> None:
         """Load or train what it takes."""
 
@@ -76,7 +77,7 @@ class ClassifierQuality(Quality):
 
 
 class InceptionQuality(Quality):
-    """The 2,048 features of FID's Inception network (torchmetrics' port of the original weights; torch-fidelity's file).
+    """The 2,048 features of FID's Inception network (torchmetrics' port, torch-fidelity's weights).
 
     Args:
         weights: `pt_inception-2015-12-05-6726825d.pth`, which torch-fidelity fetches and which can be given here.

@@ -106,8 +106,8 @@ class Suite(ABC):
     def skipped(self) -> dict[str, str]:
         return {}
 
-    def shrink(self) -> None:
-        """Make it finish within two minutes on two cores."""
+    def shrink(self) -> None:  # noqa: B027
+        """Make it finish within two minutes on two cores; by itself it does nothing."""
 
     def missing(self) -> list[str]:
         """What must be given and is not there, each with what would be right; nothing is run if there is any."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from mfm_benchmarks import bootstrap, plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
 from mfm_benchmarks.bootstrap import Measured
+from mfm_benchmarks.claims import change, verdict
 from mfm_benchmarks.measure import measure, noise
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment import AlignmentMethod, FeynmanKac, Steering, TimeGrid, TwistedSMC
@@ -123,32 +124,21 @@ class FrequencyComparison:
         plot = plots.lines({"class mixture": lines}, "posterior draws N", "L2 to the weights", size=(7.6, 5.0))
         return [
             Picture("class_frequencies", "Class frequencies against posterior draws", plot, caption),
-            Picture("class_samples", "Samples", plots.gallery(gallery), "The same noise in each column; beside each method its L2."),
+            Picture("class_samples", "Samples", plots.gallery(gallery), "The same noise in each column; L2 beside it."),
             self._claims(found),
             Table("class_frequencies", "Class frequencies", rows, caption, folded=True),
         ]  # fmt: skip
 
     def _claims(self, found: dict[tuple[str, int], Measured]) -> Claims:
-        lines = []
-        for name in ("MFM-G", "MFM-GF"):
+        said, ours = [], ("MFM-G", "MFM-GF")
+        others = {
+            f"{name} with {n} particles" if n else name: value for (name, n), value in found.items() if name not in ours
+        }
+        for name in ours:
             mine = {n: value for (other, n), value in found.items() if other == name}
             if len(mine) < 2:
                 continue
-            few, many = min(mine), max(mine)
-            gap = mine[few] - mine[many]
-            words = {1: "is lower", -1: "is higher", 0: "is not told apart"}
-            lines.append(
-                f"{name}: L2 {words[gap.sign]} with N = {many} than with N = {few}: {mine[many].text()} and {mine[few].text()}."
-                if gap.sign else f"{name}: L2 with N = {many}, {mine[many].text()}, {words[0]} from that with N = {few}, {mine[few].text()}."
-            )  # fmt: skip
-            for key, other in found.items():
-                if key[0] in ("MFM-G", "MFM-GF"):
-                    continue
-                gap = other - mine[many]
-                if gap.sign:
-                    label = f"{key[0]} with {key[1]} particles" if key[1] else key[0]
-                    lines.append(
-                        f"{name} with N = {many} is {'closer to' if gap.sign > 0 else 'further from'} the weights than {label}, "
-                        f"by {abs(gap.value):.3g}."
-                    )
-        return Claims("Class frequencies", lines)
+            said.append(change(name, "L2", mine))
+            words = verdict(mine[max(mine)], others, "further from the weights than", "closer to the weights than")
+            said.append(f"{name} with N = {max(mine)} is {words}.")
+        return Claims("Class frequencies", said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mfm_benchmarks import bootstrap, plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
 from mfm_benchmarks.bootstrap import Measured
+from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.measure import clock
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.interpolant import as_times, interpolate
@@ -126,18 +127,11 @@ class PosteriorRecovery:
         lines = []
         for t in self.times:
             mine = found.get((t, f"MFM {self.model_steps[0]}"))
-            others = {k: found[t, f"GLASS {k}"] for k in self.glass_steps if (t, f"GLASS {k}") in found}
-            if mine is None or not others:
-                continue
-            closer = [k for k, other in others.items() if (other - mine).sign > 0]
-            further = [k for k, other in others.items() if (other - mine).sign < 0]
-            said = [f"closer to the reference than GLASS with {_these(closer)}"] if closer else []
-            said += [f"further than GLASS with {_these(further)}"] if further else []
-            level = [k for k in others if k not in (*closer, *further)]
-            said += [f"not told apart from GLASS with {_these(level)}"] if level else []
-            steps = f"{self.model_steps[0]} evaluation" + ("s" if self.model_steps[0] > 1 else "")
-            lines.append(f"t = {t:g}: MFM draws of {steps} are {', '.join(said)} evaluations.")
-        return Claims("Posterior draws at equal states", lines)
+            others = {f"GLASS {k}": found[t, f"GLASS {k}"] for k in self.glass_steps if (t, f"GLASS {k}") in found}
+            if mine is not None and others:
+                words = verdict(mine, others, "further from the reference than", "closer to the reference than")
+                lines.append(f"t = {t:g}: draws of MFM {self.model_steps[0]} are {words}.")
+        return Claims("Posterior draws, by evaluations", lines)
 
 
 def noised(x1: Tensor, t: float, seed: int = 1) -> Tensor:
@@ -149,7 +143,3 @@ def _compare(draws: Outcome, reference: Outcome) -> Outcome:
     a, b = (o.tensors["draws"].cpu().flatten(2) for o in (draws, reference))
     distance = sliced_wasserstein(a, b, 128, torch.Generator().manual_seed(0))
     return Outcome(draws.numbers, {"distance": distance})
-
-
-def _these(numbers: Sequence[int]) -> str:
-    return f"{numbers[0]}" if len(numbers) == 1 else f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from mfm_benchmarks import bootstrap, plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
 from mfm_benchmarks.bootstrap import Measured
+from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.measure import clock
 from mfm_benchmarks.parts.posterior_recovery import noised
 from mfm_benchmarks.suite import Cell, Outcome, Results
@@ -104,8 +105,8 @@ class ValueComparison:
         if not rows:
             return []
         caption = (
-            f"Pearson r over {self.num_states} states of V from {self.num_draws} draws with V from {self.num_draws} SDE "
-            f"rollouts of {self.rollout_steps} steps; 95 % intervals over states."
+            f"Pearson r over {self.num_states} states of V from {self.num_draws} draws with V from {self.num_draws} "
+            f"SDE rollouts of {self.rollout_steps} steps; 95 % intervals over states."
         )
         return [
             Picture("value_r_nfe", "Value estimates against evaluations", self._plot(found), caption),
@@ -131,13 +132,10 @@ class ValueComparison:
             mine = found.get((t, f"MFM {self.model_steps[0]}"))
             if mine is None:
                 continue
-            verdicts: dict[int, list[str]] = {1: [], 0: [], -1: []}
-            for name in [POINT, *(f"GLASS {k}" for k in self.glass_steps)]:
-                if (t, name) in found and len(found[t, name].replicates) == len(mine.replicates):
-                    verdicts[(mine - found[t, name]).sign].append(name)
-            said = [
-                f"{words} {', '.join(verdicts[sign])}"
-                for sign, words in ((1, "higher than"), (-1, "lower than"), (0, "not told apart from")) if verdicts[sign]
-            ]  # fmt: skip
-            lines.append(f"t = {t:g}: r of MFM {self.model_steps[0]} is {mine.text()}: {'; '.join(said)}.")
+            others = {
+                name: found[t, name]
+                for name in (POINT, *(f"GLASS {k}" for k in self.glass_steps))
+                if (t, name) in found and len(found[t, name].replicates) == len(mine.replicates)
+            }
+            lines.append(f"t = {t:g}: r of MFM {self.model_steps[0]}, {mine.text()}, is {verdict(mine, others)}.")
         return Claims("Value estimates from one-step draws", lines)

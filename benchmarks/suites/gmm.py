@@ -11,6 +11,7 @@ from torch import Tensor
 from mfm_benchmarks import bootstrap, plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
 from mfm_benchmarks.bootstrap import Measured, rounded
+from mfm_benchmarks.claims import change, verdict
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import clock, noise
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
@@ -24,6 +25,7 @@ from mfm_lightning.values import DPSGradient, DrawGradient, DrawGradientFree, Ex
 from rewards.linear_gaussian import LinearGaussianLikelihood
 
 Key = tuple[str, int]  # name, and draws (0: none)
+DISTANCES = ("W2", "MMD")
 EXACT, FLOOR = "exact gradient", "exact samples (floor)"
 
 
@@ -49,8 +51,8 @@ class MixtureSuite(Suite):
     name = "gmm"
     title = "Mixture with an exact answer"
     about = (
-        "The paper's three Gaussians and its linear-Gaussian reward, whose tilted distribution is known: how close each "
-        "method's samples come to it, by the number of posterior draws N at a step."
+        "The paper's three Gaussians and its linear-Gaussian reward, whose tilted distribution is known: how close "
+        "each method's samples come to it, by the number of posterior draws N at a step."
     )
 
     def __init__(
@@ -165,40 +167,44 @@ class MixtureSuite(Suite):
         return compute
 
     def report(self, results: Results) -> Sequence[Block]:
-        done = {
-            key: [results[c] for c in cells] for key, cells in self._cells.items() if all(c in results for c in cells)
-        }
+        done = {k: [results[c] for c in cells] for k, cells in self._cells.items() if all(c in results for c in cells)}
         if not done:
             return [Text("No result", ["Every run failed; the messages are above."])]
         found = {
-            key: {what: bootstrap.mean([Measured(o.numbers[what], o.tensors[what]) for o in parts]) for what in ("W2", "MMD")}
+            key: {
+                what: bootstrap.mean([Measured(o.numbers[what], o.tensors[what]) for o in parts]) for what in DISTANCES
+            }
             for key, parts in done.items()
-        }  # fmt: skip
-        rows = []
-        for (name, n), parts in done.items():
-            spread = {
-                f"{what} std of seeds": float(torch.tensor([o.numbers[what] for o in parts]).std()) if len(parts) > 1 else None
-                for what in ("W2", "MMD")
-            }  # fmt: skip
-            rows.append({
-                "method": name, "N": n or None, "sliced W2": found[name, n]["W2"], "W2 std of seeds": spread["W2 std of seeds"],
-                "MMD": found[name, n]["MMD"], "MMD std of seeds": spread["MMD std of seeds"],
-                "NFE a sample": round(parts[0].numbers["nfe"]), "seconds": sum(o.numbers["seconds"] for o in parts) / len(parts),
-            })  # fmt: skip
+        }
         caption = (
-            f"{self.num_samples} samples against {self.num_reference} exact ones, {len(self.seeds)} seeds, {self.steps} steps; "
-            "the floor is exact samples against others."
+            f"{self.num_samples} samples against {self.num_reference} exact ones, {len(self.seeds)} seed(s), {self.steps} "
+            "steps; the floor is exact samples against others."
         )
+        below = " Unbiased, so it can be below zero; linear below 0.001."
+        w2, mmd = self._plot(found, "W2", "sliced W2", "log"), self._plot(found, "MMD", "MMD", "symlog")
+        clouds = "One seed; contours hold 50, 90 and 99 % of the exact tilted distribution, grey is the base mixture."
         return [
             *self._headline(found),
-            Picture("w2", "Sliced W2 to the exact tilted distribution", self._plot(found, "W2", "sliced W2", "log"), caption),
-            Picture("mmd", "MMD to the exact tilted distribution", self._plot(found, "MMD", "MMD", "symlog"),
-                    caption + " Unbiased, so it can be below zero; linear below 0.001."),
-            Picture("samples", "Samples against the exact density", self._clouds(done),
-                    "One seed; contours hold 50, 90 and 99 % of the exact tilted distribution, grey is the base mixture."),
+            Picture("w2", "Sliced W2 to the exact tilted distribution", w2, caption),
+            Picture("mmd", "MMD to the exact tilted distribution", mmd, caption + below),
+            Picture("samples", "Samples against the exact density", self._clouds(done), clouds),
             self._claims(found),
-            Table("distances", "All results", rows, caption),
-        ]  # fmt: skip
+            Table("distances", "All results", self._rows(done, found), caption),
+        ]
+
+    def _rows(self, done: dict[Key, list[Outcome]], found: dict[Key, dict[str, Measured]]) -> list[dict[str, Any]]:
+        rows = []
+        for (name, n), parts in done.items():
+            row: dict[str, Any] = {"method": name, "N": n or None}
+            for what in DISTANCES:
+                values = torch.tensor([o.numbers[what] for o in parts])
+                row |= {
+                    what: found[name, n][what],
+                    f"{what} std of seeds": float(values.std()) if len(parts) > 1 else None,
+                }
+            seconds = sum(o.numbers["seconds"] for o in parts) / len(parts)
+            rows.append({**row, "NFE a sample": round(parts[0].numbers["nfe"]), "seconds": seconds})
+        return rows
 
     def _headline(self, found: dict[Key, dict[str, Measured]]) -> list[Block]:
         items = []
@@ -231,10 +237,8 @@ class MixtureSuite(Suite):
 
     def _clouds(self, done: dict[Key, list[Outcome]]):
         most = max(self.draws)
-        wanted = [
-            key for key in done
-            if key[1] in (0, most) or (key[0] == "MFM-G, ODE" and key[1] in (self.draws[0], self.draws[len(self.draws) // 2]))
-        ]  # fmt: skip
+        some = (self.draws[0], self.draws[len(self.draws) // 2])
+        wanted = [key for key in done if key[1] in (0, most) or (key[0] == "MFM-G, ODE" and key[1] in some)]
         panels = {f"{name}, N = {n}" if n else name: done[name, n][0].tensors["states"] for name, n in wanted}
 
         def density(points: Tensor) -> Tensor:
@@ -253,24 +257,9 @@ class MixtureSuite(Suite):
             mine = {n: value["W2"] for (other, n), value in found.items() if other == name}
             if len(mine) < 2:
                 continue
-            few, many = min(mine), max(mine)
-            gap = mine[few] - mine[many]
-            if gap.sign:
-                words = "falls" if gap.sign > 0 else "rises"
-                lines.append(
-                    f"{name}: W2 {words} from {mine[few].text()} with N = {few} to {mine[many].text()} with N = {many}."
-                )
-            else:
-                lines.append(f"{name}: W2 with N = {few} and N = {many} are not told apart.")
-            verdicts: dict[int, list[str]] = {1: [], -1: [], 0: []}
-            for (other, _), value in found.items():
-                if not other.startswith("MFM"):
-                    verdicts[(value["W2"] - mine[many]).sign].append(other)
-            said = [
-                f"{text} {'; '.join(verdicts[sign])}"
-                for sign, text in ((1, "lower than"), (-1, "higher than"), (0, "not told apart from")) if verdicts[sign]
-            ]  # fmt: skip
-            lines.append(f"{name}, N = {many}: W2 is " + "; ".join(said) + ".")
+            lines.append(change(name, "W2", mine))
+            others = {other: value["W2"] for (other, _), value in found.items() if not other.startswith("MFM")}
+            lines.append(f"{name}, N = {max(mine)}: W2 is {verdict(mine[max(mine)], others)}.")
         return Claims("What the intervals say", lines)
 
 

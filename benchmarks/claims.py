@@ -1,0 +1,43 @@
+"""Sentences of a report that intervals decide: no word of "higher" or "closer" without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from mfm_benchmarks.bootstrap import Measured
+
+
+def verdict(
+    mine: Measured,
+    others: Mapping[str, Measured],
+    above: str = "higher than",
+    below: str = "lower than",
+    gap: Callable[[Measured], str] | None = None,
+) -> str:
+    """`mine` against each of the others, by the intervals of the paired differences.
+
+    Args:
+        above, below: words for a difference above and below zero.
+        gap: says how large a difference is, after the name; nothing where None.
+    """
+    said = {1: [], -1: [], 0: []}
+    for name, other in others.items():
+        difference = mine - other
+        sign = difference.sign
+        said[sign].append(f"{name}{gap(difference)}" if sign and gap else name)
+    words = ((1, above), (-1, below), (0, "not told apart from"))
+    return "; ".join(f"{text} {_listed(said[sign])}" for sign, text in words if said[sign])
+
+
+def change(name: str, what: str, values: Mapping[int, Measured], letter: str = "N") -> str:
+    """How a number changes from the smallest to the largest N."""
+    few, many = min(values), max(values)
+    sign = (values[many] - values[few]).sign
+    ends = f"{values[few].text()} with {letter} = {few}", f"{values[many].text()} with {letter} = {many}"
+    if not sign:
+        return f"{name}: {what} is not told apart between {ends[0]} and {ends[1]}."
+    return f"{name}: {what} {'rises' if sign > 0 else 'falls'} from {ends[0]} to {ends[1]}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
