@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.measure import noise
 from mfm_lightning.checkpoints import fingerprint
 from mfm_lightning.decoders import Decoder
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.target import LoadedTarget, Target, TargetSettings
+from rewards import Reward, RewardError
 
 
 @dataclass
@@ -37,11 +40,12 @@ class ModelSettings:
 
     def missing(self) -> list[str]:
         """What is not there and no job makes."""
-        if Path(self.file).is_file() or any(fit.file == self.file for fit in self.fits):
-            return []
-        return [
-            f"model.file: no model at {self.file}; give a model.safetensors, or the jobs that make it as model.fits"
-        ]
+        found = [] if self.decoder is None else self.decoder.missing()
+        if not Path(self.file).is_file() and not any(fit.file == self.file for fit in self.fits):
+            found.append(
+                f"model.file: no model at {self.file}: give a model.safetensors, or jobs that make it as model.fits"
+            )
+        return found
 
 
 class Subject:
@@ -56,16 +60,22 @@ class Subject:
             "guidance": settings.guidance,
             "prompts": settings.prompts,
         }
-        self._model = None
+        self._model: MetaFlowMap | None = None
 
-    def load(self, reward: dict[str, Any] | str, scale: float = 1.0) -> LoadedTarget:
-        """The target of a reward, on the same model; raises as `TargetSettings.load`."""
+    def load(self, reward: Reward | dict[str, Any] | str, scale: float = 1.0) -> LoadedTarget:
+        """The target of a reward (built, or as `rewards.build` takes it), on the same model; raises as
+        `TargetSettings.load`."""
         s = self.settings
         loaded = TargetSettings(s.file, reward, s.decoder, scale, s.guidance, s.prompts).load(self._model)
         self._model = loaded.model
         loaded.to(self.device)
         loaded.check_labels(s.labels is not None)
         return loaded
+
+    @property
+    def model(self) -> MetaFlowMap:
+        """Loaded with the first reward."""
+        return self._model
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -76,6 +86,18 @@ class Subject:
         target = loaded(self.labels(num))
         target.reward_scale = scale
         return target
+
+    @torch.no_grad()
+    def probe(self, loaded: LoadedTarget) -> list[str]:
+        """The reward at a few states, rounded: results of a reward whose code has changed since are not taken.
+
+        A reward that fails here fails again in each of its runs, and is reported there.
+        """
+        states = noise(4, self.state_shape, 12345, self.device)
+        try:
+            return [f"{value:.4g}" for value in self.target(loaded, 4).plain_rewards(states).tolist()]
+        except RewardError as error:
+            return [str(error)]
 
     def labels(self, num: int) -> Tensor | None:
         """`(num,)`."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mfm_lightning.evaluation.base import track
 from mfm_lightning.metrics.classifier import train_classifier
+from mfm_lightning.reward_command import SUFFIXES, load_image
 
 
 class Quality(ABC):
@@ -81,7 +84,8 @@ class InceptionQuality(Quality):
 
     Args:
         weights: `pt_inception-2015-12-05-6726825d.pth`, which torch-fidelity fetches and which can be given here.
-        reference: a `.safetensors` file with `features` `(M, 2048)` of real images.
+        reference: real images: a folder of them (their features are computed once, and kept beside it as
+            `FOLDER.inception.safetensors`), or a `.safetensors` file with `features` `(M, 2048)`.
         batch_size: images at once.
     """
 
@@ -95,10 +99,10 @@ class InceptionQuality(Quality):
                 f"quality.weights: no Inception weights at {self.weights}; they are "
                 "pt_inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0"
             )
-        if not Path(self.reference).is_file():
+        if not Path(self.reference).exists():
             found.append(
-                f"quality.reference: no features of real images at {self.reference}; give a .safetensors file with "
-                "'features' (M, 2048)"
+                f"quality.reference: no real images at {self.reference}; give a folder of images, or a .safetensors "
+                "file with 'features' (M, 2048)"
             )
         return found
 
@@ -106,7 +110,21 @@ class InceptionQuality(Quality):
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], self.weights).to(device).eval()
-        self._real = load_file(self.reference)["features"].float()
+        path = Path(self.reference)
+        if path.is_dir():
+            path = path.with_name(f"{path.name}.inception.safetensors")
+            if not path.is_file():
+                save_file({"features": torch.cat(list(self._of_folder(device)))}, path)
+        self._real = load_file(path)["features"].float()
+
+    def _of_folder(self, device: torch.device) -> Iterator[Tensor]:
+        paths = sorted(p for p in Path(self.reference).rglob("*") if p.suffix.lower() in SUFFIXES)
+        if len(paths) < 2:
+            raise FileNotFoundError(f"quality.reference: {len(paths)} images in {self.reference}")
+        batches = [paths[i : i + self.batch_size] for i in range(0, len(paths), self.batch_size)]
+        for batch in track(batches, describe=lambda batch: f"features of real images, {batch[0].name}"):
+            images = torch.stack([load_image(path) for path in batch])
+            yield self.features(images.to(device))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

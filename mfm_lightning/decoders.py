@@ -11,6 +11,10 @@ class Decoder(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} must implement forward(states) -> images")
 
+    def missing(self) -> list[str]:
+        """Files that it needs and that are not there, each with what would be right."""
+        return []
+
 
 class IdentityDecoder(Decoder):
     """The states as they are: for vectors, where the reward is a function of the state."""
@@ -34,6 +38,67 @@ class PixelDecoder(Decoder):
             raise ValueError(f"low {low} must be below high {high}")
         self.low, self.high, self.clamp = low, high, clamp
 
+    def extra_repr(self) -> str:
+        settings = {"low": (self.low, -1.0), "high": (self.high, 1.0), "clamp": (self.clamp, True)}
+        return ", ".join(f"{name}={value}" for name, (value, usual) in settings.items() if value != usual)
+
     def forward(self, states: Tensor) -> Tensor:
         images = (states - self.low) / (self.high - self.low)
+        return images.clamp(0, 1) if self.clamp else images
+
+
+class VAEDecoder(Decoder):
+    """Latents to images by a Stable Diffusion VAE (diffusers' AutoencoderKL), loaded when it is first used.
+
+    Args:
+        path: a folder that `AutoencoderKL.from_pretrained` reads, or a Hugging Face id.
+        scale: factor of the latents (0.18215 for SD's VAE).
+        clamp: cut off what lies outside [0, 1]; the gradient is zero there.
+        allow_download: fetch the weights where they are not there.
+
+    Raises:
+        FileNotFoundError: when used, if the weights are not there.
+        ImportError: when used, without the extra `imagenet`.
+    """
+
+    def __init__(
+        self,
+        path: str = "stabilityai/sd-vae-ft-mse",
+        scale: float = 0.18215,
+        clamp: bool = True,
+        allow_download: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path, self.scale, self.clamp, self.allow_download = path, scale, clamp, allow_download
+        self._vae: list[nn.Module] = []  # in a list, so that it is no part of a checkpoint
+
+    def extra_repr(self) -> str:
+        return f"path={self.path}, scale={self.scale}, clamp={self.clamp}"
+
+    def missing(self) -> list[str]:
+        try:
+            self._load()
+        except (FileNotFoundError, ImportError) as error:
+            return [str(error)]
+        return []
+
+    def _load(self) -> nn.Module:
+        if not self._vae:
+            try:
+                from diffusers import AutoencoderKL
+            except ImportError as error:
+                raise ImportError("VAEDecoder needs diffusers: pip install 'mfm-lightning[imagenet]'") from error
+            try:
+                vae = AutoencoderKL.from_pretrained(self.path, local_files_only=not self.allow_download)
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"decoder.path: no VAE at {self.path}: give a folder with config.json and "
+                    "diffusion_pytorch_model.safetensors, or a Hugging Face id with allow_download: true"
+                ) from error
+            self._vae.append(vae.eval().requires_grad_(False))
+        return self._vae[0]
+
+    def forward(self, states: Tensor) -> Tensor:
+        vae = self._load().to(states.device)
+        images = (vae.decode(states / self.scale).sample + 1) / 2
         return images.clamp(0, 1) if self.clamp else images

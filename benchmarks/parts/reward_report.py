@@ -101,8 +101,8 @@ class RewardReport:
             else:
                 items.append(("none", f"of the methods is above Best-of-{number} in {reward}{self._limit_words()}"))
         caption = (
-            f"For each method the cheapest setting whose mean reward is above that of Best-of-{number}: the interval of "
-            f"the paired difference is above zero. The figures at the top are the largest{self._limit_words()}."
+            f"For each method the cheapest setting whose mean reward is above that of Best-of-{number}: the interval "
+            f"of the paired difference is above zero. At the top are the largest{self._limit_words()}."
         )
         return [Headline(items), Table("reaching_best_of_n", f"Cost of reaching Best-of-{number}", rows, caption)]
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mfm_benchmarks import bootstrap
@@ -23,7 +22,7 @@ from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec, plain
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_lightning.target import LoadedTarget, Target
-from rewards import RewardError
+from rewards import Reward, RewardError, build
 
 
 @dataclass
@@ -113,30 +112,27 @@ class AlignmentSuite(Suite):
         self._points = [p for line in kept.values() for p in ([line[0], line[-1]] if len(line) > 2 else line)]
 
     def missing(self) -> list[str]:
-        return [*self.model.missing(), *(self.quality.missing() if self.quality else ())]
+        self._methods = {point: point.build() for point in self._points if point.fit is None}
+        self._rewards: dict[str, Reward] = {}
+        found = [*self.model.missing(), *(self.quality.missing() if self.quality else ())]
+        for name, settings in self.rewards.items():
+            try:
+                self._rewards[name] = build(settings.plain)
+            except RewardError as error:
+                found.append(f"rewards, {name}: {error}")
+        return found
 
     def fits(self) -> list[Fit]:
         return self.model.fits
 
     def prepare(self) -> None:
         self._subject = Subject(self.model, self.device)
-        self._loaded: dict[str, LoadedTarget] = {n: self._subject.load(r.plain) for n, r in self.rewards.items()}
+        self._loaded: dict[str, LoadedTarget] = {n: self._subject.load(reward) for n, reward in self._rewards.items()}
         if self.quality is not None:
             self.quality.prepare(self.device)
-        self._methods = {point: point.build() for point in self._points if point.fit is None}
-        shape = self._subject.state_shape
-        probe = noise(4, shape, 12345, self.device)
-        self._identity = {
-            **self._subject.identity,
-            "samples": self.num_samples,
-            "quality": self.quality and self.quality.identity,
-        }
-        # a stored result of a reward whose code has changed since is not taken
-        self._probes = {}
-        for name, loaded in self._loaded.items():
-            with torch.no_grad():
-                values = self._subject.target(loaded, 4).plain_rewards(probe)
-            self._probes[name] = [f"{value:.4g}" for value in values.tolist()]
+        quality = self.quality and self.quality.identity
+        self._identity = {**self._subject.identity, "samples": self.num_samples, "quality": quality}
+        self._probes = {name: self._subject.probe(loaded) for name, loaded in self._loaded.items()}
 
     def cells(self) -> Sequence[Cell]:
         self._runs: dict[tuple[Point, str, float | None], list[Cell]] = {}

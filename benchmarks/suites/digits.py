@@ -9,7 +9,6 @@ import torch
 
 from mfm_benchmarks.blocks import Block, Text
 from mfm_benchmarks.fitting import Fit
-from mfm_benchmarks.measure import noise
 from mfm_benchmarks.models import ModelSettings, Subject
 from mfm_benchmarks.parts.frequencies import FrequencyComparison
 from mfm_benchmarks.parts.posterior_recovery import PosteriorRecovery
@@ -69,10 +68,8 @@ class DigitsSuite(Suite):
 
     def cells(self) -> Sequence[Cell]:
         target = self._subject.target(self._loaded, 1)
-        with torch.no_grad():
-            probe = target.plain_rewards(noise(4, target.state_shape, 12345, self.device))
         model = self._subject.identity
-        rewarded = {**model, "reward": self.reward, "probe": [f"{value:.4g}" for value in probe.tolist()]}
+        rewarded = {**model, "reward": self.reward, "probe": self._subject.probe(self._loaded)}
         x1, _ = self.quality.data.splits["test"]
         x1 = x1[torch.randperm(len(x1), generator=torch.Generator().manual_seed(0))].to(self.device)
         return [

@@ -177,8 +177,8 @@ class MixtureSuite(Suite):
             for key, parts in done.items()
         }
         caption = (
-            f"{self.num_samples} samples against {self.num_reference} exact ones, {len(self.seeds)} seed(s), {self.steps} "
-            "steps; the floor is exact samples against others."
+            f"{self.num_samples} samples against {self.num_reference} exact ones, {len(self.seeds)} seed(s), "
+            f"{self.steps} steps; the floor is exact samples against others."
         )
         below = " Unbiased, so it can be below zero; linear below 0.001."
         w2, mmd = self._plot(found, "W2", "sliced W2", "log"), self._plot(found, "MMD", "MMD", "symlog")
