@@ -9,9 +9,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mfm_benchmarks.spec import Spec
 from mfm_lightning.checkpoints import fingerprint
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class FitSettings:
+    """A job as a YAML describes it.
+
+    Args:
+        config: its own YAML.
+        file: what it writes.
+        options: dotted keys of the config and their values.
+    """
+
+    config: str
+    file: str = "model.safetensors"
+    options: Spec | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options."""
+        return {} if self.options is None else self.options.value
+
+    def job(self) -> Fit:
+        """The job, for a file whose path is given in full."""
+        return Fit(self.config, self.file, self.given)
 
 
 @dataclass

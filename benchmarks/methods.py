@@ -11,27 +11,12 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.fitting import Fit, FitSettings
 from mfm_benchmarks.spec import Spec
 from mfm_lightning.alignment import AlignmentMethod
 from rewards.registry import nearest
 
 FITTED = "FITTED"
-
-
-@dataclass
-class FitSettings:
-    """A job that trains what a method uses, for each reward and multiplier.
-
-    Args:
-        config: its YAML, of `RewardFinetuning` or `ValueEstimation`.
-        file: what the job exports to its folder; in the method's settings, `FITTED` stands for its path.
-        options: dotted keys of the config and their values.
-    """
-
-    config: str
-    file: str = "model.safetensors"
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,7 +27,8 @@ class MethodSettings:
         method: `{class_path: ..., init_args: {...}}` of an `AlignmentMethod`; those here go by their bare names.
         sweep: keys of `init_args`, dotted, each with values; the k-th values of all keys make the k-th point, cheapest
             first.
-        fit: what is trained first.
+        fit: what is trained first, for each reward and multiplier, in a folder of its own to which `file` is relative;
+            in the settings, `FITTED` stands for the file's path.
         rewards: only for these; for all where None.
     """
 
@@ -130,6 +116,5 @@ def job(settings: FitSettings, folder: Path, model: str, reward: Any, scale: flo
         f"{target}.model": model,
         f"{target}.reward": reward,
         f"{target}.reward_scale": scale,
-        **settings.options,
     }
-    return Fit(settings.config, str(folder / settings.file), options, [model])
+    return Fit(settings.config, str(folder / settings.file), options | settings.given, [model])

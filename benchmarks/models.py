@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.fitting import Fit, FitSettings
 from mfm_benchmarks.measure import noise
 from mfm_lightning.checkpoints import fingerprint
 from mfm_lightning.decoders import Decoder
@@ -32,11 +32,16 @@ class ModelSettings:
     """
 
     file: str
-    fits: list[Fit] = field(default_factory=list)
+    fits: list[FitSettings] = field(default_factory=list)
     decoder: Decoder | None = None
     labels: list[int] | None = None
     guidance: float | None = None
     prompts: str | list[str] | None = None
+
+    def jobs(self) -> list[Fit]:
+        """The jobs that make it; none where it is there already."""
+        jobs = [fit.job() for fit in self.fits]
+        return [] if all(job.is_done() for job in jobs if job.file == self.file) and Path(self.file).is_file() else jobs
 
     def missing(self) -> list[str]:
         """What is not there and no job makes."""

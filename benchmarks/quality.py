@@ -48,17 +48,17 @@ class ClassifierQuality(Quality):
 
     Args:
         data: a DataModule with splits and `decode`.
-        seed: of the training.
+        seed, steps: of the training.
     """
 
-    def __init__(self, data: L.LightningDataModule, seed: int = 0) -> None:
-        self.data, self.seed = data, seed
+    def __init__(self, data: L.LightningDataModule, seed: int = 0, steps: int = 600) -> None:
+        self.data, self.seed, self.steps = data, seed, steps
 
     def prepare(self, device: torch.device) -> None:
         self.data.setup("test")
         images, labels = self.data.splits["train"]
         images = self.data.decode(images)
-        self.classifier = train_classifier(images, labels, self.data.num_classes, seed=self.seed)
+        self.classifier = train_classifier(images, labels, self.data.num_classes, self.steps, self.seed)
         self._real = self.features(images)
 
     @torch.no_grad()
@@ -76,7 +76,8 @@ class ClassifierQuality(Quality):
 
     @property
     def identity(self) -> dict[str, object]:
-        return {"classifier": type(self.data).__name__, "seed": self.seed}
+        steps = {} if self.steps == 600 else {"steps": self.steps}
+        return {"classifier": type(self.data).__name__, "seed": self.seed, **steps}
 
 
 class InceptionQuality(Quality):

@@ -123,7 +123,7 @@ class AlignmentSuite(Suite):
         return found
 
     def fits(self) -> list[Fit]:
-        return self.model.fits
+        return self.model.jobs()
 
     def prepare(self) -> None:
         self._subject = Subject(self.model, self.device)

@@ -59,7 +59,7 @@ class DigitsSuite(Suite):
         return self.model.missing()
 
     def fits(self) -> list[Fit]:
-        return self.model.fits
+        return self.model.jobs()
 
     def prepare(self) -> None:
         self._subject = Subject(self.model, self.device)
