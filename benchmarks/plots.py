@@ -165,5 +165,13 @@ def lines(
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(ylabel)
+    if yscale == "log":  # an interval may reach below zero
+        values = [m for found in panels.values() for v in found.values() for m in _all(v) if m.value > 0]
+        if values:
+            axes[0].set_ylim(bottom=0.6 * min(m.value for m in values))
     legend_below(figure, axes, 3)
     return figure
+
+
+def _all(values: Measured | Sequence[tuple[float, Measured]]) -> list[Measured]:
+    return [values] if isinstance(values, Measured) else [y for _, y in values]

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -405,6 +406,17 @@ def test_every_suite_has_a_config_that_fits_it():
         assert isinstance(suite, kind)
         assert settings
         suite.shrink()
+
+
+def test_every_package_is_installed():
+    """The list in pyproject.toml is by hand, since benchmarks/ goes by another name."""
+    packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for top in ("mfm_lightning", "rewards", "benchmarks")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    assert packages == {re.sub(r"^benchmarks", "mfm_benchmarks", name) for name in folders}
 
 
 # the page

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from mfm_benchmarks import bootstrap, plots
@@ -22,6 +23,7 @@ from mfm_lightning.target import Target
 from mfm_lightning.values import DenoisedValue, estimate_value
 
 POINT = "DPS point estimate"
+Found = dict[tuple[float, str], Measured]  # by time and estimator
 
 
 @dataclass
@@ -91,30 +93,34 @@ class ValueComparison:
         return compute
 
     def blocks(self, results: Results) -> list[Block]:
-        rows, found = [], {}
+        rows, r, squares = [], {}, {}
         for (t, name), cell in self._cells.items():
             if cell not in results or self._reference[t] not in results:
                 continue
             values, reference = results[cell].tensors["values"], results[self._reference[t]].tensors["values"]
             error = (values - reference).double()
-            found[t, name] = bootstrap.correlation(values, reference)
+            r[t, name], squares[t, name] = bootstrap.correlation(values, reference), bootstrap.mean_of(error.square())
             rows.append({
-                "t": t, "estimator": name, "NFE": round(results[cell].numbers["nfe"]), "Pearson r": found[t, name],
-                "bias": bootstrap.mean_of(error), "mean squared error": bootstrap.mean_of(error.square()),
+                "t": t, "estimator": name, "NFE": round(results[cell].numbers["nfe"]), "Pearson r": r[t, name],
+                "bias": bootstrap.mean_of(error), "mean squared error": squares[t, name],
             })  # fmt: skip
         if not rows:
             return []
         caption = (
-            f"Pearson r over {self.num_states} states of V from {self.num_draws} draws with V from {self.num_draws} "
-            f"SDE rollouts of {self.rollout_steps} steps; 95 % intervals over states."
+            f"{self.num_states} states, V from {self.num_draws} draws against V from {self.num_draws} SDE rollouts of "
+            f"{self.rollout_steps} steps, which has an error of its own; 95 % intervals over states."
         )
+        correlation = self._plot(r, "Pearson r with the reference")
+        error = self._plot(squares, "mean squared error", "log")
+        said = [*self._claims(r, "r"), *self._claims(squares, "squared error")]
         return [
-            Picture("value_r_nfe", "Value estimates against evaluations", self._plot(found), caption),
-            self._claims(found),
+            Picture("value_r_nfe", "Value estimates: correlation", correlation, caption),
+            Picture("value_error_nfe", "Value estimates: error", error, caption),
+            Claims("Value estimates from one-step draws", said),
             Table("value_estimates", "Value estimates", rows, caption, folded=True),
         ]
 
-    def _plot(self, found: dict[tuple[float, str], Measured]):
+    def _plot(self, found: Found, words: str, yscale: str = "linear") -> Figure:
         panels = {}
         for t in self.times:
             lines: dict[str, Any] = {
@@ -124,12 +130,12 @@ class ValueComparison:
             if (t, POINT) in found:
                 lines[POINT] = [(1, found[t, POINT])]
             panels[f"t = {t:g}"] = lines
-        return plots.lines(panels, "network evaluations of a draw", "Pearson r with the reference")
+        return plots.lines(panels, "network evaluations of a draw", words, yscale=yscale)
 
-    def _claims(self, found: dict[tuple[float, str], Measured]) -> Claims:
-        lines = []
+    def _claims(self, found: Found, what: str) -> list[str]:
+        lines, ours = [], f"MFM {self.model_steps[0]}"
         for t in self.times:
-            mine = found.get((t, f"MFM {self.model_steps[0]}"))
+            mine = found.get((t, ours))
             if mine is None:
                 continue
             others = {
@@ -137,5 +143,5 @@ class ValueComparison:
                 for name in (POINT, *(f"GLASS {k}" for k in self.glass_steps))
                 if (t, name) in found and len(found[t, name].replicates) == len(mine.replicates)
             }
-            lines.append(f"t = {t:g}: r of MFM {self.model_steps[0]}, {mine.text()}, is {verdict(mine, others)}.")
-        return Claims("Value estimates from one-step draws", lines)
+            lines.append(f"t = {t:g}: {what} of {ours}, {mine.text()}, is {verdict(mine, others)}.")
+        return lines

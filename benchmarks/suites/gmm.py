@@ -27,6 +27,7 @@ from rewards.linear_gaussian import LinearGaussianLikelihood
 Key = tuple[str, int]  # name, and draws (0: none)
 DISTANCES = ("W2", "MMD")
 EXACT, FLOOR = "exact gradient", "exact samples (floor)"
+PARTICLES = ("SMC-TDS", f"{EXACT}, SMC-TDS", "FK, SDE", "FK, GLASS")
 
 
 class MixtureSuite(Suite):
@@ -118,6 +119,8 @@ class MixtureSuite(Suite):
         smc = {"num_particles": self.particles, "keep": "all", "max_diffusion": self.max_diffusion}
         found["SMC-TDS", 0] = TwistedSMC(DPSGradient(self.max_rows), grid=grid, clip=3.0, **smc)
         found["FK, SDE", 0] = FeynmanKac(grid=grid, **smc)
+        # with the exact drift, value and gradient: what particles alone cost
+        found[f"{EXACT}, SMC-TDS", 0] = TwistedSMC(ExactGradient(self._oracle), grid=grid, **smc)
         glass = {"transition": "glass", "posterior": GlassPosterior(self.glass_steps)}
         found["FK, GLASS", 0] = FeynmanKac(grid=TimeGrid(self.transitions), **smc, **glass)
         return found
@@ -132,7 +135,7 @@ class MixtureSuite(Suite):
         methods: dict[Key, AlignmentMethod | None] = {(FLOOR, 0): None, **self._methods()}
         for (name, n), method in methods.items():
             for seed in self.seeds:
-                identity = {**shared, "seed": seed, **(smc if name.startswith(("SMC", "FK")) else {})}
+                identity = {**shared, "seed": seed, **(smc if "SMC" in name or "FK" in name else {})}
                 words = f", N = {n}" if n else ""
                 cell = Cell(f"{name}{words}, seed {seed}", identity, self._work(name, method, seed))
                 self._cells.setdefault((name, n), []).append(cell)
@@ -223,7 +226,7 @@ class MixtureSuite(Suite):
             for method in ("MFM-G", "MFM-GF"):
                 name = f"{method}, {dynamics}"
                 lines[method] = [(n, value[what]) for (other, n), value in found.items() if other == name]
-            for name in (f"DPS, {dynamics}", f"{EXACT}, {dynamics}", "SMC-TDS", "FK, SDE", "FK, GLASS", FLOOR):
+            for name in (f"DPS, {dynamics}", f"{EXACT}, {dynamics}", *PARTICLES, FLOOR):
                 if (name, 0) in found:
                     lines[name.removesuffix(f", {dynamics}") if not name.startswith("FK") else name] = found[name, 0][
                         what
