@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 REPLICATES = 400
@@ -75,6 +76,20 @@ def mean(parts: Sequence[Measured]) -> Measured:
     return Measured(sum(part.value for part in parts) / len(parts), replicates.mean(dim=0))
 
 
+def of_runs(values: Sequence[float], replicates: int = REPLICATES, seed: int = 0) -> Measured:
+    """The mean of whole runs whose samples depend on each other (the particles of one population), by the runs alone.
+
+    Its replicates are normal noise as wide as Student's t interval of so few runs. One run has no interval.
+    """
+    runs = torch.tensor(values, dtype=torch.float64)
+    k, centre = len(runs), float(runs.mean())
+    if k < 2:
+        return Measured(centre, torch.full((replicates,), torch.nan, dtype=torch.float64))
+    width = float(student.ppf(0.975, k - 1)) / _Z * float(runs.std()) / k**0.5
+    noise = torch.randn(replicates, generator=torch.Generator().manual_seed(7_000 + seed), dtype=torch.float64)
+    return Measured(centre, centre + width * (noise - noise.mean()) / noise.std())
+
+
 def weights(num: int, replicates: int = REPLICATES, seed: int = 0) -> Tensor:
     """`(1 + R, num)` weights of samples, each row of mean 1: first the sample itself, then R resamplings of it."""
     generator = torch.Generator().manual_seed(1000 * seed + num)
@@ -108,7 +123,10 @@ def correlation(x: Tensor, y: Tensor, replicates: int = REPLICATES) -> Measured:
         a = centred(row)
         found.append((w * a * b).sum(1) / ((w * a * a).sum(1) * (w * b * b).sum(1)).sqrt())
     values = torch.stack(found).mean(dim=0)
-    return Measured(float(values[0]), values[1:][values[1:].isfinite()], percentile=True)
+    kept = values[1:][values[1:].isfinite()]
+    if not len(kept):  # no correlation with what does not vary
+        return Measured(float("nan"), torch.full((2,), torch.nan, dtype=torch.float64))
+    return Measured(float(values[0]), kept, percentile=True)
 
 
 def pairwise_distance(x: Tensor, replicates: int = REPLICATES) -> Measured:

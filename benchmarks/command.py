@@ -53,11 +53,13 @@ def main(args: Sequence[str]) -> None:
         return
     suite, settings = load_suite(options.suite, options.config, rest)
     suite.device = _device(options.device)
-    if options.quick:
-        suite.shrink()
     name = suite.name or type(suite).__name__
     stem = options.config.stem if options.config else name
     output = options.output or OUTPUT / (f"{stem}_quick" if options.quick else stem)
+    suite.output = output
+    if options.quick:
+        suite.shrink()
+        settings = {"quick": "a small version of these settings", **settings}
     how = Settings(output, options.fresh, shlex.join(["mfm", "benchmark", *args]), settings)
     try:
         path = run_suite(suite, how)
@@ -95,9 +97,11 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:N") from error
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
     found = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "mfm-lightning": f"{mfm_lightning.__version__}{_commit()}",
+        "mfm-lightning": mfm_lightning.__version__,
         "Python": platform.python_version(),
     }
     for package in PACKAGES:
@@ -29,11 +29,13 @@ def describe(device: torch.device) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     found["CPU"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
-    if device.type == "cuda":
-        found["GPU"] = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    else:
-        found["GPU"] = "none used"
+    found["GPU"] = "none used" if device.type == "cpu" else f"{device_name(device)}, CUDA {torch.version.cuda}"
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """What results are told apart by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _processor() -> str:
@@ -46,10 +48,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The code's commit, with a word where it has changes; empty outside a repository."""
     folder = Path(__file__).parent
     try:
-        commit = subprocess.run(
+        found = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5, check=True
         ).stdout.strip()
         changed = subprocess.run(
@@ -57,4 +60,4 @@ def _commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-    return f", commit {commit}{' with changes' if changed else ''}"
+    return f"{found}{' with changes' if changed else ''}"

@@ -47,13 +47,16 @@ class Fit:
         config: the job's YAML.
         file: what it is run for.
         options: dotted keys of the config and their values.
-        inputs: files that it reads; where one has changed since, it is run again.
+        inputs: files that it reads.
+        remember: note beside the file what it was made of, and run again where that has changed. Without, a file that
+            is there is the user's own and stays.
     """
 
     config: str
     file: str
     options: dict[str, Any] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
+    remember: bool = False
 
     @property
     def _note(self) -> Path:
@@ -65,20 +68,26 @@ class Fit:
         return json.loads(json.dumps({"config": self.config, "options": self.options, "inputs": inputs}))
 
     def is_done(self) -> bool:
-        """Whether the file is there, and is not one that a benchmark made with other options or inputs."""
+        """Whether the file is there and, where it is remembered, what it was made of is the same."""
         if not Path(self.file).is_file():
             return False
-        if not self._note.is_file():
-            return True  # the user's own
-        noted = json.loads(self._note.read_text())
-        return noted["identity"] == self.identity() and noted["sha256"] == fingerprint(self.file)
+        noted = self._noted()
+        return not self.remember or (noted.get("identity"), noted.get("sha256")) == (
+            self.identity(), fingerprint(self.file),
+        )  # fmt: skip
+
+    def _noted(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._note.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
 
     def seconds(self) -> float | None:
-        """How long it took, where it was run here."""
-        return json.loads(self._note.read_text())["seconds"] if self._note.is_file() else None
+        """How long it took, where that is remembered."""
+        return self._noted().get("seconds")
 
     def run(self) -> None:
-        """Fit, in this process.
+        """Fit, in this process; a training of this file that was stopped goes on from its `last.ckpt`.
 
         Raises:
             FileNotFoundError: if the config is not there, or does not write the file.
@@ -89,7 +98,9 @@ class Fit:
         if not Path(self.config).is_file():
             raise FileNotFoundError(f"no config at {self.config}: run from the repository's root, or give a full path")
         options = [part for key, value in self.options.items() for part in (f"--{key}", _as_argument(value))]
-        begin = time.monotonic()
+        checkpoint, begin = Path(self.file).with_name("last.ckpt"), time.monotonic()
+        if not self.remember and checkpoint.is_file() and not Path(self.file).is_file():
+            options += ["--ckpt_path", str(checkpoint)]
         try:
             run(["fit", "--config", self.config, *options])
         except SystemExit as error:
@@ -98,8 +109,9 @@ class Fit:
             raise ValueError(f"mfm fit --config {self.config} was refused, with the options {self.options}") from error
         if not Path(self.file).is_file():
             raise FileNotFoundError(f"{self.config} did not write {self.file}: is it stopped, or of another folder?")
-        note = {"identity": self.identity(), "sha256": fingerprint(self.file), "seconds": time.monotonic() - begin}
-        self._note.write_text(json.dumps(note, indent=1))
+        if self.remember:
+            note = {"identity": self.identity(), "sha256": fingerprint(self.file), "seconds": time.monotonic() - begin}
+            self._note.write_text(json.dumps(note, indent=1))
 
 
 def _as_argument(value: Any) -> str:

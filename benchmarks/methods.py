@@ -12,7 +12,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mfm_benchmarks.fitting import Fit, FitSettings
-from mfm_benchmarks.spec import Spec
+from mfm_benchmarks.models import ModelSettings
+from mfm_benchmarks.spec import Spec, plain
 from mfm_lightning.alignment import AlignmentMethod
 from rewards.registry import nearest
 
@@ -73,8 +74,11 @@ def points(name: str, settings: MethodSettings) -> Iterator[Point]:
             place = method.setdefault("init_args", {})
             for part in path:
                 place = place.setdefault(part, {})
+                if not isinstance(place, dict):
+                    raise ValueError(f"method {name!r}: the sweep's {key!r} leads into {part!r}, which is {place!r}")
             place[last] = values[k]
             words.append(f"{last.removeprefix('num_')} {values[k]}")
+        check_class(method, name)
         yield Point(name, ", ".join(words), json.dumps(method, sort_keys=True), settings.fit)
 
 
@@ -84,6 +88,17 @@ def build_method(settings: dict[str, Any], name: str = "method") -> AlignmentMet
     Raises:
         ValueError: if there is no such class (the nearest is suggested), or the settings do not fit it.
     """
+    check_class(settings, name)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(AlignmentMethod, "method", required=True)
+    try:
+        return parser.instantiate(parser.parse_object({"method": settings})).method
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"method {name!r} cannot be built: {error}") from error
+
+
+def check_class(settings: dict[str, Any], name: str) -> None:
+    """Raise ValueError unless `class_path` is there and, as a bare name, known."""
     path = settings.get("class_path")
     if not path:
         raise ValueError(f"method {name!r} needs a class_path, got {', '.join(settings) or 'nothing'}")
@@ -93,12 +108,6 @@ def build_method(settings: dict[str, Any], name: str = "method") -> AlignmentMet
             f"method {name!r}: unknown class {path!r}: did you mean {nearest(path, known)!r}? Known are "
             f"{', '.join(sorted(known))}, or give the full path of your own"
         )
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(AlignmentMethod, "method", required=True)
-    try:
-        return parser.instantiate(parser.parse_object({"method": settings})).method
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(f"method {name!r} cannot be built: {error}") from error
 
 
 def _subclasses(kind: type) -> Iterator[type]:
@@ -107,14 +116,17 @@ def _subclasses(kind: type) -> Iterator[type]:
         yield from _subclasses(child)
 
 
-def job(settings: FitSettings, folder: Path, model: str, reward: Any, scale: float) -> Fit:
-    """The training job of a method for one reward and multiplier, in `folder`."""
+def job(settings: FitSettings, folder: Path, model: ModelSettings, reward: Any, scale: float) -> Fit:
+    """The training job of a method for one reward and multiplier, in `folder`, on what the suite runs on."""
     target = "model.init_args.target"
     options = {
         "trainer.default_root_dir": str(folder),
         "trainer.logger": False,
-        f"{target}.model": model,
+        f"{target}.model": model.file,
         f"{target}.reward": reward,
         f"{target}.reward_scale": scale,
     }
-    return Fit(settings.config, str(folder / settings.file), options | settings.given, [model])
+    for key in ("decoder", "guidance", "prompts"):
+        if (value := getattr(model, key)) is not None:
+            options[f"{target}.{key}"] = plain(value)
+    return Fit(settings.config, str(folder / settings.file), options | settings.given, [model.file], remember=True)

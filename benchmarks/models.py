@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from mfm_benchmarks.fitting import Fit, FitSettings
 from mfm_benchmarks.measure import noise
+from mfm_benchmarks.spec import Spec
 from mfm_lightning.checkpoints import fingerprint
-from mfm_lightning.decoders import Decoder
+from mfm_lightning.decoders import Decoder, IdentityDecoder
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.target import LoadedTarget, Target, TargetSettings
 from rewards import Reward, RewardError
@@ -25,18 +28,39 @@ class ModelSettings:
     Args:
         file: its `model.safetensors`.
         fits: jobs that make it where it is not there, in order.
-        decoder: states to images.
+        decoder: states to images, `{class_path: ..., init_args: {...}}`; the states themselves where None.
         labels: classes of the samples, in turn; None for no class.
         guidance: class-guidance scale.
         prompts: one for all samples, or one a class.
+
+    Raises:
+        ValueError: for no labels, or guidance without them.
     """
 
     file: str
     fits: list[FitSettings] = field(default_factory=list)
-    decoder: Decoder | None = None
+    decoder: Spec | None = None
     labels: list[int] | None = None
     guidance: float | None = None
     prompts: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and (not self.labels or min(self.labels) < 0):
+            raise ValueError(f"model.labels {self.labels}: expected at least one class, from 0")
+        if self.guidance is not None and self.labels is None:
+            raise ValueError("model.guidance: there is nothing to guide to without model.labels")
+
+    @cached_property
+    def built_decoder(self) -> Decoder:
+        """The decoder; raises ValueError if its settings do not fit."""
+        if self.decoder is None:
+            return IdentityDecoder()
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(Decoder, "decoder", required=True)
+        try:
+            return parser.instantiate(parser.parse_object({"decoder": self.decoder.value})).decoder
+        except (ArgumentError, TypeError) as error:
+            raise ValueError(f"model.decoder cannot be built: {error}") from error
 
     def jobs(self) -> list[Fit]:
         """The jobs that make it; none where it is there already."""
@@ -45,7 +69,7 @@ class ModelSettings:
 
     def missing(self) -> list[str]:
         """What is not there and no job makes."""
-        found = [] if self.decoder is None else self.decoder.missing()
+        found = self.built_decoder.missing()
         if not Path(self.file).is_file() and not any(fit.file == self.file for fit in self.fits):
             found.append(
                 f"model.file: no model at {self.file}: give a model.safetensors, or jobs that make it as model.fits"
@@ -60,7 +84,7 @@ class Subject:
         self.settings, self.device = settings, device
         self.identity = {
             "model": fingerprint(settings.file),
-            "decoder": repr(settings.decoder),
+            "decoder": repr(settings.built_decoder),
             "labels": settings.labels,
             "guidance": settings.guidance,
             "prompts": settings.prompts,
@@ -71,8 +95,12 @@ class Subject:
         """The target of a reward (built, or as `rewards.build` takes it), on the same model; raises as
         `TargetSettings.load`."""
         s = self.settings
-        loaded = TargetSettings(s.file, reward, s.decoder, scale, s.guidance, s.prompts).load(self._model)
+        loaded = TargetSettings(s.file, reward, s.built_decoder, scale, s.guidance, s.prompts).load(self._model)
         self._model = loaded.model
+        if s.labels is not None and max(s.labels) >= loaded.model.num_classes:
+            raise ValueError(f"model.labels {s.labels}: the model has {loaded.model.num_classes} classes, from 0")
+        if s.guidance is not None and not any(abs(s.guidance - g) < 1e-6 for g in (1.0, *loaded.model.guidance_scales)):
+            raise ValueError(f"model.guidance {s.guidance}: the model knows {[1.0, *loaded.model.guidance_scales]}")
         loaded.to(self.device)
         loaded.check_labels(s.labels is not None)
         return loaded
@@ -101,7 +129,7 @@ class Subject:
         states = noise(4, self.state_shape, 12345, self.device)
         try:
             return [f"{value:.4g}" for value in self.target(loaded, 4).plain_rewards(states).tolist()]
-        except RewardError as error:
+        except (RewardError, RuntimeError) as error:
             return [str(error)]
 
     def labels(self, num: int) -> Tensor | None:

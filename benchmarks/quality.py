@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,17 +82,21 @@ class ClassifierQuality(Quality):
 
 
 class InceptionQuality(Quality):
-    """The 2,048 features of FID's Inception network (torchmetrics' port, torch-fidelity's weights).
+    """Features of FID's Inception network (torchmetrics' port, torch-fidelity's weights).
 
     Args:
         weights: `pt_inception-2015-12-05-6726825d.pth`, which torch-fidelity fetches and which can be given here.
-        reference: real images: a folder of them (their features are computed once, and kept beside it as
-            `FOLDER.inception.safetensors`), or a `.safetensors` file with `features` `(M, 2048)`.
+        reference: real images: a folder of them, of one size (their features are computed once, and kept beside it as
+            `FOLDER.inceptionF.safetensors`), or a `.safetensors` file with `features` `(M, F)`.
+        num_features: 2048 for FID; 768, 192 or 64 of earlier layers for small sets.
         batch_size: images at once.
     """
 
-    def __init__(self, weights: str, reference: str, batch_size: int = 64) -> None:
-        self.weights, self.reference, self.batch_size = weights, reference, batch_size
+    def __init__(self, weights: str, reference: str, num_features: int = 2048, batch_size: int = 64) -> None:
+        if num_features not in (2048, 768, 192, 64):
+            raise ValueError(f"num_features {num_features}: expected 2048, 768, 192 or 64")
+        self.weights, self.reference = weights, reference
+        self.num_features, self.batch_size = num_features, batch_size
 
     def missing(self) -> list[str]:
         found = []
@@ -103,20 +108,26 @@ class InceptionQuality(Quality):
         if not Path(self.reference).exists():
             found.append(
                 f"quality.reference: no real images at {self.reference}; give a folder of images, or a .safetensors "
-                "file with 'features' (M, 2048)"
+                f"file with 'features' (M, {self.num_features})"
             )
         return found
 
     def prepare(self, device: torch.device) -> None:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], self.weights).to(device).eval()
+        self.network = (
+            NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], self.weights).to(device).eval()
+        )
         path = Path(self.reference)
         if path.is_dir():
-            path = path.with_name(f"{path.name}.inception.safetensors")
+            path = path.with_name(f"{path.name}.inception{self.num_features}.safetensors")
             if not path.is_file():
-                save_file({"features": torch.cat(list(self._of_folder(device)))}, path)
-        self._real = load_file(path)["features"].float()
+                save_file({"features": torch.cat(list(self._of_folder(device)))}, part := path.with_suffix(".part"))
+                os.replace(part, path)
+        features = load_file(path).get("features")
+        if features is None or features.shape[1:] != (self.num_features,):
+            raise ValueError(f"{path}: expected a tensor 'features' of shape (M, {self.num_features})")
+        self._real = features.float()
 
     def _of_folder(self, device: torch.device) -> Iterator[Tensor]:
         paths = sorted(p for p in Path(self.reference).rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -124,7 +135,10 @@ class InceptionQuality(Quality):
             raise FileNotFoundError(f"quality.reference: {len(paths)} images in {self.reference}")
         batches = [paths[i : i + self.batch_size] for i in range(0, len(paths), self.batch_size)]
         for batch in track(batches, describe=lambda batch: f"features of real images, {batch[0].name}"):
-            images = torch.stack([load_image(path) for path in batch])
+            images = [load_image(path).expand(3, -1, -1) for path in batch]
+            if len({image.shape for image in images}) > 1:
+                raise ValueError(f"images of {self.reference} differ in size, such as {batch[0].name}: give one size")
+            images = torch.stack(images)
             yield self.features(images.to(device))
 
     @torch.no_grad()
@@ -141,4 +155,4 @@ class InceptionQuality(Quality):
 
     @property
     def identity(self) -> dict[str, object]:
-        return {"inception": self.weights, "reference": self.reference}
+        return {"inception": self.num_features, "reference": [self.reference, len(self._real), float(self._real.sum())]}

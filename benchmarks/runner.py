@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from rich import get_console
 
+import mfm_lightning
 from mfm_benchmarks.blocks import Page
-from mfm_benchmarks.environment import describe
+from mfm_benchmarks.environment import commit, describe, device_name
 from mfm_benchmarks.report import write_report
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import MissingInput, Results, Suite
@@ -27,7 +28,7 @@ class Settings:
 
     Args:
         output: folder of results and report.
-        fresh: compute all again.
+        fresh: compute all results again, with the trainings of methods; models that are there stay.
         command: what was typed, for the report.
         settings: the suite's parameters, as the report shows them.
     """
@@ -45,15 +46,15 @@ def run_suite(suite: Suite, how: Settings) -> Path:
         MissingInput: before any work, if something that the suite must be given is not there.
     """
     console = get_console()
-    suite.output = how.output
     if missing := suite.missing():
         raise MissingInput(suite.name, missing)
     for fit in suite.fits():
-        if how.fresh or not fit.is_done():
+        if not fit.is_done():
             console.rule(f"fit {fit.config} for {fit.file}")
             fit.run()
     suite.prepare()
-    results, seconds = compute(suite, Store(how.output / "results"), how.fresh)
+    where = {"device": device_name(suite.device), "version": mfm_lightning.__version__}
+    results, seconds = compute(suite, Store(how.output / "results", where, commit()), how.fresh)
     page = Page(
         suite.title,
         suite.about,
@@ -63,6 +64,7 @@ def run_suite(suite: Suite, how: Settings) -> Path:
         {
             "command": how.command,
             **describe(suite.device),
+            "commit": ", ".join(results.commits) or "not in a repository",
             "computing": f"{seconds:.0f} s for all results of this page",
         },
         how.settings or {},
@@ -76,7 +78,7 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
     A cell that fails is noted, and so are those that need it; the others go on. What is done is kept when the run is
     interrupted.
     """
-    results, total, stored = Results(), 0.0, 0
+    results, total, stored, fitted = Results(), 0.0, 0, set()
     cells = list(suite.cells())
     if len({cell.name for cell in cells}) < len(cells):
         names = [cell.name for cell in cells]
@@ -93,17 +95,20 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
             else:
                 begin = time.monotonic()
                 try:
-                    if cell.fit is not None and not cell.fit.is_done():
+                    if cell.fit is not None and (not cell.fit.is_done() or (fresh and cell.fit.file not in fitted)):
+                        fitted.add(cell.fit.file)
                         progress.stop()  # the training has a bar of its own
                         cell.fit.run()
                     outcome = cell.compute(*[results[need] for need in cell.needs])
-                except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
+                except Exception as error:  # whatever a method or reward of the user's does, the others go on
                     results.failures[cell.name] = f"{type(error).__name__}: {error}"
                     log.warning("%s failed, the others go on: %s: %s", cell.name, type(error).__name__, error)
                     if isinstance(error, torch.cuda.OutOfMemoryError):
                         torch.cuda.empty_cache()
                 else:
+                    outcome.commit = store.commit
                     outcome.numbers["cell_seconds"] = time.monotonic() - begin
+                    outcome.tensors = {name: tensor.detach().cpu() for name, tensor in outcome.tensors.items()}
                     store.save(cell, outcome)
                 if cell.fit is not None:
                     progress.start()

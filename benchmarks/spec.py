@@ -22,6 +22,6 @@ class Spec:
 register_type(Spec, serializer=lambda spec: spec.value, deserializer=Spec)
 
 
-def plain(value: Spec | str) -> dict[str, Any] | str:
-    """The dictionary itself."""
+def plain(value: Any) -> Any:
+    """The dictionary of a `Spec`; anything else as it is."""
     return value.value if isinstance(value, Spec) else value

@@ -15,14 +15,19 @@ from mfm_benchmarks.suite import Cell, Outcome
 
 
 class Store:
-    """A folder with one JSON (and one safetensors file, where there are tensors) a cell, named by cell and identity."""
+    """A folder with one JSON (and one safetensors file, where there are tensors) a cell, named by cell and identity.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    Args:
+        shared: what all outcomes depend on besides: the device and the package's version.
+        commit: of the code that computes, which the report names where results are of several.
+    """
+
+    def __init__(self, folder: Path, shared: dict[str, str] | None = None, commit: str = "") -> None:
+        self.folder, self.shared, self.commit = Path(folder), shared or {}, commit
 
     def path(self, cell: Cell) -> Path:
         """Where the cell's JSON is."""
-        identity = json.dumps(cell.identity, sort_keys=True, default=str)
+        identity = json.dumps({**self.shared, **cell.identity}, sort_keys=True, default=str)
         digest = hashlib.sha256(f"{cell.name}\n{identity}".encode()).hexdigest()[:12]
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', cell.name)[:100]}-{digest}.json"
 
@@ -34,7 +39,7 @@ class Store:
             tensors = load_file(path.with_suffix(".safetensors")) if content["tensors"] else {}
         except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError):
             return None
-        return Outcome(content["numbers"], tensors)
+        return Outcome(content["numbers"], tensors, content.get("commit", ""))
 
     def save(self, cell: Cell, outcome: Outcome) -> None:
         """Write the outcome; the JSON last and at once, so that what is there is whole."""
@@ -45,7 +50,8 @@ class Store:
             save_file(tensors, path.with_suffix(".safetensors"))
         content = {
             "cell": cell.name,
-            "identity": cell.identity,
+            "identity": {**self.shared, **cell.identity},
+            "commit": self.commit,
             "numbers": outcome.numbers,
             "tensors": sorted(outcome.tensors),
         }

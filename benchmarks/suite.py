@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +24,11 @@ from rewards.registry import nearest
 
 @dataclass
 class Outcome:
-    """What a cell found: numbers and text that JSON holds, and tensors."""
+    """What a cell found: numbers and text that JSON holds, and tensors; `commit`: of the code that found it."""
 
     numbers: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    commit: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,17 @@ class Cell:
     fit: Fit | None = None
 
 
-class Results(Mapping[Cell, Outcome]):
-    """Outcomes of the cells that succeeded, and what went wrong with the others.
-
-    failures: message by the cell's name; skipped: what was left out on purpose, and why.
-    """
+class Results:
+    """Outcomes of the cells that succeeded, and `failures`: what went wrong with the others, by the cell's name."""
 
     def __init__(self) -> None:
         self._outcomes: dict[str, Outcome] = {}
         self.failures: dict[str, str] = {}
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the code that found them."""
+        return sorted({outcome.commit for outcome in self._outcomes.values() if outcome.commit})
 
     def add(self, cell: Cell, outcome: Outcome) -> None:
         self._outcomes[cell.name] = outcome
@@ -67,12 +70,6 @@ class Results(Mapping[Cell, Outcome]):
 
     def __contains__(self, cell: object) -> bool:
         return isinstance(cell, Cell) and cell.name in self._outcomes
-
-    def __iter__(self):
-        return iter(self._outcomes)
-
-    def __len__(self) -> int:
-        return len(self._outcomes)
 
 
 class MissingInput(FileNotFoundError):
@@ -154,7 +151,7 @@ def find_suite(name: str) -> type[Suite]:
     if name in known:
         return known[name]
     module, _, attribute = name.rpartition(".")
-    if module:
+    if module and "/" not in name:
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:

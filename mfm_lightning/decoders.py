@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -54,6 +55,7 @@ class VAEDecoder(Decoder):
         path: a folder that `AutoencoderKL.from_pretrained` reads, or a Hugging Face id.
         scale: factor of the latents (0.18215 for SD's VAE).
         clamp: cut off what lies outside [0, 1]; the gradient is zero there.
+        max_rows: latents decoded at once.
         allow_download: fetch the weights where they are not there.
 
     Raises:
@@ -66,10 +68,14 @@ class VAEDecoder(Decoder):
         path: str = "stabilityai/sd-vae-ft-mse",
         scale: float = 0.18215,
         clamp: bool = True,
+        max_rows: int = 32,
         allow_download: bool = False,
     ) -> None:
         super().__init__()
-        self.path, self.scale, self.clamp, self.allow_download = path, scale, clamp, allow_download
+        if max_rows < 1:
+            raise ValueError(f"max_rows {max_rows} must be at least 1")
+        self.path, self.scale, self.clamp, self.max_rows = path, scale, clamp, max_rows
+        self.allow_download = allow_download
         self._vae: list[nn.Module] = []  # in a list, so that it is no part of a checkpoint
 
     def extra_repr(self) -> str:
@@ -100,5 +106,6 @@ class VAEDecoder(Decoder):
 
     def forward(self, states: Tensor) -> Tensor:
         vae = self._load().to(states.device)
-        images = (vae.decode(states / self.scale).sample + 1) / 2
+        decoded = [vae.decode(part / self.scale).sample for part in states.split(self.max_rows)]
+        images = (torch.cat(decoded) + 1) / 2
         return images.clamp(0, 1) if self.clamp else images

@@ -34,6 +34,11 @@ class MetaFlowMap(nn.Module):
         return self.network.num_classes
 
     @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """Class-guidance scales that the network knows besides 1."""
+        return tuple(self.network.guidance_scales)
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 

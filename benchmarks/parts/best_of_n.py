@@ -47,7 +47,7 @@ class BestOfNPool:
 
     def cells(self, target: Callable[[], Target], num: int, seed: int, identity: dict[str, Any]) -> Iterator[Cell]:
         """The pool: blocks of `(num, n, *shape)`, cut where one of the numbers ends."""
-        block, begin = max(1, self.block // num), 0
+        block, begin = max(1, min(self.block // num, self.max_rows)), 0
         while begin < self.numbers[-1]:
             n = min(block, min(stop for stop in self.numbers if stop > begin) - begin)
             name = f"pool, candidates {begin + 1} to {begin + n} of each sample, seed {seed}"

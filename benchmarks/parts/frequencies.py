@@ -40,8 +40,12 @@ class FrequencyComparison:
     steps: int = 50
     clip: float | None = 2.0
 
+    def __post_init__(self) -> None:
+        if not self.draws or not self.particles or not self.seeds:
+            raise ValueError("frequencies: draws, particles and seeds need at least one number each")
+
     def shrink(self) -> None:
-        self.draws, self.particles = [n for n in self.draws if n <= 8], self.particles[:1]
+        self.draws, self.particles = [n for n in self.draws if n <= 8] or self.draws[:1], self.particles[:1]
         self.num_samples, self.seeds, self.steps = min(64, self.num_samples), self.seeds[:1], min(20, self.steps)
 
     def _methods(self) -> dict[tuple[str, int], AlignmentMethod]:

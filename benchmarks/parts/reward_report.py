@@ -52,6 +52,7 @@ class RewardReport:
     scales: lambda, one a column of the figures.
     ours: the method that claims are about.
     samples: what the table says of their number.
+    candidates: how those of Best-of-N are made.
     frechet_limit: the headline takes settings whose Fréchet distance is at most so many times Best-of-N's.
     """
 
@@ -59,6 +60,7 @@ class RewardReport:
     scales: Sequence[float]
     ours: str
     samples: str
+    candidates: str
     frechet_limit: float = 1.5
 
     def blocks(self) -> list[Block]:
@@ -78,22 +80,21 @@ class RewardReport:
             number, near = best.label.removeprefix("N "), []
             for method, scale in dict.fromkeys((e.method, e.scale) for e in found if e.method != BEST):
                 line = [e for e in found if (e.method, e.scale) == (method, scale)]
-                cheapest = min(
-                    (e for e in line if (e.reward - best.reward).sign > 0), key=lambda e: e.nfe, default=None
-                )
+                above = sorted((e for e in line if (e.reward - best.reward).sign > 0), key=lambda e: e.nfe)
                 row = {"reward": reward, "method": method, "λ": _lambda(scale)}
-                if cheapest is None:
+                if not above:
                     rows.append({**row, "setting": "not reached"})
                     continue
-                ratio = best.nfe / cheapest.nfe
+                cheapest = above[0]
                 leave = None if cheapest.frechet is None else cheapest.frechet.value / best.frechet.value
                 row |= {
-                    "setting": cheapest.label, "NFE": round(cheapest.nfe), "times fewer NFE": ratio,
+                    "setting": cheapest.label, "NFE": round(cheapest.nfe), "times fewer NFE": best.nfe / cheapest.nfe,
                     "times fewer seconds": best.seconds / cheapest.seconds, "above by": cheapest.reward - best.reward,
                 }  # fmt: skip
                 rows.append(row if leave is None else {**row, f"Fréchet over {BEST}'s": leave})
-                if leave is None or leave <= self.frechet_limit:
-                    near.append((ratio, f"{method}, λ = {_lambda(scale)}, {cheapest.label}"))
+                for e in above:
+                    if e.frechet is None or e.frechet.value <= self.frechet_limit * best.frechet.value:
+                        near.append((best.nfe / e.nfe, f"{method}, λ = {_lambda(scale)}, {e.label}"))
             if near:
                 ratio, winner = max(near)
                 words = f"fewer evaluations than Best-of-{number} for a higher reward, {reward}: {winner}"
@@ -101,8 +102,9 @@ class RewardReport:
             else:
                 items.append(("none", f"of the methods is above Best-of-{number} in {reward}{self._limit_words()}"))
         caption = (
-            f"For each method the cheapest setting whose mean reward is above that of Best-of-{number}: the interval "
-            f"of the paired difference is above zero. At the top are the largest{self._limit_words()}."
+            f"For each method the cheapest setting whose mean reward is above that of Best-of-{number} "
+            f"({self.candidates}): the interval of the paired difference is above zero. At the top are the largest "
+            f"ratios{self._limit_words()}. Ratios are of point estimates, seconds of one run."
         )
         return [Headline(items), Table("reaching_best_of_n", f"Cost of reaching Best-of-{number}", rows, caption)]
 
@@ -113,7 +115,7 @@ class RewardReport:
         """Our method against each of the others, all in their dearest settings."""
         lines = []
         for (reward, found), scale in itertools.product(self.entries.items(), self.scales):
-            last = {e.method: e for e in found if e.scale in (None, scale)}
+            last = _dearest(found, scale)
             if self.ours not in last or len(last) < 2:
                 continue
             mine = last.pop(self.ours)
@@ -133,8 +135,8 @@ class RewardReport:
             ),
             Picture(
                 "reward_seconds", "Reward against seconds", plots.curves(self.entries, self.scales, "seconds"),
-                "The same by wall time a sample, on the machine named below. Training of policies and value networks "
-                "is not in it; the table has it.",
+                "The same by wall time a sample, of one run on the machine named below. Training of policies and "
+                "value networks is not in it; the table has it.",
             ),
         ]  # fmt: skip
         if self._judged:
@@ -153,7 +155,7 @@ class RewardReport:
 
     def _gallery(self, found: Sequence[Entry]) -> list[tuple[str, Tensor]]:
         rows = [(f"{BASE}\n{e.reward.value:.3g}", e.images) for e in found if (e.method, e.label) == (BEST, "N 1")]
-        for entry in {e.method: e for e in found if e.scale in (None, self.scales[0])}.values():
+        for entry in _dearest(found, self.scales[0]).values():
             name = entry.label.replace("N ", "Best-of-") if entry.method == BEST else entry.method
             rows.append((f"{name}\n{entry.reward.value:.3g}", entry.images))
         return rows
@@ -173,6 +175,15 @@ class RewardReport:
             f"samples. {self.samples}"
         )
         return Table("results", "All results", rows, caption, folded=True)
+
+
+def _dearest(found: Sequence[Entry], scale: float) -> dict[str, Entry]:
+    """Each method's setting of most evaluations."""
+    last: dict[str, Entry] = {}
+    for e in found:
+        if e.scale in (None, scale) and (e.method not in last or e.nfe >= last[e.method].nfe):
+            last[e.method] = e
+    return last
 
 
 def _lambda(scale: float | None) -> str:

@@ -86,6 +86,10 @@ class AlignmentSuite(Suite):
         self._skipped: dict[str, str] = {}
         if not self.rewards or not self.scales or not self.seeds or num_samples < 2:
             raise ValueError("a comparison needs at least one reward, one scale, one seed and two samples")
+        if any(reward.scale <= 0 for reward in self.rewards.values()) or any(scale <= 0 for scale in self.scales):
+            raise ValueError("scales must be above 0; the registered reward `negate` turns a reward round")
+        if BEST in self.methods:
+            raise ValueError(f"a method cannot be called {BEST}: that is the baseline's name")
         for name, method in self.methods.items():
             if unknown := set(method.rewards or ()) - set(self.rewards):
                 raise ValueError(
@@ -132,6 +136,8 @@ class AlignmentSuite(Suite):
             self.quality.prepare(self.device)
         quality = self.quality and self.quality.identity
         self._identity = {**self._subject.identity, "samples": self.num_samples, "quality": quality}
+        if self.batch_size is not None:  # each batch has random numbers of its own
+            self._identity["batch_size"] = self.batch_size
         self._probes = {name: self._subject.probe(loaded) for name, loaded in self._loaded.items()}
 
     def cells(self) -> Sequence[Cell]:
@@ -209,7 +215,7 @@ class AlignmentSuite(Suite):
         if point.fit is None:
             return None
         folder = self.output / "models" / f"{point.method}_{reward}_{factor:g}".replace(" ", "_").replace(",", "")
-        return job(point.fit, folder, self.model.file, self.rewards[reward].plain, factor)
+        return job(point.fit, folder, self.model, self.rewards[reward].plain, factor)
 
     # what is made of it
 
@@ -220,7 +226,8 @@ class AlignmentSuite(Suite):
         if not entries:
             return [Text("No result", ["Every run failed; the messages are above."])]
         samples = f"{self.num_samples} samples of each of {len(self.seeds)} seed(s)."
-        return RewardReport(entries, self.scales, next(iter(self.methods), ""), samples, self.frechet_limit).blocks()
+        candidates, ours = f"candidates of {self.best_of_n.steps} Euler steps", next(iter(self.methods), "")
+        return RewardReport(entries, self.scales, ours, samples, candidates, self.frechet_limit).blocks()
 
     def _entries(self, reward: str, results: Results) -> Iterator[Entry]:
         B = self.num_samples

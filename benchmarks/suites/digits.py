@@ -45,6 +45,8 @@ class DigitsSuite(Suite):
         value: ValueComparison | None = None,
     ) -> None:
         self.model, self.reward, self.quality = model, reward.value, quality
+        if model.labels is not None:
+            raise ValueError("model.labels: the reward asks for shares of classes, so samples must have none")
         if "weights" not in self.reward:
             raise ValueError("reward: expected a class mixture with weights, one a class")
         self.frequencies, self.posterior, self.value = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from mfm_lightning.values import DPSGradient, DrawGradient, DrawGradientFree, Ex
 from rewards.linear_gaussian import LinearGaussianLikelihood
 
 Key = tuple[str, int]  # name, and draws (0: none)
+DEFAULT_MODEL = "outputs/gmm/mfm/model.safetensors"
 DISTANCES = ("W2", "MMD")
 EXACT, FLOOR = "exact gradient", "exact samples (floor)"
 PARTICLES = ("SMC-TDS", f"{EXACT}, SMC-TDS", "FK, SDE", "FK, GLASS")
@@ -37,7 +39,7 @@ class MixtureSuite(Suite):
     discretisation alone costs. The paper takes 4,096 samples, 1,000 steps and 20 seeds; these settings are for a CPU.
 
     Args:
-        model: the Meta Flow Map; fitted by `config` where the file is not there.
+        model: the Meta Flow Map; fitted by `fit_config` where it is the default and not there.
         draws: N of MFM-G and MFM-GF.
         num_samples: samples of a run and seed that are judged.
         num_reference: exact samples that they are judged against, a multiple of `num_samples`.
@@ -58,8 +60,8 @@ class MixtureSuite(Suite):
 
     def __init__(
         self,
-        model: str = "outputs/gmm/mfm/model.safetensors",
-        config: str = "configs/gmm/mfm.yaml",
+        model: str = DEFAULT_MODEL,
+        fit_config: str = "configs/gmm/mfm.yaml",
         draws: list[int] = (1, 2, 4, 8, 16, 32, 64, 128),
         num_samples: int = 256,
         num_reference: int = 4096,
@@ -77,20 +79,29 @@ class MixtureSuite(Suite):
                 f"num_reference {num_reference} must be a multiple of num_samples {num_samples}, and particles "
                 f"{particles} at least as many"
             )
-        self.model, self.config, self.draws, self.seeds = model, config, sorted(draws), list(seeds)
+        self.model, self.fit_config, self.draws, self.seeds = model, fit_config, sorted(draws), list(seeds)
         self.num_samples, self.num_reference, self.steps, self.particles = num_samples, num_reference, steps, particles
         self.glass_steps, self.transitions, self.power = glass_steps, transitions, power
         self.max_diffusion, self.max_rows = max_diffusion, max_rows
-        self._fit = Fit(config, model)
+        self._fit = Fit(fit_config, model)
+        if not self.draws or not self.seeds or self.draws[0] < 1:
+            raise ValueError("draws and seeds need at least one number each, draws from 1")
 
     def shrink(self) -> None:
-        self.draws, self.seeds = [n for n in self.draws if n <= 16], self.seeds[:1]
-        self.num_samples, self.steps, self.particles = min(128, self.num_samples), min(50, self.steps), 512
+        self.draws, self.seeds = [n for n in self.draws if n <= 16] or self.draws[:1], self.seeds[:1]
+        self.num_samples, self.steps = min(128, self.num_samples), min(50, self.steps)
+        self.num_reference = self.num_samples * max(1, self.num_reference // self.num_samples)
+        self.particles = min(512, self.particles)
         if not self._fit.is_done():  # a model of a few seconds, in a place of its own
             self.model = str(self.output / "models" / "model.safetensors")
             options = {"trainer.default_root_dir": str(self.output / "models"), "trainer.logger": False}
             steps = {"trainer.max_steps": 1500, "trainer.val_check_interval": 1500, "trainer.limit_val_batches": 0}
-            self._fit = Fit(self.config, self.model, options | steps)
+            self._fit = Fit(self.fit_config, self.model, options | steps)
+
+    def missing(self) -> list[str]:
+        if Path(self.model).is_file() or self.model == DEFAULT_MODEL or self.model.startswith(str(self.output)):
+            return []
+        return [f"model: no model at {self.model}; only {DEFAULT_MODEL} is fitted here"]
 
     def fits(self) -> list[Fit]:
         return [self._fit]
@@ -173,12 +184,7 @@ class MixtureSuite(Suite):
         done = {k: [results[c] for c in cells] for k, cells in self._cells.items() if all(c in results for c in cells)}
         if not done:
             return [Text("No result", ["Every run failed; the messages are above."])]
-        found = {
-            key: {
-                what: bootstrap.mean([Measured(o.numbers[what], o.tensors[what]) for o in parts]) for what in DISTANCES
-            }
-            for key, parts in done.items()
-        }
+        found = {key: {what: _over_seeds(key[0], what, parts) for what in DISTANCES} for key, parts in done.items()}
         caption = (
             f"{self.num_samples} samples against {self.num_reference} exact ones, {len(self.seeds)} seed(s), "
             f"{self.steps} steps; the floor is exact samples against others."
@@ -205,8 +211,9 @@ class MixtureSuite(Suite):
                     what: found[name, n][what],
                     f"{what} std of seeds": float(values.std()) if len(parts) > 1 else None,
                 }
-            seconds = sum(o.numbers["seconds"] for o in parts) / len(parts)
-            rows.append({**row, "NFE a sample": round(parts[0].numbers["nfe"]), "seconds": seconds})
+            num = self.particles if name in PARTICLES else self.num_samples
+            seconds = sum(o.numbers["seconds"] for o in parts) / len(parts) / num
+            rows.append({**row, "NFE a sample": round(parts[0].numbers["nfe"]), "seconds a sample": seconds})
         return rows
 
     def _headline(self, found: dict[Key, dict[str, Measured]]) -> list[Block]:
@@ -264,6 +271,13 @@ class MixtureSuite(Suite):
             others = {other: value["W2"] for (other, _), value in found.items() if not other.startswith("MFM")}
             lines.append(f"{name}, N = {max(mine)}: W2 is {verdict(mine[max(mine)], others)}.")
         return Claims("What the intervals say", lines)
+
+
+def _over_seeds(name: str, what: str, parts: list[Outcome]) -> Measured:
+    """Samples of a run are independent, and resampled; particles of one population are not: there only runs count."""
+    if name in PARTICLES:
+        return bootstrap.of_runs([o.numbers[what] for o in parts], seed=PARTICLES.index(name))
+    return bootstrap.mean([Measured(o.numbers[what], o.tensors[what]) for o in parts])
 
 
 def _large(number: Measured, words: str) -> tuple[str, str]:

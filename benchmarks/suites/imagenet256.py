@@ -17,7 +17,9 @@ class ImageNetSuite(AlignmentSuite):
     """`AlignmentSuite` on latents, with FID; says what is missing where weights are not there.
 
     Args:
-        samples: the K-step samples that FID is measured on.
+        quality: features for single classes' few samples, so better few (192) than FID's 2,048.
+        samples: the K-step samples of all classes that FID is measured on.
+        fid: features and real images for it; `quality` where None.
         others: as `AlignmentSuite`; a decoder and a quality must be given.
     """
 
@@ -34,6 +36,7 @@ class ImageNetSuite(AlignmentSuite):
         methods: dict[str, MethodSettings],
         quality: Quality,
         samples: SampleQuality | None = None,
+        fid: Quality | None = None,
         best_of_n: BestOfNPool | None = None,
         scales: list[float] = (1.0, 2.5, 5.0),
         num_samples: int = 128,
@@ -46,16 +49,29 @@ class ImageNetSuite(AlignmentSuite):
         )
         if model.decoder is None:
             raise ValueError("model.decoder: give one, for rewards look at images")
-        self.samples = samples or SampleQuality()
+        self.samples, self.fid = samples or SampleQuality(), fid or quality
+
+    def missing(self) -> list[str]:
+        found = super().missing()
+        if self.fid is not self.quality:
+            found += [line.replace("quality.", "fid.", 1) for line in self.fid.missing()]
+        return found
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.fid is not self.quality:
+            self.fid.prepare(self.device)
 
     def shrink(self) -> None:
         super().shrink()
         self.samples.shrink()
 
     def cells(self) -> Sequence[Cell]:
-        identity = {key: self._identity[key] for key in ("model", "decoder", "quality")}
-        cells = self.samples.cells(lambda: self._subject.model, self.model.decoder, self.quality, self.device, identity)
+        identity = {key: self._identity[key] for key in ("model", "decoder")} | {"fid": self.fid.identity}
+        cells = self.samples.cells(
+            lambda: self._subject.model, self.model.built_decoder, self.fid, self.device, identity
+        )
         return [*super().cells(), *cells]
 
     def report(self, results: Results) -> Sequence[Block]:
-        return [*super().report(results), *self.samples.blocks(results, self.quality)]
+        return [*super().report(results), *self.samples.blocks(results, self.fid)]
