@@ -73,7 +73,7 @@ def judge(target: Target, states: Tensor, quality=None, batch_size: int = 512) -
             shown.append(images[:SHOWN].cpu())
         if quality is not None:
             features.append(quality.features(images))
-    tensors = {"rewards": torch.cat(rewards), "states": states.cpu(), "images": torch.cat(shown)[:SHOWN]}
+    tensors = {"rewards": torch.cat(rewards), "states": states.cpu().clone(), "images": torch.cat(shown)[:SHOWN]}
     if quality is not None:
         tensors["features"] = torch.cat(features)
     return Outcome({}, tensors)

@@ -153,6 +153,8 @@ def test_the_documented_comparison_runs_and_its_costs_are_the_papers(workplace, 
     assert float(found["Best-of-N", "N 10", "any"]["mean reward"]) >= float(
         found["Best-of-N", "N 1", "any"]["mean reward"]
     )
+    # what is kept for one N is not that of another
+    assert found["Best-of-N", "N 100", "any"]["diversity"] != found["Best-of-N", "N 1", "any"]["diversity"]
     for row in found.values():
         assert float(row["mean reward low"]) <= float(row["mean reward"]) <= float(row["mean reward high"])
     # larger lambda, larger reward: the gradient is the reward's

@@ -73,6 +73,7 @@ class RewardReport:
     def _reaching(self) -> list[Block]:
         """For each method, the least cost at which its reward is above that of Best-of-N with the largest N."""
         items, rows, number = [], [], "N"
+        short: dict[str, list[str]] = {}  # what does not reach it, in which rewards
         for reward, found in self.entries.items():
             best = next((e for e in reversed(found) if e.method == BEST), None)
             if best is None:
@@ -83,7 +84,7 @@ class RewardReport:
                 above = sorted((e for e in line if (e.reward - best.reward).sign > 0), key=lambda e: e.nfe)
                 row = {"reward": reward, "method": method, "λ": _lambda(scale)}
                 if not above:
-                    rows.append({**row, "setting": "not reached"})
+                    short.setdefault(f"{method} (λ = {_lambda(scale)})", []).append(reward)
                     continue
                 cheapest = above[0]
                 leave = None if cheapest.frechet is None else cheapest.frechet.value / best.frechet.value
@@ -106,7 +107,11 @@ class RewardReport:
             f"({self.candidates}): the interval of the paired difference is above zero. At the top are the largest "
             f"ratios{self._limit_words()}. Ratios are of point estimates, seconds of one run."
         )
-        return [Headline(items), Table("reaching_best_of_n", f"Cost of reaching Best-of-{number}", rows, caption)]
+        table = Table("reaching_best_of_n", f"Cost of reaching Best-of-{number}", rows, caption)
+        if not short:
+            return [Headline(items), table]
+        said = [f"{who}: {', '.join(rewards)}." for who, rewards in short.items()]
+        return [Headline(items), table, Claims(f"Not above Best-of-{number} in any setting", said)]
 
     def _limit_words(self) -> str:
         return f" with at most {self.frechet_limit:g} times its Fréchet distance" if self._judged else ""
