@@ -58,7 +58,8 @@ PREDICT = ["digits/steer"]
 
 
 def test_every_config_runs(folder):
-    assert {str(p) for p in Path("configs").glob("*/*.yaml")} == {f"configs/{name}.yaml" for name in FIT + PREDICT}
+    jobs = {str(p) for p in Path("configs").glob("*/*.yaml") if p.parent.name != "benchmarks"}  # test_benchmarks.py's
+    assert jobs == {f"configs/{name}.yaml" for name in FIT + PREDICT}
     for name in FIT:
         config = f"configs/{name}.yaml"
         run(["fit", "--config", config, *SMALL, *FITS.get(name, [])])
