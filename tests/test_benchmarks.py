@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from mfm_benchmarks.blocks import Page, Picture, Table
 from mfm_benchmarks.bootstrap import Measured
 from mfm_benchmarks.command import load_suite
+from mfm_benchmarks.parts.reward_report import Entry, RewardReport
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.report import write_report
 from mfm_benchmarks.runner import compute
@@ -262,6 +263,29 @@ def test_trained_methods_are_fitted_for_each_multiplier(workplace):
     found = [r for r in rows(workplace / "out", "results") if r["method"] == "policy"]
     assert [(r["λ"], r["NFE"]) for r in found] == [("1", "2"), ("2", "2"), ("1", "3"), ("2", "3")]
     assert all(float(r["training seconds"]) > 0 for r in found)
+
+
+def test_the_headline_takes_what_is_cheaper_above_and_near_the_data():
+    spread = torch.linspace(-1, 1, 21, dtype=torch.float64)
+
+    def entry(method, label, nfe, reward, frechet, sign=1):
+        values = [Measured(v, v + sign * 0.01 * spread) for v in (reward, frechet)]
+        return Entry(method, label, None, nfe, 1.0, *values, values[0], torch.rand(2, 1, 4, 4))
+
+    best = entry("Best-of-N", "N 10", 100, 1.0, 10.0)
+    far, near, dear, level = (
+        entry("A", "5", 10, 2.0, 20.0), entry("A", "25", 50, 2.0, 12.0),
+        entry("B", "", 200, 3.0, 9.0), entry("C", "", 5, 1.001, 9.0, sign=-1),
+    )  # fmt: skip
+    report = RewardReport({"r": [best, far, near, dear, level]}, [1.0], "A", "", "")
+    headline, table, short = report.blocks()[:3]
+    # the cheapest of A is too far from the data, B is dearer than Best-of-N, C is not above it
+    assert headline.items[0][0] == "2 x"
+    assert "A, λ = any, 25" in headline.items[0][1]
+    assert [(row["method"], row["NFE"]) for row in table.rows] == [("A", 10), ("B", 200)]
+    assert list(short.lines) == ["C (λ = any): r."]
+    alone = RewardReport({"r": [best, far, dear, level]}, [1.0], "A", "", "").blocks()[0]
+    assert alone.items[0][0] == "none"
 
 
 # the other suites

@@ -94,14 +94,17 @@ class RewardReport:
                 }  # fmt: skip
                 rows.append(row if leave is None else {**row, f"Fréchet over {BEST}'s": leave})
                 for e in above:
-                    if e.frechet is None or e.frechet.value <= self.frechet_limit * best.frechet.value:
+                    near_data = e.frechet is None or e.frechet.value <= self.frechet_limit * best.frechet.value
+                    if near_data and e.nfe < best.nfe:
                         near.append((best.nfe / e.nfe, f"{method}, λ = {_lambda(scale)}, {e.label}"))
             if near:
                 ratio, winner = max(near)
                 words = f"fewer evaluations than Best-of-{number} for a higher reward, {reward}: {winner}"
                 items.append((f"{rounded(ratio)} x", words))
             else:
-                items.append(("none", f"of the methods is above Best-of-{number} in {reward}{self._limit_words()}"))
+                items.append(
+                    ("none", f"is above Best-of-{number} in {reward} with fewer evaluations{self._limit_words(' and')}")
+                )
         caption = (
             f"For each method the cheapest setting whose mean reward is above that of Best-of-{number} "
             f"({self.candidates}): the interval of the paired difference is above zero. At the top are the largest "
@@ -113,8 +116,8 @@ class RewardReport:
         said = [f"{who}: {', '.join(rewards)}." for who, rewards in short.items()]
         return [Headline(items), table, Claims(f"Not above Best-of-{number} in any setting", said)]
 
-    def _limit_words(self) -> str:
-        return f" with at most {self.frechet_limit:g} times its Fréchet distance" if self._judged else ""
+    def _limit_words(self, before: str = " with") -> str:
+        return f"{before} at most {self.frechet_limit:g} times its Fréchet distance" if self._judged else ""
 
     def _claims(self) -> Claims:
         """Our method against each of the others, all in their dearest settings."""
