@@ -85,6 +85,18 @@ class Target:
             part.prompts = [self.prompts[i] for i in rows.tolist()]
         return part
 
+    def for_states(self, x: Tensor) -> Target:
+        """The same target with the conditions of each state of `x` `(B*k, *shape)`, so that `take` can cut between the
+        k states of a sample."""
+        part = copy.copy(self)
+        if isinstance(self.label, Tensor) and self.label.dim():
+            part.label = self.labels(x)
+        if isinstance(self.guidance, Tensor) and self.guidance.dim():
+            part.guidance = self._each(self.guidance, x)
+        if isinstance(self.prompts, list):
+            part.prompts = self.prompts_of(x)
+        return part
+
     def with_drift(self, drift: Callable[..., Tensor]) -> Target:
         """The same target on another base drift `(t, x, label, guidance)`, counted on the same meter."""
         other = copy.copy(self)

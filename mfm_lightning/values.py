@@ -85,7 +85,7 @@ def estimate_value(
         posterior: source of draws; one step of the flow map where None.
         max_rows: at most so many draws in memory at once.
     """
-    posterior = posterior or FlowMapPosterior()
+    posterior, target = posterior or FlowMapPosterior(), target.for_states(x)
     noise = inner_noise(x, num_draws, antithetic, generator)
     rewards = x.new_empty(len(x), num_draws, dtype=torch.float32)
     for rows, draws in _chunks(len(x), num_draws, max_rows):
@@ -137,6 +137,7 @@ class DrawGradient(GradientEstimator):
 
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
         posterior, t = self.posterior or FlowMapPosterior(), as_times(t, x)
+        target = target.for_states(x)
         noise = inner_noise(x, self.num_draws, self.antithetic, generator)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         # gradients of chunks' log-sum-exps average, by the chunks' shares, to the gradient of the whole
@@ -174,6 +175,7 @@ class DrawGradientFree(GradientEstimator):
     @torch.no_grad()
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
         posterior, t = self.posterior or FlowMapPosterior(), as_times(t, x)
+        target = target.for_states(x)
         noise = inner_noise(x, self.num_draws, self.antithetic, generator)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         drawn = torch.empty_like(noise)
@@ -195,7 +197,7 @@ class DPSGradient(GradientEstimator):
     needs_reward_gradient = True
 
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
-        t, parts = as_times(t, x), []
+        t, parts, target = as_times(t, x), [], target.for_states(x)
         for rows, _ in _chunks(len(x), 1, self.max_rows):
             part = target.take(rows)
             with torch.enable_grad():

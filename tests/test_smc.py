@@ -6,10 +6,19 @@ import torch
 from mfm_lightning.alignment import feynman_kac, time_grid, twisted_smc
 from mfm_lightning.alignment.smc import bridge, systematic_resample
 from mfm_lightning.metrics.distances import sliced_wasserstein
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks import MLP
 from mfm_lightning.oracles import GaussianMixture
 from mfm_lightning.posteriors import OraclePosterior
 from mfm_lightning.target import Target
-from mfm_lightning.values import DenoisedValue, DPSGradient, DrawValue, ExactGradient
+from mfm_lightning.values import (
+    DenoisedValue,
+    DPSGradient,
+    DrawGradient,
+    DrawGradientFree,
+    DrawValue,
+    ExactGradient,
+)
 from rewards import Reward, RewardError
 from rewards.linear_gaussian import LinearGaussianLikelihood
 
@@ -152,3 +161,33 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RewardError, match=r"feynman_kac, step 1 of 5.*5") as failure:
         feynman_kac(Target(MIXTURE, Broken()), x0, DenoisedValue(), 4, time_grid(5))
     assert failure.value.states.shape == (8, 2)
+
+
+@pytest.mark.parametrize(
+    "estimator", [DPSGradient, DrawGradient, DrawGradientFree, DrawValue], ids=lambda e: e.__name__
+)
+def test_particles_in_chunks_keep_the_conditions_of_their_samples(estimator):
+    """Three samples of four particles each, cut across samples: the same as all at once."""
+
+    class Labelled(Reward):
+        needs = ("images", "prompts", "labels")
+
+        def forward(self, images, prompts, labels):
+            return images.sum(dim=1) * (1.0 + labels) + torch.tensor([float(len(p)) for p in prompts])
+
+    torch.manual_seed(0)
+    model = MetaFlowMap(MLP(2, 8, 1, num_classes=3))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    target = Target(model.requires_grad_(False), Labelled(), label=torch.tensor([2, 0, 1]), prompts=["a", "bbb", "cc"])
+    x = torch.randn(12, 2, generator=seeded())
+    draws = {} if estimator is DPSGradient else {"num_draws": 2}
+    whole = estimator(**draws)(target, 0.4, x, seeded(1))
+    parts = estimator(**draws, max_rows=5)(target, 0.4, x, seeded(1))
+    torch.testing.assert_close(parts.value, whole.value)
+    if whole.gradient is not None:
+        torch.testing.assert_close(parts.gradient, whole.gradient)
+    # and the first sample's particles are those of a target for it alone
+    alone = Target(model, Labelled(), label=torch.tensor([2]), prompts=["a"])
+    if estimator is DPSGradient:
+        torch.testing.assert_close(estimator()(alone, 0.4, x[:4]).value, whole.value[:4])
