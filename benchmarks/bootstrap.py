@@ -13,6 +13,8 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from mfm_lightning.metrics.distances import multiscale_kernel
+
 REPLICATES = 400
 _Z = 1.959964  # 97.5 % quantile of the normal distribution
 
@@ -142,16 +144,10 @@ def _pairs(matrix: Tensor, w: Tensor) -> Measured:
     return _measured(((w @ matrix) * w).sum(1) / total)
 
 
-def maximum_mean_discrepancy(
-    x: Tensor, y: Tensor, scales: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0), replicates: int = REPLICATES
-) -> Measured:
+def maximum_mean_discrepancy(x: Tensor, y: Tensor, replicates: int = REPLICATES) -> Measured:
     """`metrics.distances.mmd` of `x` `(N, D)` to `y` `(M, D)`, x resampled."""
     x, y = x.double(), y.double()
-    median = torch.pdist(y[:2000]).median()
-
-    def kernel(distance: Tensor) -> Tensor:
-        return sum(torch.exp(-0.5 * (distance / (s * median)) ** 2) for s in scales) / len(scales)
-
+    kernel = multiscale_kernel(y)
     w, M = weights(len(x), replicates), len(y)
     within = _pairs(kernel(torch.cdist(x, x)), w)
     cross = _measured(w @ kernel(torch.cdist(x, y)).mean(dim=1) / len(x))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,14 +10,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from rich import get_console
 from rich.table import Table
 
 from mfm_benchmarks.runner import Settings, run_suite
 from mfm_benchmarks.suite import Suite, find_suite, suites
 
-log = logging.getLogger(__name__)
 CONFIGS = Path("configs/benchmarks")
 OUTPUT = Path("outputs/benchmarks")
 
@@ -53,18 +51,18 @@ def main(args: Sequence[str]) -> None:
         return
     suite, settings = load_suite(options.suite, options.config, rest)
     suite.device = _device(options.device)
-    name = suite.name or type(suite).__name__
-    stem = options.config.stem if options.config else name
-    output = options.output or OUTPUT / (f"{stem}_quick" if options.quick else stem)
-    suite.output = output
+    stem = options.config.stem if options.config else suite.name or type(suite).__name__
+    suite.output = options.output or OUTPUT / (f"{stem}_quick" if options.quick else stem)
     if options.quick:
         suite.shrink()
         settings = {"quick": "a small version of these settings", **settings}
-    how = Settings(output, options.fresh, shlex.join(["mfm", "benchmark", *args]), settings)
+    how = Settings(options.fresh, shlex.join(["mfm", "benchmark", *args]), settings)
     try:
         path = run_suite(suite, how)
     except KeyboardInterrupt:
-        console.print(f"Stopped; what is done is in {output / 'results'}, and the same command goes on from there.")
+        console.print(
+            f"Stopped; what is done is in {suite.output / 'results'}, and the same command goes on from there."
+        )
         raise SystemExit(130) from None
     console.print(f"Report: {path}")
 
@@ -86,7 +84,7 @@ def load_suite(name: str, config: Path | None = None, args: Sequence[str] = ()) 
     given = [f"--suite.{arg[2:]}" if arg.startswith("--") else arg for arg in args]
     try:
         read = [] if config is None else ["--suite", str(config)]
-        parsed: Namespace = parser.parse_args([*read, *given])
+        parsed = parser.parse_args([*read, *given])
         made = parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(f"settings of the suite {name} do not fit: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 
 from mfm_benchmarks.spec import Spec
 from mfm_lightning.checkpoints import fingerprint
-
-log = logging.getLogger(__name__)
 
 
 @dataclass

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from mfm_benchmarks.fitting import Fit, FitSettings
 from mfm_benchmarks.models import ModelSettings
-from mfm_benchmarks.spec import Spec, plain
+from mfm_benchmarks.spec import Spec, build, plain
 from mfm_lightning.alignment import AlignmentMethod
 from rewards.registry import nearest
 
@@ -89,12 +87,7 @@ def build_method(settings: dict[str, Any], name: str = "method") -> AlignmentMet
         ValueError: if there is no such class (the nearest is suggested), or the settings do not fit it.
     """
     check_class(settings, name)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(AlignmentMethod, "method", required=True)
-    try:
-        return parser.instantiate(parser.parse_object({"method": settings})).method
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(f"method {name!r} cannot be built: {error}") from error
+    return build(AlignmentMethod, settings, f"method {name!r}")
 
 
 def check_class(settings: dict[str, Any], name: str) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 
 from mfm_benchmarks.fitting import Fit, FitSettings
 from mfm_benchmarks.measure import noise
-from mfm_benchmarks.spec import Spec
+from mfm_benchmarks.spec import Spec, build
 from mfm_lightning.checkpoints import fingerprint
 from mfm_lightning.decoders import Decoder, IdentityDecoder
 from mfm_lightning.models import MetaFlowMap
@@ -53,19 +52,11 @@ class ModelSettings:
     @cached_property
     def built_decoder(self) -> Decoder:
         """The decoder; raises ValueError if its settings do not fit."""
-        if self.decoder is None:
-            return IdentityDecoder()
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(Decoder, "decoder", required=True)
-        try:
-            return parser.instantiate(parser.parse_object({"decoder": self.decoder.value})).decoder
-        except (ArgumentError, TypeError) as error:
-            raise ValueError(f"model.decoder cannot be built: {error}") from error
+        return IdentityDecoder() if self.decoder is None else build(Decoder, self.decoder.value, "model.decoder")
 
     def jobs(self) -> list[Fit]:
         """The jobs that make it; none where it is there already."""
-        jobs = [fit.job() for fit in self.fits]
-        return [] if all(job.is_done() for job in jobs if job.file == self.file) and Path(self.file).is_file() else jobs
+        return [] if Path(self.file).is_file() else [fit.job() for fit in self.fits]
 
     def missing(self) -> list[str]:
         """What is not there and no job makes."""
@@ -91,11 +82,11 @@ class Subject:
         }
         self._model: MetaFlowMap | None = None
 
-    def load(self, reward: Reward | dict[str, Any] | str, scale: float = 1.0) -> LoadedTarget:
+    def load(self, reward: Reward | dict[str, Any] | str) -> LoadedTarget:
         """The target of a reward (built, or as `rewards.build` takes it), on the same model; raises as
         `TargetSettings.load`."""
         s = self.settings
-        loaded = TargetSettings(s.file, reward, s.built_decoder, scale, s.guidance, s.prompts).load(self._model)
+        loaded = TargetSettings(s.file, reward, s.built_decoder, 1.0, s.guidance, s.prompts).load(self._model)
         self._model = loaded.model
         if s.labels is not None and max(s.labels) >= loaded.model.num_classes:
             raise ValueError(f"model.labels {s.labels}: the model has {loaded.model.num_classes} classes, from 0")

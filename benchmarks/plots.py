@@ -173,5 +173,33 @@ def lines(
     return figure
 
 
+def by_steps(
+    found: Mapping[tuple[float, str], Measured],
+    times: Sequence[float],
+    kinds: Mapping[str, Sequence[int]],
+    ylabel: str,
+    extra: Callable[[Measured], Measured | Sequence[tuple[float, Measured]]],
+    extra_name: str,
+    yscale: str = "linear",
+) -> Figure:
+    """Numbers by the network evaluations of a draw, a panel for each outer time.
+
+    Args:
+        found: by time and name, such as "MFM 4".
+        kinds: names and their steps.
+        extra: how the further number `extra_name` is drawn, as a value of `lines`.
+    """
+    panels = {}
+    for t in times:
+        panel: dict[str, Any] = {
+            kind: [(k, found[t, f"{kind} {k}"]) for k in steps if (t, f"{kind} {k}") in found]
+            for kind, steps in kinds.items()
+        }
+        if (t, extra_name) in found:
+            panel[extra_name] = extra(found[t, extra_name])
+        panels[f"t = {t:g}"] = panel
+    return lines(panels, "network evaluations of a draw", ylabel, yscale=yscale)
+
+
 def _all(values: Measured | Sequence[tuple[float, Measured]]) -> list[Measured]:
     return [values] if isinstance(values, Measured) else [y for _, y in values]

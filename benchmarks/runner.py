@@ -27,13 +27,11 @@ class Settings:
     """How a suite is run.
 
     Args:
-        output: folder of results and report.
         fresh: compute all results again, with the trainings of methods; models that are there stay.
         command: what was typed, for the report.
         settings: the suite's parameters, as the report shows them.
     """
 
-    output: Path
     fresh: bool = False
     command: str = ""
     settings: dict[str, Any] | None = None
@@ -54,7 +52,7 @@ def run_suite(suite: Suite, how: Settings) -> Path:
             fit.run()
     suite.prepare()
     where = {"device": device_name(suite.device), "version": mfm_lightning.__version__}
-    results, seconds = compute(suite, Store(how.output / "results", where, commit()), how.fresh)
+    results, seconds = compute(suite, Store(suite.output / "results", where, commit()), how.fresh)
     page = Page(
         suite.title,
         suite.about,
@@ -69,7 +67,7 @@ def run_suite(suite: Suite, how: Settings) -> Path:
         },
         how.settings or {},
     )
-    return write_report(page, how.output / "report")
+    return write_report(page, suite.output / "report")
 
 
 def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import register_type
 
 
@@ -20,6 +21,20 @@ class Spec:
 
 
 register_type(Spec, serializer=lambda spec: spec.value, deserializer=Spec)
+
+
+def build(kind: type, settings: dict[str, Any], what: str) -> Any:
+    """An object of a subclass of `kind` from its `class_path` and `init_args`.
+
+    Raises:
+        ValueError: if the settings do not fit the class; `what` says of which thing.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "built", required=True)
+    try:
+        return parser.instantiate(parser.parse_object({"built": settings})).built
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{what} cannot be built: {error}") from error
 
 
 def plain(value: Any) -> Any:

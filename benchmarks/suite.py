@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,6 +67,11 @@ class Results:
 
     def __getitem__(self, cell: Cell) -> Outcome:
         return self._outcomes[cell.name]
+
+    def all(self, cells: Iterable[Cell]) -> list[Outcome] | None:
+        """The outcomes of all these cells; None if one has none."""
+        cells = list(cells)
+        return [self[cell] for cell in cells] if all(cell in self for cell in cells) else None
 
     def __contains__(self, cell: object) -> bool:
         return isinstance(cell, Cell) and cell.name in self._outcomes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 import lightning as L
@@ -45,19 +45,10 @@ def run(args: Sequence[str] | None = None) -> MFMCLI:
     )
 
 
-def commands() -> dict[str, Callable[[Sequence[str]], None]]:
-    """The commands besides LightningCLI's, by name; packages add theirs by the entry-point group of `COMMANDS`."""
-    return {point.name: _Command(point) for point in entry_points(group=COMMANDS)}
-
-
-class _Command:
-    """A command, imported when it is called."""
-
-    def __init__(self, point: EntryPoint) -> None:
-        self.point = point
-
-    def __call__(self, args: Sequence[str]) -> None:
-        self.point.load()(args)
+def commands() -> dict[str, EntryPoint]:
+    """The commands besides LightningCLI's, by name, to be loaded and called with their arguments; packages add theirs
+    by the entry-point group of `COMMANDS`."""
+    return {point.name: point for point in entry_points(group=COMMANDS)}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -70,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         tools = commands()
         if args[:1] and args[0] in tools:
-            tools[args[0]](args[1:])
+            tools[args[0]].load()(args[1:])
         else:
             run(args)
     except (FileNotFoundError, FloatingPointError, ImportError, NonFiniteLossError, ValueError) as error:

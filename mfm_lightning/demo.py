@@ -36,7 +36,7 @@ def demo(extra: Sequence[str] = ()) -> None:
         checkpoint = ["--ckpt_path", f"outputs/digits/{Path(config).stem}/last.ckpt"] if command == "test" else []
         run([command, "--config", config, *checkpoint, *extra])
     console.rule(f"{num}/{num}  Compare with Best-of-N, GLASS and others  (mfm benchmark alignment --quick)")
-    commands()["benchmark"](["alignment", "--quick"])
+    commands()["benchmark"].load()(["alignment", "--quick"])
     console.print(f"Done in {time.monotonic() - begin:.0f} s. Pictures and tables:")
     for path in (*sorted(Path("outputs/digits").glob("*/test/*")), REPORT):
         console.print(f"  {path}")

@@ -85,11 +85,10 @@ def estimate_value(
         posterior: source of draws; one step of the flow map where None.
         max_rows: at most so many draws in memory at once.
     """
-    posterior, target = posterior or FlowMapPosterior(), target.for_states(x)
+    posterior = posterior or FlowMapPosterior()
     noise = inner_noise(x, num_draws, antithetic, generator)
     rewards = x.new_empty(len(x), num_draws, dtype=torch.float32)
-    for rows, draws in _chunks(len(x), num_draws, max_rows):
-        part = target.take(rows)
+    for part, rows, draws in _chunks(target, x, num_draws, max_rows):
         x1 = posterior(part, as_times(t, x)[rows], x[rows], noise[rows, draws])
         rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
     return log_mean_exp(rewards), effective_sample_size(rewards)
@@ -137,13 +136,11 @@ class DrawGradient(GradientEstimator):
 
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
         posterior, t = self.posterior or FlowMapPosterior(), as_times(t, x)
-        target = target.for_states(x)
         noise = inner_noise(x, self.num_draws, self.antithetic, generator)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         # gradients of chunks' log-sum-exps average, by the chunks' shares, to the gradient of the whole
         gradient, value = torch.zeros_like(x), torch.full((len(x),), -torch.inf, device=x.device)
-        for rows, draws in _chunks(len(x), self.num_draws, self.max_rows):
-            part = target.take(rows)
+        for part, rows, draws in _chunks(target, x, self.num_draws, self.max_rows):
             with torch.enable_grad():
                 state = x[rows].detach().requires_grad_()
                 x1 = posterior(part, t[rows], state, noise[rows, draws])
@@ -175,12 +172,10 @@ class DrawGradientFree(GradientEstimator):
     @torch.no_grad()
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
         posterior, t = self.posterior or FlowMapPosterior(), as_times(t, x)
-        target = target.for_states(x)
         noise = inner_noise(x, self.num_draws, self.antithetic, generator)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         drawn = torch.empty_like(noise)
-        for rows, draws in _chunks(len(x), self.num_draws, self.max_rows):
-            part = target.take(rows)
+        for part, rows, draws in _chunks(target, x, self.num_draws, self.max_rows):
             drawn[rows, draws] = x1 = posterior(part, t[rows], x[rows], noise[rows, draws])
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
         weights = rewards.softmax(dim=1).to(x.dtype) - 1 / self.num_draws
@@ -197,9 +192,8 @@ class DPSGradient(GradientEstimator):
     needs_reward_gradient = True
 
     def __call__(self, target: Target, t, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
-        t, parts, target = as_times(t, x), [], target.for_states(x)
-        for rows, _ in _chunks(len(x), 1, self.max_rows):
-            part = target.take(rows)
+        t, parts = as_times(t, x), []
+        for part, rows, _ in _chunks(target, x, 1, self.max_rows):
             with torch.enable_grad():
                 state = x[rows].detach().requires_grad_()
                 drift = part.drift(t[rows], state)
@@ -275,12 +269,14 @@ def gradient_estimator(
     return kind(num_draws, posterior, antithetic, max_rows)
 
 
-def _chunks(num_states: int, num_draws: int, max_rows: int | None):
-    """Slices of states and draws that cover all pairs with at most `max_rows` pairs each."""
+def _chunks(target: Target, x: Tensor, num_draws: int, max_rows: int | None):
+    """Cover all pairs of a state and a draw with at most `max_rows` pairs at once: the target of some states, and the
+    slices of states and draws."""
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows {max_rows} must be at least 1")
     draws = num_draws if max_rows is None else min(num_draws, max_rows)
-    rows = num_states if max_rows is None else max(1, max_rows // draws)
-    for i in range(0, num_states, rows):
+    rows, target = len(x) if max_rows is None else max(1, max_rows // draws), target.for_states(x)
+    for i in range(0, len(x), rows):
+        part = target.take(slice(i, i + rows))
         for j in range(0, num_draws, draws):
-            yield slice(i, i + rows), slice(j, j + draws)
+            yield part, slice(i, i + rows), slice(j, j + draws)

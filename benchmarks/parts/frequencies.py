@@ -97,9 +97,8 @@ class FrequencyComparison:
         wanted = torch.tensor(weights, dtype=torch.float64)
         wanted, found, rows, gallery = wanted / wanted.sum(), {}, [], []
         for (name, n), cells in self._cells.items():
-            if not all(cell in results for cell in cells):
+            if (parts := results.all(cells)) is None:
                 continue
-            parts = [results[cell] for cell in cells]
             found[name, n] = bootstrap.mean([bootstrap.frequency_distance(p.tensors["classes"], wanted) for p in parts])
             reward = bootstrap.mean([bootstrap.mean_of(p.tensors["rewards"]) for p in parts])
             shares = torch.cat([p.tensors["classes"] for p in parts]).bincount(minlength=len(wanted)).double()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from mfm_benchmarks import bootstrap, plots
@@ -111,17 +112,9 @@ class PosteriorRecovery:
             Table("posterior_recovery", "Posterior recovery", rows, caption, folded=True),
         ]
 
-    def _plot(self, found: dict[tuple[float, str], Measured]):
-        panels = {}
-        for t in self.times:
-            lines: dict[str, Any] = {
-                kind: [(k, found[t, f"{kind} {k}"]) for k in steps if (t, f"{kind} {k}") in found]
-                for kind, steps in (("MFM", self.model_steps), ("GLASS", self.glass_steps))
-            }
-            if (t, FLOOR) in found:
-                lines[FLOOR] = found[t, FLOOR]
-            panels[f"t = {t:g}"] = lines
-        return plots.lines(panels, "network evaluations of a draw", "sliced W2 to SDE rollouts", yscale="log")
+    def _plot(self, found: dict[tuple[float, str], Measured]) -> Figure:
+        kinds, words = {"MFM": self.model_steps, "GLASS": self.glass_steps}, "sliced W2 to SDE rollouts"
+        return plots.by_steps(found, self.times, kinds, words, lambda floor: floor, FLOOR, "log")
 
     def _claims(self, found: dict[tuple[float, str], Measured]) -> Claims:
         lines = []

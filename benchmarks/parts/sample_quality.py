@@ -77,9 +77,8 @@ class SampleQuality:
     def blocks(self, results: Results, quality: Quality) -> list[Block]:
         rows, real = [], RealFeatures(quality.real)
         for k, cells in self._cells.items():
-            if not all(cell in results for cell in cells):
+            if (done := results.all(cells)) is None:
                 continue  # a part has not its share of each class
-            done = [results[cell] for cell in cells]
             features = torch.cat([outcome.tensors["features"] for outcome in done])
             seconds = sum(outcome.numbers["seconds"] for outcome in done)
             distance = bootstrap.frechet(features, real, self.replicates)

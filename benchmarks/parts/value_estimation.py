@@ -121,16 +121,8 @@ class ValueComparison:
         ]
 
     def _plot(self, found: Found, words: str, yscale: str = "linear") -> Figure:
-        panels = {}
-        for t in self.times:
-            lines: dict[str, Any] = {
-                kind: [(k, found[t, f"{kind} {k}"]) for k in steps if (t, f"{kind} {k}") in found]
-                for kind, steps in (("MFM", self.model_steps), ("GLASS", self.glass_steps))
-            }
-            if (t, POINT) in found:
-                lines[POINT] = [(1, found[t, POINT])]
-            panels[f"t = {t:g}"] = lines
-        return plots.lines(panels, "network evaluations of a draw", words, yscale=yscale)
+        kinds = {"MFM": self.model_steps, "GLASS": self.glass_steps}
+        return plots.by_steps(found, self.times, kinds, words, lambda point: [(1, point)], POINT, yscale)
 
     def _claims(self, found: Found, what: str) -> list[str]:
         lines, ours = [], f"MFM {self.model_steps[0]}"

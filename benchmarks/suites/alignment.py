@@ -231,17 +231,14 @@ class AlignmentSuite(Suite):
 
     def _entries(self, reward: str, results: Results) -> Iterator[Entry]:
         B = self.num_samples
-        cells = self._best[reward]
-        if all(cell in results for cell in cells):
-            outcomes = [results[cell] for cell in cells]
+        if (outcomes := results.all(self._best[reward])) is not None:
             for k, n in enumerate(outcomes[0].numbers["N"]):
                 parts = [{key: value[k] for key, value in o.tensors.items()} for o in outcomes]
                 cost = [sum(o.numbers[key][k] for o in outcomes) / len(outcomes) for key in ("nfe", "seconds")]
                 yield self._entry(BEST, f"N {n}", None, cost[0], cost[1] / B, parts)
         for (point, name, scale), cells in self._runs.items():
-            if name != reward or not all(cell in results for cell in cells):
+            if name != reward or (outcomes := results.all(cells)) is None:
                 continue
-            outcomes = [results[cell] for cell in cells]
             nfe, seconds = (sum(o.numbers[key] for o in outcomes) / len(outcomes) for key in ("nfe", "seconds"))
             entry = self._entry(point.method, point.label, scale, nfe, seconds / B, [o.tensors for o in outcomes])
             entry.fit_seconds = outcomes[0].numbers.get("fit_seconds")

@@ -29,6 +29,7 @@ Key = tuple[str, int]  # name, and draws (0: none)
 DEFAULT_MODEL = "outputs/gmm/mfm/model.safetensors"
 DISTANCES = ("W2", "MMD")
 EXACT, FLOOR = "exact gradient", "exact samples (floor)"
+OURS = ("MFM-G, ODE", "MFM-G, SDE", "MFM-GF, ODE", "MFM-GF, SDE")
 PARTICLES = ("SMC-TDS", f"{EXACT}, SMC-TDS", "FK, SDE", "FK, GLASS")
 
 
@@ -146,7 +147,7 @@ class MixtureSuite(Suite):
         methods: dict[Key, AlignmentMethod | None] = {(FLOOR, 0): None, **self._methods()}
         for (name, n), method in methods.items():
             for seed in self.seeds:
-                identity = {**shared, "seed": seed, **(smc if "SMC" in name or "FK" in name else {})}
+                identity = {**shared, "seed": seed, **(smc if name in PARTICLES else {})}
                 words = f", N = {n}" if n else ""
                 cell = Cell(f"{name}{words}, seed {seed}", identity, self._work(name, method, seed))
                 self._cells.setdefault((name, n), []).append(cell)
@@ -181,7 +182,7 @@ class MixtureSuite(Suite):
         return compute
 
     def report(self, results: Results) -> Sequence[Block]:
-        done = {k: [results[c] for c in cells] for k, cells in self._cells.items() if all(c in results for c in cells)}
+        done = {key: parts for key, cells in self._cells.items() if (parts := results.all(cells)) is not None}
         if not done:
             return [Text("No result", ["Every run failed; the messages are above."])]
         found = {key: {what: _over_seeds(key[0], what, parts) for what in DISTANCES} for key, parts in done.items()}
@@ -218,8 +219,8 @@ class MixtureSuite(Suite):
 
     def _headline(self, found: dict[Key, dict[str, Measured]]) -> list[Block]:
         items = []
-        for name in ("MFM-G, ODE", "MFM-G, SDE", "MFM-GF, ODE", "MFM-GF, SDE"):
-            mine = {n: value["W2"] for (other, n), value in found.items() if other == name}
+        for name in OURS:
+            mine = _by_draws(found, name, "W2")
             if mine:
                 items.append(_large(mine[max(mine)], f"sliced W2 of {name}, with N = {max(mine)}"))
         if (FLOOR, 0) in found:
@@ -231,13 +232,11 @@ class MixtureSuite(Suite):
         for dynamics in ("ODE", "SDE"):
             lines: dict[str, Any] = {}
             for method in ("MFM-G", "MFM-GF"):
-                name = f"{method}, {dynamics}"
-                lines[method] = [(n, value[what]) for (other, n), value in found.items() if other == name]
+                lines[method] = list(_by_draws(found, f"{method}, {dynamics}", what).items())
             for name in (f"DPS, {dynamics}", f"{EXACT}, {dynamics}", *PARTICLES, FLOOR):
                 if (name, 0) in found:
-                    lines[name.removesuffix(f", {dynamics}") if not name.startswith("FK") else name] = found[name, 0][
-                        what
-                    ]
+                    shown = name if name in PARTICLES else name.removesuffix(f", {dynamics}")
+                    lines[shown] = found[name, 0][what]
             panels[dynamics] = lines
         figure = plots.lines(panels, "posterior draws N", words, yscale=yscale, size=(5.2, 5.0))
         if yscale == "symlog":
@@ -263,14 +262,19 @@ class MixtureSuite(Suite):
 
     def _claims(self, found: dict[Key, dict[str, Measured]]) -> Claims:
         lines = []
-        for name in ("MFM-G, ODE", "MFM-G, SDE", "MFM-GF, ODE", "MFM-GF, SDE"):
-            mine = {n: value["W2"] for (other, n), value in found.items() if other == name}
+        for name in OURS:
+            mine = _by_draws(found, name, "W2")
             if len(mine) < 2:
                 continue
             lines.append(change(name, "W2", mine))
             others = {other: value["W2"] for (other, _), value in found.items() if not other.startswith("MFM")}
             lines.append(f"{name}, N = {max(mine)}: W2 is {verdict(mine[max(mine)], others)}.")
         return Claims("What the intervals say", lines)
+
+
+def _by_draws(found: dict[Key, dict[str, Measured]], name: str, what: str) -> dict[int, Measured]:
+    """A method's numbers by N."""
+    return {n: value[what] for (other, n), value in found.items() if other == name}
 
 
 def _over_seeds(name: str, what: str, parts: list[Outcome]) -> Measured:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # widths of the kernels, in median distances
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 64, generator: torch.Generator | None = None):
@@ -27,7 +29,17 @@ def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 64, generato
     return gap.square().mean(dim=(-2, -1)).sqrt()
 
 
-def mmd(x: Tensor, y: Tensor, scales: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0)) -> float:
+def multiscale_kernel(y: Tensor, scales: Sequence[float] = SCALES) -> Callable[[Tensor], Tensor]:
+    """The mean of Gaussian kernels of distances, of widths `scales` times the median distance within `y` `(M, D)`."""
+    median = torch.pdist(y[:2000]).median()
+
+    def kernel(distance: Tensor) -> Tensor:
+        return sum(torch.exp(-0.5 * (distance / (scale * median)) ** 2) for scale in scales) / len(scales)
+
+    return kernel
+
+
+def mmd(x: Tensor, y: Tensor, scales: Sequence[float] = SCALES) -> float:
     """Squared maximum mean discrepancy, unbiased (it can be below 0), of the mean of Gaussian kernels (paper, F.1).
 
     Args:
@@ -35,12 +47,7 @@ def mmd(x: Tensor, y: Tensor, scales: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.
         scales: widths of the kernels, in units of the median distance within y.
     """
     x, y = x.double(), y.double()
-    within = torch.pdist(y[:2000])
-    widths = [scale * within.median() for scale in scales]
-
-    def kernel(distance: Tensor) -> Tensor:
-        return sum(torch.exp(-0.5 * (distance / w) ** 2) for w in widths) / len(widths)
-
+    kernel = multiscale_kernel(y, scales)
     N, M = len(x), len(y)
     own = sum(2 * kernel(torch.pdist(a)).sum() / (n * (n - 1)) for a, n in ((x, N), (y, M)))
     return float(own - 2 * kernel(torch.cdist(x, y)).mean())
