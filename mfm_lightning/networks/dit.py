@@ -82,7 +82,7 @@ class Attention(nn.Module):
     def forward(self, x: Dual) -> Dual:
         B, T, D = x.value.shape
         heads = linear(self.qkv, x).map(lambda y: y.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4))
-        q, k, v = (heads.map(lambda y, i=i: y[i]) for i in range(3))
+        q, k, v = heads.split(lambda y: y.unbind(0))
         if self.qk_norm:  # a norm may compute in another type
             q, k = (
                 layer_norm(n, y).map(lambda y: y.to(v.value.dtype)) for n, y in ((self.q_norm, q), (self.k_norm, k))
@@ -109,8 +109,7 @@ class AdaLN(nn.Sequential):
         self.num = num
 
     def forward(self, c: Dual) -> list[Dual]:
-        y = linear(self[1], silu(c))
-        return [y.map(lambda y, i=i: y.chunk(self.num, dim=1)[i]) for i in range(self.num)]
+        return linear(self[1], silu(c)).split(lambda y: y.chunk(self.num, dim=1))
 
 
 class Block(nn.Module):

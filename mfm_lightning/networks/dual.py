@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-MAX_WEIGHTS = 2**25  # attention weights that the tangent holds at once
+MAX_WEIGHTS = {"cpu": 2**20, "cuda": 2**26}  # attention weights that the tangent holds at once
 
 
 class Dual(NamedTuple):
@@ -27,6 +27,12 @@ class Dual(NamedTuple):
     def map(self, function) -> Dual:
         """A linear, parameter-free `function` (a change of shape or type) of both."""
         return Dual(function(self.value), None if self.tangent is None else function(self.tangent))
+
+    def split(self, function) -> list[Dual]:
+        """The parts that a linear `function` takes both into."""
+        values = function(self.value)
+        tangents = [None] * len(values) if self.tangent is None else function(self.tangent)
+        return [Dual(*part) for part in zip(values, tangents, strict=True)]
 
 
 def add(*terms: Dual) -> Dual:
@@ -89,67 +95,80 @@ def layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
         return Dual(value)
     with torch.no_grad():
         full = torch.promote_types(x.value.dtype, torch.float32)
-        n, _, inverse = torch.native_layer_norm(x.value.to(full), layer.normalized_shape, None, None, layer.eps)
-        dx = x.tangent.to(full)
-        tangent = inverse * (dx - dx.mean(-1, keepdim=True) - n * (n * dx).mean(-1, keepdim=True))
+        state, shape = x.value.to(full), layer.normalized_shape
+        _, mean, inverse = torch.native_layer_norm(state, shape, None, None, layer.eps)
+        # the derivative of n is symmetric, so that forward and backward mode agree
+        arguments = (x.tangent.to(full), state, shape, mean, inverse, None, None, [True, False, False])
+        tangent = torch.ops.aten.native_layer_norm_backward(*arguments)[0]
         tangent = tangent if layer.weight is None else tangent * layer.weight
         return Dual(value, tangent.to(x.tangent.dtype))
 
 
 def modulate(x: Dual, shift: Dual, scale: Dual) -> Dual:
     """x (1 + scale) + shift; `x` `(B, T, D)`, `shift`, `scale` `(B, D)`."""
-    value = x.value * (1 + scale.value[:, None]) + shift.value[:, None]
-    if x.tangent is None and scale.tangent is None and shift.tangent is None:
-        return Dual(value)
+    shift, scale = shift.map(_over_tokens), scale.map(_over_tokens)
+    factor = 1 + scale.value
+    value = torch.addcmul(shift.value, x.value, factor)
     with torch.no_grad():
-        tangent = _product(x, scale.map(lambda s: s[:, None]))
-        if x.tangent is not None:
-            tangent = x.tangent if tangent is None else tangent + x.tangent
-        if shift.tangent is not None:
-            tangent = shift.tangent[:, None].expand_as(value) if tangent is None else tangent + shift.tangent[:, None]
-        return Dual(value, tangent)
+        tangent = _sum_of_products(shift.tangent, (x.tangent, factor), (scale.tangent, x.value))
+        return Dual(value, None if tangent is None else tangent.expand_as(value))
 
 
 def add_gated(x: Dual, gate: Dual, y: Dual) -> Dual:
     """x + gate y; `x`, `y` `(B, T, D)`, `gate` `(B, D)`."""
-    gate = gate.map(lambda g: g[:, None])
-    value = x.value + gate.value * y.value
+    gate = gate.map(_over_tokens)
+    value = torch.addcmul(x.value, gate.value, y.value)
     with torch.no_grad():
-        tangent = _product(gate, y)
-        if x.tangent is not None:
-            tangent = x.tangent if tangent is None else x.tangent + tangent
-        return Dual(value, tangent)
+        return Dual(value, _sum_of_products(x.tangent, (y.tangent, gate.value), (gate.tangent, y.value)))
 
 
 def attention(q: Dual, k: Dual, v: Dual) -> Dual:
-    """softmax(q k^T / sqrt(d)) v for `(B, heads, T, d)`.
-
-    With weights S and scores' tangent dS: (S dS) v + S dv - rowsum(S dS) (S v), over a part of the queries at a time,
-    so that no more than `MAX_WEIGHTS` weights are held.
-    """
-    T, size = q.value.shape[-2:]
+    """softmax(q k^T / sqrt(d)) v for `(B, heads, T, d)`."""
     # On CPU the fused kernel is several times slower than plain products for few tokens.
-    with sdpa_kernel(SDPBackend.MATH) if q.value.device.type == "cpu" and T <= 64 else nullcontext():
+    few = q.value.device.type == "cpu" and q.value.shape[-2] <= 64
+    with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
         value = F.scaled_dot_product_attention(q.value, k.value, v.value)
     if q.tangent is None:
         return Dual(value)
-    with torch.no_grad():
-        keys, both_keys = k.value.transpose(-1, -2), torch.cat([k.value, k.tangent], dim=-1).transpose(-1, -2)
-        both_values = torch.cat([v.value, v.tangent], dim=-2)
-        both_queries = torch.cat([q.tangent, q.value], dim=-1)
-        rows = max(1, MAX_WEIGHTS // (q.value[..., 0].numel()))
-        parts = []
-        for part in range(0, T, rows):
-            chunk = slice(part, part + rows)
-            weights = (q.value[..., chunk, :] @ keys * size**-0.5).softmax(dim=-1)
-            change = weights * (both_queries[..., chunk, :] @ both_keys * size**-0.5)
-            tangent = torch.cat([change, weights], dim=-1) @ both_values
-            parts.append(tangent - change.sum(dim=-1, keepdim=True) * value[..., chunk, :])
-        return Dual(value, parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2))
+    with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+        return Dual(value, _attention_tangent(q, k, v, value))
 
 
-def _product(a: Dual, b: Dual) -> Tensor | None:
-    """The tangent of a * b."""
-    left = None if a.tangent is None else a.tangent * b.value
-    right = None if b.tangent is None else a.value * b.tangent
-    return right if left is None else left if right is None else left + right
+def _attention_tangent(q: Dual, k: Dual, v: Dual, value: Tensor) -> Tensor:
+    """With weights S and scores' tangent dS: (S dS) v + S dv - rowsum(S dS) (S v).
+
+    Over some heads at a time, or some queries of one head, so that no more than `MAX_WEIGHTS` weights are held.
+    """
+    B, heads, T, size = value.shape
+
+    def flat(x: Tensor) -> Tensor:
+        return x.to(value.dtype).reshape(B * heads, T, -1)
+
+    # the scale goes to where there is least of it
+    (q, dq), (k, dk), (v, dv) = (map(flat, pair) for pair in (q.map(lambda q: q * size**-0.5), k, v))
+    output, tangent = flat(value), value.new_empty(B * heads, T, v.shape[-1])
+    limit = MAX_WEIGHTS.get(value.device.type, MAX_WEIGHTS["cuda"])
+    num_heads, num_rows = max(1, limit // T**2), max(1, min(T, limit // T))
+    for head in range(0, B * heads, num_heads):
+        h = slice(head, head + num_heads)
+        keys, changed_keys = k[h].mT, dk[h].mT
+        for row in range(0, T, num_rows):
+            r = slice(row, row + num_rows)
+            weights = (q[h, r] @ keys).softmax(dim=-1)
+            change = torch.baddbmm(dq[h, r] @ keys, q[h, r], changed_keys).mul_(weights)
+            part = torch.baddbmm(weights @ dv[h], change, v[h])
+            tangent[h, r] = part.addcmul_(change.sum(dim=-1, keepdim=True), output[h, r], value=-1)
+    return tangent.reshape(value.shape)
+
+
+def _over_tokens(x: Tensor) -> Tensor:
+    return x[:, None]
+
+
+def _sum_of_products(term: Tensor | None, *products: tuple[Tensor | None, Tensor]) -> Tensor | None:
+    """term + sum_i a_i b_i, each None standing for zero."""
+    total = term
+    for tangent, factor in products:
+        if tangent is not None:
+            total = tangent * factor if total is None else torch.addcmul(total, tangent, factor)
+    return total

@@ -1,12 +1,13 @@
 """Training objectives of Meta Flow Maps (paper, section 5)."""
 
 from mfm_lightning.objectives.objective import Objective, WeightedTerm, adaptive_loss, squared_error
-from mfm_lightning.objectives.pairs import ConditionTimes, InnerTimes, Pair, PairSampler
+from mfm_lightning.objectives.pairs import ConditionTimes, InnerSample, InnerTimes, Pair, PairSampler
 from mfm_lightning.objectives.terms import TERMS
 
 __all__ = [
     "TERMS",
     "ConditionTimes",
+    "InnerSample",
     "InnerTimes",
     "Objective",
     "Pair",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.objectives.pairs import InnerTimes, PairSampler
-from mfm_lightning.objectives.terms import TERMS, Consistency
+from mfm_lightning.objectives.pairs import InnerSample, InnerTimes, Pair, PairSampler
+from mfm_lightning.objectives.terms import TERMS, Consistency, Term
 from mfm_lightning.tangents import get_backend
-from mfm_lightning.teachers import Teacher
+from mfm_lightning.teachers import Teacher, teacher_velocity
 
 
 @dataclass
@@ -49,6 +49,12 @@ def adaptive_loss(error: Tensor, p: float, c: float = 0.01) -> Tensor:
 class Objective:
     """A sum of weighted terms on pairs drawn from data.
 
+    terms: the terms and their weights.
+    pairs, inner_times: how samples are drawn.
+    backend: how tangents are computed, a name in `mfm_lightning.tangents.BACKENDS`.
+    share_inner: all terms look at one inner sample, so that the teacher is evaluated once for the diagonal and the
+        consistency term. The diagonal's times are then those of the consistency term, the smaller of two draws.
+
     Raises, on construction, ValueError for an unknown term, distribution or tangent backend.
     """
 
@@ -58,6 +64,7 @@ class Objective:
     pairs: PairSampler = field(default_factory=PairSampler)
     inner_times: InnerTimes = field(default_factory=InnerTimes)
     backend: str = "auto"
+    share_inner: bool = False
 
     def __post_init__(self) -> None:
         if not self.terms:
@@ -66,8 +73,7 @@ class Objective:
         self._terms = [self._build(term.name) for term in self.terms]
 
     def _build(self, name: str):
-        options = {"backend": self.backend} if issubclass(TERMS[name], Consistency) else {}
-        return TERMS[name](self.inner_times, **options)
+        return TERMS[name](self.backend) if issubclass(TERMS[name], Consistency) else TERMS[name]()
 
     @property
     def needs_teacher(self) -> list[str]:
@@ -92,11 +98,32 @@ class Objective:
         pair = self.pairs.sample(x1, label, model.num_classes)
         results: dict[str, Tensor] = {}
         total = torch.zeros((), device=x1.device)
+        shared = self._draw(pair, two=True, step=step) if self.share_inner else None
         for settings, term in zip(self.terms, self._terms, strict=True):
             if step < settings.start_step:
                 continue
-            error = squared_error(term(model, teacher, pair, step))
+            residual = self.residual(term, model, teacher, pair, step, shared)
+            error = squared_error(residual)
             results[settings.name] = adaptive_loss(error, settings.p, settings.c).mean()
             results[f"error/{settings.name}"] = error.detach().mean()
             total = total + settings.weight * results[settings.name]
         return {"loss": total, **results}
+
+    def residual(
+        self, term: Term, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, step: int = 0, shared=None
+    ) -> Tensor:
+        """A term's residual `(B, *shape)` on an inner sample of its own, or on one that is `shared`."""
+        own = term.condition(pair)
+        # a term that looks at other conditions has nothing to share
+        inner = shared if shared is not None and own is pair else self._draw(own, isinstance(term, Consistency), step)
+        if term.teacher_at_start and inner.teacher_velocity is None:
+            inner.teacher_velocity = teacher_velocity(
+                teacher, inner.s, inner.x, own.t, own.x_t, own.label, own.guidance
+            )
+        return term(model, teacher, own, inner)
+
+    def _draw(self, pair: Pair, two: bool, step: int) -> InnerSample:
+        num, device = len(pair.x1), pair.x1.device
+        if not two:
+            return pair.inner(self.inner_times.one(num, device))
+        return pair.inner(*self.inner_times.two(num, device, step), self.inner_times.num_equal(num))

@@ -29,10 +29,32 @@ class Pair:
         """Some of the samples."""
         return Pair(self.x1[rows], self.t[rows], self.x_t[rows], self.label[rows], self.guidance[rows])
 
-    def inner_state(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Fresh inner noise eps and the inner interpolant (1-s) eps + s x1."""
+    def inner(self, s: Tensor, u: Tensor | None = None, num_equal: int = 0) -> InnerSample:
+        """An inner sample at times s <= u `(B,)` with fresh noise; u = s where None."""
         eps = torch.randn_like(self.x1)
-        return eps, interpolate(s, eps, self.x1)
+        return InnerSample(s, s if u is None else u, eps, interpolate(s, eps, self.x1), num_equal)
+
+
+@dataclass
+class InnerSample:
+    """Where a term looks at the flow of a pair's posterior.
+
+    s, u: inner times `(B,)`, s <= u; eps: inner noise; x: the inner interpolant (1-s) eps + s x1, `(B, *shape)`;
+    num_equal: the first so many have u = s; teacher_velocity: the teacher's GLASS velocity at (s, x), once a term asked
+    for it.
+    """
+
+    s: Tensor
+    u: Tensor
+    eps: Tensor
+    x: Tensor
+    num_equal: int = 0
+    teacher_velocity: Tensor | None = None
+
+    def take(self, rows: slice) -> InnerSample:
+        """Some of the samples, all counted as u > s."""
+        velocity = None if self.teacher_velocity is None else self.teacher_velocity[rows]
+        return InnerSample(self.s[rows], self.u[rows], self.eps[rows], self.x[rows], 0, velocity)
 
 
 @dataclass

@@ -14,110 +14,115 @@ from torch import Tensor
 
 from mfm_lightning.interpolant import expand
 from mfm_lightning.models import MetaFlowMap, velocity_and_jvp
-from mfm_lightning.objectives.pairs import InnerTimes, Pair
+from mfm_lightning.objectives.pairs import InnerSample, Pair
 from mfm_lightning.teachers import Teacher, teacher_velocity
 
 
 class Term(Protocol):
-    """A part of the objective. `needs_teacher`: raise before training where there is none."""
+    """A part of the objective.
+
+    needs_teacher: raise before training where there is none. teacher_at_start: the teacher's velocity at (s, x) must be
+    in the inner sample, where terms that look at the same sample share it.
+    """
 
     needs_teacher: bool
+    teacher_at_start: bool
 
-    def __call__(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, step: int) -> Tensor: ...
+    def condition(self, pair: Pair) -> Pair:
+        """What the term is conditioned on."""
+
+    def __call__(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
+        """The residual, `(B, *shape)`."""
 
 
-def guided_data_velocity(model: MetaFlowMap, s: Tensor, x: Tensor, pair: Pair, eps: Tensor) -> Tensor:
+def guided_data_velocity(model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
     """x1 - eps + (1 - 1/g) sg(v_cond - v_uncond): the data's velocity with model guidance (Eq. 69), `(B, *shape)`."""
-    target = pair.x1 - eps
-    if not (pair.guidance > 1).any():
+    target = pair.x1 - inner.eps
+    guided = (pair.guidance > 1).nonzero().flatten()
+    if not len(guided):
         return target
+    s, x, t, x_t, label, guidance = (
+        value[guided] for value in (inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance)
+    )
+    labels = torch.cat([label, torch.full_like(label, model.num_classes)])
+    scales = torch.cat([guidance, torch.ones_like(guidance)])
     with torch.no_grad():
-        conditional = model.velocity(s, s, x, pair.t, pair.x_t, pair.label, pair.guidance)
-        unconditional = model.velocity(s, s, x, pair.t, pair.x_t)
-    return target + expand(1 - 1 / pair.guidance, x) * (conditional - unconditional)
-
-
-class FlowMatching:
-    """The base flow: v_{s,s}(I_s; 0, x_0) regresses on x1 - eps. The condition is pure noise, to be ignored."""
-
-    needs_teacher = False
-
-    def __init__(self, times: InnerTimes | None = None) -> None:
-        self.times = times or InnerTimes()
-
-    def __call__(self, model, teacher, pair: Pair, step: int) -> Tensor:
-        zero = torch.zeros_like(pair.t)
-        pair = Pair(pair.x1, zero, torch.randn_like(pair.x1), pair.label, pair.guidance)
-        return DataDiagonal(self.times)(model, teacher, pair, step)
+        twice = [torch.cat([value, value]) for value in (s, s, x, t, x_t)]
+        conditional, unconditional = model.velocity(*twice, labels, scales).chunk(2)
+        shift = expand(1 - 1 / guidance, x) * (conditional - unconditional)
+        return target.index_add(0, guided, shift.to(target.dtype))
 
 
 class DataDiagonal:
     """v_{s,s} regresses on x1 - eps, with model guidance where the pair has a scale above 1."""
 
-    needs_teacher = False
+    needs_teacher = teacher_at_start = False
 
-    def __init__(self, times: InnerTimes | None = None) -> None:
-        self.times = times or InnerTimes()
+    def condition(self, pair: Pair) -> Pair:
+        return pair
 
-    def __call__(self, model, teacher, pair: Pair, step: int) -> Tensor:
-        s = self.times.one(len(pair.x1), pair.x1.device)
-        eps, x = pair.inner_state(s)
-        target = guided_data_velocity(model, s, x, pair, eps)
-        return model.velocity(s, s, x, pair.t, pair.x_t, pair.label, pair.guidance) - target
+    def target(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
+        return guided_data_velocity(model, pair, inner)
+
+    def __call__(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+        target = self.target(model, pair, inner)
+        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance) - target
 
 
-class DistilledDiagonal:
+class FlowMatching(DataDiagonal):
+    """The base flow: v_{s,s}(I_s; 0, x_0) regresses on x1 - eps. The condition is pure noise, to be ignored."""
+
+    def condition(self, pair: Pair) -> Pair:
+        return Pair(pair.x1, torch.zeros_like(pair.t), torch.randn_like(pair.x1), pair.label, pair.guidance)
+
+
+class DistilledDiagonal(DataDiagonal):
     """v_{s,s} regresses on the GLASS velocity of the frozen, class-guided teacher."""
 
-    needs_teacher = True
+    needs_teacher = teacher_at_start = True
 
-    def __init__(self, times: InnerTimes | None = None) -> None:
-        self.times = times or InnerTimes()
-
-    def __call__(self, model, teacher, pair: Pair, step: int) -> Tensor:
-        s = self.times.one(len(pair.x1), pair.x1.device)
-        _, x = pair.inner_state(s)
-        target = teacher_velocity(teacher, s, x, pair.t, pair.x_t, pair.label, pair.guidance)
-        return model.velocity(s, s, x, pair.t, pair.x_t, pair.label, pair.guidance) - target
+    def target(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
+        return inner.teacher_velocity
 
 
 class Consistency:
-    """Base of the consistency terms: draws s <= u and the inner state.
+    """Base of the consistency terms.
 
     Args:
-        times: inner times.
         backend: how tangents are computed, a name in `mfm_lightning.tangents.BACKENDS`.
     """
 
-    needs_teacher = False
+    needs_teacher = teacher_at_start = False
 
-    def __init__(self, times: InnerTimes | None = None, backend: str = "auto") -> None:
-        self.times, self.backend = times or InnerTimes(), backend
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = backend
 
-    def __call__(self, model, teacher, pair: Pair, step: int) -> Tensor:
-        s, u = self.times.two(len(pair.x1), pair.x1.device, step)
-        eps, x = pair.inner_state(s)
-        k = self.times.num_equal(len(s))  # u = s in the first k
-        parts = []
+    def condition(self, pair: Pair) -> Pair:
+        return pair
+
+    def __call__(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+        k, parts = inner.num_equal, []
         if k:
-            parts.append(self.diagonal(model, teacher, pair.take(slice(k)), s[:k], x[:k], eps[:k]))
-        if k < len(s):
-            parts.append(self.residual(model, teacher, pair.take(slice(k, None)), s[k:], u[k:], x[k:], eps[k:]))
+            parts.append(self.diagonal(model, teacher, pair.take(slice(k)), inner.take(slice(k))))
+        if k < len(inner.s):
+            rest = slice(k, None)
+            parts.append(self.residual(model, teacher, pair.take(rest), inner.take(rest)))
         return torch.cat(parts)
 
-    def diagonal(self, model, teacher, pair: Pair, s: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    def diagonal(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
         """The residual at u = s; a term that needs no tangent there says so."""
-        return self.residual(model, teacher, pair, s, s, x, eps)
+        return self.residual(model, teacher, pair, inner)
 
-    def residual(self, model, teacher, pair: Pair, s: Tensor, u: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-        """v_{s,u}(x) - sg(target) at given times, inner state x and inner noise eps."""
+    def residual(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+        """v_{s,u}(x) - sg(target) of an inner sample."""
         raise TypeError(f"{type(self).__name__} is a base class: use one of the named consistency terms")
 
 
 class Semigroup(Consistency):
     """v_{s,u} = gamma v_{s,w} + (1-gamma) v_{w,u}(X_{s,w}),  w = s + gamma (u-s),  gamma ~ U(0, 1)."""
 
-    def residual(self, model, teacher, pair, s, u, x, eps) -> Tensor:
+    def residual(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+        s, u, x = inner.s, inner.u, inner.x
         condition = (pair.t, pair.x_t, pair.label, pair.guidance)
         gamma = torch.rand_like(s)
         w = s + gamma * (u - s)
@@ -131,7 +136,8 @@ class Semigroup(Consistency):
 class _Lagrangian(Consistency):
     """d/du X_{s,u}(x) = v_{u,u}(X_{s,u}(x)), as v_{s,u} = sg(v_{u,u}(X_{s,u}) - (u-s) d/du v_{s,u})."""
 
-    def residual(self, model, teacher, pair, s, u, x, eps) -> Tensor:
+    def residual(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+        s, u, x = inner.s, inner.u, inner.x
         v, dv = velocity_and_jvp(
             model, s, u, x, pair.t, pair.x_t, (torch.zeros_like(s), torch.ones_like(u), torch.zeros_like(x)),
             pair.label, pair.guidance, self.backend,
@@ -160,41 +166,42 @@ class LagrangianTeacher(_Lagrangian):
 class _Eulerian(Consistency):
     """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s the velocity at the start."""
 
-    def residual(self, model, teacher, pair, s, u, x, eps) -> Tensor:
+    def residual(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+        s, u, x = inner.s, inner.u, inner.x
         with torch.no_grad():
-            start = self.start_velocity(model, teacher, pair, s, x, eps)
+            start = self.start_velocity(model, pair, inner)
         v, dv = velocity_and_jvp(
             model, s, u, x, pair.t, pair.x_t, (torch.ones_like(s), torch.zeros_like(u), start),
             pair.label, pair.guidance, self.backend,
         )  # fmt: skip
         return v - (start + expand(u - s, x) * dv).detach()
 
-    def diagonal(self, model, teacher, pair, s, x, eps) -> Tensor:
+    def diagonal(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
         with torch.no_grad():
-            start = self.start_velocity(model, teacher, pair, s, x, eps)
-        return model.velocity(s, s, x, pair.t, pair.x_t, pair.label, pair.guidance) - start
+            start = self.start_velocity(model, pair, inner)
+        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance) - start
 
 
 class EulerianSelf(_Eulerian):
     __doc__ = _Eulerian.__doc__ + " From the student's own diagonal."
 
-    def start_velocity(self, model, teacher, pair, s, x, eps) -> Tensor:
-        return model.velocity(s, s, x, pair.t, pair.x_t, pair.label, pair.guidance)
+    def start_velocity(self, model, pair: Pair, inner: InnerSample) -> Tensor:
+        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance)
 
 
 class EulerianTeacher(_Eulerian):
     __doc__ = _Eulerian.__doc__ + " From the teacher by GLASS."
-    needs_teacher = True
+    needs_teacher = teacher_at_start = True
 
-    def start_velocity(self, model, teacher, pair, s, x, eps) -> Tensor:
-        return teacher_velocity(teacher, s, x, pair.t, pair.x_t, pair.label, pair.guidance)
+    def start_velocity(self, model, pair: Pair, inner: InnerSample) -> Tensor:
+        return inner.teacher_velocity
 
 
 class MeanFlow(_Eulerian):
     __doc__ = _Eulerian.__doc__ + " From the data: x1 - eps, with model guidance (Eq. 69)."
 
-    def start_velocity(self, model, teacher, pair, s, x, eps) -> Tensor:
-        return guided_data_velocity(model, s, x, pair, eps)
+    def start_velocity(self, model, pair: Pair, inner: InnerSample) -> Tensor:
+        return guided_data_velocity(model, pair, inner)
 
 
 TERMS: dict[str, Callable[..., Term]] = {
