@@ -22,6 +22,37 @@ def mfm(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def test_tangents_on_two_processes(tmp_path):
+    """Losses and gradients of the explicit tangents under DDP and FSDP2 (also with checkpointed blocks, and under
+    autocast) are those of one process with the whole batch."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = {}
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.tangent_worker", str(folder), str(rank), str(world_size)],
+                cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        messages = [worker.communicate(timeout=120)[1] for worker in workers]
+        assert all(worker.returncode == 0 for worker in workers), messages
+        found[world_size] = torch.load(folder / "found.pt", weights_only=True)
+    assert len(found[2]) == 4
+    for case, ours in found[2].items():
+        precision = case.split()[0]
+        reference = found[1][precision]
+        assert ours.keys() == reference.keys()
+        assert len(ours) > 50
+        for name, expected in reference.items():
+            if precision == "exact":
+                torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-12, msg=f"{case}: {name}")
+            else:  # halves of the batch are rounded to bf16 before they are averaged
+                assert (ours[name] - expected).norm() <= 1e-2 * expected.norm() + 1e-4, f"{case}: {name}"
+
+
 def test_fine_tuning_on_two_processes(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     torch.manual_seed(0)

@@ -10,9 +10,10 @@ from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.modules.execution import Execution
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import Objective
-from mfm_lightning.teachers import Teacher
+from mfm_lightning.teachers import ModelTeacher, Teacher
 
 
 class MFMPretraining(TrainingModule):
@@ -26,9 +27,11 @@ class MFMPretraining(TrainingModule):
         initial: a `model.safetensors` to start from; must have this network's architecture.
         optimization: the optimiser and its learning rate.
         evaluation: what `validate` draws and `test` measures.
+        execution: compilation and activation checkpointing, of the network; the teacher is compiled with it.
 
     Raises:
-        ValueError: for a distilled term without a teacher, or a teacher of another shape.
+        ValueError: for a distilled term without a teacher, a teacher of another shape, or an execution that the
+            network does not know.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class MFMPretraining(TrainingModule):
         initial: str | None = None,
         optimization: Optimization | None = None,
         evaluation: Evaluation | None = None,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__(optimization, evaluation)
         if objective.needs_teacher and teacher is None:
@@ -54,6 +58,10 @@ class MFMPretraining(TrainingModule):
         self.objective, self.teacher = objective, teacher
         if objective.base_flow_only:
             self.exported_kind = "base_flow"
+        execution = execution or Execution()
+        execution.prepare(network)
+        if execution.compile and isinstance(teacher, ModelTeacher):
+            Execution(compile=True).prepare(teacher.model.network)
 
     @property
     def exported(self) -> nn.Module:

@@ -18,7 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfm_lightning.networks.dual import Dual, add, add_gated, attention, gelu, layer_norm, linear, modulate, silu
+from mfm_lightning.networks.dual import (
+    Dual,
+    add,
+    add_gated,
+    attention,
+    checkpointed,
+    gelu,
+    layer_norm,
+    linear,
+    modulate,
+    silu,
+)
 from mfm_lightning.networks.embeddings import TimeEmbedding, nearest_scale, sincos_positions
 
 SIZES: dict[str, dict[str, int]] = {
@@ -156,6 +167,9 @@ class DiT(nn.Module):
         flip_time: the weights were trained with t=1 for noise: embed 1-s and 1-u and negate the output (the outer
             time is not flipped). True for released MFM and DMF weights.
 
+    Attributes:
+        checkpoint_activations: keep the input of each block only, and compute the rest again in the backward pass.
+
     Raises:
         ValueError: where these numbers do not fit each other.
     """
@@ -182,6 +196,7 @@ class DiT(nn.Module):
         self.state_shape = (in_channels, input_size, input_size)
         self.patch_size, self.encoder_depth, self.flip_time = patch_size, encoder_depth, flip_time
         self.num_classes, self.guidance_scales = num_classes, tuple(guidance_scales)
+        self.checkpoint_activations = False
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.pos_embed = nn.Parameter(sincos_positions(hidden_size, input_size // patch_size), requires_grad=False)
@@ -195,6 +210,11 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         self._initialise()
+
+    @property
+    def regions(self) -> list[nn.Module]:
+        """The parts that hold most of the work, all alike: what is compiled, checkpointed and sharded one by one."""
+        return list(self.blocks)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -249,7 +269,11 @@ class DiT(nn.Module):
         condition = modulate(self.condition_patch(Dual(x_t)), *self.condition_gate(t_embedding))
         tokens = add(self.x_embedder(x), Dual(self.pos_embed), condition)
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, encoder if i < self.encoder_depth else decoder)
+            condition = encoder if i < self.encoder_depth else decoder
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                tokens = checkpointed(block, tokens, condition)
+            else:
+                tokens = block(tokens, condition)
         velocity = self.final_layer(tokens, decoder).map(self._unpatchify)
         if self.flip_time:
             velocity = velocity.map(torch.neg)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 MAX_WEIGHTS = {"cpu": 2**20, "cuda": 2**26}  # attention weights that the tangent holds at once
 
@@ -159,6 +160,24 @@ def _attention_tangent(q: Dual, k: Dual, v: Dual, value: Tensor) -> Tensor:
             part = torch.baddbmm(weights @ dv[h], change, v[h])
             tangent[h, r] = part.addcmul_(change.sum(dim=-1, keepdim=True), output[h, r], value=-1)
     return tangent.reshape(value.shape)
+
+
+def checkpointed(block: nn.Module, x: Dual, c: Dual) -> Dual:
+    """block(x, c), whose activations are dropped and computed again in the backward pass.
+
+    Then without tangents; but a compiled block must be called as before, for its graph decides what it keeps.
+    """
+    tangents, found = [(x.tangent, c.tangent)], []
+    again = tangents[0] if getattr(block, "_compiled_call_impl", None) is not None else (None, None)
+
+    def run(x: Tensor, c: Tensor) -> Tensor:
+        dx, dc = tangents.pop() if tangents else again
+        y = block(Dual(x, dx), Dual(c, dc))
+        found.append(y.tangent)
+        return y.value
+
+    value = checkpoint(run, x.value, c.value, use_reentrant=False, preserve_rng_state=False)
+    return Dual(value, found.pop())
 
 
 def _over_tokens(x: Tensor) -> Tensor:
