@@ -18,6 +18,10 @@ class Posterior(ABC):
     @abstractmethod
     def __call__(self, target: Target, t: Tensor | float, x_t: Tensor, noise: Tensor) -> Tensor: ...
 
+    def with_drift(self, target: Target, t: Tensor, x_t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The draws, and b_t(x_t) where it comes with them."""
+        return self(target, t, x_t, noise), None
+
 
 class FlowMapPosterior(Posterior):
     """`steps` steps of the Meta Flow Map; differentiable in x_t."""
@@ -33,6 +37,11 @@ class FlowMapPosterior(Posterior):
         for k in range(self.steps):
             x = target.flow_map(k / self.steps, (k + 1) / self.steps, x, time, outer)
         return x.reshape(noise.shape)
+
+    def with_drift(self, target: Target, t: Tensor, x_t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.steps > 1 or not target.drifts_itself:
+            return super().with_drift(target, t, x_t, noise)
+        return target.draws_with_drift(noise, t, x_t)
 
 
 class GlassPosterior(Posterior):

@@ -174,14 +174,18 @@ class DrawGradientFree(GradientEstimator):
         posterior, t = self.posterior or FlowMapPosterior(), as_times(t, x)
         noise = inner_noise(x, self.num_draws, self.antithetic, generator)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
-        drawn = torch.empty_like(noise)
+        drawn, drift = torch.empty_like(noise), None
         for part, rows, draws in _chunks(target, x, self.num_draws, self.max_rows):
-            drawn[rows, draws] = x1 = posterior(part, t[rows], x[rows], noise[rows, draws])
+            if self.max_rows is None:  # all in one chunk: the drift may come with the draws
+                x1, drift = posterior.with_drift(part, t, x, noise)
+            else:
+                x1 = posterior(part, t[rows], x[rows], noise[rows, draws])
+            drawn[rows, draws] = x1
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
         weights = rewards.softmax(dim=1).to(x.dtype) - 1 / self.num_draws
         shift = torch.einsum("bn,bn...->b...", weights, drawn)
         factor = t / (1 - t).clamp_min(1e-4) ** 2
-        return Estimate(expand(factor, x) * shift, log_mean_exp(rewards), effective_sample_size(rewards))
+        return Estimate(expand(factor, x) * shift, log_mean_exp(rewards), effective_sample_size(rewards), drift)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from mfm_lightning.decoders import PixelDecoder
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP
 from mfm_lightning.oracles import GaussianMixture
-from mfm_lightning.posteriors import GlassPosterior, OraclePosterior
+from mfm_lightning.posteriors import GlassPosterior, OraclePosterior, Posterior
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.target import Target
 from mfm_lightning.values import (
@@ -54,7 +54,7 @@ class BlackBox(Reward):
         return x.detach()[:, 0].round()
 
 
-class ExactGaussian:
+class ExactGaussian(Posterior):
     """Draws from the posterior of one Gaussian N(m, c I), a differentiable function of x_t and the inner noise."""
 
     def __init__(self, mean, variance):
@@ -105,6 +105,9 @@ def test_differentiated_glass_rollouts_reach_the_exact_gradient():
 def test_chunks_and_constants_change_nothing(model, noise, kind):
     target = Target(model, LinearGaussianLikelihood([1.2, -0.8], -1.0, 1.0))
     whole = kind(8)(target, 0.4, noise, seeded())
+    if kind is DrawGradientFree:  # one call of the network for draws and drift
+        torch.testing.assert_close(whole.drift, model.drift(0.4, noise))
+        assert kind(8)(target.with_drift(MIXTURE.drift), 0.4, noise, seeded()).drift is None
     for max_rows in (1, 3, 8, 17):
         part = kind(8, max_rows=max_rows)(target, 0.4, noise, seeded())
         torch.testing.assert_close(part.gradient, whole.gradient, rtol=1e-4, atol=1e-5)
