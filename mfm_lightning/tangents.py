@@ -26,7 +26,12 @@ def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[
         model: called as `model(s, u, x, t, x_t, label, guidance)`.
         inner: s, u, x.
         condition: t, x_t, label, guidance.
+
+    Raises:
+        ValueError: if the network's blocks are checkpointed, which torch.func.jvp cannot differentiate.
     """
+    if getattr(getattr(model, "network", None), "checkpoint_activations", False):
+        raise ValueError("checkpointed activations do not go with backend 'functorch': use 'explicit'")
 
     def velocity(s: Tensor, u: Tensor, x: Tensor) -> Tensor:
         return model(s, u, x, *condition)

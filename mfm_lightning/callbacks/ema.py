@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class EMA(L.Callback):
@@ -31,15 +31,22 @@ class EMA(L.Callback):
         self._kept: dict[str, Tensor] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.start(module)
+
+    def start(self, module: nn.Module) -> None:
+        """Begin with the parameters as they are, where there is no average of them yet."""
         for name, p in _trained(module):
             kept = self.average.get(name)
             self.average[name] = p.detach().clone() if kept is None else kept.to(p.device)
 
-    @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step <= self.num_updates:  # an accumulating batch: no optimiser step
-            return
-        self.num_updates = trainer.global_step
+        if trainer.global_step > self.num_updates:  # else an accumulating batch: no optimiser step
+            self.update(module, trainer.global_step)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Take in the parameters after optimiser step number `step`."""
+        self.num_updates = step
         k = self.num_updates - self.start_step
         decay = min(self.decay, (1 + k) / (10 + k)) if k > 0 else 0.0
         parameters = [(self.average[name], p.detach()) for name, p in _trained(module)]
@@ -97,5 +104,5 @@ class EMA(L.Callback):
         self.average, self.num_updates = dict(state["average"]), state["num_updates"]
 
 
-def _trained(module: L.LightningModule) -> list[tuple[str, Tensor]]:
+def _trained(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

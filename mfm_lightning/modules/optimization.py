@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 
-OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW}
+# fused where torch has it (three times faster on CPU); lists of tensors at once are slower on CPU, the default on GPUs
+OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": partial(torch.optim.AdamW, fused=True)}
 
 
 @dataclass

@@ -1,0 +1,330 @@
+"""Training and steering steps: time, memory and where they go, for each way of computing tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from mfm_benchmarks import bootstrap
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
+from mfm_benchmarks.bootstrap import Measured, rounded
+from mfm_benchmarks.parts.sampling_steps import steering_steps
+from mfm_benchmarks.parts.speed_ideas import ideas
+from mfm_benchmarks.parts.training_steps import REFERENCE, VARIANTS, Training, Variant
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_benchmarks.timing import Step, count_flops, interleaved, peak_bytes, product_peak
+from mfm_lightning.networks.dit import architecture
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEFAULT = "explicit"
+
+
+class TrainingSpeedSuite(Suite):
+    """Whole steps (both terms of the distilled objective with class guidance, backward, clipping, RAdam, EMA) on random
+    weights and data, against the straightforward one.
+
+    Args:
+        sizes: models by name, each with its batch: on a GPU `gpu_sizes` are taken.
+        gpu_sizes: the same for a GPU, with batches that fill it.
+        precisions: "fp32" and "bf16" (autocast); `gpu_precisions` on a GPU.
+        rounds: how often each step is timed; all steps take turns.
+        input_size, in_channels: of the latents.
+        compile: also time the compiled step (a minute or so of compilation each).
+        draws: by samples B, the draws N of steering steps.
+        sampling_sizes: models of the steering steps.
+    """
+
+    name = "training-speed"
+    title = "Speed of training and steering steps"
+    about = (
+        "Time and memory of a training step by how the tangent is computed and what the terms share, each against the "
+        "straightforward step (torch.func.jvp in grad mode, nothing shared, attention as written) in the same run; "
+        "where the time goes; and what was tried and does not pay."
+    )
+
+    def __init__(
+        self,
+        sizes: dict[str, int] | None = None,
+        gpu_sizes: dict[str, int] | None = None,
+        precisions: list[str] = ("fp32", "bf16"),
+        gpu_precisions: list[str] = ("bf16",),
+        rounds: int = 5,
+        input_size: int = 32,
+        in_channels: int = 4,
+        compile: bool = True,
+        sampling_sizes: list[str] = ("S/2",),
+        draws: list[int] = (1, 4),
+    ) -> None:
+        self.sizes, self.gpu_sizes = sizes or {"S/2": 8, "B/2": 4}, gpu_sizes or {"S/2": 256, "B/2": 128}
+        self.precisions, self.gpu_precisions = list(precisions), list(gpu_precisions)
+        self.rounds, self.input_size, self.in_channels, self.compile = rounds, input_size, in_channels, compile
+        self.sampling_sizes, self.draws = list(sampling_sizes), list(draws)
+        if rounds < 2:
+            raise ValueError(f"rounds {rounds}: an interval needs at least 2")
+        if unknown := [p for p in (*self.precisions, *self.gpu_precisions) if p not in PRECISIONS]:
+            raise ValueError(f"unknown precision {unknown[0]!r}: expected one of {', '.join(PRECISIONS)}")
+        for size in (*self.sizes, *self.gpu_sizes, *self.sampling_sizes):
+            architecture(size)
+
+    def shrink(self) -> None:
+        self.sizes = self.gpu_sizes = {"S/8": 8}
+        self.sampling_sizes, self.rounds, self.compile = ["S/8"], 3, False
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return {} if self.compile else {"explicit, compiled": "compile is off"}
+
+    def prepare(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self._chosen = [
+            (size, batch, precision)
+            for precision in (self.gpu_precisions if on_gpu else self.precisions)
+            for size, batch in (self.gpu_sizes if on_gpu else self.sizes).items()
+        ]
+        self._variants = [v for v in VARIANTS if self.compile or not v.compile]
+
+    def cells(self) -> Sequence[Cell]:
+        self._steps = {
+            (size, batch, precision): Cell(
+                f"{size} {precision} batch {batch}",
+                {**self._shared(size), "batch": batch, "precision": precision, "variants": repr(self._variants)},
+                lambda size=size, batch=batch, precision=precision: self._compute(size, batch, precision),
+            )
+            for size, batch, precision in self._chosen
+        }
+        self._sampling = {
+            (size, samples, draws): Cell(
+                f"steering {size} B={samples} N={draws}",
+                {**self._shared(size), "samples": samples, "draws": draws},
+                lambda size=size, samples=samples, draws=draws: self._steer(size, samples, draws),
+            )
+            for size in self.sampling_sizes
+            for samples, draws in ((1, n) for n in self.draws)
+        }
+        return [*self._steps.values(), *self._sampling.values()]
+
+    def _shared(self, size: str) -> dict[str, Any]:
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 0
+        return {
+            "network": self._network(size), "rounds": self.rounds, "threads": threads, "torch": torch.__version__,
+        }  # fmt: skip
+
+    def _network(self, size: str) -> dict[str, Any]:
+        return {**architecture(size), "input_size": self.input_size, "in_channels": self.in_channels}
+
+    def _compute(self, size: str, batch: int, precision: str) -> Outcome:
+        training = Training(self._network(size), batch, precision, self.device)
+        compiled = training.compiled() if self.compile else None
+
+        def step(variant: Variant) -> Step:
+            chosen = compiled if variant.compile else training
+            return lambda: chosen.step(variant)
+
+        seconds, failures = interleaved({v.name: step(v) for v in self._variants}, self.rounds, self.device)
+        memory, error = {}, {}
+        for variant in (v for v in self._variants if v.name in seconds):
+            chosen = compiled if variant.compile else training
+            chosen.restore()
+            memory[variant.name] = peak_bytes(lambda c=chosen, v=variant: c.step(v), self.device)
+        compiled = None
+        training.restore()
+        for shared in (False, True):  # what looks at the same samples has the same gradients
+            exact = next(v for v in self._variants if v.backend == "functorch" and v.share == shared)
+            reference = training.gradients(exact)
+            for variant in (v for v in self._variants if v.share == shared and v.name in seconds and not v.compile):
+                difference = training.gradients(variant) - reference
+                error[variant.name] = float(difference.norm() / reference.norm())
+        training.restore()
+        parts, lost = interleaved(training.parts(), self.rounds, self.device)
+        tried = _pairs(ideas(training), self.rounds, self.device)
+        explicit = next(v for v in self._variants if v.name == DEFAULT)
+        return Outcome(
+            {
+                "seconds": seconds,
+                "failures": {**failures, **lost},
+                "memory": memory,
+                "error": error,
+                "parts": parts,
+                "tried": tried,
+                "flops": count_flops(lambda: training.step(explicit)),
+                "peak": product_peak(self.device, PRECISIONS[precision]),
+            }
+        )
+
+    def _steer(self, size: str, samples: int, draws: int) -> Outcome:
+        steps = steering_steps(self._network(size), samples, draws, self.device)
+        return Outcome({"tried": _pairs(steps, max(9, self.rounds), self.device)})
+
+    # -- report --------------------------------------------------------------------------------------------------------
+
+    def report(self, results: Results) -> Sequence[Block]:
+        done = {key: results[cell].numbers for key, cell in self._steps.items() if cell in results}
+        blocks: list[Block] = []
+        if done:
+            blocks += [*self._headline(done), self._claims(done), self._picture(done)]
+            blocks += [
+                Table("steps", "Steps", self._step_rows(done), STEPS_CAPTION),
+                Table("parts", "Where the time goes", self._part_rows(done), PARTS_CAPTION),
+                Table("tried", "What was tried", self._tried_rows(done), TRIED_CAPTION),
+            ]
+        sampling = [
+            {"model": size, "samples B": samples, "draws N": draws, "estimator": name, **_gain(*pair)}
+            for (size, samples, draws), cell in self._sampling.items()
+            if cell in results
+            for name, pair in results[cell].numbers["tried"].items()
+        ]
+        if sampling:
+            blocks.append(Table("steering", "Steering steps: one network call for drift and draws", sampling, STEERING))
+        return blocks or [Text("No result", ["Every run failed; the messages are above."])]
+
+    def _headline(self, done) -> list[Block]:
+        items = []
+        for (size, _, precision), numbers in done.items():
+            speed, memory = _speed(numbers, DEFAULT), _memory(numbers, DEFAULT)
+            if speed is not None:
+                items.append((f"{rounded(speed.value)}x", f"faster than the straightforward step, {size} {precision}"))
+            if memory is not None:
+                items.append((f"{rounded(memory, 2)}x", f"its peak memory, {size} {precision}"))
+        return [Headline(items)] if items else []
+
+    def _claims(self, done) -> Claims:
+        lines = []
+        for (size, batch, precision), numbers in done.items():
+            for name in (DEFAULT, "explicit, compiled"):
+                speed, memory = _speed(numbers, name), _memory(numbers, name)
+                if speed is None:
+                    continue
+                words = "faster" if speed.low > 1 else "slower" if speed.high < 1 else "not told apart"
+                kept = "" if memory is None else f"; {rounded(memory, 2)} of its peak memory"
+                lines.append(
+                    f"{size}, {precision}, batch {batch}: {name}, one shared sample: {words}, {speed.text()} times "
+                    f"the reference's steps in a second{kept}."
+                )
+        return Claims("Against the straightforward step", lines)
+
+    def _picture(self, done) -> Picture:
+        names = [v.name for v in self._variants]
+        figure = Figure(figsize=(8.5, 0.42 * len(names) * len(done) + 1.2), layout="constrained")
+        axes = figure.subplots(len(done), 1, sharex=True, squeeze=False)[:, 0]
+        colours = matplotlib.colormaps["tab10"].colors
+        for axis, ((size, batch, precision), numbers) in zip(axes, done.items(), strict=True):
+            speeds = [_speed(numbers, name) for name in names]
+            shown = [(i, s) for i, s in enumerate(speeds) if s is not None]
+            at, values = [i for i, _ in shown], [s.value for _, s in shown]
+            spread = [[s.value - s.low for _, s in shown], [s.high - s.value for _, s in shown]]
+            axis.barh(at, values, xerr=spread, color=[colours[i] for i in at], height=0.7, capsize=2)
+            axis.set_yticks(range(len(names)), names, fontsize=9)
+            axis.invert_yaxis()
+            axis.axvline(1, color="black", linewidth=0.8)
+            axis.set_title(f"{size}, {precision}, batch {batch}", fontsize=10, loc="left")
+        axes[-1].set_xlabel("steps in the time of one reference step")
+        return Picture("speed", "Speed against the straightforward step", figure, STEPS_CAPTION)
+
+    def _step_rows(self, done) -> list[dict[str, Any]]:
+        rows = []
+        for (size, batch, precision), numbers in done.items():
+            for variant in self._variants:
+                row: dict[str, Any] = {"model": size, "precision": precision, "batch": batch, "step": variant.name}
+                if variant.name not in numbers["seconds"]:
+                    rows.append({**row, "failed": numbers["failures"].get(variant.name, "")})
+                    continue
+                seconds = bootstrap.of_runs(numbers["seconds"][variant.name])
+                utilisation = numbers["flops"] / seconds.value / numbers["peak"]
+                rows.append(
+                    {
+                        **row,
+                        "ms a step": _scaled(seconds, 1e3),
+                        "samples/s": batch / seconds.value,
+                        "times faster": _speed(numbers, variant.name),
+                        "peak memory, MB": numbers["memory"][variant.name] / 1e6,
+                        "of the reference's": _memory(numbers, variant.name),
+                        "gradient error": numbers["error"].get(variant.name),
+                        "share of matmul peak": utilisation if variant.name.startswith(DEFAULT) else None,
+                    }
+                )
+        return rows
+
+    def _part_rows(self, done) -> list[dict[str, Any]]:
+        rows = []
+        for (size, batch, precision), numbers in done.items():
+            unit = numbers["parts"].get("forward, no graph")
+            whole = numbers["seconds"].get(DEFAULT)
+            for name, seconds in numbers["parts"].items():
+                row = {"model": size, "precision": precision, "batch": batch, "part": name}
+                row["ms"] = _scaled(bootstrap.of_runs(seconds), 1e3)
+                row["in forward passes"] = None if unit is None else _median_ratio(seconds, unit)
+                row["of the explicit step"] = None if whole is None else _median_ratio(seconds, whole)
+                rows.append(row)
+        return rows
+
+    def _tried_rows(self, done) -> list[dict[str, Any]]:
+        return [
+            {"model": size, "precision": precision, "batch": batch, "idea": name, **_gain(*pair)}
+            for (size, batch, precision), numbers in done.items()
+            for name, pair in numbers["tried"].items()
+        ]
+
+
+STEPS_CAPTION = (
+    "Whole steps: losses, backward, clipping, RAdam, EMA; random weights, class-guided teacher of the same size. "
+    "'reference': torch.func.jvp in grad mode, each term with its own sample and teacher evaluation, the guided pair "
+    "for all samples, attention as written. 'explicit, own samples': the networks' own tangents, fused attention, "
+    "pairs only where a label is guided. All others also share one inner sample. Times are means over rounds in which "
+    "all steps take turns, with Student's 95 % interval; 'times faster' is the mean of the rounds' ratios. Peak memory "
+    "is of tensors above model, optimiser and EMA, gradients included. 'gradient error': relative to torch.func.jvp on "
+    "the same samples. 'share of matmul peak': operations of the explicit step's matrix products by its time, against "
+    "a large matrix product measured in the same run."
+)
+PARTS_CAPTION = "Parts of a step by themselves, in milliseconds, in no-grad forward passes, and as a share of the step."
+TRIED_CAPTION = (
+    "Ideas that are not in the step, as it is done and as it would be done: a ratio above 1 says that it would pay "
+    "here."
+)
+STEERING = (
+    "What a step of steering asks of the network, with a call each for drift and draws, and with one for both. MFM-GF "
+    "makes one; for MFM-G it is not done, since the drift's rows would go through the backward pass too."
+)
+
+
+def _pairs(steps: dict[str, tuple[Step, Step]], rounds: int, device: torch.device) -> dict[str, list]:
+    """Seconds without and with, or a message."""
+    found = {}
+    for name, (without, with_) in steps.items():
+        seconds, failures = interleaved({"without": without, "with": with_}, rounds, device)
+        found[name] = [None, next(iter(failures.values()))] if failures else [seconds["without"], seconds["with"]]
+    return found
+
+
+def _gain(without: list[float] | None, with_: list[float] | str) -> dict[str, Any]:
+    if without is None:
+        return {"failed": with_}
+    ratios = [a / b for a, b in zip(without, with_, strict=True)]
+    return {
+        "ms without": _scaled(bootstrap.of_runs(without), 1e3),
+        "ms with": _scaled(bootstrap.of_runs(with_), 1e3),
+        "times faster": bootstrap.of_runs(ratios),
+    }
+
+
+def _speed(numbers: dict[str, Any], name: str) -> Measured | None:
+    if name not in numbers["seconds"] or REFERENCE not in numbers["seconds"]:
+        return None
+    pairs = zip(numbers["seconds"][REFERENCE], numbers["seconds"][name], strict=True)
+    return bootstrap.of_runs([a / b for a, b in pairs])
+
+
+def _memory(numbers: dict[str, Any], name: str) -> float | None:
+    memory = numbers["memory"]
+    return memory[name] / memory[REFERENCE] if name in memory and REFERENCE in memory else None
+
+
+def _median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(torch.tensor(a).median() / torch.tensor(b).median())
+
+
+def _scaled(measured: Measured, factor: float) -> Measured:
+    return Measured(measured.value * factor, measured.replicates * factor)
