@@ -10,8 +10,10 @@ from importlib.metadata import EntryPoint, entry_points
 
 import lightning as L
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 
 from mfm_lightning.modules import NonFiniteLossError
+from mfm_lightning.strategies import FSDP
 
 log = logging.getLogger(__name__)
 COMMANDS = "mfm_lightning.commands"
@@ -33,6 +35,8 @@ class MFMCLI(LightningCLI):
 
 def run(args: Sequence[str] | None = None) -> MFMCLI:
     """Run the command with these arguments (the process's own where None), raising what goes wrong."""
+    if "fsdp2" not in StrategyRegistry:
+        StrategyRegistry.register("fsdp2", FSDP, description="parameters, gradients and optimiser state in shards")
     if args is not None:
         sys.argv[1:] = args  # LightningCLI reads these, and warns where both are given
     return MFMCLI(

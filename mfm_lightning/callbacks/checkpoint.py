@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a local checkpoint beside its place and then moves it there: whatever happens while it is written, a kill
+    or a full disk, the one before it stays. (Lightning's own goes through the system's temporary folder, and is copied
+    where that is on another file system.)"""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"checkpoint {path} could not be written, the one before it is intact: {error}") from error
 
 
 class LastCheckpoint(ModelCheckpoint):
     """`last.ckpt` in the run's folder: every so many steps, at the end, and on Ctrl-C.
 
-    After any other error the last one written before stays, since the weights may be what is wrong.
+    After any other error the last one written before stays, since the weights may be what is wrong. It is written
+    atomically (`AtomicCheckpointIO`).
 
     Args:
         every_n_steps: optimiser steps between two.
@@ -22,6 +50,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.dirpath = trainer.default_root_dir
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         super().setup(trainer, module, stage)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:

@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from mfm_lightning.strategies import like, whole
+
 
 class EMA(L.Callback):
     """Averages the parameters that are trained, and puts the average in their place for validation, test and predict.
@@ -30,14 +32,14 @@ class EMA(L.Callback):
         self.num_updates = 0
         self._kept: dict[str, Tensor] | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.start(module)
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.start(module)  # not earlier: sharding strategies restore checkpoints late
 
     def start(self, module: nn.Module) -> None:
         """Begin with the parameters as they are, where there is no average of them yet."""
         for name, p in _trained(module):
             kept = self.average.get(name)
-            self.average[name] = p.detach().clone() if kept is None else kept.to(p.device)
+            self.average[name] = p.detach().clone() if kept is None else like(kept, p)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step > self.num_updates:  # else an accumulating batch: no optimiser step
@@ -67,7 +69,7 @@ class EMA(L.Callback):
             return
         self._kept = {name: p.detach().clone() for name, p in _trained(module)}
         for name, p in _trained(module):
-            p.copy_(self.average[name])
+            p.copy_(like(self.average[name], p))
 
     @torch.no_grad()
     def _swap_out(self, module: L.LightningModule) -> None:
@@ -98,7 +100,7 @@ class EMA(L.Callback):
         self._swap_out(module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "num_updates": self.num_updates}
+        return {"average": {k: whole(v) for k, v in self.average.items()}, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.average, self.num_updates = dict(state["average"]), state["num_updates"]

@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
 
 from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.checkpoints import save_network
@@ -24,11 +23,10 @@ class ExportModel(L.Callback):
     def __init__(self, filename: str = "model.safetensors") -> None:
         self.filename = filename
 
-    @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         ema = next((c for c in trainer.callbacks if isinstance(c, EMA)), EMA())
-        with ema.applied(module):
-            path = save_network(
-                module.exported, Path(trainer.default_root_dir) / self.filename, {"kind": module.exported_kind}
-            )
-        log.info("model written to %s", path)
+        with ema.applied(module), module.whole_weights():
+            if trainer.is_global_zero:
+                path = Path(trainer.default_root_dir) / self.filename
+                save_network(module.exported, path, {"kind": module.exported_kind})
+                log.info("model written to %s", path)

@@ -15,6 +15,7 @@ from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.distributed import gather_ranks, own
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.modules.optimization import Optimization
+from mfm_lightning.strategies import gathered, shard
 
 
 class NonFiniteLossError(RuntimeError):
@@ -24,8 +25,9 @@ class NonFiniteLossError(RuntimeError):
 class TrainingModule(L.LightningModule):
     """Base class: trains the parameters that require a gradient, and stores nothing else.
 
-    A subclass sets `state_shape` and `num_classes`, and implements `losses`, `exported` (the network that is written to
-    a file of its own), `frozen` (what a checkpoint names its frozen parts by), and `to_device` (which moves them).
+    A subclass sets `state_shape` and `num_classes`, and implements `losses`, `trained` (the module that is trained, and
+    sharded under FSDP), `exported` (the network that is written to a file of its own), `frozen` (what a checkpoint
+    names its frozen parts by), and `to_device` (which moves them).
 
     Resuming is exact: checkpoints have each rank's random state as of the last optimiser step, also where the run was
     interrupted within the next one.
@@ -53,6 +55,11 @@ class TrainingModule(L.LightningModule):
         raise TypeError(f"{type(self).__name__} must implement losses(x1, label, training)")
 
     @property
+    def trained(self) -> nn.Module:
+        """The module that is trained, by calls of it."""
+        raise TypeError(f"{type(self).__name__} must say what it trains")
+
+    @property
     def exported(self) -> nn.Module:
         """The trained network."""
         raise TypeError(f"{type(self).__name__} must say what it exports")
@@ -71,6 +78,10 @@ class TrainingModule(L.LightningModule):
     def folder(self) -> Path:
         """Where this run writes: the trainer's `default_root_dir`."""
         return Path(self.trainer.default_root_dir)
+
+    def configure_model(self) -> None:
+        if self._device_mesh is not None:  # of the strategy FSDP
+            shard(self.trained, self._device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
@@ -129,10 +140,29 @@ class TrainingModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._evaluate(self.folder / "test", measure=True)
 
-    def _evaluate(self, folder: Path, measure: bool) -> None:
-        if self.evaluation is None or not self.trainer.is_global_zero:
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within the context rank 0 holds an unsharded copy of what is trained, so that it can compute alone; entered
+        by all ranks."""
+        if self._device_mesh is None:
+            yield
             return
-        with own_gradients():
+        trained = self.trained
+        name = next(name for name, module in self._modules.items() if module is trained)
+        copy = gathered(trained, self.trainer.is_global_zero)
+        try:
+            if copy is not None:
+                self._modules[name] = copy
+            yield
+        finally:
+            self._modules[name] = trained
+
+    def _evaluate(self, folder: Path, measure: bool) -> None:
+        if self.evaluation is None:
+            return
+        with own_gradients(), self.whole_weights():
+            if not self.trainer.is_global_zero:
+                return
             if measure:
                 self.evaluation.measure(self, folder)
             self.evaluation.draw(self, folder)

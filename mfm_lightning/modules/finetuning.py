@@ -142,6 +142,10 @@ class RewardFinetuning(TrainingModule):
         return self._base[0]
 
     @property
+    def trained(self) -> nn.Module:
+        return self.policy
+
+    @property
     def exported(self) -> nn.Module:
         if self.adapters is None:
             return self.policy.network

@@ -64,6 +64,10 @@ class MFMPretraining(TrainingModule):
             Execution(compile=True).prepare(teacher.model.network)
 
     @property
+    def trained(self) -> nn.Module:
+        return self.model
+
+    @property
     def exported(self) -> nn.Module:
         return self.model.network
 

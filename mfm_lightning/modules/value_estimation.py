@@ -67,6 +67,10 @@ class ValueEstimation(TrainingModule):
         self._levelled = False
 
     @property
+    def trained(self) -> nn.Module:
+        return self.network
+
+    @property
     def exported(self) -> nn.Module:
         return self.network
 

@@ -199,7 +199,7 @@ class DiT(nn.Module):
         self.checkpoint_activations = False
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
-        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, input_size // patch_size), requires_grad=False)
+        self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size))
         self.condition_patch = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.condition_gate = AdaLN(hidden_size, 2)
         self.condition_time = TimeEmbedding(hidden_size)

@@ -62,7 +62,7 @@ class ValueDiT(_ValueNetwork):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.state_shape, self.num_classes = (in_channels, input_size, input_size), num_classes
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
-        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, input_size // patch_size), requires_grad=False)
+        self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size))
         self.time_embedding = TimeEmbedding(hidden_size)
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm=False) for _ in range(depth))
@@ -74,6 +74,11 @@ class ValueDiT(_ValueNetwork):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.set_level(0.0)
+
+    @property
+    def regions(self) -> list[nn.Module]:
+        """As in `DiT`."""
+        return list(self.blocks)
 
     def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
         condition = add(self.time_embedding(Dual(t)), Dual(self.label_embedding(label)))

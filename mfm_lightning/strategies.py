@@ -1,0 +1,82 @@
+"""Fully sharded training: `trainer.strategy: fsdp2` instead of `ddp`."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class FSDP(ModelParallelStrategy):
+    """FSDP2: each rank keeps its shard of weights, gradients, optimiser state and EMA, and gathers a block's weights
+    while it computes it. Lightning's `ModelParallelStrategy` with all devices in one data-parallel group; modules here
+    say by `configure_model` what is sharded.
+
+    Args:
+        save_sharded: a checkpoint is a folder with a file for each rank, quicker for large models, but resumed only by
+            FSDP. Else it is one file, as any strategy's.
+        process_group_backend: of torch.distributed; nccl on GPUs and gloo on CPUs where None.
+    """
+
+    def __init__(self, save_sharded: bool = False, process_group_backend: str | None = None) -> None:
+        super().__init__(save_distributed_checkpoint=save_sharded, process_group_backend=process_group_backend)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a network's parameters in place, its blocks (`regions`) one by one; no effect on one that is sharded."""
+    if isinstance(network, FSDPModule):
+        return
+    for part in network.modules():
+        for region in getattr(part, "regions", ()):
+            fully_shard(region, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its shards; called by all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor on the parameter's device, sharded as the parameter is."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def gathered(network: nn.Module, keep: bool) -> nn.Module | None:
+    """A copy of a sharded network, not sharded, where `keep`; called by all ranks.
+
+    Args:
+        network: one that its class and `config` make again; or a MetaFlowMap of one.
+    """
+    state = {}
+    for name, tensor in network.state_dict().items():  # one at a time, so that the others need no room for it
+        tensor = whole(tensor).detach()
+        if keep:
+            state[name] = tensor.clone()
+    if not keep:
+        return None
+    with torch.device("meta"):
+        copy = rebuilt(network)
+    copy.load_state_dict(state, assign=True)
+    return copy.eval().requires_grad_(False)
+
+
+def rebuilt(network: nn.Module) -> nn.Module:
+    """A new network of the same architecture."""
+    inner = getattr(network, "network", None)
+    return plain_class(network)(rebuilt(inner)) if inner is not None else plain_class(network)(**network.config)
+
+
+def plain_class(network: nn.Module) -> type[nn.Module]:
+    """The network's class, without what FSDP mixes into it."""
+    return next(c for c in type(network).__mro__ if not issubclass(c, FSDPModule))
