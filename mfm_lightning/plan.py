@@ -1,0 +1,171 @@
+"""What a training step will need, without its files, data or devices: parameters, memory, and arithmetic.
+
+The step is run on tensors that have shapes and no content (torch's FakeTensorMode), so that any size is planned in
+seconds.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.modules.execution import Execution
+from mfm_lightning.objectives import InnerSample, Objective, Pair, squared_error
+
+FLOAT = 4  # bytes: weights, gradients, optimiser state and EMA are float32, under bf16-mixed as well
+
+
+@dataclass
+class Plan:
+    """One optimiser step on one of `devices` devices.
+
+    Attributes:
+        parameters: that are trained; largest: those of the largest block.
+        teacher: parameters of the teacher.
+        activations: bytes, the most that a step holds besides weights and gradients.
+        student_flops, teacher_flops: floating-point operations of matrix products, for all samples of the device.
+        batch_size: samples of a device in a pass; accumulate: passes of a step.
+        devices: in all.
+    """
+
+    parameters: int
+    largest: int
+    teacher: int
+    activations: int
+    student_flops: int
+    teacher_flops: int
+    batch_size: int
+    accumulate: int
+    devices: int
+
+    @property
+    def flops(self) -> int:
+        """Of a step, on each device."""
+        return self.accumulate * (self.student_flops + self.teacher_flops)
+
+    def memory(self, sharded: bool) -> dict[str, int]:
+        """Bytes on each device, by what holds them, under DDP or (sharded) FSDP."""
+        one = FLOAT * self.parameters // (self.devices if sharded else 1)
+        found = {"weights": one, "gradients": one, "optimiser's moments": 2 * one, "EMA": one}
+        found |= {"teacher": FLOAT * self.teacher, "activations": self.activations}
+        if sharded:
+            found["gathered: two blocks, gradients of one"] = 3 * FLOAT * self.largest
+        elif self.devices > 1:
+            found["DDP's gradient buckets"] = FLOAT * self.parameters
+        return found
+
+
+def plan_training(
+    network: nn.Module,
+    objective: Objective,
+    batch_size: int,
+    devices: int = 1,
+    accumulate: int = 1,
+    bf16: bool = True,
+    execution: Execution | None = None,
+    fake: FakeTensorMode | None = None,
+) -> Plan:
+    """Plan a step of `MFMPretraining`; the teacher is taken to be a network of the same size.
+
+    What the allocator wastes, the CUDA context (about 0.5 GB) and NCCL's buffers come on top.
+
+    Args:
+        network: made within the mode `fake`.
+        bf16: under autocast to bf16.
+    """
+    with fake or FakeTensorMode():
+        model = MetaFlowMap(network)
+        (execution or Execution()).prepare(network) if execution and execution.checkpoint_activations else None
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with _Allocations(model) as allocations:
+            _step(model, objective, batch_size, bf16)
+        # attention written out, for its fused kernels are not counted everywhere
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            _step(model, objective, batch_size, bf16)
+        student = counter.get_total_flops()
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            x = torch.empty(batch_size, *model.state_shape)
+            model.velocity(0.0, 0.5, x, 0.5, x)
+        forward = counter.get_total_flops()
+        blocks = [sum(p.numel() for p in region.parameters()) for region in getattr(network, "regions", [network])]
+    needs = objective.needs_teacher
+    return Plan(
+        parameters=sum(p.numel() for p in trained),
+        largest=max(blocks),
+        teacher=sum(p.numel() for p in trained) if needs else 0,
+        activations=allocations.peak,
+        student_flops=student,
+        teacher_flops=round(forward * _teacher_rows(objective)) if needs else 0,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        devices=devices,
+    )
+
+
+def _step(model: MetaFlowMap, objective: Objective, batch_size: int, bf16: bool) -> None:
+    x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
+    label = torch.zeros(batch_size, dtype=torch.long)
+    pair, total = Pair(x, s, x, label, torch.ones(batch_size)), 0.0
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for term in objective._terms:
+            # guidance by the teacher or the model itself is forward passes, which leave nothing behind
+            inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), 0, torch.empty_like(x))
+            total = total + squared_error(term(model, _NoTeacher(), term.condition(pair), inner)).mean()
+    total.backward()
+
+
+class _NoTeacher:
+    """Drifts of no content, for terms that ask a teacher themselves."""
+
+    def drift(self, t, x: Tensor, label=None, guidance=None) -> Tensor:
+        return torch.empty_like(x)
+
+
+def _teacher_rows(objective: Objective) -> float:
+    """Evaluations of the teacher for each sample of a step."""
+    asked = sum(term.needs_teacher for term in objective._terms)
+    at_start = sum(term.teacher_at_start for term in objective._terms)
+    evaluations = asked - at_start + (min(1, at_start) if objective.share_inner else at_start)
+    guided = objective.pairs.guidance_scale != 1
+    return evaluations * (1 + (1 - objective.pairs.class_dropout) * guided)
+
+
+class _Allocations(TorchDispatchMode):
+    """The most that the tensors made under it take at once, besides the parameters and their gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: MutableMapping[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._known[tensor.untyped_storage()] = 0
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: self._drop(p.grad.untyped_storage().nbytes()))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
