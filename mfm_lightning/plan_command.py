@@ -90,8 +90,8 @@ def show(plan: Plan, memory: float) -> None:
     table.add_row("sum", *[f"{total:,.2f}{'' if total < memory else '  (too much)'}" for total in totals], style="bold")
     console.print(table)
     console.print(
-        f"Of {memory:g} GB. Not counted: CUDA's context and NCCL's buffers (about 1 GB), what the allocator wastes, the "
-        "VAE and rewards. Less memory: execution.checkpoint_activations, a smaller batch with accumulation, FSDP."
+        f"Of {memory:g} GB. Not counted: CUDA's context and NCCL's buffers (about 1 GB), what the allocator wastes, "
+        "the VAE and rewards. Less memory: execution.checkpoint_activations, a smaller batch with accumulation, FSDP."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfm_lightning.interpolant import expand
@@ -28,8 +29,11 @@ def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[
         condition: t, x_t, label, guidance.
 
     Raises:
-        ValueError: if the network's blocks are checkpointed, which torch.func.jvp cannot differentiate.
+        ValueError: if the network's blocks are checkpointed, or the model is sharded, which torch.func.jvp cannot
+            differentiate (pytorch issue 182641).
     """
+    if isinstance(model, FSDPModule):
+        raise ValueError("backend 'functorch' does not go with FSDP: use 'explicit' or 'finite_difference'")
     if getattr(getattr(model, "network", None), "checkpoint_activations", False):
         raise ValueError("checkpointed activations do not go with backend 'functorch': use 'explicit'")
 

@@ -1,5 +1,7 @@
 """The planner against what real steps allocate and compute."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -51,7 +53,7 @@ def test_command_and_its_errors(capsys, tmp_path):
     assert "too much" in printed
     with pytest.raises(ValueError, match=r"trains mfm_lightning\.modules\.RewardAlignment: mfm plan knows"):
         main(["--config", "configs/digits/steer.yaml"])
-    text = open("configs/digits/mfm.yaml").read().replace("hidden_size: 128", "hidden_sise: 128")
+    text = Path("configs/digits/mfm.yaml").read_text().replace("hidden_size: 128", "hidden_sise: 128")
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match="hidden_sise"):
         main(["--config", str(tmp_path / "bad.yaml")])

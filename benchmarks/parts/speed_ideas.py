@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,25 +15,36 @@ from mfm_lightning.networks import dual
 from mfm_lightning.networks.dual import Dual
 from mfm_lightning.teachers import ModelTeacher, teacher_velocity
 
+Pair = tuple[Step, Step]  # the work as it is done, and as it would be done
 
-def ideas(training: Training) -> dict[str, tuple[Step, Step]]:
-    """By idea: the work as it is done, and as it would be done."""
-    found = {**_linear(training), **_attention(training), **_student(training), **_optimizers(training)}
+
+def ideas(training: Training) -> dict[str, Callable[[], Pair]]:
+    """By idea, what makes the two steps to compare; one at a time, for some take memory."""
+    found = {
+        "a linear layer's value and tangent in one product": _linear,
+        "attention's tangent all at once, not in chunks": lambda t: _attention(t, fused=False),
+        "attention's tangent by the fused backward kernel": lambda t: _attention(t, fused=True),
+        "the student's two passes in one batch": _student,
+        "RAdam over lists of tensors (foreach)": lambda t: _optimizers(
+            t, torch.optim.RAdam, {"foreach": False}, {"foreach": True}
+        ),
+        "AdamW not fused": lambda t: _optimizers(t, torch.optim.AdamW, {"fused": True}, {}),
+    }
     if training.precision == "fp32":
-        found.update(_teacher(training))
-    return found
+        found["the teacher in bf16"] = _teacher
+    return {name: partial(make, training) for name, make in found.items()}
 
 
-def _linear(training: Training) -> dict[str, tuple[Step, Step]]:
+def _linear(training: Training) -> Pair:
     layer = training.model.network.blocks[0].mlp.fc1
     weight = layer.weight.detach().to(_dtype(training))
     shape = (2, len(training.x1) * _num_tokens(training), layer.in_features)
     x, dx = torch.randn(shape, device=training.device, dtype=weight.dtype)
     two = lambda: (F.linear(x, weight), F.linear(dx, weight))  # noqa: E731
-    return {"a linear layer's value and tangent in one product": (two, lambda: F.linear(torch.cat([x, dx]), weight))}
+    return two, lambda: F.linear(torch.cat([x, dx]), weight)
 
 
-def _attention(training: Training) -> dict[str, tuple[Step, Step]]:
+def _attention(training: Training, fused: bool) -> Pair:
     attention = training.model.network.blocks[0].attn
     size = attention.proj.in_features // attention.num_heads
     shape = (2, len(training.x1), attention.num_heads, _num_tokens(training), size)
@@ -50,14 +64,11 @@ def _attention(training: Training) -> dict[str, tuple[Step, Step]]:
             dual.MAX_WEIGHTS.update(kept)
 
     @torch.no_grad()
-    def fused() -> None:
+    def by_backward() -> None:
         F.scaled_dot_product_attention(q.value, k.value, v.value)
         fused_attention_tangent(q, k, v)
 
-    return {
-        "attention's tangent all at once, not in chunks": (chunked, whole),
-        "attention's tangent by the fused backward kernel": (chunked, fused),
-    }
+    return chunked, by_backward if fused else whole
 
 
 def fused_attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
@@ -75,7 +86,7 @@ def fused_attention_tangent(q: Dual, k: Dual, v: Dual) -> Tensor:
     return gradient[..., size:] + F.scaled_dot_product_attention(q.value, k.value, v.tangent)
 
 
-def _student(training: Training) -> dict[str, tuple[Step, Step]]:
+def _student(training: Training) -> Pair:
     pair, inner = training.sample()
     arguments = (inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance)
     twice = [torch.cat([a, a]) for a in arguments]
@@ -90,27 +101,18 @@ def _student(training: Training) -> dict[str, tuple[Step, Step]]:
 
         return run
 
-    return {"the student's two passes in one batch": (passes(arguments, arguments), passes(twice))}
+    return passes(arguments, arguments), passes(twice)
 
 
-def _optimizers(training: Training) -> dict[str, tuple[Step, Step]]:
-    def step(kind: type, **options) -> Step:
-        parameters = [torch.nn.Parameter(p.detach().clone()) for p in training.model.parameters() if p.requires_grad]
-        for p in parameters:
-            p.grad = torch.ones_like(p)
-        optimizer = kind(parameters, lr=1e-6, **options)
-        return optimizer.step
-
-    return {
-        "RAdam over lists of tensors (foreach)": (
-            step(torch.optim.RAdam, foreach=False),
-            step(torch.optim.RAdam, foreach=True),
-        ),
-        "AdamW not fused": (step(torch.optim.AdamW, fused=True), step(torch.optim.AdamW)),
-    }
+def _optimizers(training: Training, kind: type, without: dict, with_: dict) -> Pair:
+    training.optimizer.zero_grad(set_to_none=True)
+    parameters = [torch.nn.Parameter(p.detach().clone()) for p in training.model.parameters()]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    return tuple(kind(parameters, lr=1e-6, **options).step for options in (without, with_))
 
 
-def _teacher(training: Training) -> dict[str, tuple[Step, Step]]:
+def _teacher(training: Training) -> Pair:
     pair, inner = training.sample()
 
     def velocity(teacher: ModelTeacher) -> Step:
@@ -118,7 +120,7 @@ def _teacher(training: Training) -> dict[str, tuple[Step, Step]]:
         return lambda: teacher_velocity(teacher, *arguments)
 
     low = ModelTeacher(training.teacher.model, precision="bf16")
-    return {"the teacher in bf16": (velocity(training.teacher), velocity(low))}
+    return velocity(training.teacher), velocity(low)
 
 
 def _num_tokens(training: Training) -> int:

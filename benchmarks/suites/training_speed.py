@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -130,7 +131,8 @@ class TrainingSpeedSuite(Suite):
             chosen = compiled if variant.compile else training
             chosen.restore()
             memory[variant.name] = peak_bytes(lambda c=chosen, v=variant: c.step(v), self.device)
-        compiled = None
+        compiled = chosen = None
+        torch._dynamo.reset()  # it would hold the compiled copy
         training.restore()
         for shared in (False, True):  # what looks at the same samples has the same gradients
             exact = next(v for v in self._variants if v.backend == "functorch" and v.share == shared)
@@ -157,7 +159,8 @@ class TrainingSpeedSuite(Suite):
 
     def _steer(self, size: str, samples: int, draws: int) -> Outcome:
         steps = steering_steps(self._network(size), samples, draws, self.device)
-        return Outcome({"tried": _pairs(steps, max(9, self.rounds), self.device)})
+        made = {name: lambda pair=pair: pair for name, pair in steps.items()}
+        return Outcome({"tried": _pairs(made, max(9, self.rounds), self.device)})
 
     # -- report --------------------------------------------------------------------------------------------------------
 
@@ -290,10 +293,12 @@ STEERING = (
 )
 
 
-def _pairs(steps: dict[str, tuple[Step, Step]], rounds: int, device: torch.device) -> dict[str, list]:
+def _pairs(steps: dict[str, Callable[[], tuple[Step, Step]]], rounds: int, device: torch.device) -> dict[str, list]:
     """Seconds without and with, or a message."""
     found = {}
-    for name, (without, with_) in steps.items():
+    for name, make in steps.items():
+        gc.collect()
+        without, with_ = make()
         seconds, failures = interleaved({"without": without, "with": with_}, rounds, device)
         found[name] = [None, next(iter(failures.values()))] if failures else [seconds["without"], seconds["with"]]
     return found

@@ -155,6 +155,11 @@ class RewardFinetuning(TrainingModule):
     def frozen(self) -> dict[str, Any]:
         return self._identity
 
+    def configure_model(self) -> None:
+        if self._device_mesh is not None and self.adapters is not None:
+            raise ValueError("model.adapters do not go with FSDP, which shards what is trained: use strategy ddp")
+        super().configure_model()
+
     def to_device(self) -> None:
         self.target.to(self.device)
         self.base.to(self.device)
