@@ -102,7 +102,7 @@ class InceptionQuality(Quality):
         found = []
         try:
             find_inception_weights(self.weights)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ImportError) as error:
             found.append(f"quality.weights: {error}")
         if not Path(self.reference).exists():
             found.append(

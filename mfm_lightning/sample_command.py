@@ -83,6 +83,7 @@ def sample_files(
         return False
     for path in output.finish():
         log.info("%d samples: %s", plan.num_samples, path)
+    output.clear()
     return True
 
 

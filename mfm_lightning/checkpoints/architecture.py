@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mfm_lightning.checkpoints.files import CheckpointError
-from mfm_lightning.checkpoints.released import looks_like
 from mfm_lightning.networks.dit import SIZES
 
 _BY_SHAPE = {(size["hidden_size"], size["depth"]): size for size in SIZES.values()}
 
 
-def infer_architecture(
-    state: Mapping[str, Tensor], given: Mapping[str, Any], path: str | Path, names: Collection[str] = ()
-) -> dict[str, Any]:
+def infer_architecture(state: Mapping[str, Tensor], given: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Keyword arguments of `DiT`, all but `flip_time`: those given, and the rest from shapes.
 
     Shapes do not tell `num_heads` (unless `qk_norm`) and `encoder_depth`: they are those of the S, B, L or XL of this
-    width and depth (Table 5). Nor do they tell the guidance scales, but their number: one is taken for the release's 2.5.
+    width and depth (Table 5). Of the guidance scales shapes tell the number: one is taken for the release's 2.5.
 
     Args:
         state: tensors under our names.
         given: what is known already; wins over the shapes, which are then checked when the weights are loaded.
         path: of the file, for errors.
-        names: those that the file has, for errors.
 
     Raises:
         CheckpointError: if a tensor that a size is read from is missing or has another number of dimensions, or a size
@@ -38,11 +34,9 @@ def infer_architecture(
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
-            kind = looks_like(set(names))
-            hint = f"; the names are those of source {kind!r}" if kind else ""
             raise CheckpointError(
-                f"{path}: names missing, first {name} ({dimensions} dimensions); it holds {len(names)} tensors, first "
-                f"{sorted(names)[:3]}{hint}"
+                f"{path}: names missing, first {name} ({dimensions} dimensions); it holds {len(state)} tensors, first "
+                f"{sorted(state)[:3]}"
             )
         if state[name].dim() != dimensions:
             raise CheckpointError(

@@ -81,7 +81,7 @@ def load_into(network: nn.Module, state: dict[str, Tensor], required: set[str], 
             f"{path} does not hold a {source!r} network of this architecture: {len(missing)} names missing"
             f" {first[0]}, {len(unexpected)} unexpected {first[1]}"
         )
-    wrong = [k for k in sorted(state) if state[k].shape != own[k].shape]
+    wrong = [k for k in state if state[k].shape != own[k].shape]
     if wrong:
         shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network" for k in wrong[:3]]
         raise CheckpointError(f"{path}: {len(wrong)} tensors of another shape, first {'; '.join(shapes)}")

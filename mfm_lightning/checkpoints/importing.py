@@ -20,6 +20,7 @@ from mfm_lightning.checkpoints.released import (
     from_one_time_embedding,
     from_released_names,
     has_sigma,
+    sources_of,
     strip_prefixes,
     to_released_names,
 )
@@ -84,7 +85,8 @@ def import_checkpoint(
     }
     path = find_file(path, allow_download, revision)
     state = strip_prefixes(load_state_dict(path))
-    names = set(state)
+    if source not in (possible := sources_of(state)):
+        raise CheckpointError(f"{path} has names of source {' or '.join(map(repr, possible))}, not of {source!r}")
     if source == "mfm":
         given = {**_exported_config(path), **{k: v for k, v in given.items() if v is not None}}
         state = from_released_names(state)
@@ -99,7 +101,7 @@ def import_checkpoint(
                     path,
                 )
     flip_time = given.pop("flip_time", None)
-    config = infer_architecture(state, given, path, names)
+    config = infer_architecture(state, given, path)
     model = MetaFlowMap(DiT(**config, flip_time=True if flip_time is None else flip_time))
     required = {k for k in model.network.state_dict() if source == "mfm" or not k.startswith(ADDED)}
     load_into(model.network, state, required, path, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -84,15 +85,12 @@ def drop_sigma(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**state, **head}
 
 
-def looks_like(names: set[str]) -> str | None:
-    """The project whose names (ours, the release's, or DMF's and SiT's) a file has; None where it is none of them."""
-    if "condition_patch.proj.weight" in names:
-        return "mfm-lightning"
-    if "x_cond_embedder.proj.weight" in names:
-        return "mfm"
-    if {"t_embedder.mlp.0.weight", "y_embedder.embedding_table.weight"} <= names:
-        return "dmf" if any(name.startswith("logvar_linear.") for name in names) else "sit"
-    return None
+def sources_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The sources whose names a file can have."""
+    names = set(names)
+    if "t_embedder.mlp.0.weight" in names and not {"s_embedder.mlp.0.weight", "encoder_s.mlp.0.weight"} & names:
+        return ("dmf", "sit")
+    return ("mfm",) if "x_cond_embedder.proj.weight" in names else SOURCES
 
 
 def _rename(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Fréchet Inception distance and Inception score of streams of images, by torch-fidelity.
 
-FID (Heusel et al., 2017) is |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of Gaussians fitted to Inception's features of
-two sets of images; the Inception score (Salimans et al., 2016) is exp E KL(p(y|x) || p(y)) of its logits, averaged over
+FID (Heusel et al., 2017) is |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of Gaussians fitted to the features of two
+sets of images; the Inception score (Salimans et al., 2016) is exp E KL(p(y|x) || p(y)) of the logits, averaged over
 splits.
 """
 

@@ -69,6 +69,11 @@ class Output:
         """What the output is made of, put together where it was not; only when nothing is missing."""
         raise TypeError(f"{type(self).__name__} must implement finish()")
 
+    def clear(self) -> None:
+        """Remove what processes that were killed have left half written; only when nothing is missing."""
+        for left in self.folder.glob("*.partial"):
+            left.unlink(missing_ok=True)
+
 
 class PNGFolder(Output):
     """`INDEX.png`; labels follow from the index and the labels in `samples.json`."""
@@ -119,8 +124,6 @@ class _Parts(Output):
                 if not all(path.is_file() for path in self.results()):
                     raise
         shutil.rmtree(self.parts, ignore_errors=True)
-        for left in self.folder.glob("*.partial"):  # of a process that was killed
-            left.unlink(missing_ok=True)
         return self.results()
 
     def part_arrays(self) -> Iterator[tuple[range, np.ndarray]]:
