@@ -126,9 +126,9 @@ class InceptionQuality(Quality):
 
     def _of_folder(self) -> Tensor:
         images = ImageSet(self.reference)
-        if len(images) < 2:
-            raise FileNotFoundError(f"quality.reference: {len(images)} images in {self.reference}")
-        starts = range(0, len(images), self.batch_size)
+        if (images.number or 0) < 2:
+            raise FileNotFoundError(f"quality.reference: {images.number} image files in {self.reference}")
+        starts = range(0, images.number, self.batch_size)
         batches = zip(
             track(starts, describe=lambda start: f"features of real images, from {start}"),
             images.batches(self.batch_size),

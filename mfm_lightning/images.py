@@ -88,8 +88,15 @@ class ImageSet:
         if batch:
             yield torch.stack(batch)
 
+    @property
+    def number(self) -> int | None:
+        """How many images; None for shards, which only reading tells."""
+        if not self.files:
+            return self.shape[0]
+        return None if self.files[0].suffix == ".tar" else len(self.files)
+
     def __len__(self) -> int:
-        """Number of image files, for the loader."""
+        """Number of files, for the loader."""
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:

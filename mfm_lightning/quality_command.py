@@ -54,6 +54,10 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--save-statistics", type=Path, help="write the samples' mu and sigma to this .npz")
     options = parser.parse_args(args)
     images = None if has_statistics(options.samples) else ImageSet(options.samples)
+    if images is not None and images.number is not None and images.number < max(options.splits, 2):
+        raise ValueError(
+            f"{options.samples} has {images.number} images, too few for {options.splits} splits (--splits)"
+        )
     if options.reference is None and images is None:
         parser.error("--samples of statistics need --reference")
     if options.reference is not None and not options.reference.exists():
@@ -88,7 +92,7 @@ def _measure(options: argparse.Namespace, images: ImageSet | None, inception: In
         statistics = Statistics.load(options.samples)
     else:
         batches = images.batches(options.batch_size, options.workers)
-        statistics, logits = collect(batches, inception, str(options.samples), len(images.files) or None)
+        statistics, logits = collect(batches, inception, str(options.samples), images.number)
     if options.save_statistics is not None:
         statistics.save(options.save_statistics)
     fid = None if reference is None else frechet(statistics, reference)

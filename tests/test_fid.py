@@ -141,6 +141,8 @@ def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
         find_inception_weights()
     with pytest.raises(FileNotFoundError, match="no Inception weights at nowhere"):
         main(["--samples", str(folder / "samples"), "--weights", "nowhere"])
+    with pytest.raises(ValueError, match="12 images, too few for 20 splits"):
+        main(["--samples", str(folder / "samples"), "--splits=20"])
 
     class Code:
         def __reduce__(self):

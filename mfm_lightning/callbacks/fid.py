@@ -18,6 +18,7 @@ from mfm_lightning.metrics.inception import Inception, InceptionFeatures, find_i
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import own_gradients
 from mfm_lightning.sampling import ModelSampler, SamplePlan
+from mfm_lightning.sampling.model_sampler import BY_MODEL
 
 
 class SampleFID(L.Callback):
@@ -32,7 +33,7 @@ class SampleFID(L.Callback):
         allow_download: let torch-fidelity fetch its own.
         num_samples: images, over all ranks.
         batch_size: images at once on each rank.
-        sampler: how samples are drawn.
+        sampler: how samples are drawn; by 4-step refinement where None, or a base flow's ODE in 250 steps.
         decoder: states to images; pixels in [-1, 1] where None.
         labels: classes, in turn; all where None.
         num_features: 2048 for FID; an earlier layer's 768, 192 or 64 for few samples.
@@ -63,7 +64,7 @@ class SampleFID(L.Callback):
     ) -> None:
         self.reference, self.weights, self.allow_download = reference, weights, allow_download
         self.num_samples, self.batch_size, self.labels, self.seed = num_samples, batch_size, labels, seed
-        self.sampler, self.decoder = sampler or ModelSampler(), decoder or PixelDecoder()
+        self.sampler, self.decoder = sampler, decoder or PixelDecoder()
         self.num_features, self.cache, self.crop, self.name = num_features, cache, crop, name
         self.metric: FrechetInceptionDistance | None = None
 
@@ -71,6 +72,8 @@ class SampleFID(L.Callback):
         if stage not in ("fit", "validate") or self.metric is not None:
             return
         model = sampled_model(module)
+        if self.sampler is None:
+            self.sampler = ModelSampler(*BY_MODEL[getattr(module, "exported_kind", "meta_flow_map")])
         labels = tuple(self.labels) if self.labels else tuple(range(model.num_classes)) or (0,)
         self.sampler.check(model, labels)
         if self.num_samples < 2 * trainer.world_size:
@@ -101,7 +104,7 @@ class SampleFID(L.Callback):
                 self.metric.update(images, real=False)
             fid = self.metric.compute()
         self.metric.reset()
-        self.log(self.name, fid.float(), rank_zero_only=False)
+        self.log(self.name, fid.float(), sync_dist=True)  # it is the same on every rank
 
     def images(self, model: MetaFlowMap, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
         """This rank's samples, bytes; every rank evaluates the model equally often, as sharded models need."""

@@ -193,7 +193,7 @@ def reference_statistics(
     if kept.is_file():
         log.info("statistics of %s: %s", path, kept)
         return Statistics.load(kept)
-    statistics, _ = collect(images.batches(batch_size, workers), inception, str(path), len(images.files) or None)
+    statistics, _ = collect(images.batches(batch_size, workers), inception, str(path), images.number)
     statistics.save(kept)
     log.info("statistics of %s kept as %s", path, kept)
     return statistics
