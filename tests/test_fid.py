@@ -44,7 +44,7 @@ def weights(tmp_path_factory):
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    torch.nn.init.normal_(network.fc.weight, std=0.05)
+    torch.nn.init.normal_(network.fc.weight, std=0.5)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), path)
     return path
@@ -65,7 +65,7 @@ def sets(tmp_path_factory):
 
 
 def test_the_command_agrees_with_torch_fidelity(weights, sets, tmp_path):
-    """FID to 1e-4 relative (torch-fidelity's mean is float32), the Inception score to 1e-5; at 2048 features."""
+    """FID of 2048 features to 1e-6 relative (torch-fidelity's mean is float32), the Inception score to 1e-6."""
     folder, _ = sets
     options = {"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True, "batch_size": 8}
     theirs = torch_fidelity.calculate_metrics(
@@ -79,9 +79,9 @@ def test_the_command_agrees_with_torch_fidelity(weights, sets, tmp_path):
     ])  # fmt: skip
     ours = json.loads((tmp_path / "out.json").read_text())
     assert ours["num_samples"] == NUM
-    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
-    assert ours["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-4)
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert ours["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-5)
     assert ours["fid"] > 1
     assert ours["inception_score"] > 1.01
     kept = list((tmp_path / "cache").glob("real-2048-*.npz"))
@@ -164,7 +164,7 @@ def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
     (mixed := tmp_path / "mixed").mkdir()
     for size in (8, 12):
         Image.new("RGB", (size, size + 4)).save(mixed / f"{size}.png")
-    with pytest.raises(ValueError, match=r"\(16, 12\) pixels after one of \(12, 8\): give images of one size"):
+    with pytest.raises(ValueError, match=r"\(12, 8\) pixels after one of \(16, 12\): give images of one size"):
         list(ImageSet(mixed).batches())
     assert next(ImageSet(mixed, crop=6).batches()).shape == (2, 3, 6, 6)
     (mixed / "broken.png").write_bytes(b"half")
@@ -184,16 +184,17 @@ def config(folder: Path, weights: Path, reference: Path, devices: int) -> list[s
     for name in ("teacher", "initial", "evaluation"):
         del model[name]
     model["objective"]["terms"] = [{"name": "mean_flow"}]
+    model["optimization"] |= {"learning_rate": 0.05, "warmup_steps": 0}
     fid = {"reference": str(reference), "weights": str(weights), "num_samples": 9, "batch_size": 3, "num_features": 64}
     fid |= {"sampler": {"steps": 2}, "cache": str(folder / "cache")}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
     logger["init_args"] = {"save_dir": str(folder), "name": "logs", "version": "csv"}
     settings["trainer"] |= {
-        "default_root_dir": str(folder), "devices": devices, "accelerator": "cpu", "max_steps": 2, "logger": logger,
-        "val_check_interval": 2, "strategy": "ddp" if devices > 1 else "auto", "limit_val_batches": 1,
+        "default_root_dir": str(folder), "devices": devices, "accelerator": "cpu", "max_steps": 4, "logger": logger,
+        "val_check_interval": 4, "strategy": "ddp" if devices > 1 else "auto", "limit_val_batches": 1,
         "enable_progress_bar": False, "log_every_n_steps": 1,
         "callbacks": [
-            {"class_path": "mfm_lightning.callbacks.EMA", "init_args": {"decay": 0.5}},
+            {"class_path": "mfm_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
             {"class_path": "mfm_lightning.callbacks.ExportModel"},
             {"class_path": "mfm_lightning.callbacks.SampleFID", "init_args": fid},
         ],
@@ -225,13 +226,14 @@ def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights,
     statistics = reference_statistics(reference, early, tmp_path / "cache")
     expected = measure_images([(states + 1) / 2], early, statistics).fid
     assert logged(one) == pytest.approx(expected, rel=1e-4)
-    found = []
     for devices in (1, 2):
-        (folder := tmp_path / f"validate{devices}").mkdir()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "mfm_lightning.cli", "validate", *config(folder, weights, reference, devices)]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        found.append(logged(folder))
+        (tmp_path / f"validate{devices}").mkdir()
+    run(["validate", *config(tmp_path / "validate1", weights, reference, 1)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mfm_lightning.cli", "validate"]
+    command += config(tmp_path / "validate2", weights, reference, 2)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = [logged(tmp_path / f"validate{devices}") for devices in (1, 2)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-    assert found[0] != pytest.approx(expected, rel=1e-3)
+    assert found[0] != pytest.approx(expected, rel=0.01)
