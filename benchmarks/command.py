@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from rich import get_console
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from mfm_benchmarks.runner import Settings, run_suite
 from mfm_benchmarks.suite import Suite, find_suite, suites
+from mfm_lightning.devices import find_device
 
 CONFIGS = Path("configs/benchmarks")
 OUTPUT = Path("outputs/benchmarks")
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
         console.print(table)
         return
     suite, settings = load_suite(options.suite, options.config, rest)
-    suite.device = _device(options.device)
+    suite.device = find_device(options.device)
     stem = options.config.stem if options.config else suite.name or type(suite).__name__
     suite.output = options.output or OUTPUT / (f"{stem}_quick" if options.quick else stem)
     if options.quick:
@@ -89,17 +89,6 @@ def load_suite(name: str, config: Path | None = None, args: Sequence[str] = ()) 
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(f"settings of the suite {name} do not fit: {error}") from error
     return made.suite, yaml.safe_load(parser.dump(parsed))["suite"]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
@@ -13,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfm_lightning.evaluation.base import track
+from mfm_lightning.images import ImageSet
 from mfm_lightning.metrics.classifier import train_classifier
-from mfm_lightning.reward_command import SUFFIXES, load_image
+from mfm_lightning.metrics.inception import Inception, find_inception_weights
 
 
 class Quality(ABC):
@@ -82,12 +82,12 @@ class ClassifierQuality(Quality):
 
 
 class InceptionQuality(Quality):
-    """Features of FID's Inception network (torchmetrics' port, torch-fidelity's weights).
+    """Features of FID's Inception network.
 
     Args:
-        weights: `pt_inception-2015-12-05-6726825d.pth`, which torch-fidelity fetches and which can be given here.
+        weights: of torch-fidelity's Inception, `weights-inception-2015-12-05-6726825d.pth`.
         reference: real images: a folder of them, of one size (their features are computed once, and kept beside it as
-            `FOLDER.inceptionF.safetensors`), or a `.safetensors` file with `features` `(M, F)`.
+            `FOLDER.inception_v3_F.safetensors`), or a `.safetensors` file with `features` `(M, F)`.
         num_features: 2048 for FID; 768, 192 or 64 of earlier layers for small sets.
         batch_size: images at once.
     """
@@ -100,11 +100,10 @@ class InceptionQuality(Quality):
 
     def missing(self) -> list[str]:
         found = []
-        if not Path(self.weights).is_file():
-            found.append(
-                f"quality.weights: no Inception weights at {self.weights}; they are "
-                "pt_inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0"
-            )
+        try:
+            find_inception_weights(self.weights)
+        except (FileNotFoundError, ImportError) as error:
+            found.append(f"quality.weights: {error}")
         if not Path(self.reference).exists():
             found.append(
                 f"quality.reference: no real images at {self.reference}; give a folder of images, or a .safetensors "
@@ -113,41 +112,34 @@ class InceptionQuality(Quality):
         return found
 
     def prepare(self, device: torch.device) -> None:
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        self.network = (
-            NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], self.weights).to(device).eval()
-        )
+        self.network = Inception(find_inception_weights(self.weights), self.num_features).to(device)
         path = Path(self.reference)
         if path.is_dir():
-            path = path.with_name(f"{path.name}.inception{self.num_features}.safetensors")
+            path = path.with_name(f"{path.name}.inception_v3_{self.num_features}.safetensors")
             if not path.is_file():
-                save_file({"features": torch.cat(list(self._of_folder(device)))}, part := path.with_suffix(".part"))
+                save_file({"features": self._of_folder()}, part := path.with_suffix(".part"))
                 os.replace(part, path)
         features = load_file(path).get("features")
         if features is None or features.shape[1:] != (self.num_features,):
             raise ValueError(f"{path}: expected a tensor 'features' of shape (M, {self.num_features})")
         self._real = features.float()
 
-    def _of_folder(self, device: torch.device) -> Iterator[Tensor]:
-        paths = sorted(p for p in Path(self.reference).rglob("*") if p.suffix.lower() in SUFFIXES)
-        if len(paths) < 2:
-            raise FileNotFoundError(f"quality.reference: {len(paths)} images in {self.reference}")
-        batches = [paths[i : i + self.batch_size] for i in range(0, len(paths), self.batch_size)]
-        for batch in track(batches, describe=lambda batch: f"features of real images, {batch[0].name}"):
-            images = [load_image(path).expand(3, -1, -1) for path in batch]
-            if len({image.shape for image in images}) > 1:
-                raise ValueError(f"images of {self.reference} differ in size, such as {batch[0].name}: give one size")
-            images = torch.stack(images)
-            yield self.features(images.to(device))
+    def _of_folder(self) -> Tensor:
+        images = ImageSet(self.reference)
+        if (images.number or 0) < 2:
+            raise FileNotFoundError(f"quality.reference: {images.number} image files in {self.reference}")
+        starts = range(0, images.number, self.batch_size)
+        batches = zip(
+            track(starts, describe=lambda start: f"features of real images, from {start}"),
+            images.batches(self.batch_size),
+            strict=True,
+        )
+        return torch.cat([self.features(batch) for _, batch in batches])
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        found = []
-        for part in images.split(self.batch_size):
-            part = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part
-            found.append(self.network((part * 255).round().clamp(0, 255).to(torch.uint8)).float().cpu())
-        return torch.cat(found)
+        device = next(self.network.parameters()).device
+        found = [self.network(part.to(device))[0] for part in images.split(self.batch_size)]
+        return torch.cat(found).float().cpu()
 
     @property
     def real(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -154,7 +156,17 @@ def velocity_and_jvp(
     return get_backend(backend)(model, (s, u, x), tangents, (t, x_t, label, guidance))
 
 
-def randn(shape, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices)."""
+def randn(
+    shape: Sequence[int], like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices).
+
+    Args:
+        generator: one; or one for each row, so that a row's noise does not depend on the batch that it is in.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} rows of noise: give one a row")
+        return torch.stack([randn(shape[1:], like, g) for g in generator])
     device = generator.device if generator is not None else like.device
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

@@ -13,9 +13,8 @@ from rich.table import Table
 from torch import Tensor
 
 import rewards
+from mfm_lightning.images import SUFFIXES
 from rewards import RewardError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def main(args: Sequence[str]) -> None:

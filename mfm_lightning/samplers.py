@@ -109,7 +109,7 @@ def sample_refinement(
     steps: int = 4,
     label: Tensor | None = None,
     guidance: Tensor | float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     times: Sequence[float] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -118,6 +118,7 @@ def sample_refinement(
     Args:
         x0: noise `(B, *shape)`, the state at t_0 = 0.
         steps: K; one step is a one-step sample.
+        generator: of the inner and the renoising noise: one, or one for each row.
         times: t_0 = 0 < ... < t_{K-1} < 1; uniform where None.
 
     Returns:

@@ -227,9 +227,9 @@ class TargetSettings:
             raise FileNotFoundError(
                 f"no model at {self.model}: fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)"
             )
-        if read_metadata(self.model).get("kind") == "base_flow":
+        if (kind := read_metadata(self.model).get("kind")) in ("base_flow", "flow_map"):
             raise CheckpointError(
-                f"{self.model} is a base flow, which draws no posteriors: give a Meta Flow Map's file"
+                f"{self.model} is a {kind.replace('_', ' ')}, which draws no posteriors: give a Meta Flow Map's file"
             )
         model = (model or load_model(self.model)).eval().requires_grad_(False)
         if isinstance(self.prompts, list) and len(self.prompts) != model.num_classes:

@@ -1,0 +1,141 @@
+"""Fréchet Inception distance during training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from mfm_lightning.decoders import Decoder, PixelDecoder
+from mfm_lightning.images import to_uint8
+from mfm_lightning.metrics.fid import Statistics, reference_statistics
+from mfm_lightning.metrics.inception import Inception, InceptionFeatures, find_inception_weights
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.modules.base import own_gradients
+from mfm_lightning.sampling import ModelSampler, SamplePlan
+from mfm_lightning.sampling.model_sampler import BY_MODEL
+
+
+class SampleFID(L.Callback):
+    """FID of samples, at every validation, of the averaged weights where `EMA` is on; logged under `name`.
+
+    Samples are dealt to the ranks, and torchmetrics adds up their features' sums. Sample i has the same class and noise
+    each time. FID of few samples is too high, by a bias that falls with their number: compare it with FID of as many.
+
+    Args:
+        reference: as `reference_statistics` takes it; computed once, by rank 0, and kept in `cache`.
+        weights: of Inception; torch-fidelity's own where None.
+        allow_download: let torch-fidelity fetch its own.
+        num_samples: images, over all ranks.
+        batch_size: images at once on each rank.
+        sampler: how samples are drawn; by 4-step refinement where None, or a base flow's ODE in 250 steps.
+        decoder: states to images; pixels in [-1, 1] where None.
+        labels: classes, in turn; all where None.
+        num_features: 2048 for FID; an earlier layer's 768, 192 or 64 for few samples.
+        cache, crop: see `reference_statistics`.
+        seed: of the noise.
+        name: of the logged figure.
+
+    Raises:
+        FileNotFoundError: before training, if the reference, Inception's weights or the decoder are not there.
+        ValueError: before training, if settings do not fit the model.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        weights: str | None = None,
+        allow_download: bool = False,
+        num_samples: int = 5000,
+        batch_size: int = 50,
+        sampler: ModelSampler | None = None,
+        decoder: Decoder | None = None,
+        labels: list[int] | None = None,
+        num_features: int = 2048,
+        cache: str | None = None,
+        crop: int | None = None,
+        seed: int = 0,
+        name: str = "val/fid",
+    ) -> None:
+        self.reference, self.weights, self.allow_download = reference, weights, allow_download
+        self.num_samples, self.batch_size, self.labels, self.seed = num_samples, batch_size, labels, seed
+        self.sampler, self.decoder = sampler, decoder or PixelDecoder()
+        self.num_features, self.cache, self.crop, self.name = num_features, cache, crop, name
+        self.metric: FrechetInceptionDistance | None = None
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if stage not in ("fit", "validate") or self.metric is not None:
+            return
+        model = sampled_model(module)
+        if self.sampler is None:
+            self.sampler = ModelSampler(*BY_MODEL[getattr(module, "exported_kind", "meta_flow_map")])
+        labels = tuple(self.labels) if self.labels else tuple(range(model.num_classes)) or (0,)
+        self.sampler.check(model, labels)
+        if self.num_samples < 2 * trainer.world_size:
+            raise ValueError(f"{self.num_samples} samples over {trainer.world_size} ranks: give each two at least")
+        self.plan = SamplePlan(self.num_samples, labels, self.seed, self.batch_size)
+        if missing := self.decoder.missing():
+            raise FileNotFoundError(missing[0])
+        if not Path(self.reference).exists():
+            raise FileNotFoundError(f"no reference at {self.reference}: give real images, or an .npz of mu and sigma")
+        if trainer.is_global_zero:
+            find_inception_weights(self.weights, self.allow_download)
+        trainer.strategy.barrier("inception")  # rank 0 may have fetched them
+        device = trainer.strategy.root_device  # where the module will be
+        inception = Inception(find_inception_weights(self.weights), self.num_features).to(device)
+        self.metric = FrechetInceptionDistance(InceptionFeatures(inception), reset_real_features=False).to(device)
+        if trainer.is_global_zero:  # the others' sums are zero: torchmetrics adds them up
+            statistics = reference_statistics(self.reference, inception, self.cache, self.crop, self.batch_size)
+            set_reference(self.metric, statistics)
+        trainer.strategy.barrier("reference")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or self.metric is None:
+            return
+        model = sampled_model(module)
+        self.decoder.to(module.device)
+        with own_gradients():
+            for images in self.images(model, trainer.global_rank, trainer.world_size):
+                self.metric.update(images, real=False)
+            fid = self.metric.compute()
+        self.metric.reset()
+        self.log(self.name, fid.float(), sync_dist=True)  # it is the same on every rank
+
+    def images(self, model: MetaFlowMap, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        """This rank's samples, bytes; every rank evaluates the model equally often, as sharded models need."""
+        per_rank = -(-self.num_samples // world_size)
+        for start in range(0, per_rank, self.batch_size):
+            numbers = range(start, min(start + self.batch_size, per_rank))
+            indices = [rank + world_size * k for k in numbers]
+            states = self.sampler(model, self.plan.label(indices), self.plan.generators(indices))
+            kept = sum(i < self.num_samples for i in indices)
+            if kept:
+                yield to_uint8(self.decoder(states[:kept]))
+
+
+def sampled_model(module: L.LightningModule) -> MetaFlowMap:
+    """The model that a LightningModule trains: its `model`, or its `policy`.
+
+    Raises:
+        ValueError: if it has neither.
+    """
+    for name in ("model", "policy"):
+        if isinstance(getattr(module, name, None), MetaFlowMap):
+            return getattr(module, name)
+    raise ValueError(f"{type(module).__name__} trains no model that samples could be drawn from")
+
+
+def set_reference(metric: FrechetInceptionDistance, statistics: Statistics) -> None:
+    """Give torchmetrics' FID its real side: the sums that have this mean and covariance."""
+    n = statistics.num_samples or 50_000  # any number above 1 gives back the same mean and covariance
+    total = n * statistics.mu
+    products = (n - 1) * statistics.sigma + n * np.outer(statistics.mu, statistics.mu)
+    device = metric.real_features_sum.device
+    metric.real_features_sum = torch.as_tensor(total, dtype=torch.float64, device=device)
+    metric.real_features_cov_sum = torch.as_tensor(products, dtype=torch.float64, device=device)
+    metric.real_features_num_samples = torch.tensor(n, device=device)

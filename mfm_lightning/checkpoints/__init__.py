@@ -1,0 +1,44 @@
+"""Weights in and out: our own safetensors files, Lightning checkpoints, and the released MFM, DMF and SiT weights."""
+
+from mfm_lightning.checkpoints.files import (
+    CheckpointError,
+    fingerprint,
+    load_model,
+    load_network,
+    load_state_dict,
+    load_value,
+    read_metadata,
+    save_model,
+    save_network,
+)
+from mfm_lightning.checkpoints.hub import find_file
+from mfm_lightning.checkpoints.importing import export_checkpoint, import_checkpoint
+from mfm_lightning.checkpoints.released import (
+    PREFIXES,
+    RELEASED_NAMES,
+    SOURCES,
+    from_released_names,
+    strip_prefixes,
+    to_released_names,
+)
+
+__all__ = [
+    "PREFIXES",
+    "RELEASED_NAMES",
+    "SOURCES",
+    "CheckpointError",
+    "export_checkpoint",
+    "find_file",
+    "fingerprint",
+    "from_released_names",
+    "import_checkpoint",
+    "load_model",
+    "load_network",
+    "load_state_dict",
+    "load_value",
+    "read_metadata",
+    "save_model",
+    "save_network",
+    "strip_prefixes",
+    "to_released_names",
+]

@@ -1,0 +1,149 @@
+"""Released MFM, DMF and SiT weights as Meta Flow Maps, and back to the release's names."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mfm_lightning.checkpoints.architecture import infer_architecture
+from mfm_lightning.checkpoints.files import CheckpointError, load_into, load_state_dict, read_metadata
+from mfm_lightning.checkpoints.hub import find_file
+from mfm_lightning.checkpoints.released import (
+    ADDED,
+    SOURCES,
+    drop_sigma,
+    from_one_time_embedding,
+    from_released_names,
+    has_sigma,
+    sources_of,
+    strip_prefixes,
+    to_released_names,
+)
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks import DiT
+
+log = logging.getLogger(__name__)
+_CONFIG = "mfm_lightning_config"  # in the metadata of an exported file: what shapes do not tell
+
+
+def import_checkpoint(
+    path: str | Path,
+    source: str = "mfm",
+    *,
+    input_size: int | None = None,
+    patch_size: int | None = None,
+    in_channels: int | None = None,
+    hidden_size: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    encoder_depth: int | None = None,
+    num_classes: int | None = None,
+    qk_norm: bool | None = None,
+    guidance_scales: Sequence[float] | None = None,
+    flip_time: bool | None = None,
+    allow_download: bool = False,
+    revision: str | None = None,
+) -> MetaFlowMap:
+    """Build a DiT from released weights; sizes that are not given are read from the shapes (`infer_architecture`).
+
+    A DMF becomes a Meta Flow Map that equals it as a two-time flow map, a SiT one that equals it on the diagonal; both
+    ignore the condition (t, x_t) and the guidance scale until trained. Of a `learn_sigma` head's 2C channels the first
+    C, the velocity, are kept.
+
+    Args:
+        path: a `.safetensors`, `.pt`, `.pth` or Lightning `.ckpt` file, or a Hugging Face repository (`find_file`);
+            names may carry a prefix `model.model.dit.`, `model.dit.`, `dit.` or `module.`.
+        source: "mfm", "dmf" or "sit": whose parameter names the file has.
+        flip_time: the weights take t=1 for noise (True, the default, for released MFM and DMF weights and for SiT as
+            retrained by the DMF and REPA projects; False for the original SiT release).
+        allow_download: fetch the file where it is not on this machine.
+        revision: of a Hugging Face repository.
+
+    Raises:
+        FileNotFoundError: if there is no such file, with what was looked for.
+        CheckpointError: if names or shapes do not fit the source or the architecture, or a size must be given.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"unknown source {source!r}: expected one of {', '.join(SOURCES)}")
+    given = {
+        "input_size": input_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "encoder_depth": encoder_depth,
+        "num_classes": num_classes,
+        "qk_norm": qk_norm,
+        "guidance_scales": guidance_scales,
+        "flip_time": flip_time,
+    }
+    path = find_file(path, allow_download, revision)
+    state = strip_prefixes(load_state_dict(path))
+    if source not in (possible := sources_of(state)):
+        raise CheckpointError(f"{path} has names of source {' or '.join(map(repr, possible))}, not of {source!r}")
+    if source == "mfm":
+        given = {**_exported_config(path), **{k: v for k, v in given.items() if v is not None}}
+        state = from_released_names(state)
+    else:
+        state = from_one_time_embedding(state)
+        if has_sigma(state):
+            state = drop_sigma(state)
+            if source == "sit" and flip_time is None:
+                log.warning(
+                    "%s has a head of 2C channels, as the original SiT release has, whose weights take t=1 for data: "
+                    "if it is that, give flip_time=False (mfm import: --no-flip-time)",
+                    path,
+                )
+    flip_time = given.pop("flip_time", None)
+    config = infer_architecture(state, given, path)
+    model = MetaFlowMap(DiT(**config, flip_time=True if flip_time is None else flip_time))
+    required = {k for k in model.network.state_dict() if source == "mfm" or not k.startswith(ADDED)}
+    load_into(model.network, state, required, path, source)
+    return model
+
+
+def export_checkpoint(model: MetaFlowMap, path: str | Path, prefix: str = "dit.") -> Path:
+    """Write a model under the released MFM's parameter names; `import_checkpoint` reads it back, bit for bit.
+
+    Args:
+        path: ends in `.safetensors` (with the sizes that shapes do not tell in the metadata), or in `.pt`, `.pth` or
+            `.ckpt` (the tensors under "state_dict").
+        prefix: before each name; "dit." for the release.
+
+    Raises:
+        CheckpointError: if the network is not a DiT, which is all that the release knows.
+        ValueError: for another suffix.
+    """
+    path, network = Path(path), model.network
+    if not isinstance(network, DiT):
+        raise CheckpointError(f"only a DiT has released names, this is a {type(network).__name__}")
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"{path}: expected a name that ends in .safetensors, .pt, .pth or .ckpt")
+    if not network.flip_time:
+        log.warning(
+            "%s takes t=0 for noise, released MFM weights t=1: the release's code must be told, and import_checkpoint "
+            "(flip_time=False) unless it reads this file's metadata",
+            path,
+        )
+    state = to_released_names(network.state_dict())
+    state = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".safetensors":
+        save_file(state, partial, metadata={_CONFIG: json.dumps(network.config)})
+    else:
+        torch.save({"state_dict": state}, partial)
+    partial.replace(path)  # a kill leaves the old file or the new one, whole
+    return path
+
+
+def _exported_config(path: Path) -> dict[str, object]:
+    """What `export_checkpoint` wrote beside the weights; nothing for other files."""
+    header = read_metadata(path) if path.suffix == ".safetensors" else {}
+    return json.loads(header.get(_CONFIG, "{}"))

@@ -1,0 +1,207 @@
+"""Fréchet Inception distance and Inception score of streams of images, by torch-fidelity.
+
+FID (Heusel et al., 2017) is |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of Gaussians fitted to the features of two
+sets of images; the Inception score (Salimans et al., 2016) is exp E KL(p(y|x) || p(y)) of the logits, averaged over
+splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfm_lightning.checkpoints import fingerprint
+from mfm_lightning.evaluation.base import progress_bar
+from mfm_lightning.images import ImageSet
+from mfm_lightning.metrics.inception import Inception
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean `mu` `(F,)` and covariance `sigma` `(F, F)` of features, float64.
+
+    num_samples: they are of so many images; None where a file does not say.
+    """
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    num_samples: int | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read an `.npz` with `mu` and `sigma`, such as ADM's reference batches.
+
+        Raises:
+            ValueError: if the file does not hold them.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mu, sigma = (file[name].astype(np.float64) for name in ("mu", "sigma"))
+                num = int(file["num_samples"]) if "num_samples" in file else None
+        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: expected an .npz with mu (F,) and sigma (F, F): {error}") from error
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise ValueError(f"{path}: mu has shape {mu.shape} and sigma {sigma.shape}, expected (F,) and (F, F)")
+        return cls(mu, sigma, num)
+
+    def save(self, path: str | Path) -> Path:
+        """Write them as `load` reads them; the file appears whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = {} if self.num_samples is None else {"num_samples": self.num_samples}
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        with open(partial, "wb") as file:
+            np.savez(file, mu=self.mu, sigma=self.sigma, **number)
+        partial.replace(path)
+        return path
+
+
+class RunningStatistics:
+    """`Statistics` of features that come in batches; sums are float64, so that their order does not matter."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+
+    def update(self, features: Tensor) -> None:
+        """Take in `(B, F)`."""
+        features = features.double()
+        if not self.num_samples:
+            F = features.shape[1]
+            self._sum, self._products = features.new_zeros(F), features.new_zeros(F, F)
+        self.num_samples += len(features)
+        self._sum += features.sum(dim=0)
+        self._products.addmm_(features.T, features)
+
+    def compute(self) -> Statistics:
+        """Those of all features so far.
+
+        Raises:
+            ValueError: for fewer than two images.
+        """
+        N = self.num_samples
+        if N < 2:
+            raise ValueError(f"{N} images: statistics need two at least")
+        mu = self._sum / N
+        sigma = (self._products - N * torch.outer(mu, mu)) / (N - 1)
+        return Statistics(mu.cpu().numpy(), sigma.cpu().numpy(), N)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured of a set of images; None where it was not asked for, or cannot be told."""
+
+    num_samples: int | None
+    fid: float | None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+
+
+def frechet(a: Statistics, b: Statistics) -> float:
+    """Fréchet distance of two Gaussians, by torch-fidelity.
+
+    Raises:
+        ValueError: if they have different numbers of features.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    if a.mu.shape != b.mu.shape:
+        raise ValueError(f"statistics of {len(a.mu)} and of {len(b.mu)} features cannot be compared")
+    pair = ({"mu": s.mu, "sigma": s.sigma} for s in (a, b))
+    return fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """Mean and standard deviation over `splits` parts of logits `(N, 1008)`, shuffled as torch-fidelity does."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"splits ({splits}) must lie in 1..{len(logits)}, the number of images")
+    found = isc_features_to_metric(logits.float().cpu(), splits)
+    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+
+
+def collect(
+    batches: Iterable[Tensor], inception: Inception, what: str = "images", total: int | None = None
+) -> tuple[Statistics, Tensor | None]:
+    """Statistics of a stream of images, and their logits `(N, 1008)` where `inception` computes them.
+
+    Args:
+        batches: images `(B, 1|3, H, W)`, float in [0, 1] or uint8, from files or from a sampler as it goes.
+    """
+    device = next(inception.parameters()).device
+    running, logits = RunningStatistics(), []
+    with progress_bar() as progress:
+        task = progress.add_task(f"Inception features of {what}", total=total)
+        for images in batches:
+            features, scores = inception(images.to(device))
+            running.update(features)
+            if scores is not None:
+                logits.append(scores.cpu())
+            progress.advance(task, len(images))
+    return running.compute(), torch.cat(logits) if logits else None
+
+
+def measure_images(
+    batches: Iterable[Tensor], inception: Inception, reference: Statistics | None = None, splits: int = 10
+) -> Quality:
+    """FID to a reference, and the Inception score where `inception` computes logits, of a stream of images."""
+    statistics, logits = collect(batches, inception, "samples")
+    score = (None, None) if logits is None else inception_score(logits, splits)
+    fid = None if reference is None else frechet(statistics, reference)
+    return Quality(statistics.num_samples, fid, *score)
+
+
+def reference_statistics(
+    path: str | Path,
+    inception: Inception,
+    cache: str | Path | None = None,
+    crop: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+) -> Statistics:
+    """Statistics of real images, computed once and kept on disk.
+
+    Args:
+        path: an `.npz` with `mu` and `sigma`, taken as they are (also where it has images, too); or images as
+            `ImageSet` reads them.
+        cache: folder that keeps them, by what the images, Inception's weights and the layer are; `mfm_statistics`
+            beside torch's downloads where None.
+        crop, batch_size, workers: see `ImageSet`.
+    """
+    if has_statistics(path):
+        statistics = Statistics.load(path)
+        if len(statistics.mu) != inception.num_features:
+            raise ValueError(f"{path}: statistics of {len(statistics.mu)} features, expected {inception.num_features}")
+        return statistics
+    images = ImageSet(path, crop)
+    depends = [images.identity(), fingerprint(inception.weights), inception.num_features]
+    key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:20]
+    folder = Path(torch.hub.get_dir()) / "mfm_statistics" if cache is None else Path(cache)
+    kept = folder / f"{images.path.stem}-{inception.num_features}-{key}.npz"
+    if kept.is_file():
+        log.info("statistics of %s: %s", path, kept)
+        return Statistics.load(kept)
+    statistics, _ = collect(images.batches(batch_size, workers), inception, str(path), images.number)
+    statistics.save(kept)
+    log.info("statistics of %s kept as %s", path, kept)
+    return statistics
+
+
+def has_statistics(path: str | Path) -> bool:
+    """Whether a path is an `.npz` with `mu` and `sigma`."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())

@@ -1,0 +1,7 @@
+"""Many samples of a model: which, drawn how, written where."""
+
+from mfm_lightning.sampling.model_sampler import ModelSampler
+from mfm_lightning.sampling.outputs import NPZ, OUTPUTS, Output, PNGFolder, WebDatasetShards
+from mfm_lightning.sampling.plan import Process, SamplePlan
+
+__all__ = ["NPZ", "OUTPUTS", "ModelSampler", "Output", "PNGFolder", "Process", "SamplePlan", "WebDatasetShards"]

@@ -1,0 +1,71 @@
+"""How samples are drawn from a model, for commands and configs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.models import MetaFlowMap, randn
+from mfm_lightning.samplers import METHODS, sample_ode, sample_refinement
+
+KINDS = ("refinement", "ode", "flow_map")
+BY_MODEL = {"base_flow": ("ode", 250), "flow_map": ("flow_map", 4), "meta_flow_map": ("refinement", 4)}
+
+
+@dataclass
+class ModelSampler:
+    """Samples of a Meta Flow Map or its base flow.
+
+    Args:
+        kind: "refinement" (Algorithm 1), "ode" (the base flow's), or "flow_map" (steps of X_{s,u} without condition, as
+            of a DMF).
+        steps: K refinements, Euler steps, or flow-map steps.
+        method: of the ODE: "euler" or "heun".
+        guidance: class-guidance scale fed to the network; None for none.
+        bf16: run the network under autocast to bfloat16; states stay float32.
+
+    Raises:
+        ValueError: for an unknown kind or method, or no steps.
+    """
+
+    kind: str = "refinement"
+    steps: int = 4
+    method: str = "euler"
+    guidance: float | None = None
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown sampler {self.kind!r}: expected one of {', '.join(KINDS)}")
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: expected one of {', '.join(METHODS)}")
+        if self.steps < 1:
+            raise ValueError(f"steps ({self.steps}) must be at least 1")
+
+    def check(self, model: MetaFlowMap, labels: Sequence[int]) -> None:
+        """Raise ValueError, before any work, if the model does not know the guidance scale or a label."""
+        known = (1.0, *model.guidance_scales)
+        if self.guidance is not None and not any(abs(self.guidance - g) < 1e-6 for g in known):
+            raise ValueError(f"guidance {self.guidance} is not a scale that this network knows: {list(known)}")
+        if min(labels) < 0 or max(labels) > model.num_classes:
+            raise ValueError(
+                f"labels in {min(labels)}..{max(labels)} must lie in 0..{model.num_classes} "
+                f"({model.num_classes} is the null label)"
+            )
+
+    @torch.no_grad()
+    def __call__(self, model: MetaFlowMap, label: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Samples `(B, *shape)`, float32, of labels `(B,)`, each from its own generator."""
+        device = model.device
+        label = label.to(device)
+        x0 = randn((len(label), *model.state_shape), torch.empty(0, device=device), generators)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            if self.kind == "refinement":
+                return sample_refinement(model, x0, self.steps, label, self.guidance, generators)
+            if self.kind == "flow_map":
+                zero, conditions = torch.zeros_like(x0), {"label": label, "guidance": self.guidance}
+                return model.sample_posterior(zero, 0.0, steps=self.steps, noise=x0[:, None], **conditions)[:, 0]
+            return sample_ode(lambda t, x: model.drift(t, x, label, self.guidance), x0, self.steps, self.method)

@@ -1,0 +1,217 @@
+"""Folders of samples that can be killed at any moment and gone on with: nothing lost, nothing doubled.
+
+Every file appears whole, by a rename, and its name says which samples it holds. An output of one file (`.npz`) or few
+(shards) is put together from parts when all are there, by whichever process finds that they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import uuid
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfm_lightning.sampling.plan import SamplePlan
+
+SETTINGS = "samples.json"
+
+
+class Output:
+    """Base class: bytes `(B, 3, H, W)` of the plan's batches to files in a folder.
+
+    Args:
+        folder: is made where it is not there.
+        plan: of the samples.
+    """
+
+    def __init__(self, folder: str | Path, plan: SamplePlan) -> None:
+        self.folder, self.plan = Path(folder), plan
+
+    def claim(self, settings: dict[str, object]) -> None:
+        """Write what the samples depend on, or compare it with what is there; called by every process.
+
+        Raises:
+            ValueError: if the folder has samples of other settings, with the first that differ.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, mine = self.folder / SETTINGS, json.loads(json.dumps(settings))
+        if not path.is_file():
+            with _whole(path) as file:  # by several processes at once: all write the same
+                file.write(json.dumps(mine, indent=1).encode())
+        there = json.loads(path.read_text())
+        different = [k for k in sorted(mine.keys() | there.keys()) if mine.get(k) != there.get(k)]
+        if different:
+            k = different[0]
+            raise ValueError(
+                f"{self.folder} has samples of other settings, which differ in {', '.join(different)} "
+                f"({k}: {there.get(k)!r} there, {mine.get(k)!r} now): give another folder, or delete it"
+            )
+
+    def missing(self) -> list[range]:
+        """The batches that are not there yet."""
+        raise TypeError(f"{type(self).__name__} must implement missing()")
+
+    def write(self, batch: range, images: Tensor) -> None:
+        """Store the images of a batch, bytes `(B, 3, H, W)`."""
+        raise TypeError(f"{type(self).__name__} must implement write(batch, images)")
+
+    def finish(self) -> list[Path]:
+        """What the output is made of, put together where it was not; only when nothing is missing."""
+        raise TypeError(f"{type(self).__name__} must implement finish()")
+
+    def clear(self) -> None:
+        """Remove what processes that were killed have left half written; only when nothing is missing."""
+        for left in self.folder.glob("*.partial"):
+            left.unlink(missing_ok=True)
+
+
+class PNGFolder(Output):
+    """`INDEX.png`; labels follow from the index and the labels in `samples.json`."""
+
+    def missing(self) -> list[range]:
+        there = {entry.name for entry in os.scandir(self.folder)}
+        return [batch for batch in self.plan.batches if any(_png_name(i) not in there for i in batch)]
+
+    def write(self, batch: range, images: Tensor) -> None:
+        for i, image in zip(batch, images, strict=True):
+            with _whole(self.folder / _png_name(i)) as file:
+                file.write(encode_png(image))
+
+    def finish(self) -> list[Path]:
+        return [self.folder]
+
+
+class _Parts(Output):
+    """`parts/FIRST_INDEX.npy` for each batch, until they are put together."""
+
+    def __init__(self, folder: str | Path, plan: SamplePlan) -> None:
+        super().__init__(folder, plan)
+        self.parts = self.folder / "parts"
+
+    def results(self) -> list[Path]:
+        """The files of the finished output, in the order in which they are written."""
+        raise TypeError(f"{type(self).__name__} must implement results()")
+
+    def assemble(self) -> None:
+        raise TypeError(f"{type(self).__name__} must implement assemble()")
+
+    def missing(self) -> list[range]:
+        if all(path.is_file() for path in self.results()):
+            return []
+        there = {entry.name for entry in os.scandir(self.parts)} if self.parts.is_dir() else set()
+        return [batch for batch in self.plan.batches if self._part(batch).name not in there]
+
+    def write(self, batch: range, images: Tensor) -> None:
+        self.parts.mkdir(exist_ok=True)
+        with _whole(self._part(batch)) as file:
+            np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
+
+    def finish(self) -> list[Path]:
+        if not all(path.is_file() for path in self.results()):
+            try:
+                self.assemble()
+            except FileNotFoundError:  # another process was quicker and has removed the parts
+                if not all(path.is_file() for path in self.results()):
+                    raise
+        shutil.rmtree(self.parts, ignore_errors=True)
+        return self.results()
+
+    def part_arrays(self) -> Iterator[tuple[range, np.ndarray]]:
+        """Each batch with its images `(B, H, W, 3)`, in order."""
+        for batch in self.plan.batches:
+            yield batch, np.load(self._part(batch))
+
+    def _part(self, batch: range) -> Path:
+        return self.parts / f"{batch.start:08d}.npy"
+
+
+class NPZ(_Parts):
+    """`samples.npz` as ADM's evaluator takes it: `arr_0` `(N, H, W, 3)` uint8, and labels `arr_1` `(N,)`."""
+
+    def results(self) -> list[Path]:
+        return [self.folder / "samples.npz"]
+
+    def assemble(self) -> None:
+        parts = self.part_arrays()
+        _, first = next(parts)
+        N = self.plan.num_samples
+        with _whole(self.results()[0]) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as array:  # piece by piece: 10 GB for 50,000 images
+                header = {"descr": "|u1", "fortran_order": False, "shape": (N, *first.shape[1:])}
+                np.lib.format.write_array_header_1_0(array, header)
+                array.write(first.tobytes())
+                for _, images in parts:
+                    array.write(images.tobytes())
+            with archive.open("arr_1.npy", "w") as array:
+                np.save(array, self.plan.label(range(N)).numpy())
+
+
+class WebDatasetShards(_Parts):
+    """`samples-SHARD.tar` with `INDEX.png` and `INDEX.cls`, and an `index.json` of the shards, written last."""
+
+    samples_per_shard = 1000
+
+    def results(self) -> list[Path]:
+        number = -(-self.plan.num_samples // self.samples_per_shard)
+        return [*(self.folder / f"samples-{k:06d}.tar" for k in range(number)), self.folder / "index.json"]
+
+    def assemble(self) -> None:
+        try:
+            from webdataset import TarWriter
+        except ImportError as error:
+            raise ImportError("shards need webdataset: pip install 'mfm-lightning[imagenet]'") from error
+        *shards, index = self.results()
+        samples = ((i, image) for batch, images in self.part_arrays() for i, image in zip(batch, images, strict=True))
+        sizes = {}
+        for k, shard in enumerate(shards):
+            size = min(self.samples_per_shard, self.plan.num_samples - k * self.samples_per_shard)
+            with _whole(shard) as file, TarWriter(file, mtime=0) as tar:
+                for _ in range(size):
+                    i, image = next(samples)
+                    png = encode_png(torch.from_numpy(image).permute(2, 0, 1))
+                    tar.write({"__key__": f"{i:08d}", "png": png, "cls": int(self.plan.label([i]))})
+            sizes[shard.name] = size
+        with _whole(index) as file:
+            file.write(json.dumps({"samples": self.plan.num_samples, "shards": sizes}, indent=1).encode())
+
+
+OUTPUTS: dict[str, Callable[[Path, SamplePlan], Output]] = {
+    "png": PNGFolder,
+    "npz": NPZ,
+    "webdataset": WebDatasetShards,
+}
+
+
+def encode_png(image: Tensor) -> bytes:
+    """Bytes `(3, H, W)` as a PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _png_name(index: int) -> str:
+    return f"{index:08d}.png"
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its name when it is complete; processes do not meet in it."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""Which samples there are, what each is drawn from, and which process draws it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that sample."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Process:
+        """As torchrun, or SLURM's srun, says; else the only one.
+
+        Raises:
+            ValueError: if the rank does not lie below the number of processes.
+        """
+        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+            if all(name in os.environ for name in names[:2]):
+                rank, world_size = (int(os.environ[name]) for name in names[:2])
+                if not 0 <= rank < world_size:
+                    raise ValueError(f"{names[0]}={rank} must lie in 0..{names[1]}-1, and {names[1]} is {world_size}")
+                return cls(rank, world_size, int(os.environ.get(names[2], 0)))
+        return cls()
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """Samples number 0 to N-1. Sample i has the label `labels[i % len(labels)]`, so that classes are balanced, and its
+    own noise, by (seed, i) alone.
+
+    They are drawn in batches of consecutive indices, dealt to the processes in turn; a batch has the same samples
+    whatever the number of processes, so that its pixels are the same, too. With another batch size noise and labels
+    stay, and the network's sums may round otherwise.
+    """
+
+    num_samples: int
+    labels: tuple[int, ...] = (0,)
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.batch_size < 1:
+            raise ValueError(f"num_samples ({self.num_samples}) and batch_size ({self.batch_size}) must be at least 1")
+        if not self.labels:
+            raise ValueError("labels must be at least one")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must lie in 0..2^63-1")
+
+    @property
+    def batches(self) -> list[range]:
+        """All of them; the last may be smaller."""
+        starts = range(0, self.num_samples, self.batch_size)
+        return [range(start, min(start + self.batch_size, self.num_samples)) for start in starts]
+
+    def share(self, process: Process) -> list[range]:
+        """The batches of one process."""
+        return self.batches[process.rank :: process.world_size]
+
+    def label(self, indices: Sequence[int]) -> Tensor:
+        """`(B,)`."""
+        return torch.tensor([self.labels[i % len(self.labels)] for i in indices])
+
+    def generators(self, indices: Sequence[int]) -> list[torch.Generator]:
+        """One for each sample, on the CPU, so that noise is the same on every device."""
+        return [torch.Generator().manual_seed(noise_seed(self.seed, i)) for i in indices]
+
+
+def noise_seed(seed: int, index: int) -> int:
+    """A seed in 0..2^32-1 (torch's CPU generator takes no more bits), different for each index below 2^32."""
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return (start + 2654435761 * index) % 2**32  # an odd factor: one to one, and neighbours are far apart

@@ -1,0 +1,239 @@
+"""FID and Inception score against torch-fidelity's own, with its real Inception network and random weights."""
+
+import csv
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from mfm_lightning.checkpoints import CheckpointError
+from mfm_lightning.cli import run
+from mfm_lightning.images import ImageSet, to_uint8
+from mfm_lightning.metrics.fid import RunningStatistics, Statistics, frechet, measure_images, reference_statistics
+from mfm_lightning.metrics.inception import Inception, find_inception_weights
+from mfm_lightning.quality_command import main
+
+torch_fidelity = pytest.importorskip("torch_fidelity")
+ROOT = Path(__file__).parents[1]
+NUM = 12  # images of each set: the network takes 6 GFLOP for one
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights of torch-fidelity's network that keep the signal's size."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Fresh(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_args, **_kwargs):
+            pass
+
+    torch.save({}, nothing := io.BytesIO())
+    nothing.seek(0)
+    torch.manual_seed(0)
+    network = Fresh("inception-v3-compat", ["2048"], feature_extractor_weights_path=nothing)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.nn.init.normal_(network.fc.weight, std=0.5)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two folders of images, and what is in them, bytes `(N, 3, H, W)`."""
+    folder, images = tmp_path_factory.mktemp("images"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name, level in (("samples", 0.6), ("real", 0.4)):
+        coarse = torch.rand(NUM, 3, 4, 4, generator=generator) * 0.8 + 0.4 * (level - 0.5)
+        images[name] = to_uint8(torch.nn.functional.interpolate(coarse, size=(24, 24), mode="bilinear"))
+        (folder / name).mkdir()
+        for i, image in enumerate(images[name]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / name / f"{i:03d}.png")
+    return folder, images
+
+
+def test_the_command_agrees_with_torch_fidelity(weights, sets, tmp_path):
+    """FID of 2048 features to 1e-6 relative (torch-fidelity's mean is float32), the Inception score to 1e-6."""
+    folder, _ = sets
+    options = {"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True, "batch_size": 8}
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(folder / "samples"), input2=str(folder / "real"), isc=True, fid=True, isc_splits=3,
+        feature_extractor_weights_path=str(weights), **options,
+    )  # fmt: skip
+    main([
+        "--samples", str(folder / "samples"), "--reference", str(folder / "real"), "--weights", str(weights),
+        "--splits=3", "--batch-size=5", "--device=cpu", "--cache", str(tmp_path / "cache"),
+        "--output", str(tmp_path / "out.json"), "--save-statistics", str(tmp_path / "samples.npz"),
+    ])  # fmt: skip
+    ours = json.loads((tmp_path / "out.json").read_text())
+    assert ours["num_samples"] == NUM
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert ours["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-5)
+    assert ours["fid"] > 1
+    assert ours["inception_score"] > 1.01
+    kept = list((tmp_path / "cache").glob("real-2048-*.npz"))
+    assert len(kept) == 1
+    assert Statistics.load(kept[0]).num_samples == Statistics.load(tmp_path / "samples.npz").num_samples == NUM
+
+
+@pytest.fixture(scope="module")
+def early(weights):
+    """The real network up to its first pooling, which is cheap."""
+    return Inception(weights, num_features=64)
+
+
+def test_folders_arrays_shards_and_streams_are_the_same(early, sets, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    folder, images = sets
+    array = images["samples"].permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "plain.npz", array)
+    np.savez_compressed(tmp_path / "packed.npz", array, np.arange(NUM))
+    (tmp_path / "shards").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "shards/a.tar")) as tar:
+        for i, image in enumerate(array):
+            tar.write({"__key__": f"{i:03d}", "png": image, "cls": 0})
+    for path in (folder / "samples", tmp_path / "plain.npz", tmp_path / "packed.npz", tmp_path / "shards"):
+        assert torch.equal(torch.cat(list(ImageSet(path).batches(5))), images["samples"])
+    reference = reference_statistics(folder / "real", early, tmp_path / "cache")
+    direct = RunningStatistics()
+    direct.update(early(images["samples"])[0])
+    expected = frechet(direct.compute(), reference)
+    live = (images["samples"][i : i + 5].float() / 255 for i in range(0, NUM, 5))  # a sampler, as it goes
+    assert measure_images(live, early, reference).fid == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_of_a_reference_are_kept(early, sets, tmp_path, monkeypatch):
+    folder, images = sets
+    first = reference_statistics(folder / "real", early, tmp_path)
+    features = early(images["real"])[0].double().numpy()
+    np.testing.assert_allclose(first.mu, features.mean(axis=0), rtol=1e-10)
+    np.testing.assert_allclose(first.sigma, np.cov(features, rowvar=False), rtol=1e-7, atol=1e-12)
+    monkeypatch.setattr(Inception, "forward", lambda *_: pytest.fail("computed again"))
+    assert (reference_statistics(folder / "real", early, tmp_path).sigma == first.sigma).all()
+    adm = tmp_path / "adm.npz"  # statistics win over images in one file
+    np.savez(adm, arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=first.mu, sigma=first.sigma)
+    assert (reference_statistics(adm, early, tmp_path).mu == first.mu).all()
+    other = tmp_path / "other"
+    other.mkdir()
+    for i, image in enumerate(images["real"][:3]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(other / f"{i}.png")
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        reference_statistics(other, early, tmp_path)
+
+
+def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
+    folder, images = sets
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*weights-inception.*allow_download"):
+        find_inception_weights()
+    with pytest.raises(FileNotFoundError, match="no Inception weights at nowhere"):
+        main(["--samples", str(folder / "samples"), "--weights", "nowhere"])
+    with pytest.raises(ValueError, match="12 images, too few for 20 splits"):
+        main(["--samples", str(folder / "samples"), "--splits=20"])
+
+    class Code:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(CheckpointError, match="not a file of plain tensors"):
+        Inception(tmp_path / "code.pth")
+    state = torch.load(weights, weights_only=True)
+    state["fc.bias"] = state["fc.bias"][:5].clone()
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match=r"short.safetensors does not hold Inception's weights: .*fc\.bias"):
+        Inception(tmp_path / "short.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no images .* in"):
+        ImageSet(tmp_path)
+    np.savez(tmp_path / "float.npz", np.zeros((2, 8, 8, 3)))
+    with pytest.raises(ValueError, match=r"float.npz: arr_0 is float64 \(2, 8, 8, 3\), expected uint8"):
+        ImageSet(tmp_path / "float.npz")
+    (mixed := tmp_path / "mixed").mkdir()
+    for size in (8, 12):
+        Image.new("RGB", (size, size + 4)).save(mixed / f"{size}.png")
+    with pytest.raises(ValueError, match=r"\(12, 8\) pixels after one of \(16, 12\): give images of one size"):
+        list(ImageSet(mixed).batches())
+    assert next(ImageSet(mixed, crop=6).batches()).shape == (2, 3, 6, 6)
+    (mixed / "broken.png").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"broken\.png is not an image that can be read"):
+        list(ImageSet(mixed, crop=6).batches())
+    with pytest.raises(ValueError, match="statistics of 5 features, expected 64"):
+        reference_statistics(Statistics(np.zeros(5), np.eye(5)).save(tmp_path / "five.npz"), early)
+    with pytest.raises(ValueError, match="statistics need two at least"):
+        measure_images([images["real"][:1]], early)
+
+
+def config(folder: Path, weights: Path, reference: Path, devices: int) -> list[str]:
+    """A run of `mfm validate` on digits with FID of 9 samples, as a YAML."""
+    settings = yaml.safe_load((ROOT / "configs/digits/mfm.yaml").read_text())
+    model = settings["model"]["init_args"]
+    model["network"]["init_args"] |= {"hidden_size": 16, "depth": 2, "num_heads": 2, "encoder_depth": 1}
+    for name in ("teacher", "initial", "evaluation"):
+        del model[name]
+    model["objective"]["terms"] = [{"name": "mean_flow"}]
+    model["optimization"] |= {"learning_rate": 0.05, "warmup_steps": 0}
+    fid = {"reference": str(reference), "weights": str(weights), "num_samples": 9, "batch_size": 3, "num_features": 64}
+    fid |= {"sampler": {"steps": 2}, "cache": str(folder / "cache")}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
+    logger["init_args"] = {"save_dir": str(folder), "name": "logs", "version": "csv"}
+    settings["trainer"] |= {
+        "default_root_dir": str(folder), "devices": devices, "accelerator": "cpu", "max_steps": 4, "logger": logger,
+        "val_check_interval": 4, "strategy": "ddp" if devices > 1 else "auto", "limit_val_batches": 1,
+        "enable_progress_bar": False, "log_every_n_steps": 1,
+        "callbacks": [
+            {"class_path": "mfm_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
+            {"class_path": "mfm_lightning.callbacks.ExportModel"},
+            {"class_path": "mfm_lightning.callbacks.SampleFID", "init_args": fid},
+        ],
+    }  # fmt: skip
+    settings["data"]["init_args"]["batch_size"] = 8
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path)]
+
+
+def logged(folder: Path) -> float:
+    with open(folder / "logs/csv/metrics.csv") as file:
+        return next(float(row["val/fid"]) for row in csv.DictReader(file) if row.get("val/fid"))
+
+
+def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights, early, sets, tmp_path, monkeypatch):
+    """One process fits and measures; what it exports (the averaged weights) has the same FID here; two processes that
+    validate one model report the same as one: to 1e-4."""
+    from mfm_lightning.checkpoints import load_model
+    from mfm_lightning.sampling import ModelSampler, SamplePlan
+
+    monkeypatch.setattr(sys, "argv", ["mfm"])
+    reference = sets[0] / "real"
+    (one := tmp_path / "one").mkdir()
+    run(["fit", *config(one, weights, reference, 1)])
+    model = load_model(one / "model.safetensors").eval()
+    plan = SamplePlan(9, tuple(range(10)))
+    states = ModelSampler(steps=2)(model, plan.label(range(9)), plan.generators(range(9)))
+    statistics = reference_statistics(reference, early, tmp_path / "cache")
+    expected = measure_images([(states + 1) / 2], early, statistics).fid
+    assert logged(one) == pytest.approx(expected, rel=1e-4)
+    for devices in (1, 2):
+        (tmp_path / f"validate{devices}").mkdir()
+    run(["validate", *config(tmp_path / "validate1", weights, reference, 1)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mfm_lightning.cli", "validate"]
+    command += config(tmp_path / "validate2", weights, reference, 2)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    found = [logged(tmp_path / f"validate{devices}") for devices in (1, 2)]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] != pytest.approx(expected, rel=0.01)
