@@ -119,11 +119,11 @@ class DataThroughputSuite(Suite):
 
 CAPTION = (
     "'raw read': the bytes of the tar files, one after the other, in pieces of 1 MiB by Python's unbuffered readinto, "
-    "in one process; 'tarfile': their members by Python's tarfile; 'webdataset, decoded': webdataset with its decoding "
-    "of arrays, in one process. 'LatentShards': batches of drawn latents as they reach the training process, which does "
-    "nothing with them; 0 workers: read by that process itself. The files are in the operating system's cache, so that "
-    "the work is measured and no disk. Means over rounds in which all take turns, with Student's 95 % interval; shares "
-    "are means of the rounds' ratios. MB of tar: what was read of the files for those samples."
+    "in one process; 'tarfile': their members by Python's tarfile; 'webdataset, decoded': webdataset with its "
+    "decoding of arrays, in one process. 'LatentShards': batches of drawn latents as they reach the training process, "
+    "which does nothing with them; 0 workers: read by that process itself. The files are in the operating system's "
+    "cache, so that the work is measured and no disk. Means over rounds in which all take turns, with Student's 95 % "
+    "interval; shares are means of the rounds' ratios. MB of tar: what was read of the files for those samples."
 )
 
 
