@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 from mfm_lightning.cli import main as mfm
 from mfm_lightning.cli import run
-from mfm_lightning.data import LatentShards
+from mfm_lightning.data import LatentShards, OffPolicyDataModule
 from mfm_lightning.data.epoch_plan import EpochPlan
 from mfm_lightning.data.image_sources import center_crop
 from mfm_lightning.data.latent_index import LatentIndex
@@ -115,7 +116,8 @@ def test_image_shards_as_input(made, tmp_path):
             for i, file in enumerate(part):
                 tar.write({"__key__": f"{i:04d}", "png": file.read_bytes(), "cls": int("flower" in file.name)})
     rest = arguments(made)[2:]
-    main(["--input", str(tmp_path / "in-{0..1}.tar"), *rest, "--output", str(tmp_path / "out"), "--verify"])
+    inputs = [str(tmp_path / "in-{0..1}.tar")]
+    main(["--input", *inputs, *rest, "--output", str(tmp_path / "out"), "--verify"])
     index = LatentIndex.load(tmp_path / "out")
     assert [(s.name[:14], s.samples) for s in index.shards] == list(
         zip(["latents-000000"] * 3 + ["latents-000001"] * 2, [4, 4, 3, 4, 3], strict=True)
@@ -126,6 +128,12 @@ def test_image_shards_as_input(made, tmp_path):
         main(pipe)
     main([*pipe, "--allow-pipe"])
     assert LatentIndex.load(tmp_path / "piped").samples == 11
+    (tmp_path / "classes.json").write_text('{"china": 0}')
+    with pytest.raises(ValueError, match=r"sample '0009' of .*in-0\.tar: label 1 is outside 0\.\.0"):
+        main(["--input", *inputs, *rest, "--output", str(tmp_path / "x"), "--class-index", f"{tmp_path}/classes.json"])
+    os.truncate(tmp_path / "in-1.tar", 3000)
+    with pytest.raises(ValueError, match=r"shard .*in-1\.tar cannot be read"):
+        main(["--input", *inputs, *rest, "--output", str(tmp_path / "y")])
 
 
 def test_bad_input_is_refused_before_work(made, tmp_path, capsys):
@@ -189,6 +197,8 @@ def test_killed_preparations_end_as_if_they_had_not_been(made, tmp_path):
             assert not (tmp_path / "out/index.json").exists()
     names = {p.name for p in (made / "shards").iterdir()}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
+    (tmp_path / "out/latents-000002.tar").unlink()  # lost after all was done: made again
+    main([*arguments(made), "--output", str(tmp_path / "out")])
     for name in sorted(names - {"parts"}):
         assert (tmp_path / "out" / name).read_bytes() == (made / "shards" / name).read_bytes(), name
     main(["--verify", "--output", str(tmp_path / "out")])
@@ -503,3 +513,15 @@ def test_another_order_is_said(uneven, caplog):
     assert not caplog.records
     other.load_state_dict(state)
     assert "num_workers 0 to 3" in caplog.text
+
+
+def test_fine_tuning_takes_them_too(uneven):
+    off_policy = OffPolicyDataModule(data(uneven), policy_share=0.0)
+    off_policy.trainer = SimpleNamespace(
+        accumulate_grad_batches=2, global_step=3, max_steps=5, global_rank=1, world_size=2, datamodule=off_policy
+    )
+    off_policy.setup("fit")
+    expected = data(uneven).loader("train", 1, 2, start=6, length=10)
+    ours = list(off_policy.train_dataloader())
+    assert [numbers(batch) for batch in ours] == [numbers(batch) for batch in expected]
+    assert off_policy.state_shape == (4, 2, 2)

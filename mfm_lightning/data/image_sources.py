@@ -15,6 +15,7 @@ from PIL import Image
 
 from mfm_lightning.data.urls import check_url, expand, from_webdataset, local_path, open_url
 
+_MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
 
 
@@ -158,9 +159,9 @@ class WebDatasetSource(ImageSource):
             label = int(sample["cls"])
         except ValueError as error:
             raise InputError(f"{where}: cls is {sample['cls']!r}, not a label in ASCII") from error
-        limit = None if self.class_to_idx is None else max(self.class_to_idx.values())
-        if label < 0 or (limit is not None and label > limit):
-            raise InputError(f"{where}: label {label} is outside 0..{'' if limit is None else limit}")
+        limit = _MOST_CLASSES if self.class_to_idx is None else len(self.class_to_idx)
+        if not 0 <= label < limit:
+            raise InputError(f"{where}: label {label} is outside 0..{limit - 1}")
         key = f"{unit:06d}/{str(sample['__key__']).replace('.', '_')}"  # input shards may number alike
         check_key(key)
         return RawImage(key, label, data)
@@ -175,7 +176,7 @@ def find_source(
         FileNotFoundError, ValueError: as the sources.
     """
     names = None if class_index is None else read_class_index(class_index)
-    folders = [Path(i) for i in inputs if local_path(i) is not None and Path(i).is_dir()]
+    folders = [path for i in inputs if (path := local_path(i)) is not None and path.is_dir()]
     if not folders:
         if any(local_path(i) is not None and not i.endswith(".tar") and "{" not in i for i in inputs):
             missing = next(i for i in inputs if local_path(i) is not None and not i.endswith(".tar"))

@@ -242,9 +242,9 @@ def missing_or_truncated(folder: str, index: LatentIndex) -> list[str]:
         path = local_path(join(folder, shard.name))
         if path is None:
             return []
-        if not path.is_file():
+        if shard.samples and not path.is_file():
             problems.append(f"{path} is missing")
-        elif (size := path.stat().st_size) != shard.bytes:
+        elif shard.samples and (size := path.stat().st_size) != shard.bytes:
             problems.append(f"{path} has {size:,} bytes, the index says {shard.bytes:,}: truncated or another file")
     return problems
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ class MomentEncoder:
             raise ValueError(f"image size {image_size} must be a multiple of {self.factor}, the VAE's factor")
         return self.channels, image_size // self.factor, image_size // self.factor
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """A hash of the weights, equal on every machine."""
         digest = hashlib.sha256()

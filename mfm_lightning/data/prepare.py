@@ -24,7 +24,7 @@ from mfm_lightning.data.image_sources import ImageSource, InputError, RawImage, 
 from mfm_lightning.data.latent_index import CLASSES, INDEX, LatentIndex, Shard
 from mfm_lightning.data.moments import MomentEncoder
 from mfm_lightning.data.shard_writer import PARTIAL, PARTS, finished, write_json, write_shard, write_text
-from mfm_lightning.evaluation.base import progress_bar
+from mfm_lightning.evaluation.base import track
 
 log = logging.getLogger(__name__)
 PREPARATION = "preparation.json"
@@ -140,12 +140,10 @@ def prepare(
     folder = Path(job.output)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     mine = [unit for unit in range(source.units) if unit % world_size == rank]
-    with progress_bar() as progress, ThreadPoolExecutor(job.threads) as threads:
-        task = progress.add_task("encoding", total=len(mine), visible=show)
-        for unit in mine:
-            if not _unit_path(folder, unit).is_file():
-                _make_unit(job, source, encoder, unit, threads, lambda: _stop_with(parent, rank))
-            progress.advance(task)
+    missing = [unit for unit in mine if _shards_of(folder, unit) is None]
+    with ThreadPoolExecutor(job.threads) as threads:
+        for unit in track(missing, describe=lambda unit: f"encoding {unit} of {source.units}") if show else missing:
+            _make_unit(job, source, encoder, unit, threads, lambda: _stop_with(parent, rank))
     return write_index(job, source, encoder)
 
 
@@ -156,14 +154,11 @@ def write_index(job: Preparation, source: ImageSource, encoder: MomentEncoder) -
         InputError: if no sample is left.
     """
     folder = Path(job.output)
-    units = [_unit_path(folder, unit) for unit in range(source.units)]
-    open_ = sum(not path.is_file() for path in units)
-    if open_:
+    units = [_shards_of(folder, unit) for unit in range(source.units)]
+    if open_ := units.count(None):
         log.info("%d of %d pieces of %s are still to be made, by other processes or runs", open_, len(units), folder)
         return False
-    found = [finished(folder, name) for path in units for name in json.loads(path.read_text())]
-    if None in found:
-        raise ValueError(f"shards of {folder} were removed while it was prepared: run the command again")
+    found = [part for parts in units for part in parts]
     shards = [Shard.from_dict(part) for part in found if part["samples"]]
     broken = [key for part in found for key in part["broken"]]
     if not shards:
@@ -189,6 +184,13 @@ def write_index(job: Preparation, source: ImageSource, encoder: MomentEncoder) -
 def _unit_path(folder: Path, unit: int) -> Path:
     """Says which shards a finished unit has."""
     return folder / PARTS / f"unit-{unit:06d}.json"
+
+
+def _shards_of(folder: Path, unit: int) -> list[dict[str, Any]] | None:
+    """What is known of a unit's shards; None unless all of them are there."""
+    path = _unit_path(folder, unit)
+    parts = [finished(folder, name) for name in json.loads(path.read_text())] if path.is_file() else [None]
+    return None if None in parts else parts
 
 
 def _make_unit(
