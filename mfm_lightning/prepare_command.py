@@ -10,7 +10,7 @@ from dataclasses import fields
 
 import torch.multiprocessing as mp
 
-from mfm_lightning.data.prepare import Preparation, check, prepare
+from mfm_lightning.data.prepare import Preparation, check, prepare, write_index
 from mfm_lightning.data.verify import verify
 
 log = logging.getLogger(__name__)
@@ -56,14 +56,15 @@ def _run(job: Preparation, workers: int, rank: int, world_size: int, local_rank:
         raise ValueError(f"--num-workers {workers} must be at least 1")
     if workers == 1:
         return prepare(job, rank, world_size, local_rank)
-    check(job, job.source(), job.encoder(local_rank * workers))  # errors here, before processes start
+    source, encoder = job.source(), job.encoder(local_rank * workers)
+    check(job, source, encoder)  # errors here, before processes start
     try:
         mp.spawn(_worker, (job, workers, rank, world_size, local_rank), nprocs=workers)
     except mp.ProcessRaisedException as error:
         raise ValueError(f"process {error.error_index} failed: {error.msg.strip().splitlines()[-1]}") from error
     except mp.ProcessExitedException as error:
         raise ValueError(f"{error}; run the command again to go on") from error
-    return prepare(job, rank, world_size, local_rank, show=False)  # all is made; this looks whether all ranks' is
+    return write_index(job, source, encoder)  # again, to know whether it is there
 
 
 def _worker(i: int, job: Preparation, workers: int, rank: int, world_size: int, local_rank: int) -> None:
