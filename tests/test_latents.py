@@ -1,5 +1,6 @@
 """Latent shards from photographs to training: prepared, verified, read in any constellation of ranks and workers."""
 
+import csv
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from mfm_benchmarks.command import main as benchmark
 from mfm_lightning.cli import main as mfm
 from mfm_lightning.cli import run
 from mfm_lightning.data import LatentShards, OffPolicyDataModule
@@ -525,3 +527,17 @@ def test_fine_tuning_takes_them_too(uneven):
     ours = list(off_policy.train_dataloader())
     assert [numbers(batch) for batch in ours] == [numbers(batch) for batch in expected]
     assert off_policy.state_shape == (4, 2, 2)
+
+
+def test_throughput_suite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--samples", "60", "--shard_size", "25", "--batch_size", "8", "--passes", "1", "--rounds", "2"]
+    benchmark(["data-throughput", *small, "--state_shape", "[4,4,4]", "--workers", "[0,1]", "--output", "out"])
+    with open("out/report/throughput.csv") as file:
+        found = {row["reader"]: row for row in csv.DictReader(file)}
+    assert list(found) == [
+        "raw read", "tarfile", "webdataset, decoded", "LatentShards, 0 workers", "LatentShards, 1 worker",
+    ]  # fmt: skip
+    assert all(float(row["samples/s"]) > 0 for row in found.values())
+    assert float(found["raw read"]["of a raw read"]) == 1
+    assert "of a raw read" in (tmp_path / "out/report/index.html").read_text()
