@@ -3,12 +3,14 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
+import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,11 +29,11 @@ from mfm_lightning.data.image_sources import center_crop
 from mfm_lightning.data.latent_index import LatentIndex
 from mfm_lightning.data.moments import MomentEncoder
 from mfm_lightning.data.normal_table import fill_normal
+from mfm_lightning.data.prepare import Preparation, prepare
 from mfm_lightning.decoders import VAEDecoder
+from mfm_lightning.modules import MFMPretraining
 from mfm_lightning.prepare_command import launched_as, main
 from tests.latent_data import numbers, photographs, shards, small_vae
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,25 @@ def arguments(folder: Path, vae: str | None = None) -> list[str]:
     vae = vae or str(folder / "vae")
     sizes = ["--image-size", "32", "--shard-size", "4", "--batch-size", "3", "--threads", "1", "--device", "cpu"]
     return ["--input", str(folder / "images"), "--vae", vae, *sizes]
+
+
+def forked(function: Callable, *arguments: object) -> multiprocessing.Process:
+    """A process that has all imported already; with one thread, since a fork does not take OpenMP's along."""
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        function(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=alone)
+    process.start()
+    return process
+
+
+def ended(process: multiprocessing.Process) -> int:
+    process.join(timeout=120)
+    if process.is_alive():  # it hangs: that is no exit status
+        process.kill()
+    return process.exitcode
 
 
 # -- preparation -------------------------------------------------------------------------------------------------------
@@ -95,13 +116,14 @@ def test_crops_are_those_of_adm():
 
 
 def test_several_processes_make_the_same_shards(made, monkeypatch, tmp_path):
-    reference = (made / "shards/index.json").read_text()
+    main([*arguments(made), "--output", str(tmp_path / "workers"), "--num-workers", "2"])
+    assert_same(made / "shards", tmp_path / "workers")
     for rank in (1, 0):  # two of torchrun's, one after the other
         for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, str(value))
         main([*arguments(made), "--output", str(tmp_path / "ranks")])
         assert (tmp_path / "ranks/index.json").exists() == (rank == 0)
-    assert (tmp_path / "ranks/index.json").read_text() == reference
+    assert_same(made / "shards", tmp_path / "ranks")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_PROCID", "3")
@@ -174,50 +196,42 @@ def test_images_that_cannot_be_decoded(made, tmp_path):
     assert (index.samples, index.broken) == (5, ["china/china_01_png"])
 
 
-def test_killed_preparations_end_as_if_they_had_not_been(made, tmp_path):
-    """kill -9 again and again, after different times, until all is there: the same bytes."""
-    command = [sys.executable, "-c", SLOW_PREPARATION, *arguments(made), "--output", str(tmp_path / "out")]
-    command += ["--num-workers", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    stages = []
-    for shards_there in (1, 3, None):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            found = len(list((tmp_path / "out").glob("*.tar")))
-            partial = list((tmp_path / "out").glob("*.partial*"))
-            if shards_there is not None and found >= shards_there and partial:
-                os.killpg(process.pid, signal.SIGKILL)
-                break
+def test_killed_preparations_end_as_if_they_had_not_been(made, tmp_path, monkeypatch):
+    """kill -9 again and again, in the middle of a shard, until all is there: the same bytes."""
+    command, encode = [*arguments(made), "--output", str(tmp_path / "out")], MomentEncoder.__call__
+
+    def slow(self, images):
+        time.sleep(0.1)
+        return encode(self, images)
+
+    monkeypatch.setattr(MomentEncoder, "__call__", slow)
+    for shards_there in (0, 1, 3):
+        process = forked(main, command)
+        while process.is_alive():
+            partial = list((tmp_path / "out").glob(f"*.partial-{process.pid}"))
+            if partial and len(list((tmp_path / "out").glob("*.tar"))) > shards_there:
+                os.kill(process.pid, signal.SIGKILL)
             time.sleep(0.01)
-        message = process.communicate(timeout=60)[1].decode()
-        stages.append(process.returncode)
-        if shards_there is None:
-            assert process.returncode == 0, message
-        else:
-            assert process.returncode == -signal.SIGKILL, message
-            assert not (tmp_path / "out/index.json").exists()
-    names = {p.name for p in (made / "shards").iterdir()}
-    assert {p.name for p in (tmp_path / "out").iterdir()} == names
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "out/index.json").exists()
+    assert len(list((tmp_path / "out").glob("*.partial*"))) == 3  # what was being written
+    monkeypatch.undo()
+    job = Preparation((str(made / "images"),), str(tmp_path / "out"), str(made / "vae"), 32, 4, 3, device="cpu")
+    with pytest.raises(SystemExit, match="the one that started it is gone"):
+        prepare(job, show=False, parent=-1)
+    main([*command, "--verify"])
+    assert_same(made / "shards", tmp_path / "out")
     (tmp_path / "out/latents-000002.tar").unlink()  # lost after all was done: made again
-    main([*arguments(made), "--output", str(tmp_path / "out")])
-    for name in sorted(names - {"parts"}):
-        assert (tmp_path / "out" / name).read_bytes() == (made / "shards" / name).read_bytes(), name
-    main(["--verify", "--output", str(tmp_path / "out")])
+    main([*command, "--verify"])
+    assert_same(made / "shards", tmp_path / "out")
 
 
-SLOW_PREPARATION = """
-import sys, time
-from mfm_lightning.data import moments
-call = moments.MomentEncoder.__call__
-def slowly(self, images):
-    time.sleep(0.05)
-    return call(self, images)
-moments.MomentEncoder.__call__ = slowly
-from mfm_lightning.prepare_command import main
-if __name__ == "__main__":
-    main(sys.argv[1:])
-"""
+def assert_same(one: Path, other: Path) -> None:
+    names = sorted(p.name for p in one.iterdir() if p.is_file())
+    assert sorted(p.name for p in other.iterdir() if p.is_file()) == names
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 # -- order -------------------------------------------------------------------------------------------------------------
@@ -430,7 +444,7 @@ def test_fit_on_photographs(place, made):
     assert isinstance(trained.datamodule.decoder, VAEDecoder)
     assert trained.datamodule.decode(latents).shape == (2, 3, 32, 32)
     run(["test", "--config", "tiny.yaml", "--ckpt_path", "outputs/last.ckpt"])
-    run([*fit, "--data.init_args.val_shards=0", "--trainer.max_steps=1"])  # without validation
+    run([*fit, "--data.init_args.val_shards=0"])  # without validation
 
 
 def test_wrong_networks_and_settings_are_refused(place, capsys):
@@ -442,70 +456,65 @@ def test_wrong_networks_and_settings_are_refused(place, capsys):
         (f"{init}.batch_size=64", "16 samples are not one batch of 64 for each of 1 ranks"),
         (f"{init}.val_shards=5", "val_shards 5 of the 5 in shards leave none to train on"),
         (f"{init}.folder=nowhere", "no index.json in nowhere"),
-        (f"{init}.folder='pipe:cat shards/{{name}}'", "runs a shell command"),
+        (f"{init}.folder=pipe:cat shards/{{name}}", "runs a shell command"),
         (f"{init}.corrupt=ignore", "corrupt"),
     ):
         with pytest.raises(SystemExit) as stopped:
             mfm(["fit", "--config", "tiny.yaml", change])
         assert message in str(stopped.value) + capsys.readouterr().err
-    run(["fit", "--config", "tiny.yaml", f"{init}.folder='pipe:cat shards/{{name}}'", f"{init}.allow_pipe=true"])
+    run(["fit", "--config", "tiny.yaml", f"{init}.folder=pipe:cat shards/{{name}}", f"{init}.allow_pipe=true"])
 
 
-def test_two_processes_and_uneven_shards(tmp_path):
+def test_two_processes_and_uneven_shards(place):
     """Two gloo ranks train and validate to their end, also resumed, where shards of 7 and 1 would leave one waiting."""
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("num_classes: 2", "num_classes: 4"))
-    shards(tmp_path / "shards", [7, 1, 8, 1, 5], state_shape=(4, 8, 8), std=0.5)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    fit = [sys.executable, "-m", "mfm_lightning.cli", "fit", "--config", "tiny.yaml", "--trainer.devices=2"]
-    fit += ["--trainer.strategy=ddp", "--data.init_args.val_shards=2", "--data.init_args.batch_size=2"]
+    shards(place / "uneven", [7, 1, 8, 1, 5], num_classes=2, state_shape=(4, 8, 8), std=0.5)
+    fit = ["fit", "--config", "tiny.yaml", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    fit += ["--data.init_args.folder=uneven", "--data.init_args.val_shards=2", "--data.init_args.batch_size=2"]
+
+    def rank_of_torchrun(rank: int, port: int, command: list[str]) -> None:
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+            os.environ[name] = str(value)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
+        os.environ["TORCHELASTIC_RUN_ID"] = "test"
+        run(command)
+
     for steps, more in ((5, []), (9, ["--ckpt_path", "outputs/last.ckpt"])):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         command = [*fit, f"--trainer.max_steps={steps}", *more]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        assert torch.load(tmp_path / "outputs/last.ckpt", weights_only=True)["global_step"] == steps
+        ranks = [forked(rank_of_torchrun, rank, port, command) for rank in range(2)]
+        assert [ended(rank) for rank in ranks] == [0, 0]
+        assert torch.load("outputs/last.ckpt", weights_only=True)["global_step"] == steps
 
 
-def test_killed_in_an_epoch_and_resumed_exactly(tmp_path):
+def test_killed_in_an_epoch_and_resumed_exactly(place, monkeypatch):
     """kill -9 while training: the resumed run has the losses that an uninterrupted one has."""
-    shards(tmp_path / "shards", [7, 1, 8, 6], num_classes=2, state_shape=(4, 8, 8), std=0.5)
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    options = ["--trainer.max_steps=11", "--data.init_args.num_workers=2", "--trainer.limit_val_batches=0"]
+    shards(place / "uneven", [7, 1, 8, 6], num_classes=2, state_shape=(4, 8, 8), std=0.5)
+    options = ["--trainer.max_steps=11", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+    options += ["--data.init_args.folder=uneven", "--data.init_args.num_workers=2"]
+    step = MFMPretraining.training_step
 
     def fit(folder: str, *more: str, kill_at: int | None = None) -> dict[int, float]:
-        (tmp_path / "kill.txt").write_text(str(kill_at))
-        place = f"--trainer.default_root_dir={folder}"
-        logger = f"--trainer.logger.init_args.save_dir={folder}/{len(more)}"
-        command = [sys.executable, "-c", KILLED_FIT, "fit", "--config", "tiny.yaml", place, logger, *options, *more]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == (0 if kill_at is None else -signal.SIGKILL), done.stderr[-3000:]
-        return dict(map(json.loads, (tmp_path / "losses.jsonl").read_text().splitlines()))
+        def recorded(self, batch, batch_idx):
+            if self.global_step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss = step(self, batch, batch_idx)
+            with open(f"{folder}.jsonl", "a") as file:
+                file.write(json.dumps([self.global_step, loss.item()]) + "\n")
+            return loss
+
+        monkeypatch.setattr(MFMPretraining, "training_step", recorded)
+        command = ["fit", "--config", "tiny.yaml", f"--trainer.default_root_dir={folder}", *options, *more]
+        assert ended(forked(run, command)) == (0 if kill_at is None else -signal.SIGKILL)
+        return dict(map(json.loads, Path(f"{folder}.jsonl").read_text().splitlines()))
 
     whole = fit("whole")
-    (tmp_path / "losses.jsonl").unlink()
-    fit("killed", kill_at=7)
-    resumed = fit("killed", "--ckpt_path", "killed/last.ckpt")
-    assert torch.load(tmp_path / "killed/last.ckpt", weights_only=True)["global_step"] == 11
     assert sorted(whole) == list(range(11))
-    assert resumed == whole
-
-
-KILLED_FIT = """
-import json, os, signal, sys
-from mfm_lightning.modules import MFMPretraining
-step = MFMPretraining.training_step
-kill_at = open("kill.txt").read()
-def recorded(self, batch, batch_idx):
-    if str(self.global_step) == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    loss = step(self, batch, batch_idx)
-    with open("losses.jsonl", "a") as file:
-        file.write(json.dumps([self.global_step, loss.item()]) + "\\n")
-    return loss
-MFMPretraining.training_step = recorded
-from mfm_lightning.cli import run
-run(sys.argv[1:])
-"""
+    assert sorted(fit("killed", kill_at=7)) == list(range(7))
+    assert torch.load("killed/last.ckpt", weights_only=True)["global_step"] == 6
+    assert fit("killed", "--ckpt_path", "killed/last.ckpt") == whole
+    assert torch.load("killed/last.ckpt", weights_only=True)["global_step"] == 11
 
 
 def test_another_order_is_said(uneven, caplog):
