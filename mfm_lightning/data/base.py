@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from mfm_lightning.data.stream import BatchStream
 
 
-class ArrayDataModule(L.LightningDataModule):
-    """Data that fits in memory; batches are `(x1 (B, *shape), label (B,))`.
+class StepDataModule(L.LightningDataModule):
+    """Training is counted in steps; batches are `(x1 (B, *shape), label (B,))`.
 
-    A subclass sets `splits`, a dictionary of `(x, label)` by "train", "val" and "test", in `setup`, and implements
-    `train_batch(step)`, which must depend on the step, the seed and the rank alone.
+    A subclass implements `train_batch(step)`, which must depend on the step, the seed and the rank alone.
 
     Args:
         batch_size: training batch on each device.
@@ -23,7 +22,6 @@ class ArrayDataModule(L.LightningDataModule):
 
     state_shape: tuple[int, ...]
     num_classes: int
-    splits: dict[str, tuple[Tensor, Tensor]]
 
     def __init__(self, batch_size: int = 256, seed: int = 0) -> None:
         super().__init__()
@@ -35,11 +33,33 @@ class ArrayDataModule(L.LightningDataModule):
         """The training batch of a step."""
         raise TypeError("use a DataModule for a data set, e.g. DigitsDataModule")
 
-    def train_dataloader(self) -> BatchStream:
+    def steps(self) -> tuple[int, int]:
+        """The first batch of this run, above 0 where it is resumed, and the number of batches in all."""
         accumulate, done = self.trainer.accumulate_grad_batches, self.trainer.global_step
         if self.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must be set: training here is counted in steps, not epochs")
-        return BatchStream(self.train_batch, self.trainer.max_steps * accumulate, start=done * accumulate)
+        return done * accumulate, self.trainer.max_steps * accumulate
+
+    def train_dataloader(self) -> BatchStream:
+        start, length = self.steps()
+        return BatchStream(self.train_batch, length, start)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Model states to what one looks at (images in [0, 1])."""
+        return x
+
+    def rank_seed(self) -> int:
+        """A seed of this rank's own."""
+        return self.seed + 7919 * (self.trainer.global_rank if self.trainer is not None else 0)
+
+
+class ArrayDataModule(StepDataModule):
+    """Data that fits in memory.
+
+    A subclass sets `splits`, a dictionary of `(x, label)` by "train", "val" and "test", in `setup`.
+    """
+
+    splits: dict[str, tuple[Tensor, Tensor]]
 
     def val_dataloader(self) -> DataLoader:
         return self._loader("val")
@@ -49,14 +69,6 @@ class ArrayDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return self._loader("test")
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Model states to what one looks at (images in [0, 1])."""
-        return x
-
-    def rank_seed(self) -> int:
-        """A seed of this rank's own."""
-        return self.seed + 7919 * (self.trainer.global_rank if self.trainer is not None else 0)
 
     def _loader(self, split: str) -> DataLoader:
         return DataLoader(TensorDataset(*self.splits[split]), batch_size=self.batch_size)

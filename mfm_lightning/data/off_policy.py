@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from mfm_lightning.data.base import ArrayDataModule, generator
+from mfm_lightning.data.base import StepDataModule, generator
 from mfm_lightning.data.stream import BatchStream
 from mfm_lightning.distributed import gather_ranks, own
 
@@ -32,7 +32,7 @@ class OffPolicyDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        data: ArrayDataModule,
+        data: StepDataModule,
         policy_share: float = 0.5,
         buffer_size: int = 1024,
         refresh_every: int = 250,

@@ -1,0 +1,229 @@
+"""Batches of latents from shards, each a function of its number alone; the part that runs in a DataLoader's workers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mfm_lightning.data.epoch_plan import EpochPlan
+from mfm_lightning.data.latent_index import LatentIndex
+from mfm_lightning.data.normal_table import fill_normal
+from mfm_lightning.data.shard_reader import CorruptSampleError, ShardReader
+
+log = logging.getLogger(__name__)
+Corrupt = Literal["raise", "skip"]
+_WARNINGS = 10  # of corrupt samples, in each worker; all are counted
+PREFETCH = 4  # batches that a worker has ready
+_ROWS = 16  # latents that are drawn together
+
+
+@dataclass
+class Reading:
+    """How samples become batches.
+
+    Args:
+        flip: take the mirror image's moments for half of the samples.
+        scale: factor of the latents.
+        shuffle_buffer: samples in memory that are shuffled with each other, in each worker.
+        corrupt: "raise", or "skip" a corrupt sample and count it; the next good one of the buffer takes its place.
+        allow_pipe: run the command of a `pipe:` folder.
+    """
+
+    flip: bool = True
+    scale: float = 0.18215
+    shuffle_buffer: int = 2048
+    corrupt: Corrupt = "raise"
+    allow_pipe: bool = False
+
+
+@dataclass
+class _Block:
+    """Samples in memory: moments `(n, 2, 2, D)` float16, labels and places `(n,)`, and what is wrong with some."""
+
+    which: tuple[int, int, int]
+    order: np.ndarray
+    moments: np.ndarray
+    labels: np.ndarray
+    shards: np.ndarray
+    rows: np.ndarray
+    wrong: dict[int, str]
+
+
+class LatentStream(IterableDataset):
+    """Batches `start..length-1` as `(x1 float32 (B, C, H, W), label (B,) long)`, shared out to workers in turn.
+
+    `batch(step)` depends on nothing but the step (and what the constructor was given), so that it can begin anywhere.
+    It keeps the block of samples that a batch came from, hence is fast for steps in a worker's order.
+
+    Args:
+        index, folder: of the shards.
+        rows: by shard, the kept samples, ascending.
+        plan: the order.
+        reading: how samples become batches.
+        start, length: of the steps; in training a step's epoch is `step // plan.batches`.
+    """
+
+    def __init__(
+        self,
+        index: LatentIndex,
+        folder: str,
+        rows: Sequence[np.ndarray],
+        plan: EpochPlan,
+        reading: Reading,
+        start: int = 0,
+        length: int | None = None,
+    ) -> None:
+        self.index, self.folder, self.rows, self.plan, self.reading = index, folder, rows, plan, reading
+        self.start, self.length = start, plan.batches if length is None else length
+        self.skipped = torch.zeros(plan.lanes, dtype=torch.long).share_memory_()  # by worker
+        self._reader: ShardReader | None = None
+        self._block: _Block | None = None
+        self._noise = np.empty((0, 0), dtype=np.float32)
+        self._buffer = np.empty((0, index.layout.stride), dtype=np.uint8)
+        self._warned = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for k in range(self.start + first, self.length, step):
+            yield self.batch(k)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step.
+
+        Raises:
+            CorruptSampleError: for a corrupt sample with "raise"; with "skip" if a whole block is corrupt.
+        """
+        epoch, p = divmod(step, self.plan.batches)
+        B, lane, q = self.plan.batch_size, p % self.plan.lanes, p // self.plan.lanes
+        per_block = max(1, self.reading.shuffle_buffer // B)
+        which = (epoch, lane, q // per_block)
+        if self._block is None or self._block.which != which:
+            self._block = self._load(which, per_block * B)
+        at = q % per_block * B
+        picked = self._block.order[at : at + self.plan.batch_sizes[p]]
+        return self._draw(self._block, picked, np.random.SeedSequence([self.plan.seed, 1, epoch, self.plan.rank, p]))
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _load(self, which: tuple[int, int, int], size: int) -> _Block:
+        epoch, lane, number = which
+        first, last = number * size, min((number + 1) * size, self.plan.lane_length(lane))
+        n, layout = last - first, self.index.layout
+        if len(self._buffer) < n:  # kept, for fresh memory costs as much as reading into it
+            self._buffer = np.empty((n, layout.stride), dtype=np.uint8)
+        if self._reader is None:
+            self._reader = ShardReader(self.index, self.folder, self.reading.allow_pipe)
+        shards, rows, at, wrong = np.empty(n, np.int64), np.empty(n, np.int64), 0, {}
+        for stretch in self.plan.stretches(epoch, lane, first, last):
+            chosen = self.rows[stretch.shard][stretch.first : stretch.last]
+            end = at + len(chosen)
+            shards[at:end], rows[at:end] = stretch.shard, chosen
+            found = self._reader.read(stretch.shard, chosen, self._buffer[at:end])
+            wrong.update({at + i: why for i, why in found.items()})
+            at = end
+        samples = self._buffer[:n]
+        bytes_ = samples[:, layout.moments_at : layout.moments_at + layout.moments_bytes]
+        moments = bytes_.view("<f2").reshape(n, 2, 2, prod(layout.state_shape))
+        labels = np.array([self.index.shards[s].labels[r] for s, r in zip(shards.tolist(), rows.tolist(), strict=True)])
+        order = np.arange(n)
+        if self.plan.train:
+            np.random.default_rng([self.plan.seed, 2, epoch, self.plan.rank, lane, number]).shuffle(order)
+        return _Block(which, order, moments, labels, shards, rows, wrong)
+
+    # -- drawing -------------------------------------------------------------------------------------------------------
+
+    def _draw(self, block: _Block, picked: np.ndarray, seed: np.random.SeedSequence) -> tuple[Tensor, Tensor]:
+        B, D = len(picked), prod(self.index.state_shape)
+        if len(self._noise) < B:
+            self._noise = np.empty((B, D), dtype=np.float32)
+        noise = self._noise[:B]
+        flips = fill_normal(noise, seed).astype(np.int64)
+        if not (self.plan.train and self.reading.flip):
+            flips[:] = 0
+        x1 = empty_batch(B, D)
+        bad = [i for i, at in enumerate(picked.tolist()) if at in block.wrong] if block.wrong else []
+        for _ in range(len(block.order)):  # what takes a corrupt sample's place may be corrupt, too
+            for i in bad:
+                picked = self._replace(block, picked, i)
+            self._sample(block, picked, flips, torch.from_numpy(noise), x1)
+            if torch.isfinite(x1.sum()):
+                return x1.reshape(-1, *self.index.state_shape), torch.from_numpy(block.labels[picked])
+            bad = (~torch.isfinite(x1).all(dim=1)).nonzero().flatten().tolist()
+        raise CorruptSampleError(
+            f"{self._name(block, int(picked[bad[0]]))}: all that were read with it are corrupt too"
+        )
+
+    def _sample(self, block: _Block, picked: np.ndarray, flips: np.ndarray, noise: Tensor, out: Tensor) -> None:
+        """Latents `(B, D)`: mean + std * noise, scaled; a few rows at a time, which stay in the processor's cache."""
+        for rows in (slice(i, i + _ROWS) for i in range(0, len(picked), _ROWS)):
+            mean, std = torch.from_numpy(block.moments[picked[rows], flips[rows]]).unbind(dim=1)
+            torch.addcmul(mean, std, noise[rows], out=out[rows]).mul_(self.reading.scale)
+
+    def _replace(self, block: _Block, picked: np.ndarray, i: int) -> np.ndarray:
+        """`picked` with the next good sample in place of its i-th, which is corrupt: counted, or raised."""
+        n, at = len(block.order), int(picked[i])
+        message = f"{self._name(block, at)}: {block.wrong.get(at, 'its moments are not finite')}"
+        if self.reading.corrupt == "raise":
+            raise CorruptSampleError(
+                f"{message}; mfm prepare-latents --verify finds all such, corrupt: skip goes on without them"
+            )
+        good = next(((at + k) % n for k in range(1, n) if (at + k) % n not in block.wrong), None)
+        if good is None:
+            raise CorruptSampleError(f"{message}; all that were read with it are corrupt too")
+        worker = get_worker_info()
+        self.skipped[0 if worker is None else worker.id] += 1
+        self._warned += 1
+        if self._warned <= _WARNINGS:
+            log.warning("skipped: %s%s", message, "; further ones are only counted" * (self._warned == _WARNINGS))
+        picked = picked.copy()
+        picked[i] = good
+        return picked
+
+    def _name(self, block: _Block, at: int) -> str:
+        return f"sample {block.rows[at]} of {self.index.shards[block.shards[at]].name} in {self.folder}"
+
+
+def empty_batch(*shape: int) -> Tensor:
+    """Float32 memory for a batch; in a worker it is shared, as in torch's own collation, to save a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    storage = torch.UntypedStorage._new_shared(4 * prod(shape), device="cpu")
+    return torch.empty(0).set_(storage, 0, shape)
+
+
+class LatentLoader:
+    """The stream by way of worker processes. Its length is the number of the last step, as with `BatchStream`.
+
+    Args:
+        stream: its plan has as many lanes as there are workers.
+        num_workers: processes that read; none: the caller itself.
+        prefetch_factor: batches that each of them has ready.
+    """
+
+    def __init__(self, stream: LatentStream, num_workers: int, prefetch_factor: int = PREFETCH) -> None:
+        self.stream, self.num_workers, self.prefetch_factor = stream, num_workers, prefetch_factor
+        self.start, self.length = stream.start, stream.length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(
+            DataLoader(
+                self.stream,
+                batch_size=None,
+                num_workers=self.num_workers,
+                prefetch_factor=self.prefetch_factor if self.num_workers else None,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else each start would take a number from training's noise
+            )
+        )

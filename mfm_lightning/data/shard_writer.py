@@ -1,0 +1,73 @@
+"""Writes shards so that a kill at any moment leaves each either whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfm_lightning.data.latent_index import Shard
+
+PARTS = "parts"  # folder of what is known of each finished shard, until all are in the index
+PARTIAL = ".partial"
+
+
+def write_shard(folder: Path, name: str, samples: Iterable[tuple[str, int, np.ndarray]], broken: list[str]) -> None:
+    """Write a shard and what is known of it; the shard's own name appears last, and at once.
+
+    Args:
+        samples: key, label and moments `(2, 2, C, H, W)` float16 of each; an error in it leaves no shard.
+        broken: keys that were left out, as they are known when the samples are at their end.
+    """
+    from webdataset import TarWriter
+
+    partial = folder / f"{name}{PARTIAL}-{os.getpid()}"  # of this process: one that was thought dead may go on
+    labels: list[int] = []
+    try:
+        with open(partial, "wb") as file:
+            with TarWriter(file, mtime=0) as tar:  # a fixed time: the same samples make the same bytes
+                for key, label, moments in samples:
+                    tar.write({"__key__": key, "cls": label, "npy": np.ascontiguousarray(moments, dtype="<f2")})
+                    labels.append(label)
+            file.flush()
+            os.fsync(file.fileno())
+        with open(partial, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        shard = Shard(name, partial.stat().st_size, digest, np.array(labels, dtype=np.int64))
+        write_json(folder / PARTS / f"{name}.json", {**shard.as_dict(), "broken": list(broken)})
+        if labels:
+            os.replace(partial, folder / name)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def finished(folder: Path, name: str) -> dict[str, Any] | None:
+    """What is known of a shard that is whole; None if it must be written."""
+    try:
+        found = json.loads((folder / PARTS / f"{name}.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    path = folder / name
+    whole = not found["samples"] or (path.is_file() and path.stat().st_size == found["bytes"])
+    return found if whole else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As `write_text`, in JSON."""
+    write_text(path, json.dumps(content))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

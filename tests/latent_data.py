@@ -1,0 +1,63 @@
+"""Data for the tests of latent shards: photographs, a small VAE, and shards without either."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mfm_lightning.data.latent_index import INDEX, LatentIndex, Shard
+from mfm_lightning.data.shard_writer import PARTS, finished, write_shard, write_text
+
+STATE_SHAPE = (4, 2, 2)
+
+
+def photographs(root: Path, per_class: int = 9, size: int = 40) -> Path:
+    """An ImageFolder of crops of scikit-learn's two colour photographs, one class each."""
+    from sklearn.datasets import load_sample_images
+
+    random = np.random.default_rng(0)
+    for name, image in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            top, left = random.integers(0, 300, 2)
+            crop = image[top : top + size + i, left : left + size + 3 * i]
+            Image.fromarray(crop).save(root / name / f"{name}.{i:02d}.png")
+    return root
+
+
+def small_vae(folder: Path) -> str:
+    """An AutoencoderKL with random weights: factor 4, 4 latent channels."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = 3
+    vae = AutoencoderKL(
+        block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+    )  # fmt: skip
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+def shards(folder: Path, counts: list[int], num_classes: int = 4, state_shape=STATE_SHAPE, std: float = 0.0) -> Path:
+    """Shards of so many samples; sample i of all has mean i everywhere, its mirror image -i, and label i % classes."""
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    found, i = [], 0
+    for k, count in enumerate(counts):
+        samples = []
+        for _ in range(count):
+            moments = np.full((2, 2, *state_shape), std, np.float16)
+            moments[0, 0], moments[1, 0] = i, -i
+            samples.append((f"{i:06d}", i % num_classes, moments))
+            i += 1
+        name = f"latents-{k:06d}.tar"
+        write_shard(folder, name, samples, [])
+        found.append(Shard.from_dict(finished(folder, name)))
+    write_text(folder / INDEX, LatentIndex(tuple(state_shape), num_classes, 0.5, found).text())
+    return folder
+
+
+def numbers(batch) -> list[int]:
+    """Which samples of `shards` a batch holds, in its order."""
+    return (batch[0][:, 0, 0, 0] / 0.5).abs().round().int().tolist()
