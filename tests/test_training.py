@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from mfm_benchmarks.parts.shard_readers import random_shards
 from mfm_lightning.callbacks import EMA
 from mfm_lightning.callbacks.checkpoint import AtomicCheckpointIO
 from mfm_lightning.checkpoints import CheckpointError, import_checkpoint, load_model, load_value, save_model
@@ -61,7 +62,8 @@ PREDICT = ["digits/steer"]
 
 
 def test_every_config_runs(folder):
-    jobs = {str(p) for p in Path("configs").glob("*/*.yaml") if p.parent.name != "benchmarks"}  # test_benchmarks.py's
+    # benchmarks are test_benchmarks.py's
+    jobs = {str(p) for p in Path("configs").glob("*/*.yaml") if p.parent.name not in ("benchmarks", "imagenet256")}
     assert jobs == {f"configs/{name}.yaml" for name in FIT + PREDICT}
     for name in FIT:
         config = f"configs/{name}.yaml"
@@ -74,6 +76,43 @@ def test_every_config_runs(folder):
         rows = list(csv.DictReader((output / "logs/csv/metrics.csv").read_text().splitlines()))
         assert any(row["train/loss"] for row in rows)
         assert "value" in name or list((output / "pictures").rglob("*.png"))
+
+
+def test_imagenet_configs_run_at_a_small_width(folder, caplog):
+    """Each on shards of the same layout, with smaller latents, networks, VAE and another reward, on one device."""
+    from diffusers import AutoencoderKL
+
+    shape = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2}
+    network = [f"--model.init_args.network.init_args.{k}={v}" for k, v in shape.items()]
+    encoder = ["--model.init_args.network.init_args.encoder_depth=1"]
+    random_shards(Path("data/imagenet256/latents"), 32, 16, (4, 8, 8))
+    torch.manual_seed(0)
+    for name, flip in (("sit_b2", False), ("dmf_xl2", True)):
+        model = MetaFlowMap(DiT(**shape, encoder_depth=1, flip_time=flip))
+        save_model(model, f"checkpoints/imagenet256/{name}.safetensors")
+    AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4).save_pretrained(
+        "checkpoints/sd-vae-ft-mse"
+    )
+    small = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
+    small += ["--trainer.limit_val_batches=1", "--trainer.devices=1", "--trainer.strategy=auto"]
+    small += [f"{DATA_MODULE}.batch_size=4", f"{DATA_MODULE}.num_workers=0"]
+    reward = ["--model.init_args.target.reward=brightness"]
+    eager = ["--model.init_args.execution.compile=false"]
+    base = ["flow_b2", "mfm_b2", "mfm_xl2", "mfm_b2_from_data"]
+    configs = {p.stem for p in Path("configs/imagenet256").glob("*.yaml")}
+    assert configs == {*base, "value", "steer", "search", "finetune"}
+    for name in base:
+        run(["fit", "--config", f"configs/imagenet256/{name}.yaml", *small, *network, *encoder, *eager])
+        assert load_model(f"outputs/imagenet256/{name}/model.safetensors").state_shape == (4, 8, 8)
+    run(["fit", "--config", "configs/imagenet256/value.yaml", *small, *network, *reward])
+    run(["fit", "--config", "configs/imagenet256/finetune.yaml", *small, *reward])
+    steps = {"steer": "grid.steps", "search": "steps"}
+    for name in ("steer", "search"):
+        options = [f"{DATA_MODULE}.num_samples=2", f"{DATA_MODULE}.batch_size=2", f"{DATA_MODULE}.state_shape=[4,8,8]"]
+        options += [f"--model.init_args.method.init_args.{steps[name]}=2", "--model.init_args.base_steps=2"]
+        config = f"configs/imagenet256/{name}.yaml"
+        run(["predict", "--config", config, *options, *reward, "--return_predictions=false"])
+        assert Path(f"outputs/imagenet256/{name}/predict/summary.json").is_file()
 
 
 def test_value_and_steering_on_digits(folder):

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import CheckpointError
@@ -123,7 +124,10 @@ class TrainingModule(L.LightningModule):
         self._step_began = None
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return self.optimization.configure([p for p in self.parameters() if p.requires_grad], self.trainer.max_steps)
+        trained = [p for p in self.parameters() if p.requires_grad]
+        # under mixed precision Lightning refuses to clip the gradients of a fused optimiser
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return self.optimization.configure(trained, self.trainer.max_steps, fused=not mixed)
 
     # -- validation, test ----------------------------------------------------------------------------------------------
 
