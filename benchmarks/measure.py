@@ -67,8 +67,9 @@ def judge(target: Target, states: Tensor, quality=None, batch_size: int = 512) -
     rewards, shown, features = [], [], []
     for rows in torch.arange(len(states)).split(batch_size):
         part = target.take(rows)
-        images = part.decoder(states[rows])
-        rewards.append(part.plain_rewards(states[rows]).cpu())
+        chosen = states[rows]
+        images = part.decoder(chosen)
+        rewards.append(part.plain_rewards(chosen).cpu())
         if sum(map(len, shown)) < SHOWN:
             shown.append(images[:SHOWN].cpu())
         if quality is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Decoder(nn.Module):
@@ -51,11 +54,17 @@ class PixelDecoder(Decoder):
 class VAEDecoder(Decoder):
     """Latents to images by a Stable Diffusion VAE (diffusers' AutoencoderKL), loaded when it is first used.
 
+    Memory is that of `max_rows` latents, also for gradients: each such part keeps its latents alone, and is decoded
+    again in the backward pass. The images of the last latents are kept, so that what is first looked at and then
+    scored is decoded once (without gradients).
+
     Args:
         path: a folder that `AutoencoderKL.from_pretrained` reads, or a Hugging Face id.
         scale: factor of the latents (0.18215 for SD's VAE).
         clamp: cut off what lies outside [0, 1]; the gradient is zero there.
         max_rows: latents decoded at once.
+        tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
+        precision: "fp32" or "bf16", whatever the precision around it.
         allow_download: fetch the weights where they are not there.
 
     Raises:
@@ -69,17 +78,24 @@ class VAEDecoder(Decoder):
         scale: float = 0.18215,
         clamp: bool = True,
         max_rows: int = 32,
+        tiled: bool = False,
+        precision: str = "fp32",
         allow_download: bool = False,
     ) -> None:
         super().__init__()
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows} must be at least 1")
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"unknown precision {precision!r} of a decoder: expected 'fp32' or 'bf16'")
         self.path, self.scale, self.clamp, self.max_rows = path, scale, clamp, max_rows
-        self.allow_download = allow_download
+        self.tiled, self.precision, self.allow_download = tiled, precision, allow_download
         self._vae: list[nn.Module] = []  # in a list, so that it is no part of a checkpoint
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def extra_repr(self) -> str:
-        return f"path={self.path}, scale={self.scale}, clamp={self.clamp}"
+more = ", tiled=True" if self.tiled else ""
+        more += "" if self.precision == "fp32" else f", precision={self.precision}"
+        return f"path={self.path}, scale={self.scale}, clamp={self.clamp}{more}"
 
     def missing(self) -> list[str]:
         try:
@@ -101,11 +117,28 @@ class VAEDecoder(Decoder):
                     f"decoder.path: no VAE at {self.path}: give a folder with config.json and "
                     "diffusion_pytorch_model.safetensors, or a Hugging Face id with allow_download: true"
                 ) from error
+            if self.tiled:
+                vae.enable_tiling()
             self._vae.append(vae.eval().requires_grad_(False))
         return self._vae[0]
 
     def forward(self, states: Tensor) -> Tensor:
+        graph = torch.is_grad_enabled() and states.requires_grad
+        if not graph and self._last is not None:
+            last, version, images = self._last
+            if last() is states and version == states._version:
+                return images
         vae = self._load().to(states.device)
-        decoded = [vae.decode(part / self.scale).sample for part in states.split(self.max_rows)]
+        parts = states.split(self.max_rows)
+        if graph and len(parts) > 1:
+            decoded = [checkpoint(self._decode, vae, part, use_reentrant=False) for part in parts]
+        else:
+            decoded = [self._decode(vae, part) for part in parts]
         images = (torch.cat(decoded) + 1) / 2
-        return images.clamp(0, 1) if self.clamp else images
+        images = images.clamp(0, 1) if self.clamp else images
+        self._last = None if graph or states.is_inference() else (weakref.ref(states), states._version, images)
+        return images
+
+    def _decode(self, vae: nn.Module, part: Tensor) -> Tensor:
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return vae.decode(part.float() / self.scale).sample.float()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mfm_lightning.alignment import best_of_n, search, search_times, steer, time_grid
-from mfm_lightning.decoders import PixelDecoder
+from mfm_lightning.decoders import PixelDecoder, VAEDecoder
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP
 from mfm_lightning.oracles import GaussianMixture
@@ -214,3 +214,48 @@ def test_value_estimate_and_decoder(model, noise):
     torch.testing.assert_close(value, torch.full((6,), 2.0))
     torch.testing.assert_close(ess, torch.full((6,), 8.0))
     assert PixelDecoder()(torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    """A small AutoencoderKL of random weights."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(latent_channels=4, block_out_channels=(8, 16), norm_num_groups=4, **blocks).save_pretrained(folder)
+    return str(folder)
+
+
+def test_vae_decoder_in_parts_is_the_whole(vae_folder):
+    """Images and gradients of parts are those of one batch, and parts keep fewer activations."""
+    latents, found, kept = torch.randn(6, 4, 8, 8, generator=seeded()), {}, {}
+    for max_rows in (6, 2):
+        decoder, x, total = VAEDecoder(vae_folder, max_rows=max_rows), latents.clone().requires_grad_(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=total: s.append(t.numel()) or t, lambda t: t):
+            images = decoder(x)
+        (gradient,) = torch.autograd.grad(images.square().sum(), x)
+        found[max_rows], kept[max_rows] = (images.detach(), gradient), sum(total)
+    assert gradient.abs().sum() > 0
+    for part, whole in zip(found[2], found[6], strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-6)
+    assert kept[2] < kept[6] / 10
+
+
+def test_vae_decoder_keeps_its_precision_and_its_last_images(vae_folder):
+    decoder, latents = VAEDecoder(vae_folder), torch.randn(2, 4, 8, 8, generator=seeded())
+    calls = []
+    decoder._load().decoder.register_forward_hook(lambda *_: calls.append(1))
+    exact = decoder(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decoder(latents.clone()), exact)  # fp32 within bf16
+    assert len(calls) == 2
+    again = latents.clone()
+    assert decoder(again) is decoder(again)
+    assert len(calls) == 3
+    again.add_(1.0)  # in place: not the same latents any more
+    assert not torch.equal(decoder(again), exact)
+    low = VAEDecoder(vae_folder, precision="bf16")(latents)
+    assert low.dtype == torch.float32
+    assert 0 < (low - exact).abs().max() < 0.05
