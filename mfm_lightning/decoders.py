@@ -93,7 +93,7 @@ class VAEDecoder(Decoder):
         self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def extra_repr(self) -> str:
-more = ", tiled=True" if self.tiled else ""
+        more = ", tiled=True" if self.tiled else ""
         more += "" if self.precision == "fp32" else f", precision={self.precision}"
         return f"path={self.path}, scale={self.scale}, clamp={self.clamp}{more}"
 
