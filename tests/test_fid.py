@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,22 @@ def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
         reference_statistics(Statistics(np.zeros(5), np.eye(5)).save(tmp_path / "five.npz"), early)
     with pytest.raises(ValueError, match="statistics need two at least"):
         measure_images([images["real"][:1]], early)
+
+
+def test_the_benchmark_s_features_are_the_same_and_kept(weights, early, sets, tmp_path):
+    from mfm_benchmarks.quality import InceptionQuality
+
+    folder, images = sets
+    shutil.copytree(folder / "real", tmp_path / "real")
+    quality = InceptionQuality(str(weights), str(tmp_path / "real"), num_features=64, batch_size=5)
+    assert quality.missing() == []
+    quality.prepare(torch.device("cpu"))
+    torch.testing.assert_close(quality.real, early(images["real"])[0])
+    torch.testing.assert_close(quality.features(images["samples"].float() / 255), early(images["samples"])[0])
+    shutil.rmtree(tmp_path / "real")
+    (tmp_path / "real").mkdir()
+    quality.prepare(torch.device("cpu"))
+    assert len(quality.real) == NUM
 
 
 def config(folder: Path, weights: Path, reference: Path, devices: int) -> list[str]:

@@ -202,6 +202,25 @@ def test_what_is_not_there_is_named(hub, tmp_path, monkeypatch, path, message):
         import_checkpoint(path)
 
 
+def test_a_download_is_made_only_where_it_is_allowed(hub, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_args, **_kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
+    with pytest.raises(
+        FileNotFoundError, match=r"a checkpoint of org/name is not in .*; the download failed: no route"
+    ):
+        find_file("org/name", allow_download=True)
+    path, asked = hub("org/name", "sub/model.pt"), []
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["README.md", "sub/model.pt"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **how: asked.append((args, how)) or str(path))
+    assert find_file("org/name", allow_download=True, revision="v1") == path
+    assert asked == [(("org/name", "sub/model.pt"), {"revision": "v1", "local_files_only": False})]
+
+
 def test_wrong_files_are_named_with_their_first_keys_and_shapes(released, tmp_path):
     path = released("mfm")
     whole = path.read_bytes()

@@ -83,9 +83,9 @@ class SampleFID(L.Callback):
             raise FileNotFoundError(missing[0])
         if not Path(self.reference).exists():
             raise FileNotFoundError(f"no reference at {self.reference}: give real images, or an .npz of mu and sigma")
-        if trainer.is_global_zero:
+        if trainer.local_rank == 0:
             find_inception_weights(self.weights, self.allow_download)
-        trainer.strategy.barrier("inception")  # rank 0 may have fetched them
+        trainer.strategy.barrier("inception")  # one process of each machine may have fetched them
         device = trainer.strategy.root_device  # where the module will be
         inception = Inception(find_inception_weights(self.weights), self.num_features).to(device)
         self.metric = FrechetInceptionDistance(InceptionFeatures(inception), reset_real_features=False).to(device)
