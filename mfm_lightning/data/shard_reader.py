@@ -115,7 +115,10 @@ def check_samples(samples: np.ndarray, labels: np.ndarray, layout: Any) -> dict[
 def _checksums_hold(headers: np.ndarray) -> np.ndarray:
     """Whether tar headers `(n, 512)` have the sum that they state in octal, their own field counted as spaces."""
     field = headers[:, 148:156]
-    total = headers.sum(axis=1, dtype=np.int64) - field.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    pairs = headers.view(np.uint64)  # eight bytes at once: four sums of 16 bits, which 64 of them do not fill
+    low = np.uint64(0x00FF00FF00FF00FF)
+    sums = ((pairs & low) + (pairs >> np.uint64(8) & low)).sum(axis=1).view(np.uint16).reshape(-1, 4)
+    total = sums.sum(axis=1, dtype=np.int64) - field.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
     stated = (field[:, :6].astype(np.int64) - ord("0")) @ (8 ** np.arange(5, -1, -1))
     return total == stated
 
