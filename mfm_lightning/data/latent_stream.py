@@ -124,6 +124,13 @@ class LatentStream(IterableDataset):
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
+    def _rows_of(self, which: tuple[int, int, int], size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Shards of a block, each with its rows."""
+        epoch, lane, number = which
+        last = min((number + 1) * size, self.plan.lane_length(lane))
+        for stretch in self.plan.stretches(epoch, lane, number * size, last) if number * size < last else ():
+            yield stretch.shard, self.rows[stretch.shard][stretch.first : stretch.last]
+
     def _load(self, which: tuple[int, int, int], size: int) -> _Block:
         epoch, lane, number = which
         first, last = number * size, min((number + 1) * size, self.plan.lane_length(lane))
@@ -133,13 +140,14 @@ class LatentStream(IterableDataset):
         if self._reader is None:
             self._reader = ShardReader(self.index, self.folder, self.reading.allow_pipe)
         shards, rows, at, wrong = np.empty(n, np.int64), np.empty(n, np.int64), 0, {}
-        for stretch in self.plan.stretches(epoch, lane, first, last):
-            chosen = self.rows[stretch.shard][stretch.first : stretch.last]
+        for shard, chosen in self._rows_of(which, size):
             end = at + len(chosen)
-            shards[at:end], rows[at:end] = stretch.shard, chosen
-            found = self._reader.read(stretch.shard, chosen, self._buffer[at:end])
+            shards[at:end], rows[at:end] = shard, chosen
+            found = self._reader.read(shard, chosen, self._buffer[at:end])
             wrong.update({at + i: why for i, why in found.items()})
             at = end
+        for shard, chosen in self._rows_of((epoch, lane, number + 1), size):
+            self._reader.announce(shard, chosen)
         samples = self._buffer[:n]
         bytes_ = samples[:, layout.moments_at : layout.moments_at + layout.moments_bytes]
         moments = bytes_.view("<f2").reshape(n, 2, 2, prod(layout.state_shape))
