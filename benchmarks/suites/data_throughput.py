@@ -83,8 +83,8 @@ class DataThroughputSuite(Suite):
             "torch": torch.__version__,
         }  # fmt: skip
         self._cells = {
-            CACHED: Cell(CACHED, identity, self._cached),
             **({DISK: Cell(DISK, {**identity, "from": "disk"}, self._from_disk)} if can_drop() else {}),
+            CACHED: Cell(CACHED, identity, self._cached),
         }
         return list(self._cells.values())
 
