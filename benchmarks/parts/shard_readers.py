@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,14 +22,15 @@ _CHUNK = 1 << 20
 def random_shards(folder: Path, samples: int, shard_size: int, state_shape: Sequence[int], seed: int = 0) -> list[Path]:
     """Shards of random moments, those that are there kept; their paths."""
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
+    moments = np.random.default_rng(seed).standard_normal((shard_size, 2, 2, *state_shape), dtype=np.float32)
+    moments[:, :, 1] = np.abs(moments[:, :, 1])
+    moments = moments.astype(np.float16)  # the same in all shards: nobody looks at them
     shards = []
     for k, first in enumerate(range(0, samples, shard_size)):
         name, count = f"latents-{k:06d}.tar", min(shard_size, samples - first)
         if finished(folder, name) is None:
-            moments = random.standard_normal((count, 2, 2, *state_shape), dtype=np.float32).astype(np.float16)
-            moments[:, :, 1] = np.abs(moments[:, :, 1])
-            write_shard(folder, name, [(f"{first + i:08d}", i % 1000, m) for i, m in enumerate(moments)], [])
+            content = ((f"{first + i:08d}", i % 1000, moments[i]) for i in range(count))
+            write_shard(folder, name, content, [])
         shards.append(Shard.from_dict(finished(folder, name)))
     write_text(folder / INDEX, LatentIndex(tuple(state_shape), 1000, 0.18215, shards).text())
     return [folder / shard.name for shard in shards]
@@ -59,17 +61,38 @@ def read_webdataset(paths: Sequence[Path]) -> None:
         pass
 
 
-def batches_per_second(data: LatentShards, workers: int, passes: int) -> float:
-    """Batches a second of an epoch after the other, when the workers are at work and have no batches in store."""
-    plan = data.loader(num_workers=workers).stream.plan
-    before = 1 if not workers else 2 * workers * PREFETCH
-    batches = iter(data.loader(length=before + passes * plan.batches, num_workers=workers))
+def read_epoch(data: LatentShards, workers: int) -> None:
+    """All batches of an epoch, with the start of the workers."""
+    for _ in data.loader(num_workers=workers):
+        pass
+
+
+def steady_seconds(data: LatentShards, workers: int, passes: int) -> float:
+    """Of so many epochs, one after the other, when the workers are at work and have no batches in store."""
+    epoch = data.loader(num_workers=workers).stream.plan.batches
+    before = 2 + 2 * workers * PREFETCH
+    batches = iter(data.loader(length=before + passes * epoch, num_workers=workers))
     for _ in range(before):
         next(batches)
     begin = time.monotonic()
     for _ in batches:
         pass
-    return passes * plan.batches / (time.monotonic() - begin)
+    return time.monotonic() - begin
+
+
+def can_drop() -> bool:
+    """Whether files can be dropped from the operating system's cache."""
+    return hasattr(os, "posix_fadvise")
+
+
+def drop_from_cache(paths: Sequence[Path]) -> None:
+    """The next to read these files reads them from disk."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)
 
 
 READERS: dict[str, Callable[[Sequence[Path]], None]] = {

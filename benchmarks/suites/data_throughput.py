@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,24 +12,32 @@ from matplotlib.figure import Figure
 from mfm_benchmarks import bootstrap
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
 from mfm_benchmarks.bootstrap import Measured
-from mfm_benchmarks.parts.shard_readers import READERS, batches_per_second, random_shards
+from mfm_benchmarks.parts.shard_readers import (
+    READERS,
+    can_drop,
+    drop_from_cache,
+    random_shards,
+    read_epoch,
+    steady_seconds,
+)
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_lightning.data import LatentShards
-from mfm_lightning.data.latent_index import Layout
+from mfm_lightning.data.latent_index import LatentIndex, Layout
 
 RAW, GOAL = "raw read", 0.5
+DISK, CACHED = "from disk", "from the cache"
 
 
 class DataThroughputSuite(Suite):
     """Samples a second of LatentShards by number of workers, and of plainer ways to read the same tar files.
 
     Args:
-        samples: random moments that are written; they stay in the files' cache, so that no disk is measured.
+        samples: random moments that are written.
         shard_size: samples of a shard.
         state_shape: of a latent.
         batch_size: of the batches.
         workers: numbers of worker processes.
-        passes: times that each reads all files, in a round.
+        passes: times that all files are read from the cache, in a round.
         rounds: how often each is timed; all take turns.
     """
 
@@ -42,13 +50,13 @@ class DataThroughputSuite(Suite):
 
     def __init__(
         self,
-        samples: int = 6000,
+        samples: int = 48_000,
         shard_size: int = 1000,
         state_shape: list[int] = (4, 32, 32),
         batch_size: int = 256,
         workers: list[int] = (0, 1, 2),
-        passes: int = 8,
-        rounds: int = 7,
+        passes: int = 2,
+        rounds: int = 5,
     ) -> None:
         if rounds < 2:
             raise ValueError(f"rounds {rounds}: an interval needs at least 2")
@@ -61,11 +69,12 @@ class DataThroughputSuite(Suite):
         self.batch_size, self.workers, self.passes, self.rounds = batch_size, list(workers), passes, rounds
 
     def shrink(self) -> None:
-        self.samples, self.passes, self.rounds = 2000, 3, 3
+        self.samples, self.passes, self.rounds = 6000, 1, 3
 
     def prepare(self) -> None:
         self._folder = self.output / f"shards_{self.samples}_{self.shard_size}_{'x'.join(map(str, self.state_shape))}"
         self._paths = random_shards(self._folder, self.samples, self.shard_size, self.state_shape)
+        self._counts = {shard.name: shard.samples for shard in LatentIndex.load(self._folder).shards}
 
     def cells(self) -> Sequence[Cell]:
         identity = {
@@ -73,58 +82,112 @@ class DataThroughputSuite(Suite):
             "batch_size": self.batch_size, "workers": self.workers, "passes": self.passes, "rounds": self.rounds,
             "torch": torch.__version__,
         }  # fmt: skip
-        self._cell = Cell("reading", identity, self._compute)
-        return [self._cell]
+        self._cells = {
+            **({DISK: Cell(DISK, {**identity, "from": "disk"}, self._from_disk)} if can_drop() else {}),
+            CACHED: Cell(CACHED, identity, self._cached),
+        }
+        return list(self._cells.values())
 
-    def _compute(self) -> Outcome:
+    @property
+    def skipped(self) -> dict[str, str]:
+        return {} if can_drop() else {DISK: "files cannot be dropped from the cache here"}
+
+    def _cached(self) -> Outcome:
         data = LatentShards(str(self._folder), self.batch_size, val_shards=0)
         found: dict[str, list[float]] = {}
         for round_ in range(-1, self.rounds):  # the first round, untimed, brings the files into the cache
+            speeds = {}
             for name, read in READERS.items():
-                begin = time.monotonic()
-                for _ in range(self.passes if name == RAW else 1):
-                    read(self._paths)
-                passes = self.passes if name == RAW else 1
-                if round_ >= 0:
-                    found.setdefault(name, []).append(passes * self.samples / (time.monotonic() - begin))
+                paths = self._paths * self.passes if name == RAW else self._paths[: -(-len(self._paths) // 4)]
+                speeds[name] = sum(self._counts[path.name] for path in paths) / _seconds(read, paths)
             for workers in self.workers:
-                speed = self.batch_size * batches_per_second(data, workers, self.passes)
-                if round_ >= 0:
-                    found.setdefault(_ours(workers), []).append(speed)
+                drawn = self.passes * (self.samples // self.batch_size) * self.batch_size
+                speeds[_ours(workers)] = drawn / steady_seconds(data, workers, self.passes)
+            _note(found, speeds, round_)
+        return Outcome({"samples_per_second": found})
+
+    def _from_disk(self) -> Outcome:
+        data = LatentShards(str(self._folder), self.batch_size, val_shards=0)
+        drawn = self.samples // self.batch_size * self.batch_size
+        found: dict[str, list[float]] = {}
+        for round_ in range(-1, self.rounds):
+            drop_from_cache(self._paths)
+            speeds = {RAW: self.samples / _seconds(READERS[RAW], self._paths)}
+            for workers in self.workers:
+                drop_from_cache(self._paths)
+                speeds[_ours(workers)] = drawn / _seconds(read_epoch, data, workers)
+            _note(found, speeds, round_)
         return Outcome({"samples_per_second": found})
 
     def report(self, results: Results) -> Sequence[Block]:
-        if self._cell not in results:
+        found = {
+            where: results[cell].numbers["samples_per_second"] for where, cell in self._cells.items() if cell in results
+        }
+        if not found:
             return []
-        found = results[self._cell].numbers["samples_per_second"]
-        shares = {name: bootstrap.of_runs(_ratios(found, name)) for name in found}
-        lines = [_claim(name, share) for name, share in shares.items() if name != RAW]
-        best = max((_ours(w) for w in self.workers), key=lambda name: shares[name].value)
+        shares = {w: {name: bootstrap.of_runs(_ratios(f, name)) for name in f} for w, f in found.items()}
+        headline, lines = [], []
+        for where, share in shares.items():
+            best = max((_ours(w) for w in self.workers), key=lambda name, share=share: share[name].value)
+            headline.append((f"{share[best].value:.0%}", f"of a raw read's speed, {where}: {best}"))
+            lines += [_claim(f"{where}: {name}", s) for name, s in share.items() if name != RAW]
+        if CACHED in found:
+            lines += [
+                _against(found[CACHED], _ours(w), other) for w in self.workers for other in READERS if other != RAW
+            ]
         return [
-            Headline([(f"{shares[best].value:.0%}", f"of a raw read's speed: {best}")]),
+            Headline(headline),
             Claims("Against a raw sequential read", lines),
             Picture("throughput", "Samples a second", _picture(found), CAPTION),
             Table("throughput", "Samples a second", self._rows(found, shares), CAPTION),
         ]
 
-    def _rows(self, found: dict[str, list[float]], shares: dict[str, Measured]) -> list[dict[str, Any]]:
+    def _rows(self, found: dict[str, Any], shares: dict[str, dict[str, Measured]]) -> list[dict[str, Any]]:
         stride = Layout(tuple(self.state_shape)).stride
         rows = []
-        for name, speeds in found.items():
-            speed = bootstrap.of_runs(speeds)
-            megabytes = Measured(speed.value * stride / 1e6, speed.replicates * stride / 1e6)
-            rows.append({"reader": name, "samples/s": speed, "MB/s of tar": megabytes, "of a raw read": shares[name]})
+        for where, speeds in found.items():
+            for name, values in speeds.items():
+                speed, share = bootstrap.of_runs(values), shares[where][name]
+                megabytes = Measured(speed.value * stride / 1e6, speed.replicates * stride / 1e6)
+                rows.append(
+                    {
+                        "files": where,
+                        "reader": name,
+                        "samples/s": speed,
+                        "MB/s of tar": megabytes,
+                        "of a raw read": share,
+                    }
+                )
         return rows
 
 
 CAPTION = (
-    "'raw read': the bytes of the tar files, one after the other, in pieces of 1 MiB by Python's unbuffered readinto, "
-    "in one process; 'tarfile': their members by Python's tarfile; 'webdataset, decoded': webdataset with its "
-    "decoding of arrays, in one process. 'LatentShards': batches of drawn latents as they reach the training process, "
-    "which does nothing with them; 0 workers: read by that process itself. The files are in the operating system's "
-    "cache, so that the work is measured and no disk. Means over rounds in which all take turns, with Student's 95 % "
-    "interval; shares are means of the rounds' ratios. MB of tar: what was read of the files for those samples."
+    "'raw read': the bytes of the tar files, one after the other, in pieces of 1 MiB by Python's unbuffered "
+    "readinto, in one process; 'tarfile': their members by Python's tarfile; 'webdataset, decoded': webdataset with "
+    "its decoding of arrays, in one process. 'LatentShards': batches of drawn latents as they reach the training "
+    "process, which does nothing with them; 0 workers: read by that process itself. 'from disk': the files are "
+    "dropped from the operating system's cache before each reading, and the start of the workers is counted. 'from "
+    "the cache': the files are in memory, so that a raw read is nothing but a copy, and workers are timed when they "
+    "are at work. Means over rounds in which all take turns, with Student's 95 % interval; shares are means of the "
+    "rounds' ratios. MB of tar: what was read of the files for those samples."
 )
+
+
+def _seconds(read: Callable[..., None], *arguments: Any) -> float:
+    begin = time.monotonic()
+    read(*arguments)
+    return time.monotonic() - begin
+
+
+def _note(found: dict[str, list[float]], speeds: dict[str, float], round_: int) -> None:
+    if round_ >= 0:
+        for name, speed in speeds.items():
+            found.setdefault(name, []).append(speed)
+
+
+def _against(found: dict[str, list[float]], name: str, other: str) -> str:
+    times = bootstrap.of_runs([a / b for a, b in zip(found[name], found[other], strict=True)])
+    return f"from the cache: {name}: {times.text(2)} times the samples in a second of {other}."
 
 
 def _ours(workers: int) -> str:
@@ -140,16 +203,18 @@ def _claim(name: str, share: Measured) -> str:
     return f"{name}: {share.text(2)} of a raw read's samples in a second, {goal} {GOAL:.0%}."
 
 
-def _picture(found: dict[str, list[float]]) -> Figure:
-    figure = Figure(figsize=(8.0, 0.5 * len(found) + 1.0), layout="constrained")
-    axes = figure.subplots()
-    speeds = [bootstrap.of_runs(values) for values in found.values()]
-    values = [s.value for s in speeds]
-    spread = [[s.value - s.low for s in speeds], [s.high - s.value for s in speeds]]
-    colours = ["tab:blue" if name.startswith("LatentShards") else "tab:grey" for name in found]
-    axes.barh(range(len(found)), values, xerr=spread, color=colours, height=0.7, capsize=2)
-    axes.set_yticks(range(len(found)), found, fontsize=9)
-    axes.invert_yaxis()
-    axes.axvline(GOAL * values[list(found).index(RAW)], color="black", linewidth=0.8, linestyle="--")
-    axes.set_xlabel("samples in a second (dashed: half of a raw read)")
+def _picture(found: dict[str, dict[str, list[float]]]) -> Figure:
+    rows = [len(speeds) for speeds in found.values()]
+    figure = Figure(figsize=(8.0, 0.4 * sum(rows) + 1.2), layout="constrained")
+    panels = figure.subplots(len(found), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+    for axes, (where, readers) in zip(panels, found.items(), strict=True):
+        speeds = [bootstrap.of_runs(values) for values in readers.values()]
+        spread = [[s.value - s.low for s in speeds], [s.high - s.value for s in speeds]]
+        colours = ["tab:blue" if name.startswith("LatentShards") else "tab:grey" for name in readers]
+        axes.barh(range(len(readers)), [s.value for s in speeds], xerr=spread, color=colours, height=0.7, capsize=2)
+        axes.set_yticks(range(len(readers)), readers, fontsize=9)
+        axes.invert_yaxis()
+        axes.axvline(GOAL * speeds[list(readers).index(RAW)].value, color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(where, fontsize=10, loc="left")
+    panels[-1].set_xlabel("samples in a second (dashed: half of the raw read)")
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -13,16 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from mfm_lightning.data.batch_ring import BatchRing, as_it_is
 from mfm_lightning.data.epoch_plan import EpochPlan
 from mfm_lightning.data.latent_index import LatentIndex
-from mfm_lightning.data.normal_table import fill_normal
+from mfm_lightning.data.normal_table import normal_noise, random_words
 from mfm_lightning.data.shard_reader import CorruptSampleError, ShardReader
 
 log = logging.getLogger(__name__)
 Corrupt = Literal["raise", "skip"]
 _WARNINGS = 10  # of corrupt samples, in each worker; all are counted
-PREFETCH = 4  # batches that a worker has ready
-_ROWS = 16  # latents that are drawn together
+PREFETCH = 3  # batches that a worker has ready
+_ROWS = 8  # latents that are drawn together
 
 
 @dataclass
@@ -86,18 +88,23 @@ class LatentStream(IterableDataset):
         self.skipped = torch.zeros(plan.lanes, dtype=torch.long).share_memory_()  # by worker
         self._reader: ShardReader | None = None
         self._block: _Block | None = None
-        self._noise = np.empty((0, 0), dtype=np.float32)
+        self.ring: BatchRing | None = None
         self._buffer = np.empty((0, index.layout.stride), dtype=np.uint8)
         self._warned = 0
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | tuple[int, int, int]]:
+        """Batches; in a worker, places of its ring, where the batches are."""
         worker = get_worker_info()
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for k in range(self.start + first, self.length, step):
-            yield self.batch(k)
+        if worker is None or self.ring is None:
+            yield from map(self.batch, range(self.start, self.length))
+            return
+        for number, step in enumerate(range(self.start + worker.id, self.length, worker.num_workers)):
+            place = worker.id, number, self.plan.batch_sizes[step % self.plan.batches]
+            self.batch(step, self.ring.slot(*place))
+            yield place
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step.
+    def batch(self, step: int, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """The batch of a step, in the memory of `out` where that is given.
 
         Raises:
             CorruptSampleError: for a corrupt sample with "raise"; with "skip" if a whole block is corrupt.
@@ -108,11 +115,21 @@ class LatentStream(IterableDataset):
         which = (epoch, lane, q // per_block)
         if self._block is None or self._block.which != which:
             self._block = self._load(which, per_block * B)
-        at = q % per_block * B
-        picked = self._block.order[at : at + self.plan.batch_sizes[p]]
-        return self._draw(self._block, picked, np.random.SeedSequence([self.plan.seed, 1, epoch, self.plan.rank, p]))
+        at, size = q % per_block * B, self.plan.batch_sizes[p]
+        if out is None:
+            out = torch.empty(size, *self.index.state_shape), torch.empty(size, dtype=torch.long)
+        seed = np.random.SeedSequence([self.plan.seed, 1, epoch, self.plan.rank, p])
+        self._draw(self._block, self._block.order[at : at + size], seed, *out)
+        return out
 
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _rows_of(self, which: tuple[int, int, int], size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Shards of a block, each with its rows."""
+        epoch, lane, number = which
+        last = min((number + 1) * size, self.plan.lane_length(lane))
+        for stretch in self.plan.stretches(epoch, lane, number * size, last) if number * size < last else ():
+            yield stretch.shard, self.rows[stretch.shard][stretch.first : stretch.last]
 
     def _load(self, which: tuple[int, int, int], size: int) -> _Block:
         epoch, lane, number = which
@@ -123,13 +140,14 @@ class LatentStream(IterableDataset):
         if self._reader is None:
             self._reader = ShardReader(self.index, self.folder, self.reading.allow_pipe)
         shards, rows, at, wrong = np.empty(n, np.int64), np.empty(n, np.int64), 0, {}
-        for stretch in self.plan.stretches(epoch, lane, first, last):
-            chosen = self.rows[stretch.shard][stretch.first : stretch.last]
+        for shard, chosen in self._rows_of(which, size):
             end = at + len(chosen)
-            shards[at:end], rows[at:end] = stretch.shard, chosen
-            found = self._reader.read(stretch.shard, chosen, self._buffer[at:end])
+            shards[at:end], rows[at:end] = shard, chosen
+            found = self._reader.read(shard, chosen, self._buffer[at:end])
             wrong.update({at + i: why for i, why in found.items()})
             at = end
+        for shard, chosen in self._rows_of((epoch, lane, number + 1), size):
+            self._reader.announce(shard, chosen)
         samples = self._buffer[:n]
         bytes_ = samples[:, layout.moments_at : layout.moments_at + layout.moments_bytes]
         moments = bytes_.view("<f2").reshape(n, 2, 2, prod(layout.state_shape))
@@ -141,32 +159,31 @@ class LatentStream(IterableDataset):
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
-    def _draw(self, block: _Block, picked: np.ndarray, seed: np.random.SeedSequence) -> tuple[Tensor, Tensor]:
-        B, D = len(picked), prod(self.index.state_shape)
-        if len(self._noise) < B:
-            self._noise = np.empty((B, D), dtype=np.float32)
-        noise = self._noise[:B]
-        flips = fill_normal(noise, seed).astype(np.int64)
-        if not (self.plan.train and self.reading.flip):
-            flips[:] = 0
-        x1 = empty_batch(B, D)
+    def _draw(self, block: _Block, picked: np.ndarray, seed: np.random.SeedSequence, x1: Tensor, label: Tensor) -> None:
+        x1 = x1.flatten(1)
+        words, mirrored = random_words(*x1.shape, seed)
+        flips = (mirrored & (self.plan.train and self.reading.flip)).astype(np.int64)
         bad = [i for i, at in enumerate(picked.tolist()) if at in block.wrong] if block.wrong else []
         for _ in range(len(block.order)):  # what takes a corrupt sample's place may be corrupt, too
             for i in bad:
                 picked = self._replace(block, picked, i)
-            self._sample(block, picked, flips, torch.from_numpy(noise), x1)
+            self._sample(block, picked, flips, words, x1)
             if torch.isfinite(x1.sum()):
-                return x1.reshape(-1, *self.index.state_shape), torch.from_numpy(block.labels[picked])
+                label.copy_(torch.from_numpy(block.labels[picked]))
+                return
             bad = (~torch.isfinite(x1).all(dim=1)).nonzero().flatten().tolist()
         raise CorruptSampleError(
             f"{self._name(block, int(picked[bad[0]]))}: all that were read with it are corrupt too"
         )
 
-    def _sample(self, block: _Block, picked: np.ndarray, flips: np.ndarray, noise: Tensor, out: Tensor) -> None:
+    def _sample(self, block: _Block, picked: np.ndarray, flips: np.ndarray, words: np.ndarray, out: Tensor) -> None:
         """Latents `(B, D)`: mean + std * noise, scaled; a few rows at a time, which stay in the processor's cache."""
-        for rows in (slice(i, i + _ROWS) for i in range(0, len(picked), _ROWS)):
+        noise = torch.empty(_ROWS, out.shape[1])
+        for i in range(0, len(picked), _ROWS):
+            rows = slice(i, i + _ROWS)
             mean, std = torch.from_numpy(block.moments[picked[rows], flips[rows]]).unbind(dim=1)
-            torch.addcmul(mean, std, noise[rows], out=out[rows]).mul_(self.reading.scale)
+            normal_noise(words[rows], noise[: len(mean)].numpy())
+            torch.addcmul(mean, std, noise[: len(mean)], out=out[rows]).mul_(self.reading.scale)
 
     def _replace(self, block: _Block, picked: np.ndarray, i: int) -> np.ndarray:
         """`picked` with the next good sample in place of its i-th, which is corrupt: counted, or raised."""
@@ -192,14 +209,6 @@ class LatentStream(IterableDataset):
         return f"sample {block.rows[at]} of {self.index.shards[block.shards[at]].name} in {self.folder}"
 
 
-def empty_batch(*shape: int) -> Tensor:
-    """Float32 memory for a batch; in a worker it is shared, as in torch's own collation, to save a copy."""
-    if get_worker_info() is None:
-        return torch.empty(shape)
-    storage = torch.UntypedStorage._new_shared(4 * prod(shape), device="cpu")
-    return torch.empty(0).set_(storage, 0, shape)
-
-
 class LatentLoader:
     """The stream by way of worker processes. Its length is the number of the last step, as with `BatchStream`.
 
@@ -217,13 +226,16 @@ class LatentLoader:
         return self.length
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(
-            DataLoader(
-                self.stream,
-                batch_size=None,
-                num_workers=self.num_workers,
-                prefetch_factor=self.prefetch_factor if self.num_workers else None,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # else each start would take a number from training's noise
-            )
+        if not self.num_workers:
+            return iter(self.stream)
+        stream, plan = copy(self.stream), self.stream.plan
+        stream.ring = BatchRing(self.num_workers, self.prefetch_factor, plan.batch_size, stream.index.state_shape)
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor,
+            collate_fn=as_it_is,
+            generator=torch.Generator(),  # else each start would take a number from training's noise
         )
+        return map(stream.ring.take, loader)

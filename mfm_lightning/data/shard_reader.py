@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from io import FileIO
 from typing import Any
@@ -55,6 +56,18 @@ class ShardReader:
             wrong.update({at + i: why for i, why in check_samples(part[:whole], labels, self.layout).items()})
             at += len(part)
         return wrong
+
+    def announce(self, shard: int, rows: np.ndarray) -> None:
+        """Let the operating system fetch these rows from disk meanwhile, where it can; nothing goes wrong here."""
+        path = local_path(join(self.folder, self.index.shards[shard].name))
+        if path is None or not len(rows) or not hasattr(os, "posix_fadvise"):
+            return
+        begin, end = (int(row) * self.layout.stride for row in (rows[0], rows[-1] + 1))
+        try:
+            with FileIO(path) as file:
+                os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+        except OSError as error:  # reading says so, too
+            log.debug("announcing %s: %s", path, error)
 
     def close(self) -> None:
         if self._open is not None:
@@ -115,7 +128,10 @@ def check_samples(samples: np.ndarray, labels: np.ndarray, layout: Any) -> dict[
 def _checksums_hold(headers: np.ndarray) -> np.ndarray:
     """Whether tar headers `(n, 512)` have the sum that they state in octal, their own field counted as spaces."""
     field = headers[:, 148:156]
-    total = headers.sum(axis=1, dtype=np.int64) - field.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    pairs = headers.view(np.uint64)  # eight bytes at once: four sums of 16 bits, which 64 of them do not fill
+    low = np.uint64(0x00FF00FF00FF00FF)
+    sums = ((pairs & low) + (pairs >> np.uint64(8) & low)).sum(axis=1).view(np.uint16).reshape(-1, 4)
+    total = sums.sum(axis=1, dtype=np.int64) - field.sum(axis=1, dtype=np.int64) + 8 * ord(" ")
     stated = (field[:, :6].astype(np.int64) - ord("0")) @ (8 ** np.arange(5, -1, -1))
     return total == stated
 
