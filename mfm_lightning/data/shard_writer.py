@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mfm_lightning.data.latent_index import Shard
+from mfm_lightning.data.urls import from_webdataset
 
 PARTS = "parts"  # folder of what is known of each finished shard, until all are in the index
 PARTIAL = ".partial"
@@ -24,6 +25,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[str, int, np.nd
         samples: key, label and moments `(2, 2, C, H, W)` float16 of each; an error in it leaves no shard.
         broken: keys that were left out, as they are known when the samples are at their end.
     """
+    from_webdataset()
     from webdataset import TarWriter
 
     partial = folder / f"{name}{PARTIAL}-{os.getpid()}"  # of this process: one that was thought dead may go on
