@@ -28,7 +28,6 @@ from mfm_lightning.data.epoch_plan import EpochPlan
 from mfm_lightning.data.image_sources import center_crop
 from mfm_lightning.data.latent_index import LatentIndex
 from mfm_lightning.data.moments import MomentEncoder
-from mfm_lightning.data.normal_table import normal_noise, random_words
 from mfm_lightning.data.prepare import Preparation, prepare
 from mfm_lightning.decoders import VAEDecoder
 from mfm_lightning.modules import MFMPretraining
@@ -375,19 +374,6 @@ def test_latents_are_draws_from_the_moments(tmp_path):
     steady = data(folder, batch_size=64, flip=False, scale=2.0)
     assert next(iter(steady.loader()))[0].mean(dim=(1, 2, 3)).min() > -0.1
     assert float(next(iter(steady.loader()))[0].max()) > 100
-
-
-def test_noise_is_standard_normal():
-    noise = np.empty((512, 4096), np.float32)
-    words, bits = random_words(512, 4096, np.random.SeedSequence(1))
-    normal_noise(words, noise)
-    from scipy.stats import kstest
-
-    assert abs(noise.mean()) < 3e-3
-    assert abs(noise.var() - 1) < 5e-3
-    assert kstest(noise.ravel()[:200_000].astype(np.float64), "norm").pvalue > 1e-3
-    assert abs(np.corrcoef(noise[:, :2048].ravel(), noise[:, 2048:].ravel())[0, 1]) < 4e-3
-    assert 200 < bits.sum() < 312
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mfm_lightning.data.batch_ring import BatchRing, as_it_is
 from mfm_lightning.data.epoch_plan import EpochPlan
 from mfm_lightning.data.latent_index import LatentIndex
-from mfm_lightning.data.normal_table import normal_noise, random_words
 from mfm_lightning.data.shard_reader import CorruptSampleError, ShardReader
 
 log = logging.getLogger(__name__)
@@ -160,14 +159,15 @@ class LatentStream(IterableDataset):
     # -- drawing -------------------------------------------------------------------------------------------------------
 
     def _draw(self, block: _Block, picked: np.ndarray, seed: np.random.SeedSequence, x1: Tensor, label: Tensor) -> None:
-        x1 = x1.flatten(1)
-        words, mirrored = random_words(*x1.shape, seed)
-        flips = (mirrored & (self.plan.train and self.reading.flip)).astype(np.int64)
+        x1, (draw, mirror) = x1.flatten(1), seed.generate_state(2).tolist()
+        flip = self.plan.train and self.reading.flip
+        flips = np.random.default_rng(mirror).integers(2, size=len(x1)) if flip else np.zeros(len(x1), np.int64)
         bad = [i for i, at in enumerate(picked.tolist()) if at in block.wrong] if block.wrong else []
         for _ in range(len(block.order)):  # what takes a corrupt sample's place may be corrupt, too
             for i in bad:
                 picked = self._replace(block, picked, i)
-            self._sample(block, picked, flips, words, x1)
+            x1.normal_(generator=torch.Generator().manual_seed(draw))
+            self._sample(block, picked, flips, x1)
             if torch.isfinite(x1.sum()):
                 label.copy_(torch.from_numpy(block.labels[picked]))
                 return
@@ -176,14 +176,13 @@ class LatentStream(IterableDataset):
             f"{self._name(block, int(picked[bad[0]]))}: all that were read with it are corrupt too"
         )
 
-    def _sample(self, block: _Block, picked: np.ndarray, flips: np.ndarray, words: np.ndarray, out: Tensor) -> None:
-        """Latents `(B, D)`: mean + std * noise, scaled; a few rows at a time, which stay in the processor's cache."""
-        noise = torch.empty(_ROWS, out.shape[1])
+    def _sample(self, block: _Block, picked: np.ndarray, flips: np.ndarray, x1: Tensor) -> None:
+        """Noise `(B, D)` to latents, mean + std * noise, scaled; a few rows at a time, which stay in the processor's
+        cache."""
         for i in range(0, len(picked), _ROWS):
             rows = slice(i, i + _ROWS)
             mean, std = torch.from_numpy(block.moments[picked[rows], flips[rows]]).unbind(dim=1)
-            normal_noise(words[rows], noise[: len(mean)].numpy())
-            torch.addcmul(mean, std, noise[: len(mean)], out=out[rows]).mul_(self.reading.scale)
+            torch.addcmul(mean, std, x1[rows], out=x1[rows]).mul_(self.reading.scale)
 
     def _replace(self, block: _Block, picked: np.ndarray, i: int) -> np.ndarray:
         """`picked` with the next good sample in place of its i-th, which is corrupt: counted, or raised."""
