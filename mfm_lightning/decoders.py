@@ -107,19 +107,12 @@ class VAEDecoder(Decoder):
     def _load(self) -> nn.Module:
         if not self._vae:
             try:
-                from diffusers import AutoencoderKL
-            except ImportError as error:
-                raise ImportError("VAEDecoder needs diffusers: pip install 'mfm-lightning[imagenet]'") from error
-            try:
-                vae = AutoencoderKL.from_pretrained(self.path, local_files_only=not self.allow_download)
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"decoder.path: no VAE at {self.path}: give a folder with config.json and "
-                    "diffusion_pytorch_model.safetensors, or a Hugging Face id with allow_download: true"
-                ) from error
+                vae = load_vae(self.path, self.allow_download)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"decoder.path: {error}") from error
             if self.tiled:
                 vae.enable_tiling()
-            self._vae.append(vae.eval().requires_grad_(False))
+            self._vae.append(vae)
         return self._vae[0]
 
     def forward(self, states: Tensor) -> Tensor:
@@ -142,3 +135,24 @@ class VAEDecoder(Decoder):
     def _decode(self, vae: nn.Module, part: Tensor) -> Tensor:
         with torch.autocast(part.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return vae.decode(part.float() / self.scale).sample.float()
+
+
+def load_vae(path: str, allow_download: bool = False) -> nn.Module:
+    """A frozen AutoencoderKL in float32, from a folder or by a Hugging Face id.
+
+    Raises:
+        FileNotFoundError: if it is not there, and may not be fetched.
+        ImportError: without the extra `imagenet`.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError("a VAE needs diffusers: pip install 'mfm-lightning[imagenet]'") from error
+    try:
+        vae = AutoencoderKL.from_pretrained(path, local_files_only=not allow_download)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"no VAE at {path}: give a folder with config.json and diffusion_pytorch_model.safetensors, or a Hugging "
+            "Face id and allow the download (allow_download: true, --allow-download)"
+        ) from error
+    return vae.eval().requires_grad_(False)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mfm_lightning.decoders import load_vae
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,19 +84,3 @@ class MomentEncoder:
         with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
             posterior = self.vae.encode(x).latent_dist
         return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1)
-
-
-def load_vae(path: str, allow_download: bool = False) -> nn.Module:
-    """A frozen AutoencoderKL in float32; errors as `MomentEncoder`."""
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ImportError("encoding images needs diffusers: pip install 'mfm-lightning[imagenet]'") from error
-    try:
-        vae = AutoencoderKL.from_pretrained(path, local_files_only=not allow_download)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no VAE at {path}: give a folder with config.json and diffusion_pytorch_model.safetensors, or a Hugging "
-            "Face id with --allow-download"
-        ) from error
-    return vae.eval().requires_grad_(False)
