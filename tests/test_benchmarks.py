@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 
 def model(network):
     torch.manual_seed(0)
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    for tensor in (*network.buffers(), *network.parameters()):
+        torch.nn.init.normal_(tensor, std=0.1)
     return MetaFlowMap(network)
 
 

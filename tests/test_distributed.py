@@ -60,7 +60,7 @@ def test_tangents_on_two_processes(tmp_path):
             if precision == "exact":
                 torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-12, msg=f"{case}: {name}")
             else:  # halves of the batch are rounded to bf16 before they are averaged
-                assert (ours[name] - expected).norm() <= 1e-2 * expected.norm() + 1e-4, f"{case}: {name}"
+                assert (ours[name] - expected).norm() <= 3e-2 * expected.norm() + 1e-3, f"{case}: {name}"
 
 
 NETWORK = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 3, "num_heads": 4}

@@ -35,6 +35,15 @@ from mfm_lightning.prepare_command import launched_as, main
 from tests.latent_data import numbers, photographs, shards, small_vae
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As forked processes have, whose sums are then the same to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Photographs, a VAE, and their shards: 18 images of 2 classes in 5 shards."""

@@ -174,6 +174,7 @@ class RewardFinetuning(TrainingModule):
         super().on_save_checkpoint(checkpoint)
         if self.adapters is not None:
             frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+            frozen |= {name for name, _ in self.policy.named_buffers(prefix="policy")}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
     def sample_policy(self, noise: Tensor, label: Tensor | None, steps: int = 50) -> Tensor:
