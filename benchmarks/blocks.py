@@ -102,3 +102,4 @@ class Page:
     skipped: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    intervals: str = ""

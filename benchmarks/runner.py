@@ -66,6 +66,7 @@ def run_suite(suite: Suite, how: Settings) -> Path:
             "computing": f"{seconds:.0f} s for all results of this page",
         },
         how.settings or {},
+        suite.intervals,
     )
     return write_report(page, suite.output / "report")
 

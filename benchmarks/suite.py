@@ -93,7 +93,7 @@ class Suite(ABC):
 
     Attributes:
         name: as `mfm benchmark NAME`; its config is `configs/benchmarks/NAME.yaml`.
-        title, about: of the report's page.
+        title, about, intervals: of the report's page; the last says what its intervals are.
         device, output: set before any method is called; `output` is the folder of results and report.
         skipped: what was left out on purpose, and why, for the report.
     """
@@ -101,6 +101,11 @@ class Suite(ABC):
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     about: ClassVar[str] = ""
+    intervals: ClassVar[str] = (
+        "Means and distances have a 95 % bootstrap interval, in brackets or shaded; costs and ratios have none. “Higher” "
+        "or “lower” is said only where the interval of the paired difference leaves out zero. Intervals are of one "
+        "comparison each, without a correction for their number."
+    )
     device: torch.device = torch.device("cpu")
     output: Path = Path("outputs/benchmarks")
 

@@ -14,6 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfm_benchmarks.measure import clock
 
 Step = Callable[[], object]
+TIMED = (
+    "Intervals in brackets are Student's, at 95 %, of the rounds of this run; of one comparison each, without a "
+    "correction for their number."
+)
 
 
 def interleaved(steps: dict[str, Step], rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict]:

@@ -21,6 +21,7 @@ from mfm_benchmarks.parts.shard_readers import (
     steady_seconds,
 )
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_benchmarks.timing import TIMED
 from mfm_lightning.data import LatentShards
 from mfm_lightning.data.latent_index import LatentIndex, Layout
 
@@ -47,6 +48,7 @@ class DataThroughputSuite(Suite):
         "Samples a second of LatentShards (shuffled, flipped, drawn from the moments, in batches) by number of "
         "workers, against a raw sequential read of the same tar files in the same run."
     )
+    intervals = TIMED
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class DataThroughputSuite(Suite):
             Headline(headline),
             Claims("Against a raw sequential read", lines),
             Picture("throughput", "Samples a second", _picture(found), CAPTION),
-            Table("throughput", "Samples a second", self._rows(found, shares), CAPTION),
+            Table("throughput", "Samples a second", self._rows(found, shares)),
         ]
 
     def _rows(self, found: dict[str, Any], shares: dict[str, dict[str, Measured]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from mfm_benchmarks.parts.sampling_steps import steering_steps
 from mfm_benchmarks.parts.speed_ideas import ideas
 from mfm_benchmarks.parts.training_steps import REFERENCE, VARIANTS, Training, Variant
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
-from mfm_benchmarks.timing import Step, count_flops, interleaved, peak_bytes, product_peak
+from mfm_benchmarks.timing import TIMED, Step, count_flops, interleaved, peak_bytes, product_peak
 from mfm_lightning.networks.dit import architecture
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,6 +46,7 @@ class TrainingSpeedSuite(Suite):
         "straightforward step (torch.func.jvp in grad mode, nothing shared, attention as written) in the same run; "
         "where the time goes; and what was tried and does not pay."
     )
+    intervals = TIMED
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class TrainingSpeedSuite(Suite):
         if done:
             blocks += [*self._headline(done), self._claims(done), self._picture(done)]
             blocks += [
-                Table("steps", "Steps", self._step_rows(done), STEPS_CAPTION),
+                Table("steps", "Steps", self._step_rows(done)),
                 Table("parts", "Where the time goes", self._part_rows(done), PARTS_CAPTION),
                 Table("tried", "What was tried", self._tried_rows(done), TRIED_CAPTION),
             ]
