@@ -103,8 +103,8 @@ class Suite(ABC):
     about: ClassVar[str] = ""
     intervals: ClassVar[str] = (
         "Means and distances have a 95 % bootstrap interval, in brackets or shaded; costs and ratios have none. "
-        "“Higher” or “lower” is said only where the interval of the paired difference leaves out zero. Intervals are of one "
-        "comparison each, without a correction for their number."
+        "“Higher” or “lower” is said only where the interval of the paired difference leaves out zero. Intervals are "
+        "of one comparison each, without a correction for their number."
     )
     device: torch.device = torch.device("cpu")
     output: Path = Path("outputs/benchmarks")
