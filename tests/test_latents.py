@@ -37,10 +37,12 @@ from tests.latent_data import numbers, photographs, shards, small_vae
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """As forked processes have, whose sums are then the same to the last bit."""
+    """In this process and in spawned ones, as forked ones have it: then sums are the same to the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(threads)
 
 
