@@ -49,6 +49,10 @@ class Measured:
         """The difference, paired replicate by replicate."""
         return Measured(self.value - other.value, self.replicates - other.replicates)
 
+    def __mul__(self, factor: float) -> Measured:
+        """In other units."""
+        return Measured(self.value * factor, self.replicates * factor, self.percentile)
+
     @property
     def sign(self) -> int:
         """1 or -1 where the interval is above or below zero, 0 where it holds zero."""
@@ -90,6 +94,11 @@ def of_runs(values: Sequence[float], replicates: int = REPLICATES, seed: int = 0
     width = float(student.ppf(0.975, k - 1)) / _Z * float(runs.std()) / k**0.5
     noise = torch.randn(replicates, generator=torch.Generator().manual_seed(7_000 + seed), dtype=torch.float64)
     return Measured(centre, centre + width * (noise - noise.mean()) / noise.std())
+
+
+def ratio_of_runs(above: Sequence[float], below: Sequence[float]) -> Measured:
+    """The mean of the ratios of runs that were made side by side, as `of_runs`."""
+    return of_runs([a / b for a, b in zip(above, below, strict=True)])
 
 
 def weights(num: int, replicates: int = REPLICATES, seed: int = 0) -> Tensor:

@@ -173,6 +173,26 @@ def lines(
     return figure
 
 
+def bars(
+    panels: Mapping[str, Mapping[str, Measured]], colour: Callable[[str], Any], mark: Mapping[str, float], xlabel: str,
+    dashed: bool = False,
+) -> Figure:  # fmt: skip
+    """Horizontal bars with their intervals, a panel each, its title over it; a line at the panel's `mark`."""
+    rows = [len(values) for values in panels.values()]
+    figure = Figure(figsize=(8.5, 0.42 * sum(rows) + 1.2), layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        spread = [[m.value - m.low for m in values.values()], [m.high - m.value for m in values.values()]]
+        lengths, colours = [m.value for m in values.values()], [colour(name) for name in values]
+        axis.barh(range(len(values)), lengths, xerr=spread, color=colours, height=0.7, capsize=2)
+        axis.set_yticks(range(len(values)), values, fontsize=9)
+        axis.invert_yaxis()
+        axis.axvline(mark[title], color="black", linewidth=0.8, linestyle="--" if dashed else "-")
+        axis.set_title(title, fontsize=10, loc="left")
+    axes[-1].set_xlabel(xlabel)
+    return figure
+
+
 def by_steps(
     found: Mapping[tuple[float, str], Measured],
     times: Sequence[float],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mfm_lightning.evaluation.base import track
 from mfm_lightning.images import ImageSet
 from mfm_lightning.metrics.classifier import train_classifier
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
+from mfm_lightning.whole_files import whole_file
 
 
 class Quality(ABC):
@@ -117,8 +117,8 @@ class InceptionQuality(Quality):
         if path.is_dir():
             path = path.with_name(f"{path.name}.inception_v3_{self.num_features}.safetensors")
             if not path.is_file():
-                save_file({"features": self._of_folder()}, part := path.with_suffix(".part"))
-                os.replace(part, path)
+                with whole_file(path) as partial:
+                    save_file({"features": self._of_folder()}, partial)
         features = load_file(path).get("features")
         if features is None or features.shape[1:] != (self.num_features,):
             raise ValueError(f"{path}: expected a tensor 'features' of shape (M, {self.num_features})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mfm_benchmarks.suite import Cell, Outcome
+from mfm_lightning.whole_files import whole_file
 
 
 class Store:
@@ -55,6 +55,5 @@ class Store:
             "numbers": outcome.numbers,
             "tensors": sorted(outcome.tensors),
         }
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(content, indent=1, default=str))
-        os.replace(part, path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=1, default=str))

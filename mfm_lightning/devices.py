@@ -6,14 +6,17 @@ import torch
 
 
 def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device of that name; "auto" is the GPU of this process's rank on its machine, where there is one.
+    """The device of that name; "auto", and "cuda" without a number, are the GPU of this process's rank on its machine,
+    where there is one.
 
     Raises:
         ValueError: if it cannot be used here.
     """
-    if name == "auto":
-        gpus = torch.cuda.device_count()
-        name = f"cuda:{local_rank % gpus}" if gpus else "cpu"
+    gpus = torch.cuda.device_count()
+    if name in ("auto", "cuda") and gpus:
+        name = f"cuda:{local_rank % gpus}"
+    elif name == "auto":
+        name = "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

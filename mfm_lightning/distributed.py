@@ -1,10 +1,36 @@
-"""The little that ranks have to tell each other besides gradients."""
+"""Which process this is, and the little that ranks have to tell each other besides gradients."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those of a command that needs no communication between them."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Process:
+        """As torchrun, or SLURM's srun (not the batch script around it), says; else the only one.
+
+        Raises:
+            ValueError: if the rank does not lie below the number of processes.
+        """
+        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
+            if all(name in os.environ for name in names[:2]):
+                rank, world_size = (int(os.environ[name]) for name in names[:2])
+                if not 0 <= rank < world_size:
+                    raise ValueError(f"{names[0]}={rank} must lie in 0..{names[1]}-1, and {names[1]} is {world_size}")
+                return cls(rank, world_size, int(os.environ.get(names[2], 0)))
+        return cls()
 
 
 def gather_ranks(mine: Any) -> list[Any]:

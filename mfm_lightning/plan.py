@@ -85,7 +85,8 @@ def plan_training(
     """
     with fake or FakeTensorMode():
         model = MetaFlowMap(network)
-        (execution or Execution()).prepare(network) if execution and execution.checkpoint_activations else None
+        if execution is not None and execution.checkpoint_activations:
+            Execution(checkpoint_activations=True).prepare(network)  # compiling would change little here
         trained = [p for p in model.parameters() if p.requires_grad]
         with _Allocations(model) as allocations:
             _step(model, objective, batch_size, bf16)
@@ -117,7 +118,7 @@ def _step(model: MetaFlowMap, objective: Objective, batch_size: int, bf16: bool)
     label = torch.zeros(batch_size, dtype=torch.long)
     pair, total = Pair(x, s, x, label, torch.ones(batch_size)), 0.0
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for term in objective._terms:
+        for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind
             inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), 0, torch.empty_like(x))
             total = total + squared_error(term(model, _NoTeacher(), term.condition(pair), inner)).mean()
@@ -133,8 +134,8 @@ class _NoTeacher:
 
 def _teacher_rows(objective: Objective) -> float:
     """Evaluations of the teacher for each sample of a step."""
-    asked = sum(term.needs_teacher for term in objective._terms)
-    at_start = sum(term.teacher_at_start for term in objective._terms)
+    asked = sum(term.needs_teacher for term in objective.built_terms)
+    at_start = sum(term.teacher_at_start for term in objective.built_terms)
     evaluations = asked - at_start + (min(1, at_start) if objective.share_inner else at_start)
     guided = objective.pairs.guidance_scale != 1
     return evaluations * (1 + (1 - objective.pairs.class_dropout) * guided)

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from mfm_lightning.data.prepare import Preparation, check, prepare, write_index
 from mfm_lightning.data.verify import verify
+from mfm_lightning.distributed import Process
 
 log = logging.getLogger(__name__)
 
@@ -25,41 +26,30 @@ def main(args: Sequence[str]) -> None:
     options = _parser().parse_args(args)
     if not options.input and not options.verify:
         raise ValueError("give --input (a folder of class folders, or WebDataset shards), or --verify")
-    rank, world_size, local_rank = launched_as()
+    process = Process.from_environment()
     done = True
     if options.input:
         known = {field.name for field in fields(Preparation)} - {"inputs"}
         job = Preparation(tuple(options.input), **{k: v for k, v in vars(options).items() if k in known})
-        done = _run(job, options.num_workers, rank, world_size, local_rank)
+        done = _run(job, options.num_workers, process)
         if done:
             log.info("%s is complete", job.output)
-    if options.verify and rank == 0:
+    if options.verify and process.rank == 0:
         if done:
             verify(options.output, options.allow_pipe)
         else:
             log.warning("not verified, for other processes are not done: run --verify --output %s", options.output)
 
 
-def launched_as() -> tuple[int, int, int]:
-    """Rank, world size and rank on this machine, by torchrun's or srun's environment; 0, 1, 0 without."""
-    for rank, size, local in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # of an srun; the batch script has no such size
-    ):
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, 0))
-    return 0, 1, 0
-
-
-def _run(job: Preparation, workers: int, rank: int, world_size: int, local_rank: int) -> bool:
+def _run(job: Preparation, workers: int, process: Process) -> bool:
     if workers < 1:
         raise ValueError(f"--num-workers {workers} must be at least 1")
     if workers == 1:
-        return prepare(job, rank, world_size, local_rank)
-    source, encoder = job.source(), job.encoder(local_rank * workers)
+        return prepare(job, process.rank, process.world_size, process.local_rank)
+    source, encoder = job.source(), job.encoder(process.local_rank * workers)
     check(job, source, encoder)  # errors here, before processes start
     try:
-        mp.spawn(_worker, (job, workers, rank, world_size, local_rank), nprocs=workers)
+        mp.spawn(_worker, (job, workers, process), nprocs=workers)
     except mp.ProcessRaisedException as error:
         raise ValueError(f"process {error.error_index} failed: {error.msg.strip().splitlines()[-1]}") from error
     except mp.ProcessExitedException as error:
@@ -67,9 +57,14 @@ def _run(job: Preparation, workers: int, rank: int, world_size: int, local_rank:
     return write_index(job, source, encoder)  # again, to know whether it is there
 
 
-def _worker(i: int, job: Preparation, workers: int, rank: int, world_size: int, local_rank: int) -> None:
+def _worker(i: int, job: Preparation, workers: int, parent: Process) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    prepare(job, rank * workers + i, world_size * workers, local_rank * workers + i, i == 0, os.getppid())
+    rank, world_size, local_rank = (
+        parent.rank * workers + i,
+        parent.world_size * workers,
+        parent.local_rank * workers + i,
+    )
+    prepare(job, rank, world_size, local_rank, i == 0, os.getppid())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,7 +40,7 @@ class StepPretraining(MFMPretraining):
             pair = self.objective.pairs.sample(everything, labels, self.num_classes)
             inner = pair.inner(*torch.rand(2, GLOBAL_BATCH).sort(dim=0).values)
         pair, inner, total = pair.take(rows), inner.take(rows), 0.0
-        for term in self.objective._terms:
+        for term in self.objective.built_terms:
             total = (
                 total + squared_error(self.objective.residual(term, self.model, self.teacher, pair, 0, inner)).mean()
             )

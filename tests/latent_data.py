@@ -26,12 +26,11 @@ def photographs(root: Path, per_class: int = 9, size: int = 40) -> Path:
     return root
 
 
-def small_vae(folder: Path) -> str:
-    """An AutoencoderKL with random weights: factor 4, 4 latent channels."""
+def small_vae(folder: Path, blocks: int = 3) -> str:
+    """An AutoencoderKL with random weights: factor 2^(blocks - 1), 4 latent channels."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    blocks = 3
     vae = AutoencoderKL(
         block_out_channels=(8,) * blocks, norm_num_groups=4, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,

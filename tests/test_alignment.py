@@ -23,6 +23,7 @@ from mfm_lightning.values import (
 )
 from rewards import Reward, RewardError
 from rewards.linear_gaussian import LinearGaussianLikelihood
+from tests.latent_data import small_vae
 
 MIXTURE = GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)
 LIKELIHOOD = LinearGaussianLikelihood([1.2, -0.8], -1.0, 0.2)
@@ -218,14 +219,7 @@ def test_value_estimate_and_decoder(model, noise):
 
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory):
-    """A small AutoencoderKL of random weights."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(latent_channels=4, block_out_channels=(8, 16), norm_num_groups=4, **blocks).save_pretrained(folder)
-    return str(folder)
+    return small_vae(tmp_path_factory.mktemp("vae"), blocks=2)
 
 
 def test_vae_decoder_in_parts_is_the_whole(vae_folder):

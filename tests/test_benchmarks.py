@@ -21,6 +21,7 @@ from mfm_lightning.checkpoints import save_model
 from mfm_lightning.cli import main
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
+from tests.latent_data import small_vae
 
 ROOT = Path(__file__).parents[1]
 
@@ -323,19 +324,14 @@ class TinyQuality(Quality):
 
 
 def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path, monkeypatch, capsys):
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     with pytest.raises(SystemExit, match="imagenet256 cannot run") as error:
         benchmark("imagenet256")
     for what in ("model.file", "decoder.path", "quality.weights", "quality.reference", "fid.weights", "fid.reference"):
         assert what in str(error.value)
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
-    )  # fmt: skip
-    vae.save_pretrained(tmp_path / "checkpoints/sd-vae-ft-mse")
+    small_vae(tmp_path / "checkpoints/sd-vae-ft-mse", blocks=2)
     network = DiT(8, 4, 4, 16, 2, 2, 1, num_classes=1000, guidance_scales=(2.5,))
     save_model(model(network), _folder(tmp_path / "checkpoints/imagenet256") / "mfm_xl2.safetensors")
     settings = yaml.safe_load((tmp_path / "configs/benchmarks/imagenet256.yaml").read_text())

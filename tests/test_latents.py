@@ -30,8 +30,9 @@ from mfm_lightning.data.latent_index import LatentIndex
 from mfm_lightning.data.moments import MomentEncoder
 from mfm_lightning.data.prepare import Preparation, prepare
 from mfm_lightning.decoders import VAEDecoder
+from mfm_lightning.distributed import Process
 from mfm_lightning.modules import MFMPretraining
-from mfm_lightning.prepare_command import launched_as, main
+from mfm_lightning.prepare_command import main
 from tests.latent_data import numbers, photographs, shards, small_vae
 
 
@@ -137,9 +138,9 @@ def test_several_processes_make_the_same_shards(made, monkeypatch, tmp_path):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_PROCID", "3")
-    assert launched_as() == (0, 1, 0)  # a batch script's own environment is no srun
+    assert Process.from_environment() == Process(0, 1, 0)  # a batch script's own environment is no srun
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    assert launched_as() == (3, 8, 0)
+    assert Process.from_environment() == Process(3, 8, 0)
 
 
 def test_image_shards_as_input(made, tmp_path):

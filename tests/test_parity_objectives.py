@@ -56,7 +56,7 @@ def test_expected_value_within_four_standard_errors(name, p, batches, tmp_path):
     with torch.no_grad():
         for _ in range(batches):
             pair = objective.pairs.sample(x1, label, student.num_classes)
-            error = squared_error(objective.residual(objective._terms[0], student, teacher, pair))
+            error = squared_error(objective.residual(objective.built_terms[0], student, teacher, pair))
             means["squared_error"].append(error.mean())
             means["squared_error_over_samples_with_label"].append(error[pair.label != student.num_classes].mean())
             means["adaptive_loss"].append(adaptive_loss(error, p).mean())

@@ -20,6 +20,7 @@ from mfm_lightning.sample_command import main
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.sampling import ModelSampler, Process, SamplePlan
 from mfm_lightning.sampling.plan import noise_seed
+from tests.latent_data import small_vae
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--num-samples=10", "--batch-size=4", "--steps=2", "--device=cpu"]
@@ -188,13 +189,8 @@ def test_what_does_not_fit_is_refused_before_work(model, tmp_path, arguments, er
 
 
 def test_latents_are_decoded_by_a_vae(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
-    )  # fmt: skip
-    vae.save_pretrained(tmp_path / "vae")
+    pytest.importorskip("diffusers")
+    small_vae(tmp_path / "vae", blocks=2)
     path = str(save_model(MetaFlowMap(DiT(8, 4, 4, 16, 2, 2, 1, num_classes=3)), tmp_path / "latents.safetensors"))
     with pytest.raises(ValueError, match=r"states of shape \(4, 8, 8\) are no pixels: give --decoder"):
         main([path, "--output", str(tmp_path / "out"), *SMALL])

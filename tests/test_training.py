@@ -24,6 +24,7 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import MFMPretraining, NonFiniteLossError, Optimization, check_batch
 from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.objectives import Objective, WeightedTerm
+from tests.latent_data import small_vae
 from tests.parity import ARCHITECTURE, DATA
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +81,6 @@ def test_every_config_runs(folder):
 
 def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     """Each on shards of the same layout, with smaller latents, networks, VAE and another reward, on one device."""
-    from diffusers import AutoencoderKL
-
     shape = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2}
     network = [f"--model.init_args.network.init_args.{k}={v}" for k, v in shape.items()]
     encoder = ["--model.init_args.network.init_args.encoder_depth=1"]
@@ -90,9 +89,7 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     for name, flip in (("sit_b2", False), ("dmf_xl2", True)):
         model = MetaFlowMap(DiT(**shape, encoder_depth=1, flip_time=flip))
         save_model(model, f"checkpoints/imagenet256/{name}.safetensors")
-    AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4).save_pretrained(
-        "checkpoints/sd-vae-ft-mse"
-    )
+    small_vae(Path("checkpoints/sd-vae-ft-mse"), blocks=1)
     small = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
     small += ["--trainer.limit_val_batches=1", "--trainer.devices=1", "--trainer.strategy=auto"]
     small += [f"{DATA_MODULE}.batch_size=4", f"{DATA_MODULE}.num_workers=0"]

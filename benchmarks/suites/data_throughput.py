@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from mfm_benchmarks import bootstrap
+from mfm_benchmarks import bootstrap, plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
 from mfm_benchmarks.bootstrap import Measured
 from mfm_benchmarks.parts.shard_readers import (
@@ -127,7 +127,7 @@ class DataThroughputSuite(Suite):
         }
         if not found:
             return []
-        shares = {w: {name: bootstrap.of_runs(_ratios(f, name)) for name in f} for w, f in found.items()}
+        shares = {w: {name: bootstrap.ratio_of_runs(f[name], f[RAW]) for name in f} for w, f in found.items()}
         headline, lines = [], []
         for where, share in shares.items():
             best = max((_ours(w) for w in self.workers), key=lambda name, share=share: share[name].value)
@@ -150,13 +150,12 @@ class DataThroughputSuite(Suite):
         for where, speeds in found.items():
             for name, values in speeds.items():
                 speed, share = bootstrap.of_runs(values), shares[where][name]
-                megabytes = Measured(speed.value * stride / 1e6, speed.replicates * stride / 1e6)
                 rows.append(
                     {
                         "files": where,
                         "reader": name,
                         "samples/s": speed,
-                        "MB/s of tar": megabytes,
+                        "MB/s of tar": speed * (stride / 1e6),
                         "of a raw read": share,
                     }
                 )
@@ -188,16 +187,12 @@ def _note(found: dict[str, list[float]], speeds: dict[str, float], round_: int) 
 
 
 def _against(found: dict[str, list[float]], name: str, other: str) -> str:
-    times = bootstrap.of_runs([a / b for a, b in zip(found[name], found[other], strict=True)])
+    times = bootstrap.ratio_of_runs(found[name], found[other])
     return f"from the cache: {name}: {times.text(2)} times the samples in a second of {other}."
 
 
 def _ours(workers: int) -> str:
     return f"LatentShards, {workers} worker{'' if workers == 1 else 's'}"
-
-
-def _ratios(found: dict[str, list[float]], name: str) -> list[float]:
-    return [a / b for a, b in zip(found[name], found[RAW], strict=True)]
 
 
 def _claim(name: str, share: Measured) -> str:
@@ -206,17 +201,10 @@ def _claim(name: str, share: Measured) -> str:
 
 
 def _picture(found: dict[str, dict[str, list[float]]]) -> Figure:
-    rows = [len(speeds) for speeds in found.values()]
-    figure = Figure(figsize=(8.0, 0.4 * sum(rows) + 1.2), layout="constrained")
-    panels = figure.subplots(len(found), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
-    for axes, (where, readers) in zip(panels, found.items(), strict=True):
-        speeds = [bootstrap.of_runs(values) for values in readers.values()]
-        spread = [[s.value - s.low for s in speeds], [s.high - s.value for s in speeds]]
-        colours = ["tab:blue" if name.startswith("LatentShards") else "tab:grey" for name in readers]
-        axes.barh(range(len(readers)), [s.value for s in speeds], xerr=spread, color=colours, height=0.7, capsize=2)
-        axes.set_yticks(range(len(readers)), readers, fontsize=9)
-        axes.invert_yaxis()
-        axes.axvline(GOAL * speeds[list(readers).index(RAW)].value, color="black", linewidth=0.8, linestyle="--")
-        axes.set_title(where, fontsize=10, loc="left")
-    panels[-1].set_xlabel("samples in a second (dashed: half of the raw read)")
-    return figure
+    speeds = {where: {name: bootstrap.of_runs(v) for name, v in readers.items()} for where, readers in found.items()}
+    half = {where: GOAL * readers[RAW].value for where, readers in speeds.items()}
+
+    def colour(name: str) -> str:
+        return "tab:blue" if name.startswith("LatentShards") else "tab:grey"
+
+    return plots.bars(speeds, colour, half, "samples in a second (dashed: half of the raw read)", dashed=True)

@@ -6,11 +6,9 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 
-from mfm_benchmarks import bootstrap
+from mfm_benchmarks import bootstrap, plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
 from mfm_benchmarks.bootstrap import Measured, rounded
 from mfm_benchmarks.parts.sampling_steps import steering_steps
@@ -212,20 +210,12 @@ class TrainingSpeedSuite(Suite):
 
     def _picture(self, done) -> Picture:
         names = [v.name for v in self._variants]
-        figure = Figure(figsize=(8.5, 0.42 * len(names) * len(done) + 1.2), layout="constrained")
-        axes = figure.subplots(len(done), 1, sharex=True, squeeze=False)[:, 0]
-        colours = matplotlib.colormaps["tab10"].colors
-        for axis, ((size, batch, precision), numbers) in zip(axes, done.items(), strict=True):
-            speeds = [_speed(numbers, name) for name in names]
-            shown = [(i, s) for i, s in enumerate(speeds) if s is not None]
-            at, values = [i for i, _ in shown], [s.value for _, s in shown]
-            spread = [[s.value - s.low for _, s in shown], [s.high - s.value for _, s in shown]]
-            axis.barh(at, values, xerr=spread, color=[colours[i] for i in at], height=0.7, capsize=2)
-            axis.set_yticks(range(len(names)), names, fontsize=9)
-            axis.invert_yaxis()
-            axis.axvline(1, color="black", linewidth=0.8)
-            axis.set_title(f"{size}, {precision}, batch {batch}", fontsize=10, loc="left")
-        axes[-1].set_xlabel("steps in the time of one reference step")
+        panels = {
+            f"{size}, {precision}, batch {batch}": {n: s for n in names if (s := _speed(numbers, n)) is not None}
+            for (size, batch, precision), numbers in done.items()
+        }
+        looks, one = plots.style(names), dict.fromkeys(panels, 1.0)
+        figure = plots.bars(panels, lambda name: looks[name]["color"], one, "steps in the time of one reference step")
         return Picture("speed", "Speed against the straightforward step", figure, STEPS_CAPTION)
 
     def _step_rows(self, done) -> list[dict[str, Any]]:
@@ -241,7 +231,7 @@ class TrainingSpeedSuite(Suite):
                 rows.append(
                     {
                         **row,
-                        "ms a step": _scaled(seconds, 1e3),
+                        "ms a step": seconds * 1e3,
                         "samples/s": batch / seconds.value,
                         "times faster": _speed(numbers, variant.name),
                         "peak memory, MB": numbers["memory"][variant.name] / 1e6,
@@ -259,7 +249,7 @@ class TrainingSpeedSuite(Suite):
             whole = numbers["seconds"].get(DEFAULT)
             for name, seconds in numbers["parts"].items():
                 row = {"model": size, "precision": precision, "batch": batch, "part": name}
-                row["ms"] = _scaled(bootstrap.of_runs(seconds), 1e3)
+                row["ms"] = bootstrap.of_runs(seconds) * 1e3
                 row["in forward passes"] = None if unit is None else _median_ratio(seconds, unit)
                 row["of the explicit step"] = None if whole is None else _median_ratio(seconds, whole)
                 rows.append(row)
@@ -308,19 +298,17 @@ def _pairs(steps: dict[str, Callable[[], tuple[Step, Step]]], rounds: int, devic
 def _gain(without: list[float] | None, with_: list[float] | str) -> dict[str, Any]:
     if without is None:
         return {"failed": with_}
-    ratios = [a / b for a, b in zip(without, with_, strict=True)]
     return {
-        "ms without": _scaled(bootstrap.of_runs(without), 1e3),
-        "ms with": _scaled(bootstrap.of_runs(with_), 1e3),
-        "times faster": bootstrap.of_runs(ratios),
+        "ms without": bootstrap.of_runs(without) * 1e3,
+        "ms with": bootstrap.of_runs(with_) * 1e3,
+        "times faster": bootstrap.ratio_of_runs(without, with_),
     }
 
 
 def _speed(numbers: dict[str, Any], name: str) -> Measured | None:
     if name not in numbers["seconds"] or REFERENCE not in numbers["seconds"]:
         return None
-    pairs = zip(numbers["seconds"][REFERENCE], numbers["seconds"][name], strict=True)
-    return bootstrap.of_runs([a / b for a, b in pairs])
+    return bootstrap.ratio_of_runs(numbers["seconds"][REFERENCE], numbers["seconds"][name])
 
 
 def _memory(numbers: dict[str, Any], name: str) -> float | None:
@@ -330,7 +318,3 @@ def _memory(numbers: dict[str, Any], name: str) -> float | None:
 
 def _median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
     return float(torch.tensor(a).median() / torch.tensor(b).median())
-
-
-def _scaled(measured: Measured, factor: float) -> Measured:
-    return Measured(measured.value * factor, measured.replicates * factor)

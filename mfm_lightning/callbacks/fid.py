@@ -16,7 +16,7 @@ from mfm_lightning.images import to_uint8
 from mfm_lightning.metrics.fid import Statistics, reference_statistics
 from mfm_lightning.metrics.inception import Inception, InceptionFeatures, find_inception_weights
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import own_gradients
+from mfm_lightning.modules.base import TrainingModule, own_gradients
 from mfm_lightning.sampling import ModelSampler, SamplePlan
 from mfm_lightning.sampling.model_sampler import BY_MODEL
 
@@ -119,14 +119,13 @@ class SampleFID(L.Callback):
 
 
 def sampled_model(module: L.LightningModule) -> MetaFlowMap:
-    """The model that a LightningModule trains: its `model`, or its `policy`.
+    """The model that a LightningModule trains.
 
     Raises:
-        ValueError: if it has neither.
+        ValueError: if it trains none.
     """
-    for name in ("model", "policy"):
-        if isinstance(getattr(module, name, None), MetaFlowMap):
-            return getattr(module, name)
+    if isinstance(module, TrainingModule) and isinstance(module.trained, MetaFlowMap):
+        return module.trained
     raise ValueError(f"{type(module).__name__} trains no model that samples could be drawn from")
 
 

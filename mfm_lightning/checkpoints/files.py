@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import NETWORKS, VALUE_NETWORKS
+from mfm_lightning.whole_files import whole_file
 
 
 class CheckpointError(ValueError):
@@ -91,12 +92,10 @@ def load_into(network: nn.Module, state: dict[str, Tensor], required: set[str], 
 def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
     """Write a network's weights, and in the file's metadata its class and `config`, as safetensors."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"network": type(network).__name__, "config": json.dumps(network.config), **(metadata or {})}
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=header)
-    partial.replace(path)  # a reader or a kill sees the old file or the new one, whole
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata=header)
     return path
 
 

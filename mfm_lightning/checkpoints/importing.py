@@ -26,6 +26,7 @@ from mfm_lightning.checkpoints.released import (
 )
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
+from mfm_lightning.whole_files import whole_file
 
 log = logging.getLogger(__name__)
 _CONFIG = "mfm_lightning_config"  # in the metadata of an exported file: what shapes do not tell
@@ -133,13 +134,11 @@ def export_checkpoint(model: MetaFlowMap, path: str | Path, prefix: str = "dit."
         )
     state = to_released_names(network.state_dict())
     state = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
-        save_file(state, partial, metadata={_CONFIG: json.dumps(network.config)})
-    else:
-        torch.save({"state_dict": state}, partial)
-    partial.replace(path)  # a kill leaves the old file or the new one, whole
+    with whole_file(path) as partial:
+        if path.suffix == ".safetensors":
+            save_file(state, partial, metadata={_CONFIG: json.dumps(network.config)})
+        else:
+            torch.save({"state_dict": state}, partial)
     return path
 
 

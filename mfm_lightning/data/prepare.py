@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from mfm_lightning.data.image_sources import ImageSource, InputError, RawImage, find_source
 from mfm_lightning.data.latent_index import CLASSES, INDEX, LatentIndex, Shard
 from mfm_lightning.data.moments import MomentEncoder
-from mfm_lightning.data.shard_writer import PARTIAL, PARTS, finished, write_json, write_shard, write_text
+from mfm_lightning.data.shard_writer import PARTS, finished, write_json, write_shard, write_text
+from mfm_lightning.devices import find_device
 from mfm_lightning.evaluation.base import track
+from mfm_lightning.whole_files import PARTIAL
 
 log = logging.getLogger(__name__)
 PREPARATION = "preparation.json"
@@ -79,10 +80,8 @@ class Preparation:
 
     def encoder(self, local_rank: int = 0) -> MomentEncoder:
         """The VAE on this process's device."""
-        device = self.device
-        if device in ("auto", "cuda") and torch.cuda.is_available():
-            device = f"cuda:{local_rank % torch.cuda.device_count()}"
-        return MomentEncoder(self.vae, "cpu" if device == "auto" else device, self.precision, self.allow_download)
+        device = find_device(self.device, local_rank)
+        return MomentEncoder(self.vae, device, self.precision, self.allow_download)
 
 
 def check(job: Preparation, source: ImageSource, encoder: MomentEncoder) -> dict[str, Any]:

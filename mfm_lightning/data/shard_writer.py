@@ -13,9 +13,9 @@ import numpy as np
 
 from mfm_lightning.data.latent_index import Shard
 from mfm_lightning.data.urls import from_webdataset
+from mfm_lightning.whole_files import PARTIAL, whole_file
 
 PARTS = "parts"  # folder of what is known of each finished shard, until all are in the index
-PARTIAL = ".partial"
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[tuple[str, int, np.ndarray]], broken: list[str]) -> None:
@@ -66,10 +66,5 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}{PARTIAL}-{os.getpid()}")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with whole_file(path, os.getpid(), sync=True) as partial:
+        partial.write_text(text)

@@ -24,6 +24,7 @@ from mfm_lightning.checkpoints import fingerprint
 from mfm_lightning.evaluation.base import progress_bar
 from mfm_lightning.images import ImageSet
 from mfm_lightning.metrics.inception import Inception
+from mfm_lightning.whole_files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +60,9 @@ class Statistics:
     def save(self, path: str | Path) -> Path:
         """Write them as `load` reads them; the file appears whole."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         number = {} if self.num_samples is None else {"num_samples": self.num_samples}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
+        with whole_file(path, os.getpid()) as partial, open(partial, "wb") as file:
             np.savez(file, mu=self.mu, sigma=self.sigma, **number)
-        partial.replace(path)
         return path
 
 

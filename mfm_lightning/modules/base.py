@@ -81,8 +81,8 @@ class TrainingModule(L.LightningModule):
         return Path(self.trainer.default_root_dir)
 
     def configure_model(self) -> None:
-        if self._device_mesh is not None:  # of the strategy FSDP
-            shard(self.trained, self._device_mesh["data_parallel"])
+        if self.device_mesh is not None:  # of the strategy FSDP
+            shard(self.trained, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
@@ -148,7 +148,7 @@ class TrainingModule(L.LightningModule):
     def whole_weights(self) -> Iterator[None]:
         """Within the context rank 0 holds an unsharded copy of what is trained, so that it can compute alone; entered
         by all ranks."""
-        if self._device_mesh is None:
+        if self.device_mesh is None:
             yield
             return
         trained = self.trained

@@ -156,7 +156,7 @@ class RewardFinetuning(TrainingModule):
         return self._identity
 
     def configure_model(self) -> None:
-        if self._device_mesh is not None and self.adapters is not None:
+        if self.device_mesh is not None and self.adapters is not None:
             raise ValueError("model.adapters do not go with FSDP, which shards what is trained: use strategy ddp")
         super().configure_model()
 

@@ -55,6 +55,9 @@ class Objective:
     share_inner: all terms look at one inner sample, so that the teacher is evaluated once for the diagonal and the
         consistency term. The diagonal's times are then those of the consistency term, the smaller of two draws.
 
+    Attributes:
+        built_terms: the objects that `terms` name, in their order.
+
     Raises, on construction, ValueError for an unknown term, distribution or tangent backend.
     """
 
@@ -70,7 +73,7 @@ class Objective:
         if not self.terms:
             raise ValueError("an objective needs at least one term")
         get_backend(self.backend)
-        self._terms = [self._build(term.name) for term in self.terms]
+        self.built_terms = [self._build(term.name) for term in self.terms]
 
     def _build(self, name: str):
         return TERMS[name](self.backend) if issubclass(TERMS[name], Consistency) else TERMS[name]()
@@ -78,7 +81,7 @@ class Objective:
     @property
     def needs_teacher(self) -> list[str]:
         """Names of the terms that need a teacher."""
-        return [t.name for t, term in zip(self.terms, self._terms, strict=True) if term.needs_teacher]
+        return [t.name for t, term in zip(self.terms, self.built_terms, strict=True) if term.needs_teacher]
 
     @property
     def base_flow_only(self) -> bool:
@@ -99,7 +102,7 @@ class Objective:
         results: dict[str, Tensor] = {}
         total = torch.zeros((), device=x1.device)
         shared = self._draw(pair, two=True, step=step) if self.share_inner else None
-        for settings, term in zip(self.terms, self._terms, strict=True):
+        for settings, term in zip(self.terms, self.built_terms, strict=True):
             if step < settings.start_step:
                 continue
             residual = self.residual(term, model, teacher, pair, step, shared)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,29 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Process:
-    """This process among those that sample."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def from_environment(cls) -> Process:
-        """As torchrun, or SLURM's srun, says; else the only one.
-
-        Raises:
-            ValueError: if the rank does not lie below the number of processes.
-        """
-        for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
-            if all(name in os.environ for name in names[:2]):
-                rank, world_size = (int(os.environ[name]) for name in names[:2])
-                if not 0 <= rank < world_size:
-                    raise ValueError(f"{names[0]}={rank} must lie in 0..{names[1]}-1, and {names[1]} is {world_size}")
-                return cls(rank, world_size, int(os.environ.get(names[2], 0)))
-        return cls()
+from mfm_lightning.distributed import Process
 
 
 @dataclass(frozen=True)
