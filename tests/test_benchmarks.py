@@ -420,28 +420,3 @@ def test_features_of_a_folder_of_real_images_are_kept(tmp_path):
     quality = InceptionQuality(str(tmp_path / "weights.pth"), str(tmp_path / "reference.safetensors"))
     assert [line.split(":")[0] for line in quality.missing()] == ["quality.weights"]
     assert len(InceptionQuality(str(tmp_path / "w"), str(tmp_path / "none")).missing()) == 2
-
-
-def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small = ["--sizes", "{S/8: 2}", "--sampling_sizes", "[S/8]", "--draws", "[2]", "--input_size", 8, "--rounds", 2]
-    benchmark("training-speed", *small, "--precisions", "[fp32]", "--compile", "false", "--device", "cpu")
-    folder = tmp_path / "outputs/benchmarks/training-speed"
-    found = {row["step"]: row for row in rows(folder, "steps")}
-    assert set(found) == {
-        "reference", "explicit, own samples", "functorch", "finite difference", "explicit", "explicit, checkpointed",
-    }  # fmt: skip
-    for name, row in found.items():
-        assert float(row["ms a step"]) > 0
-        # finite differences are within their documented error; all others are the same gradient
-        assert float(row["gradient error"]) < (1e-2 if name == "finite difference" else 1e-5), name
-    assert float(found["explicit, checkpointed"]["of the reference's"]) <= float(
-        found["explicit"]["of the reference's"]
-    )
-    parts = {row["part"] for row in rows(folder, "parts")}
-    assert {"forward, no graph", "EMA", "optimiser (RAdam)", "tangent and backward: functorch"} <= parts
-    tried = rows(folder, "tried")
-    assert all(float(row["times faster"]) > 0 for row in tried)
-    assert {row["estimator"] for row in rows(folder, "steering")} == {"MFM-GF", "MFM-G (not done)"}
-    with pytest.raises(SystemExit, match="unknown precision 'fp8'"):
-        benchmark("training-speed", "--precisions", "[fp8]")

@@ -1,0 +1,24 @@
+"""Fixtures of several files."""
+
+import pytest
+
+from mfm_lightning.prepare_command import main
+from tests import latent_data
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """See `latent_data.one_thread`."""
+    with latent_data.one_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Photographs, a VAE, and their shards: 18 images of 2 classes in 5 shards."""
+    folder = tmp_path_factory.mktemp("latents")
+    latent_data.photographs(folder / "images")
+    vae = latent_data.small_vae(folder / "vae")
+    with latent_data.one_thread():
+        main([*latent_data.arguments(folder, vae), "--output", str(folder / "shards"), "--verify"])
+    return folder
