@@ -3,7 +3,19 @@
 This package depends on torch only, never on mfm_lightning.
 """
 
-from rewards import classifier, composition, jpeg, linear_gaussian, statistics, symmetry  # noqa: F401  (they register)
+from rewards import (  # noqa: F401  (they register)
+    aesthetic,
+    classifier,
+    clip_score,
+    composition,
+    hpsv2,
+    image_reward,
+    jpeg,
+    linear_gaussian,
+    pickscore,
+    statistics,
+    symmetry,
+)
 from rewards.protocol import Reward, RewardError, as_reward, evaluate
 from rewards.registry import available, build, register
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rewards.protocol import Reward
 from rewards.registry import register
+from rewards.weights import load_state_dict
 
 
 @register("class_mixture")
@@ -63,20 +64,7 @@ def load_classifier(class_path: str, init_args: dict[str, Any] | None = None, we
     classifier = target(**(init_args or {}))
     if weights is not None:
         try:
-            classifier.load_state_dict(_read(weights))
+            classifier.load_state_dict(load_state_dict(weights))
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"weights {weights!r} of the classifier cannot be loaded: {error}") from error
     return classifier
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    import pickle
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError("not a file of plain tensors, so it is refused") from error

@@ -28,9 +28,11 @@ class JPEGCompressibility(Reward):
         self.quality, self.scale = quality, scale
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        sizes = [len(self._encode(image)) / 1000 for image in pixels]
-        return -self.scale * torch.tensor(sizes, device=images.device, dtype=torch.float32)
+        finite = images.detach().isfinite().flatten(1).all(dim=1)
+        shown = images.detach().nan_to_num().clamp(0, 1)
+        pixels = (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        sizes = torch.tensor([len(self._encode(image)) / 1000 for image in pixels], dtype=torch.float32)
+        return torch.where(finite, -self.scale * sizes.to(images.device), torch.nan)
 
     def _encode(self, image) -> bytes:
         from PIL import Image

@@ -126,5 +126,5 @@ def _call(factory: Callable, name: str, options: dict[str, Any]) -> Reward:
         return as_reward(factory(**options), name)
     except RewardError:
         raise
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, ImportError) as error:
         raise RewardError(f"reward {name!r} cannot be built: {error}") from error

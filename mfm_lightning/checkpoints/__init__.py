@@ -1,17 +1,14 @@
 """Weights in and out: our own safetensors files, Lightning checkpoints, and the released MFM, DMF and SiT weights."""
 
 from mfm_lightning.checkpoints.files import (
-    CheckpointError,
     fingerprint,
     load_model,
     load_network,
-    load_state_dict,
     load_value,
     read_metadata,
     save_model,
     save_network,
 )
-from mfm_lightning.checkpoints.hub import find_file
 from mfm_lightning.checkpoints.importing import export_checkpoint, import_checkpoint
 from mfm_lightning.checkpoints.released import (
     PREFIXES,
@@ -21,6 +18,7 @@ from mfm_lightning.checkpoints.released import (
     strip_prefixes,
     to_released_names,
 )
+from rewards.weights import CheckpointError, find_file, load_state_dict
 
 __all__ = [
     "PREFIXES",

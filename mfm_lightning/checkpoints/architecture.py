@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mfm_lightning.checkpoints.files import CheckpointError
 from mfm_lightning.networks.dit import SIZES
+from rewards.weights import CheckpointError
 
 _BY_SHAPE = {(size["hidden_size"], size["depth"]): size for size in SIZES.values()}
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from mfm_lightning.checkpoints.architecture import infer_architecture
-from mfm_lightning.checkpoints.files import CheckpointError, load_into, load_state_dict, read_metadata
-from mfm_lightning.checkpoints.hub import find_file
+from mfm_lightning.checkpoints.files import read_metadata
 from mfm_lightning.checkpoints.released import (
     ADDED,
     SOURCES,
@@ -27,6 +26,7 @@ from mfm_lightning.checkpoints.released import (
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
 from mfm_lightning.whole_files import whole_file
+from rewards.weights import CheckpointError, find_file, load_into, load_state_dict
 
 log = logging.getLogger(__name__)
 _CONFIG = "mfm_lightning_config"  # in the metadata of an exported file: what shapes do not tell

@@ -1,0 +1,38 @@
+"""CLIP score: how well an image fits a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rewards.clip import CLIPReward
+from rewards.pretrained import Card
+from rewards.registry import register
+
+
+@register("clip_score")
+class CLIPScore(CLIPReward):
+    """CLIP's logit of image and prompt: their cosine times its temperature, 100 (Radford et al., arXiv 2103.00020).
+
+    Args: as `rewards.clip.CLIPReward`; OpenAI's ViT-L/14 by default.
+    """
+
+    card = Card(
+        measures="how well the image fits the prompt",
+        values="15 to 35",
+        licence="MIT",
+        source="Radford et al. 2021, arXiv 2103.00020",
+        fetch="hf download openai/clip-vit-large-patch14 config.json model.safetensors vocab.json merges.txt",
+        parameters=428,
+        activations=0.0,
+    )
+
+    def __init__(
+        self, weights: str = "openai/clip-vit-large-patch14", hidden_act: str = "quick_gelu", **options: Any
+    ) -> None:
+        super().__init__(weights, hidden_act=hidden_act, **options)
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.clip.logit_scale.exp() * self.cosine(pixels, prompts)

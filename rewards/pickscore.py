@@ -1,0 +1,36 @@
+"""PickScore: which of two images people would pick for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rewards.clip import CLIPReward
+from rewards.pretrained import Card
+from rewards.registry import register
+
+
+@register("pickscore")
+class PickScore(CLIPReward):
+    """Human preference by a CLIP ViT-H/14 trained on Pick-a-Pic: the logit of image and prompt (arXiv 2305.01569).
+
+    Args: as `rewards.clip.CLIPReward`.
+    """
+
+    card = Card(
+        measures="which image people would pick for the prompt",
+        values="17 to 24",
+        licence="MIT",
+        source="Kirstain et al. 2023, arXiv 2305.01569",
+        fetch="hf download yuvalkirstain/PickScore_v1 config.json model.safetensors vocab.json merges.txt",
+        parameters=986,
+        activations=0.0,
+    )
+
+    def __init__(self, weights: str = "yuvalkirstain/PickScore_v1", **options: Any) -> None:
+        super().__init__(weights, **options)
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.clip.logit_scale.exp() * self.cosine(pixels, prompts)

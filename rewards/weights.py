@@ -1,0 +1,222 @@
+"""Pretrained weights: where they are, and how they are read.
+
+They are local files, or those of a Hugging Face repository: in its cache on this machine, and downloaded only where that
+is allowed. Only plain tensors are read: `.pt`, `.pth`, `.bin` and `.ckpt` files with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor, nn
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
+_REPOSITORY = re.compile(r"^(?:hf:)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<file>[^/].*))?$")
+
+
+class CheckpointError(ValueError):
+    """A file that is not what it was taken for."""
+
+
+def find_file(path: str | Path, allow_download: bool = False, revision: str | None = None) -> Path:
+    """The local path of a checkpoint.
+
+    Args:
+        path: a file; or `org/name` or `org/name/file`, also as `hf:org/name...` where a local folder has that name: a
+            repository, in Hugging Face's cache on this machine. Without a file, it must have one checkpoint only, or a
+            `model.safetensors`.
+        allow_download: fetch it where it is not in the cache.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        FileNotFoundError: if it is not there, with what was looked for and the command that fetches it.
+        ImportError: for a repository, without huggingface_hub.
+        ValueError: if the repository has several checkpoints.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    repo, file = _repository(str(path), "checkpoint")
+    if file is None and PurePosixPath(repo).suffix in SUFFIXES:
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    hub = _hub(str(path))
+
+    def fetch() -> Path:
+        if file is not None:
+            return Path(hub.hf_hub_download(repo, file, revision=revision, local_files_only=not allow_download))
+        if allow_download:
+            only = _only_checkpoint(hub.HfApi().list_repo_files(repo, revision=revision), repo)
+            return Path(hub.hf_hub_download(repo, only, revision=revision, local_files_only=False))
+        folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        cached = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+        return folder / _only_checkpoint(cached, repo)
+
+    return _from_hub(fetch, str(path), repo, [file] if file else [], "checkpoint", allow_download, revision)
+
+
+def find_folder(
+    path: str | Path,
+    needed: Sequence[str],
+    wanted: Sequence[str] = (),
+    allow_download: bool = False,
+    revision: str | None = None,
+    what: str = "model",
+) -> Path:
+    """The local folder of a pretrained model or tokenizer, as the `from_pretrained` functions read one.
+
+    Args:
+        path: a folder, or a repository `org/name` (also `hf:org/name`).
+        needed: files that must be there; `"a|b"`: one of them.
+        wanted: patterns of further files that are downloaded with them.
+        allow_download, revision: as in `find_file`.
+        what: how errors call it.
+
+    Raises:
+        FileNotFoundError: if it or a file is not there, with what was looked for and the command that fetches it.
+        ImportError: for a repository, without huggingface_hub.
+    """
+    if Path(path).is_dir():
+        folder = Path(path)
+        if missing := _missing(folder, needed):
+            raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: not the folder of a {what}")
+        return folder
+    repo, _ = _repository(str(path), what)
+    hub = _hub(str(path))
+    first = [alternatives.split("|")[0] for alternatives in needed]
+
+    def fetch() -> Path:
+        if allow_download:
+            files = hub.HfApi().list_repo_files(repo, revision=revision)
+            chosen = [next((f for f in a.split("|") if f in files), a.split("|")[0]) for a in needed]
+            patterns = [*chosen, *wanted]
+            return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        if missing := _missing(folder, needed):
+            raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}")
+        return folder
+
+    return _from_hub(fetch, str(path), repo, [*first, *wanted], what, allow_download, revision)
+
+
+def _missing(folder: Path, needed: Sequence[str]) -> list[str]:
+    return [a.replace("|", " or ") for a in needed if not any((folder / name).is_file() for name in a.split("|"))]
+
+
+def _repository(text: str, what: str) -> tuple[str, str | None]:
+    """The repository and the file in it that a text names."""
+    match = _REPOSITORY.match(text)
+    local = not text.startswith("hf:") and (Path(text).is_absolute() or Path(text.split("/")[0]).exists())
+    if match is None or local:
+        raise FileNotFoundError(f"no {what} at {text}")
+    return match["repo"], match["file"]
+
+
+def _hub(text: str):
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(f"{text}: huggingface_hub is missing: pip install huggingface-hub") from error
+    return huggingface_hub
+
+
+def _from_hub(
+    fetch, text: str, repo: str, files: list[str], what: str, allow_download: bool, revision: str | None
+) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return fetch()
+    except HFValidationError as error:
+        raise FileNotFoundError(f"no {what} at {text}, which is no name of a repository either: {error}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        named = f"{', '.join(files)} of {repo}" if files else f"a {what} of {repo}"
+        at = f" --revision {revision}" if revision else ""
+        reason = str(error).strip().splitlines()[0] if allow_download else ""
+        patterns = "".join(f' --include "{f}"' if "*" in f else f" {f}" for f in files)
+        raise FileNotFoundError(
+            f"no file at {text}, and {named} is not in Hugging Face's cache on this machine ({HF_HUB_CACHE})"
+            f"{'; the download failed: ' + reason if reason else ''}. "
+            f"`hf download {repo}{patterns}{at}` fetches it, or allow_download (--allow-download)"
+        ) from error
+
+
+def _only_checkpoint(files: list[str], repo: str) -> str:
+    found = sorted(f for f in files if PurePosixPath(f).suffix in SUFFIXES)
+    if "model.safetensors" in found:
+        return "model.safetensors"
+    if not found:
+        raise FileNotFoundError(f"{repo} has no checkpoint ({', '.join(SUFFIXES)}) among {sorted(files)[:5]}")
+    if len(found) > 1:
+        raise ValueError(f"{repo} has {len(found)} checkpoints, {found[:5]}: name one, as {repo}/{found[0]}")
+    return found[0]
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, by name, on the CPU.
+
+    A dictionary that holds the weights under "ema", "state_dict" or "model" is opened, in that order.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the file cannot be read, or holds anything but plain tensors and numbers.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DMF's and SiT's files hold their arguments, too
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path} is refused: it is not a file of plain tensors ({reason[:120]}). "
+            "Save the state dict alone, best as .safetensors."
+        ) from error
+    for key in ("ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors by name: expected a state dict")
+    return tensors
+
+
+def load_into(network: nn.Module, state: dict[str, Tensor], required: set[str], path: str | Path, source: str) -> None:
+    """Load tensors into a network whose names they have.
+
+    Args:
+        required: the names that must be there; all must be the network's.
+        path, source: where the tensors are from, for the error.
+
+    Raises:
+        CheckpointError: if names or shapes do not fit, with the file, the first names, and both shapes.
+    """
+    own = network.state_dict()
+    missing, unexpected = sorted(required - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        first = (
+            [f"{k} {tuple(own[k].shape)}" for k in missing[:3]],
+            [f"{k} {tuple(state[k].shape)}" for k in unexpected[:3]],
+        )
+        raise CheckpointError(
+            f"{path} does not hold a {source!r} network of this architecture: {len(missing)} names missing"
+            f" {first[0]}, {len(unexpected)} unexpected {first[1]}"
+        )
+    wrong = [k for k in state if state[k].shape != own[k].shape]
+    if wrong:
+        shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network" for k in wrong[:3]]
+        raise CheckpointError(f"{path}: {len(wrong)} tensors of another shape, first {'; '.join(shapes)}")
+    network.load_state_dict(state, strict=False)
