@@ -1,7 +1,7 @@
 """Pretrained weights: where they are, and how they are read.
 
-They are local files, or those of a Hugging Face repository: in its cache on this machine, and downloaded only where that
-is allowed. Only plain tensors are read: `.pt`, `.pth`, `.bin` and `.ckpt` files with `weights_only=True`.
+They are local files, or those of a Hugging Face repository: in its cache on this machine, and downloaded only where
+that is allowed. Only plain tensors are read: `.pt`, `.pth`, `.bin` and `.ckpt` files with `weights_only=True`.
 """
 
 from __future__ import annotations
