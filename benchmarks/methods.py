@@ -119,7 +119,7 @@ def job(settings: FitSettings, folder: Path, model: ModelSettings, reward: Any, 
         f"{target}.reward": reward,
         f"{target}.reward_scale": scale,
     }
-    for key in ("decoder", "guidance", "prompts"):
+    for key in ("decoder", "guidance", "prompts", "class_names"):
         if (value := getattr(model, key)) is not None:
             options[f"{target}.{key}"] = plain(value)
     return Fit(settings.config, str(folder / settings.file), options | settings.given, [model.file], remember=True)

@@ -30,7 +30,7 @@ class ModelSettings:
         decoder: states to images, `{class_path: ..., init_args: {...}}`; the states themselves where None.
         labels: classes of the samples, in turn; None for no class.
         guidance: class-guidance scale.
-        prompts: one for all samples, or one a class.
+        prompts, class_names: as in `TargetSettings`.
 
     Raises:
         ValueError: for no labels, or guidance without them.
@@ -42,6 +42,7 @@ class ModelSettings:
     labels: list[int] | None = None
     guidance: float | None = None
     prompts: str | list[str] | None = None
+    class_names: str | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None and (not self.labels or min(self.labels) < 0):
@@ -79,6 +80,7 @@ class Subject:
             "labels": settings.labels,
             "guidance": settings.guidance,
             "prompts": settings.prompts,
+            "class_names": settings.class_names,
         }
         self._model: MetaFlowMap | None = None
 
@@ -86,7 +88,8 @@ class Subject:
         """The target of a reward (built, or as `rewards.build` takes it), on the same model; raises as
         `TargetSettings.load`."""
         s = self.settings
-        loaded = TargetSettings(s.file, reward, s.built_decoder, 1.0, s.guidance, s.prompts).load(self._model)
+        conditions = (1.0, s.guidance, s.prompts, s.class_names)
+        loaded = TargetSettings(s.file, reward, s.built_decoder, *conditions).load(self._model)
         self._model = loaded.model
         if s.labels is not None and max(s.labels) >= loaded.model.num_classes:
             raise ValueError(f"model.labels {s.labels}: the model has {loaded.model.num_classes} classes, from 0")

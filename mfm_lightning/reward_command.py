@@ -1,74 +1,168 @@
-"""`mfm rewards`: list the rewards, or score a folder of images with one."""
+"""`mfm rewards`: list the rewards, show one, score images with one, or check that one keeps to what methods rely on."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
+from rich import get_console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 import rewards
+from mfm_lightning.devices import find_device
 from mfm_lightning.images import SUFFIXES
 from rewards import RewardError
+from rewards.prompts import PLACEHOLDER, imagenet_classes, load_class_names
+from rewards.registry import factory
+from rewards.testing import Conformance, check_reward
 
 
 def main(args: Sequence[str]) -> None:
     """Entry point of the subcommand.
 
     Raises:
-        RewardError: for an unknown reward, options that do not fit, or a missing prompt.
-        FileNotFoundError: if the folder holds no images.
+        RewardError: for an unknown reward, options that do not fit, missing weights or a missing prompt.
+        FileNotFoundError: if the folder holds no images, or there is no file of prompts.
+        SystemExit: with status 1, if a checked reward fails.
     """
-    parser = argparse.ArgumentParser(prog="mfm rewards", description="List the rewards, or score images with one.")
-    parser.add_argument("--score", metavar="NAME", help="reward to score with")
-    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of images")
-    parser.add_argument("--prompt", help="text for rewards that need one")
+    parser = argparse.ArgumentParser(prog="mfm rewards", description="List the rewards, show, check or use one.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--show", metavar="NAME", help="what it measures, its options, its weights and how to get them")
+    what.add_argument("--score", metavar="NAME", help="score the images of a folder with it")
+    what.add_argument("--check", metavar="NAME", help="run the conformance checks of rewards.testing on it")
+    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of images (--score, --check)")
+    parser.add_argument("--prompt", help=f"text for rewards that need one; {PLACEHOLDER} stands for the label's name")
+    parser.add_argument(
+        "--prompts", metavar="FILE", type=Path, help='JSON of a text for each image, {"name.png": "..."}'
+    )
     parser.add_argument("--label", type=int, help="class for rewards that need one")
+    parser.add_argument("--class-names", metavar="FILE", help="names by label; ImageNet's where left out")
+    parser.add_argument("--device", default="auto", help="such as cuda or cpu; a GPU where there is one")
     parser.add_argument(
         "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the reward, value as YAML"
     )
     options = parser.parse_args(args)
-    console = Console()
-    if options.score is None:
-        table = Table("name", "what it is")
-        for name, description in rewards.available().items():
-            table.add_row(name, description)
-        console.print(table)
+    settings = dict(_option(text) for text in options.option)
+    if options.show:
+        get_console().print(describe(options.show))
+        return
+    if not options.score and not options.check:
+        get_console().print(listing())
+        return
+    reward = rewards.build(options.score or options.check, **settings)
+    reward = reward.to(find_device(options.device)).eval().requires_grad_(False)
+    if options.check:
+        images = None
+        if options.images is not None:
+            images = torch.stack([load_image(path) for path in _paths(options.images)]).to(find_device(options.device))
+        show_checks(check_reward(reward, images))
         return
     if options.images is None:
         parser.error("--score needs --images DIR")
-    reward = rewards.build(options.score, **dict(_option(text) for text in options.option))
-    scores = score_folder(reward, options.images, options.prompt, options.label)
+    prompts = _prompts(options)
+    scores = score_folder(reward, options.images, prompts, options.label)
     table = Table("image", options.score)
     for name, score in sorted(scores.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{score:.5g}")
-    console.print(table)
+    get_console().print(table)
+
+
+def listing() -> Table:
+    """All rewards, with what they need, whether they have a gradient, and the memory they are expected to take."""
+    table = Table("name", "needs", "gradient", "memory", "what it is", row_styles=["", "dim"])
+    for name, description in rewards.available().items():
+        made = factory(name)
+        # what an installed package's reward needs is not known before it is imported
+        needs = getattr(made, "needs", ("images",))[1:]
+        card = getattr(made, "card", None)
+        gradient = "yes" if getattr(made, "differentiable", True) else "no"
+        table.add_row(name, ", ".join(needs), gradient, card.memory if card else "", escape(description))
+    return table
+
+
+def describe(name: str) -> Table:
+    """A reward's description, weights and options."""
+    made = factory(name)
+    table = Table(show_header=False, box=None)
+    table.add_row(name, escape(inspect.getdoc(made) or ""))
+    if (card := getattr(made, "card", None)) is not None:
+        for field in ("measures", "values", "memory", "licence", "source", "fetch"):
+            table.add_row(field, escape(getattr(card, field)))
+    for parameter in inspect.signature(made).parameters.values():
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        kind = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
+        table.add_row("option", f"{parameter.name}{kind}{default}")
+    return table
+
+
+def show_checks(result: Conformance) -> None:
+    """Print the outcome; SystemExit with status 1 if anything failed."""
+    table = Table("check", "outcome", "found", title=result.reward)
+    for check in result.checks:
+        table.add_row(check.name, check.outcome, check.found)
+    get_console().print(table)
+    if result.failures:
+        raise SystemExit(1)
 
 
 def score_folder(
-    reward: rewards.Reward, folder: Path, prompt: str | None = None, label: int | None = None
+    reward: rewards.Reward,
+    folder: Path,
+    prompts: str | Callable[[str], str] | None = None,
+    label: int | None = None,
 ) -> dict[str, float]:
-    """The reward of each image in a folder, by file name; images may differ in size."""
-    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
+    """The reward of each image in a folder, by file name; images may differ in size.
+
+    Args:
+        prompts: one for all, or what gives one for a file's name.
+    """
+    weight = next(iter(reward.parameters()), None)
+    device = weight.device if weight is not None else torch.device("cpu")
     scores = {}
-    for path in paths:
+    for path in _paths(folder):
+        prompt = prompts(path.name) if callable(prompts) else prompts
         try:
             with torch.no_grad():
                 value = rewards.evaluate(
-                    reward, load_image(path)[None], [prompt] if prompt is not None else None,
-                    torch.tensor([label]) if label is not None else None,
+                    reward, load_image(path)[None].to(device), [prompt] if prompt is not None else None,
+                    torch.tensor([label], device=device) if label is not None else None,
                 )  # fmt: skip
         except RewardError as error:
             raise RewardError(f"{path}: {error}") from error
         scores[path.name] = value.item()
     return scores
+
+
+def _paths(folder: Path) -> list[Path]:
+    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
+    return paths
+
+
+def _prompts(options: argparse.Namespace) -> str | Callable[[str], str] | None:
+    """What the command line says about prompts."""
+    if options.prompts is not None:
+        if not options.prompts.is_file():
+            raise FileNotFoundError(f"no prompts at {options.prompts}")
+        given: dict[str, Any] = json.loads(options.prompts.read_text())
+        if absent := [p.name for p in _paths(options.images) if p.name not in given]:
+            raise RewardError(f"{options.prompts} has no prompt for {len(absent)} images, first {absent[0]}")
+        return given.__getitem__
+    if options.prompt is None or PLACEHOLDER not in options.prompt:
+        return options.prompt
+    names = imagenet_classes() if options.class_names is None else load_class_names(options.class_names)
+    if options.label is None or not 0 <= options.label < len(names):
+        raise RewardError(f"a prompt with {PLACEHOLDER} needs --label, in 0..{len(names) - 1}")
+    return options.prompt.replace(PLACEHOLDER, names[options.label])
 
 
 def load_image(path: Path) -> Tensor:

@@ -17,6 +17,7 @@ from mfm_lightning.interpolant import as_times
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.nfe import Meter
 from rewards import Reward, RewardError, as_reward, build, evaluate
+from rewards.prompts import PLACEHOLDER, class_prompts, imagenet_classes, load_class_names
 from rewards.protocol import check_context, name_of
 
 
@@ -198,7 +199,8 @@ class TargetSettings:
     decoder: states to images; the states themselves where None.
     reward_scale: the reward is multiplied by it.
     guidance: class-guidance scale given to the network.
-    prompts: one for all samples, or one a class (chosen by the label).
+    prompts: one for all samples; one a class (chosen by the label); or a template with {class} for the class's name.
+    class_names: file of the names for the template (`rewards.prompts.load_class_names`); ImageNet's where None.
     """
 
     model: str
@@ -207,6 +209,7 @@ class TargetSettings:
     reward_scale: float = 1.0
     guidance: float | None = None
     prompts: str | list[str] | None = None
+    class_names: str | None = None
 
     def load(self, model: MetaFlowMap | None = None) -> LoadedTarget:
         """The frozen parts, read and built.
@@ -218,11 +221,8 @@ class TargetSettings:
             FileNotFoundError: if the model is not there.
             CheckpointError: if the file is a base flow, which has no posterior draws.
             RewardError: if the reward is unknown, its options do not fit, or it needs prompts and there are none.
-            ValueError: if prompts are given by class and are not as many as classes.
+            FileNotFoundError, ValueError: if prompts or class names are not as many as classes, or have no file.
         """
-        reward = build(self.reward).eval().requires_grad_(False)
-        if "prompts" in reward.needs and self.prompts is None:
-            raise RewardError(f"reward {name_of(reward)!r} needs prompts: set target.prompts")
         if not Path(self.model).is_file():
             raise FileNotFoundError(
                 f"no model at {self.model}: fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)"
@@ -232,13 +232,29 @@ class TargetSettings:
                 f"{self.model} is a {kind.replace('_', ' ')}, which draws no posteriors: give a Meta Flow Map's file"
             )
         model = (model or load_model(self.model)).eval().requires_grad_(False)
-        if isinstance(self.prompts, list) and len(self.prompts) != model.num_classes:
-            raise ValueError(f"{len(self.prompts)} prompts for {model.num_classes} classes: give one, or one a class")
+        prompts = self._prompts(model.num_classes)
+        reward = build(self.reward).eval().requires_grad_(False)
+        if "prompts" in reward.needs and prompts is None:
+            raise RewardError(f"reward {name_of(reward)!r} needs prompts: set target.prompts")
         if self.decoder is not None:
             self.decoder.eval().requires_grad_(False)
         settings = {"reward": self.reward, "reward_scale": self.reward_scale, "guidance": self.guidance}
         identity = {"model": self.model, "sha256": fingerprint(self.model), **{k: repr(v) for k, v in settings.items()}}
-        return LoadedTarget(self, model, reward, identity)
+        return LoadedTarget(self, model, reward, prompts, identity)
+
+    def _prompts(self, num_classes: int) -> str | list[str] | None:
+        """The template filled in; checked against the number of classes."""
+        if not isinstance(self.prompts, str) or PLACEHOLDER not in self.prompts:
+            if self.class_names is not None:
+                raise ValueError(f"target.class_names is for prompts with {PLACEHOLDER}, got {self.prompts!r}")
+            if isinstance(self.prompts, list) and len(self.prompts) != num_classes:
+                raise ValueError(f"{len(self.prompts)} prompts for {num_classes} classes: give one, or one a class")
+            return self.prompts
+        names = imagenet_classes() if self.class_names is None else load_class_names(self.class_names)
+        if len(names) != num_classes:
+            whose = self.class_names or "ImageNet's (set target.class_names)"
+            raise ValueError(f"{len(names)} class names, {whose}, for a model of {num_classes} classes")
+        return class_prompts(self.prompts, names)
 
 
 @dataclass
@@ -248,13 +264,14 @@ class LoadedTarget:
     settings: TargetSettings
     model: MetaFlowMap
     reward: Reward
+    prompts: str | list[str] | None = None
     identity: dict[str, str] = field(default_factory=dict)  # what a checkpoint names the frozen parts by
 
     def check_labels(self, all_labelled: bool) -> None:
         """Raise ValueError if reward or prompts need a label for each sample and there are samples without one."""
         if not all_labelled and "labels" in self.reward.needs:
             raise ValueError(f"reward {name_of(self.reward)!r} needs labels, but not all samples have one")
-        if not all_labelled and isinstance(self.settings.prompts, list):
+        if not all_labelled and isinstance(self.prompts, list):
             raise ValueError("prompts by class need a label for each sample, but not all samples have one")
 
     def to(self, device: torch.device | str) -> None:
@@ -272,7 +289,7 @@ class LoadedTarget:
         Raises:
             ValueError: if prompts are given by class and a label is none of them.
         """
-        settings, prompts = self.settings, self.settings.prompts
+        settings, prompts = self.settings, self.prompts
         if isinstance(prompts, list):
             if label is None or not bool((label < len(prompts)).all()):
                 raise ValueError(f"{len(prompts)} prompts, one a class, need a label in 0..{len(prompts) - 1} each")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from rewards.clip import CLIPReward
@@ -18,7 +16,7 @@ class Aesthetic(CLIPReward):
 
     Args:
         head: file of the head's weights, or `org/name/file`.
-        weights, allow_download and the rest: as `rewards.clip.CLIPReward`.
+        weights, and the rest: as `rewards.clip.CLIPReward`.
     """
 
     card = Card(
@@ -29,21 +27,27 @@ class Aesthetic(CLIPReward):
         fetch="hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth; "
         "hf download openai/clip-vit-large-patch14 config.json model.safetensors",
         parameters=305,
-        activations=0.0,
+        activations=0.43,
     )
     needs = ("images",)
     fit = "crop"
+    default_weights = "openai/clip-vit-large-patch14"
+    default_act = "quick_gelu"
 
     def __init__(
         self,
-        weights: str = "openai/clip-vit-large-patch14",
+        weights: str | None = None,
         head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
-        hidden_act: str = "quick_gelu",
+        hidden_act: str | None = None,
         allow_download: bool = False,
-        **options: Any,
+        precision: str = "fp32",
+        checkpoint_activations: bool = False,
+        compile: bool = False,
+        max_rows: int = 64,
     ) -> None:
         path = find_file(head, allow_download)
-        super().__init__(weights, hidden_act=hidden_act, allow_download=allow_download, **options)
+        execution = (precision, checkpoint_activations, compile, max_rows)
+        super().__init__(weights, None, hidden_act, allow_download, *execution)
         self.head = aesthetic_head(self.clip.config.projection_dim)
         state = {name.removeprefix("layers."): v.float() for name, v in load_state_dict(path).items()}
         load_into(self.head, state, set(self.head.state_dict()), path, "aesthetic head")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ class CLIPReward(PretrainedReward):
     Args:
         weights: a folder or Hugging Face id in transformers' layout (config.json, model.safetensors); or a file of
             weights, or `org/name/file`, named as transformers, openai/CLIP or open_clip name them: sizes are inferred.
+            The class's `default_weights` where None.
         tokenizer: folder or id of a CLIP tokenizer; where None, that of the weights' folder, else the package
             openai-clip's, which is the same.
         hidden_act: activation of a model whose weights come without a config: "gelu" (open_clip) or "quick_gelu"
-            (OpenAI's).
+            (OpenAI's). The class's `default_act` where None.
         allow_download: fetch what is not there.
         model: a `transformers.CLIPModel`, instead of weights.
-        execution: options of `PretrainedReward`.
+        precision, checkpoint_activations, compile, max_rows: as in `PretrainedReward`.
 
     Raises:
         FileNotFoundError: if the weights are not there, with the command that fetches them.
@@ -44,18 +46,26 @@ class CLIPReward(PretrainedReward):
 
     needs = ("images", "prompts")
     fit = "crop_floor"
+    default_weights: str
+    default_act = "gelu"
 
     def __init__(
         self,
-        weights: str,
+        weights: str | None = None,
         tokenizer: str | None = None,
-        hidden_act: str = "gelu",
+        hidden_act: str | None = None,
         allow_download: bool = False,
+        precision: str = "fp32",
+        checkpoint_activations: bool = False,
+        compile: bool = False,
+        max_rows: int = 64,
         model: nn.Module | None = None,
-        **execution: Any,
     ) -> None:
-        super().__init__(**execution)
-        self.clip, folder = (model, None) if model is not None else load_clip(weights, hidden_act, allow_download)
+        super().__init__(precision, checkpoint_activations, compile, max_rows)
+        self.clip, folder = model, None
+        if model is None:
+            weights, hidden_act = weights or self.default_weights, hidden_act or self.default_act
+            self.clip, folder = load_clip(weights, hidden_act, allow_download)
         self.preprocess = Preprocessing(self.clip.config.vision_config.image_size, self.fit)
         self._texts = PromptCache(self._encode_texts)
         if "prompts" in self.needs:
@@ -198,7 +208,9 @@ def load_tokenizer(
         tokenizer = str(folder)
     if tokenizer is None:
         try:
-            import clip
+            with warnings.catch_warnings():  # of a deprecated module that it imports
+                warnings.simplefilter("ignore")
+                import clip
         except ImportError:
             tokenizer = TOKENIZER
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +18,8 @@ class CLIPScore(CLIPReward):
     Args: as `rewards.clip.CLIPReward`; OpenAI's ViT-L/14 by default.
     """
 
+    default_weights = "openai/clip-vit-large-patch14"
+    default_act = "quick_gelu"
     card = Card(
         measures="how well the image fits the prompt",
         values="15 to 35",
@@ -26,13 +27,8 @@ class CLIPScore(CLIPReward):
         source="Radford et al. 2021, arXiv 2103.00020",
         fetch="hf download openai/clip-vit-large-patch14 config.json model.safetensors vocab.json merges.txt",
         parameters=428,
-        activations=0.0,
+        activations=0.43,
     )
-
-    def __init__(
-        self, weights: str = "openai/clip-vit-large-patch14", hidden_act: str = "quick_gelu", **options: Any
-    ) -> None:
-        super().__init__(weights, hidden_act=hidden_act, **options)
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.clip.logit_scale.exp() * self.cosine(pixels, prompts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -21,6 +20,7 @@ class HPSv2(CLIPReward):
     Args: as `rewards.clip.CLIPReward`.
     """
 
+    default_weights = "xswu/HPSv2/HPS_v2.1_compressed.pt"
     card = Card(
         measures="which image people prefer for the prompt",
         values="0.2 to 0.35",
@@ -28,12 +28,9 @@ class HPSv2(CLIPReward):
         source="Wu et al. 2023, arXiv 2306.09341",
         fetch="hf download xswu/HPSv2 HPS_v2.1_compressed.pt",
         parameters=986,
-        activations=0.0,
+        activations=0.52,
     )
     fit = "pad"
-
-    def __init__(self, weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt", **options: Any) -> None:
-        super().__init__(weights, **options)
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.cosine(pixels, prompts)

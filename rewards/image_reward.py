@@ -36,7 +36,7 @@ class ImageReward(PretrainedReward):
         tokenizer: folder or Hugging Face id of BERT's tokenizer; where None, the weights' folder if it has a vocab.txt,
             else bert-base-uncased.
         allow_download: fetch what is not there.
-        execution: options of `PretrainedReward`.
+        precision, checkpoint_activations, compile, max_rows: as in `PretrainedReward`.
 
     Raises:
         FileNotFoundError: if a file is not there, with the command that fetches it.
@@ -52,7 +52,7 @@ class ImageReward(PretrainedReward):
         fetch="hf download THUDM/ImageReward ImageReward.pt; "
         "hf download google-bert/bert-base-uncased vocab.txt tokenizer_config.json",
         parameters=447,
-        activations=0.0,
+        activations=0.27,
     )
     needs = ("images", "prompts")
 
@@ -61,9 +61,12 @@ class ImageReward(PretrainedReward):
         weights: str = "THUDM/ImageReward/ImageReward.pt",
         tokenizer: str | None = None,
         allow_download: bool = False,
-        **execution: Any,
+        precision: str = "fp32",
+        checkpoint_activations: bool = False,
+        compile: bool = False,
+        max_rows: int = 64,
     ) -> None:
-        super().__init__(**execution)
+        super().__init__(precision, checkpoint_activations, compile, max_rows)
         path = find_file(weights, allow_download)
         if tokenizer is None:
             tokenizer = str(path.parent) if (path.parent / "vocab.txt").is_file() else "google-bert/bert-base-uncased"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ class PickScore(CLIPReward):
     Args: as `rewards.clip.CLIPReward`.
     """
 
+    default_weights = "yuvalkirstain/PickScore_v1"
     card = Card(
         measures="which image people would pick for the prompt",
         values="17 to 24",
@@ -26,11 +26,8 @@ class PickScore(CLIPReward):
         source="Kirstain et al. 2023, arXiv 2305.01569",
         fetch="hf download yuvalkirstain/PickScore_v1 config.json model.safetensors vocab.json merges.txt",
         parameters=986,
-        activations=0.0,
+        activations=0.52,
     )
-
-    def __init__(self, weights: str = "yuvalkirstain/PickScore_v1", **options: Any) -> None:
-        super().__init__(weights, **options)
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.clip.logit_scale.exp() * self.cosine(pixels, prompts)

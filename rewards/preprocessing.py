@@ -64,5 +64,7 @@ def _bicubic(images: Tensor, height: int, width: int) -> Tensor:
         return images
     # autocast would leave it as it is, but CPUs have no antialiased kernel for 16 bits
     wide = images if images.dtype in (torch.float32, torch.float64) else images.float()
-    resized = F.interpolate(wide, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return resized.clamp(0, 1).to(images.dtype)
+    # PIL goes over the rows, cuts off what overshoots, then over the columns
+    for size in ((images.shape[2], width), (height, width)):
+        wide = F.interpolate(wide, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return wide.to(images.dtype)

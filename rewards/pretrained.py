@@ -33,8 +33,8 @@ class Card:
 
     @property
     def memory(self) -> str:
-        """Expected memory in fp32."""
-        return f"{self.parameters * 4 / 1000:.1f} GB + {self.activations:.2f} GB an image with its gradient"
+        """Expected memory in fp32: of the weights, and of each image whose gradient is wanted."""
+        return f"{self.parameters * 4 / 1000:.1f} GB + {self.activations:.1f} GB/image"
 
 
 class PretrainedReward(Reward):

@@ -75,6 +75,19 @@ def available() -> dict[str, str]:
     return {name: (inspect.getdoc(f) or "").split("\n")[0] for name, f in sorted(_FACTORIES.items())}
 
 
+def factory(name: str) -> Callable[..., Any]:
+    """What `name` stands for: a class, a function, or an installed package's reward that is not imported yet.
+
+    Raises:
+        RewardError: if the name is unknown; the nearest known one is suggested.
+    """
+    _load_plugins()
+    if name not in _FACTORIES:
+        known = ", ".join(sorted(_FACTORIES))
+        raise RewardError(f"unknown reward {name!r}: did you mean {nearest(name, _FACTORIES)!r}? Known are {known}")
+    return _FACTORIES[name]
+
+
 def build(name: str | dict[str, Any] | Callable, **options: Any) -> Reward:
     """A reward by its registered name and options; also from what a YAML holds.
 
@@ -89,11 +102,7 @@ def build(name: str | dict[str, Any] | Callable, **options: Any) -> Reward:
         return _build_from_dict(name, options)
     if not isinstance(name, str):
         return as_reward(name)
-    _load_plugins()
-    if name not in _FACTORIES:
-        known = ", ".join(sorted(_FACTORIES))
-        raise RewardError(f"unknown reward {name!r}: did you mean {nearest(name, _FACTORIES)!r}? Known are {known}")
-    return _call(_FACTORIES[name], name, options)
+    return _call(factory(name), name, options)
 
 
 def _build_from_dict(settings: dict[str, Any], options: dict[str, Any]) -> Reward:

@@ -20,12 +20,14 @@ from rewards import build, evaluate
 
 
 class PolicyEvaluation(Evaluation):
-    """The same fixed-seed noise through the ODE of the base flow and of the policy, for each class: mean reward and
-    held-out rewards, Fréchet distance to the training images and diversity (mean distance between samples of a class),
-    both in the features of a small classifier trained on them.
+    """The same fixed-seed noise through the ODE of the base flow and of the policy: mean reward and held-out rewards,
+    Fréchet distance to the training images and diversity (mean distance between samples of a class), both in the
+    features of a small classifier trained on them.
 
     Args:
-        samples_per_class: M.
+        samples_per_class: M, of every class.
+        num_samples: in place of that, so many in all, of classes drawn without repetition as long as there are more.
+        likeness: measure Fréchet distance and diversity; for data that fit into memory.
         ode_steps: Euler steps of both flows.
         held_out: other rewards by name, each as in `target.reward`; what rises without being asked for, or falls.
         steering: a method at inference time to compare with, run by `test` only, from the same noise.
@@ -36,6 +38,8 @@ class PolicyEvaluation(Evaluation):
     def __init__(
         self,
         samples_per_class: int = 50,
+        num_samples: int | None = None,
+        likeness: bool = True,
         ode_steps: int = 50,
         held_out: dict[str, Any] | None = None,
         steering: AlignmentMethod | None = None,
@@ -44,10 +48,14 @@ class PolicyEvaluation(Evaluation):
     ) -> None:
         if samples_per_class < 2:
             raise ValueError(f"samples_per_class {samples_per_class} must be at least 2, for the diversity")
-        self.samples_per_class, self.ode_steps, self.steering = samples_per_class, ode_steps, steering
+        if num_samples is not None and (num_samples < 1 or likeness):
+            raise ValueError(f"num_samples {num_samples}: expected at least 1, and likeness: false")
+        self.samples_per_class, self.num_samples, self.likeness = samples_per_class, num_samples, likeness
+        self.ode_steps, self.steering = ode_steps, steering
         self.held_out = {name: build(reward) for name, reward in (held_out or {}).items()}
         self.pictures, self.seed = pictures, seed
         self._classifier: SmallClassifier | None = None
+        self._base_row: dict[str, float] | None = None
 
     def check(self, module) -> None:
         if module.num_classes < 1 or len(module.state_shape) != 3:
@@ -60,13 +68,9 @@ class PolicyEvaluation(Evaluation):
 
     @torch.no_grad()
     def measure(self, module, folder: Path) -> None:
-        data, testing = module.trainer.datamodule, module.trainer.testing
+        testing = module.trainer.testing
         noise, label = self._noise(module)
-        real = data.decode(data.splits["train"][0])
-        if self._classifier is None:
-            self._classifier = train_classifier(real, data.splits["train"][1], data.num_classes)
-        classifier, target = self._classifier, module.target(label)
-        prompts = target.prompts_of(noise)
+        target = module.target(label)
         jobs = {
             "base flow": lambda: module.sample_base(noise, label, self.ode_steps),
             "policy": lambda: module.sample_policy(noise, label, self.ode_steps),
@@ -76,25 +80,44 @@ class PolicyEvaluation(Evaluation):
             jobs["steering"] = lambda: self.steering(target, noise, generator).states
         rows = []
         for name in track(list(jobs), describe=str):
-            states = jobs[name]()
-            images = target.decoder(states)
-            reward = target.plain_rewards(states)
-            row = {"samples": name, "reward": reward.mean().item(), "standard error": _standard_error(reward)}
-            for other, held_out in self.held_out.items():
-                row[other] = evaluate(held_out.to(images.device), images, prompts, label).mean().item()
-            features = classifier.features_module()(images.cpu())
-            row["Fréchet"] = frechet_distance(classifier.features_module(), classifier.num_features, real, images.cpu())
-            row["diversity"] = mean_pairwise_distance(features, label.cpu())
-            rows.append(row)
-            for key in (k for k in row if k != "samples"):
-                module.log(f"{'test' if testing else 'val'}/{name}/{key}", row[key], rank_zero_only=True)
+            # the base flow and its noise stay as they are
+            row = self._base_row if name == "base flow" else None
+            if row is None:
+                row = self._row(target, jobs[name](), label, module.trainer.datamodule)
+            if name == "base flow":
+                self._base_row = row
+            rows.append({"samples": name, **row})
+            for key, value in row.items():
+                module.log(f"{'test' if testing else 'val'}/{name}/{key}", value, rank_zero_only=True)
         title = f"{len(noise)} ODE samples of {self.ode_steps} steps, the same noise for all"
         write_table(rows, title, folder, "policy", show=testing)
+
+    def _row(self, target, states: Tensor, label: Tensor, data) -> dict[str, float]:
+        """What a table says of samples."""
+        images, reward = target.decoder(states), target.plain_rewards(states)
+        row = {"reward": reward.mean().item(), "standard error": _standard_error(reward)}
+        for name, held_out in self.held_out.items():
+            row[name] = evaluate(held_out.to(images.device), images, target.prompts_of(states), label).mean().item()
+        return row | (self._likeness(data, images.cpu(), label.cpu()) if self.likeness else {})
+
+    def _likeness(self, data, images: Tensor, label: Tensor) -> dict[str, float]:
+        real = data.decode(data.splits["train"][0])
+        if self._classifier is None:
+            self._classifier = train_classifier(real, data.splits["train"][1], data.num_classes)
+        features = self._classifier.features_module()
+        return {
+            "Fréchet": frechet_distance(features, self._classifier.num_features, real, images),
+            "diversity": mean_pairwise_distance(features(images), label),
+        }
 
     @torch.no_grad()
     def draw(self, module, folder: Path) -> None:
         noise, label = self._noise(module)
-        pick = torch.arange(len(noise)).reshape(-1, self.samples_per_class).T.flatten()[: self.pictures]
+        if self.num_samples is None:  # class by class: one of each class before a second
+            pick = torch.arange(len(noise)).reshape(-1, self.samples_per_class).T.flatten()
+        else:
+            pick = torch.arange(len(noise))
+        pick = pick[: self.pictures]
         noise, label = noise[pick], label[pick]
         target = module.target(label)
         before, after = (sample(noise, label, self.ode_steps) for sample in (module.sample_base, module.sample_policy))
@@ -111,9 +134,14 @@ class PolicyEvaluation(Evaluation):
         )
 
     def _noise(self, module) -> tuple[Tensor, Tensor]:
-        """Class by class, `samples_per_class` each."""
-        label = torch.arange(max(1, module.num_classes)).repeat_interleave(self.samples_per_class)
-        noise = torch.randn(len(label), *module.state_shape, generator=torch.Generator().manual_seed(self.seed))
+        """Class by class, `samples_per_class` each; or `num_samples` of shuffled classes."""
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.num_samples is None:
+            label = torch.arange(max(1, module.num_classes)).repeat_interleave(self.samples_per_class)
+        else:
+            label = torch.randperm(max(1, module.num_classes), generator=generator)
+            label = label.repeat(-(-self.num_samples // len(label)))[: self.num_samples]
+        noise = torch.randn(len(label), *module.state_shape, generator=generator)
         return noise.to(module.device), label.to(module.device)
 
 
