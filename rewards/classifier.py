@@ -41,7 +41,7 @@ class ClassMixture(Reward):
         self.scale = scale
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.classifier(images)
+        logits = self.classifier(images).float()  # autocast may have made it coarser
         if logits.dim() != 2 or logits.shape[1] < len(self.weights):
             raise ValueError(f"the classifier gave {tuple(logits.shape)}: expected (B, K), K >= {len(self.weights)}")
         log_weights = (self.weights / self.weights.sum()).log().to(logits)

@@ -117,8 +117,9 @@ class Blur(_ImageMeasurement):
         channels, radius = images.shape[1], len(self.kernel) // 2
         kernel = self.kernel.to(images).expand(channels, 1, -1)
         padded = F.pad(images, (radius,) * 4, mode="replicate")
-        rows = F.conv2d(padded, kernel[:, :, None, :], groups=channels)
-        return F.conv2d(rows, kernel[:, :, :, None], groups=channels)
+        with torch.autocast(images.device.type, enabled=False):  # a likelihood of small noise is lost in 16 bits
+            rows = F.conv2d(padded, kernel[:, :, None, :], groups=channels)
+            return F.conv2d(rows, kernel[:, :, :, None], groups=channels)
 
 
 @register("colour_removal")
