@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -71,7 +72,16 @@ def main(args: Sequence[str] | None = None) -> None:
     except (FileNotFoundError, FloatingPointError, ImportError, NonFiniteLossError, ValueError) as error:
         if log.isEnabledFor(logging.DEBUG):
             raise
-        sys.exit(f"mfm: {type(error).__name__}: {error}")
+        sys.exit(f"mfm: {type(error).__name__}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """The message; of jsonargparse's, which repeat the whole config, the part that says what was wrong."""
+    found = re.search(r"\nErrors:\n(.*?)\nGiven value type:", str(error), re.DOTALL)
+    if found is None:
+        return str(error)
+    reasons = [reason for reason in re.split(r"^\s*- ", found[1], flags=re.MULTILINE) if reason.strip()]
+    return "; ".join(r.strip() for r in reasons if "NoneType" not in r) or str(error)
 
 
 if __name__ == "__main__":

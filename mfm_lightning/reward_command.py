@@ -77,7 +77,9 @@ def main(args: Sequence[str]) -> None:
 
 def listing() -> Table:
     """All rewards, with what they need, whether they have a gradient, and the memory they are expected to take."""
-    table = Table("name", "needs", "gradient", "memory", "what it is", row_styles=["", "dim"])
+    table = Table(row_styles=["", "dim"])
+    for column in ("name", "needs", "gradient", "memory", "what it is"):
+        table.add_column(column, no_wrap=column in ("name", "needs"))
     for name, description in rewards.available().items():
         made = factory(name)
         # what an installed package's reward needs is not known before it is imported
