@@ -22,6 +22,7 @@ from mfm_lightning.cli import main
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
 from tests.latent_data import small_vae
+from tests.tiny_rewards import tiny_rewards
 
 ROOT = Path(__file__).parents[1]
 
@@ -329,14 +330,17 @@ def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path,
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     with pytest.raises(SystemExit, match="imagenet256 cannot run") as error:
         benchmark("imagenet256")
-    for what in ("model.file", "decoder.path", "quality.weights", "quality.reference", "fid.weights", "fid.reference"):
+    files = ["model.file", "decoder.path", "quality.weights", "quality.reference", "fid.weights", "fid.reference"]
+    for what in (*files, "rewards, HPSv2", "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"):
         assert what in str(error.value)
     small_vae(tmp_path / "checkpoints/sd-vae-ft-mse", blocks=2)
     network = DiT(8, 4, 4, 16, 2, 2, 1, num_classes=1000, guidance_scales=(2.5,))
     save_model(model(network), _folder(tmp_path / "checkpoints/imagenet256") / "mfm_xl2.safetensors")
     settings = yaml.safe_load((tmp_path / "configs/benchmarks/imagenet256.yaml").read_text())
     settings["quality"] = settings["fid"] = {"class_path": "tests.test_benchmarks.TinyQuality"}
-    settings["rewards"] = {"brightness": {"reward": "brightness", "scale": 10.0}}
+    zoo = tiny_rewards(tmp_path / "rewards")
+    for reward in settings["rewards"].values():  # the config's own, but for their size
+        reward["reward"] = {"name": reward["reward"], **zoo[reward["reward"]]}
     settings |= {"num_samples": 4, "scales": [1.0], "best_of_n": {"numbers": [1, 3], "steps": 2}}
     settings["samples"] = {"num_samples": 20, "steps": [1, 2], "batch_size": 8, "chunk": 12}
     for name, method in settings["methods"].items():

@@ -23,6 +23,7 @@ from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.objectives import Objective, WeightedTerm
 from tests.latent_data import small_vae
 from tests.parity import ARCHITECTURE, DATA
+from tests.tiny_rewards import tiny_rewards
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
@@ -77,7 +78,7 @@ def test_every_config_runs(folder):
 
 
 def test_imagenet_configs_run_at_a_small_width(folder, caplog):
-    """Each on shards of the same layout, with smaller latents, networks, VAE and another reward, on one device."""
+    """Each on shards of the same layout, with smaller latents, networks, VAE and reward networks, on one device."""
     shape = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2}
     network = [f"--model.init_args.network.init_args.{k}={v}" for k, v in shape.items()]
     encoder = ["--model.init_args.network.init_args.encoder_depth=1"]
@@ -90,7 +91,12 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     small = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
     small += ["--trainer.limit_val_batches=1", "--trainer.devices=1", "--trainer.strategy=auto"]
     small += [f"{DATA_MODULE}.batch_size=4", f"{DATA_MODULE}.num_workers=0"]
-    reward = ["--model.init_args.target.reward=brightness"]
+    zoo = {name: {"name": name, **options} for name, options in tiny_rewards(Path("rewards")).items()}
+
+    def reward(job, name):
+        assert name in Path(f"configs/imagenet256/{job}.yaml").read_text()  # the config's own reward, but for its size
+        return f"--model.init_args.target.reward={json.dumps(zoo[name])}"
+
     eager = ["--model.init_args.execution.compile=false"]
     base = ["flow_b2", "mfm_b2", "mfm_xl2", "mfm_b2_from_data"]
     configs = {p.stem for p in Path("configs/imagenet256").glob("*.yaml")}
@@ -98,15 +104,19 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     for name in base:
         run(["fit", "--config", f"configs/imagenet256/{name}.yaml", *small, *network, *encoder, *eager])
         assert load_model(f"outputs/imagenet256/{name}/model.safetensors").state_shape == (4, 8, 8)
-    run(["fit", "--config", "configs/imagenet256/value.yaml", *small, *network, *reward])
-    run(["fit", "--config", "configs/imagenet256/finetune.yaml", *small, *reward])
+    run(["fit", "--config", "configs/imagenet256/value.yaml", *small, *network, reward("value", "image_reward")])
+    held_out = {"ImageReward": zoo["image_reward"], "PickScore": zoo["pickscore"]}
+    policy = [f"{EVALUATION}.{o}" for o in ("num_samples=4", "ode_steps=2", f"held_out={json.dumps(held_out)}")]
+    run(["fit", "--config", "configs/imagenet256/finetune.yaml", *small, reward("finetune", "hpsv2"), *policy])
+    table = next(Path("outputs/imagenet256/finetune/pictures").rglob("policy.json"))
+    assert {"reward", "ImageReward", "PickScore"} < set(json.loads(table.read_text())[1])
     steps = {"steer": "grid.steps", "search": "steps"}
-    for name in ("steer", "search"):
+    for job in ("steer", "search"):
         options = [f"{DATA_MODULE}.num_samples=2", f"{DATA_MODULE}.batch_size=2", f"{DATA_MODULE}.state_shape=[4,8,8]"]
-        options += [f"--model.init_args.method.init_args.{steps[name]}=2", "--model.init_args.base_steps=2"]
-        config = f"configs/imagenet256/{name}.yaml"
-        run(["predict", "--config", config, *options, *reward, "--return_predictions=false"])
-        assert Path(f"outputs/imagenet256/{name}/predict/summary.json").is_file()
+        options += [f"--model.init_args.method.init_args.{steps[job]}=2", "--model.init_args.base_steps=2"]
+        config = f"configs/imagenet256/{job}.yaml"
+        run(["predict", "--config", config, *options, reward(job, "image_reward"), "--return_predictions=false"])
+        assert Path(f"outputs/imagenet256/{job}/predict/summary.json").is_file()
 
 
 def test_value_and_steering_on_digits(folder):
