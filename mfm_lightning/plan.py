@@ -105,7 +105,7 @@ def plan_training(
         largest=max(blocks),
         teacher=sum(p.numel() for p in trained) if needs else 0,
         activations=allocations.peak,
-        student_flops=student,
+        student_flops=student + round(forward * _guided_rows(objective)),
         teacher_flops=round(forward * _teacher_rows(objective)) if needs else 0,
         batch_size=batch_size,
         accumulate=accumulate,
@@ -116,10 +116,10 @@ def plan_training(
 def _step(model: MetaFlowMap, objective: Objective, batch_size: int, bf16: bool) -> None:
     x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
     label = torch.zeros(batch_size, dtype=torch.long)
-    pair, total = Pair(x, s, x, label, torch.ones(batch_size)), 0.0
+    pair, total = Pair(x, s, x, label), 0.0
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for term in objective.built_terms:
-            # guidance by the teacher or the model itself is forward passes, which leave nothing behind
+            # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)
             inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), 0, torch.empty_like(x))
             total = total + squared_error(term(model, _NoTeacher(), term.condition(pair), inner)).mean()
     total.backward()
@@ -139,6 +139,12 @@ def _teacher_rows(objective: Objective) -> float:
     evaluations = asked - at_start + (min(1, at_start) if objective.share_inner else at_start)
     guided = objective.pairs.guidance_scale != 1
     return evaluations * (1 + (1 - objective.pairs.class_dropout) * guided)
+
+
+def _guided_rows(objective: Objective) -> float:
+    """Evaluations of the student without a graph, for each sample of a step, that guide the data's velocity."""
+    guided = (1 - objective.pairs.class_dropout) * (objective.pairs.guidance_scale != 1)
+    return 2 * guided * sum(term.guides_data for term in objective.built_terms)
 
 
 class _Allocations(TorchDispatchMode):

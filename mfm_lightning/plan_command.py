@@ -54,13 +54,21 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config at {path}")
-    config = yaml.safe_load(Path(path).read_text())
-    model, trainer = config.get("model", {}), config.get("trainer", {})
+    try:
+        config = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no config: expected the sections model, data and trainer of mfm fit")
+    model, trainer = config.get("model") or {}, config.get("trainer") or {}
     if model.get("class_path") != MODULE:
         raise ValueError(f"{path} trains {model.get('class_path')}: mfm plan knows jobs of {MODULE}")
+    arguments = model.get("init_args") or {}
+    if "network" not in arguments:
+        raise ValueError(f"{path}: model.init_args has no network")
     fake = FakeTensorMode()
     with fake:
-        made = _instantiate(path, {k: model["init_args"].get(k) for k in ("network", "objective", "execution")})
+        made = _instantiate(path, {k: arguments.get(k) for k in ("network", "objective", "execution")})
     return plan_training(
         made.network,
         made.objective,

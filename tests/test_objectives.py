@@ -6,7 +6,7 @@ import torch
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.objectives import TERMS, ConditionTimes, InnerTimes, Objective, Pair, PairSampler, WeightedTerm
-from mfm_lightning.objectives.terms import Consistency
+from mfm_lightning.objectives.terms import Consistency, guided_data_velocity
 from mfm_lightning.teachers import ModelTeacher, teacher_velocity
 from tests.closed_form import MEAN, VARIANCE, gaussian_model, gaussian_teacher
 
@@ -106,6 +106,30 @@ def test_pairs_are_pure_noise_at_time_zero_and_drop_classes():
     assert abs(pair.x_t[pair.t == 0].mean()) < 4.5 / (0.1 * 20_000) ** 0.5 * 1.2
     assert abs((pair.label == 3).float().mean() - 0.2) < 4.5 * (0.16 / 20_000) ** 0.5
     assert torch.equal(pair.guidance == 1, pair.label == 3)
+    assert PairSampler().sample(torch.zeros(4, 1), None, num_classes=3).guidance is None
+
+
+def test_guidance_of_the_data_calls_the_model_once_whatever_was_dropped():
+    """Under FSDP a rank that left the call out, for all of its labels were dropped, would make the others hang."""
+    torch.manual_seed(0)
+    network, called = MLP(2, 16, 1, num_classes=3, guidance_scales=(2.5,)), []
+    network.register_forward_hook(lambda *_: called.append(1))
+    model, x = MetaFlowMap(network), torch.randn(6, 2)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    sampler = PairSampler(class_dropout=0.0, guidance_scale=2.5)
+    for label, moved in ((torch.full((6,), 3), False), (torch.tensor([0, 3, 1, 3, 2, 3]), True)):
+        pair = sampler.sample(x, label, 3)
+        inner, plain = pair.inner(torch.rand(6)), label == 3
+        target = guided_data_velocity(model, pair, inner)
+        difference = (target - (pair.x1 - inner.eps)).abs().amax(dim=1)
+        assert torch.equal(difference[plain], torch.zeros(int(plain.sum())))
+        assert bool((difference[~plain] > 0).all())
+        assert (len(called), bool((difference > 0).any())) == (1, moved)
+        called.clear()
+    pair = PairSampler().sample(x, label, 3)
+    guided_data_velocity(model, pair, pair.inner(torch.rand(6)))
+    assert not called
 
 
 def test_annealing_and_start_step():

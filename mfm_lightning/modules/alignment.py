@@ -70,7 +70,7 @@ class RewardAlignment(L.LightningModule):
                 f"noise of shape {tuple(data.state_shape)} with {data.num_classes} classes for a model of "
                 f"{model.state_shape} with {model.num_classes}: set data.state_shape and data.num_classes"
             )
-        self.target.to(self.device)
+        self.target.to(self.trainer.strategy.root_device)  # this module's own device is known only later
         self.folder.mkdir(parents=True, exist_ok=True)
         self._done, self._shown = [], []
 

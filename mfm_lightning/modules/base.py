@@ -70,8 +70,8 @@ class TrainingModule(L.LightningModule):
         """By name, the identity of each frozen part; a run cannot be resumed with another one."""
         return {}
 
-    def to_device(self) -> None:
-        """Move the frozen parts to `self.device`."""
+    def to_device(self, device: torch.device) -> None:
+        """Move the frozen parts, which are no part of this module."""
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class TrainingModule(L.LightningModule):
             raise ValueError(f"data of {data.num_classes} classes, but the network has {self.num_classes}")
         if self.evaluation is not None:
             self.evaluation.check(self)
-        self.to_device()
+        self.to_device(self.trainer.strategy.root_device)  # Lightning moves this module itself, but later
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         check_batch(batch, self.state_shape, self.num_classes)

@@ -160,9 +160,9 @@ class RewardFinetuning(TrainingModule):
             raise ValueError("model.adapters do not go with FSDP, which shards what is trained: use strategy ddp")
         super().configure_model()
 
-    def to_device(self) -> None:
-        self.target.to(self.device)
-        self.base.to(self.device)
+    def to_device(self, device: torch.device) -> None:
+        self.target.to(device)
+        self.base.to(device)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import CheckpointError, load_model
@@ -75,9 +76,9 @@ class MFMPretraining(TrainingModule):
     def frozen(self) -> dict[str, Any]:
         return {"teacher": self.teacher.identity} if self.teacher is not None else {}
 
-    def to_device(self) -> None:
+    def to_device(self, device: torch.device) -> None:
         if self.teacher is not None:
-            self.teacher.to(self.device)
+            self.teacher.to(device)
 
     def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
         return self.objective(self.model, self.teacher, x1, label, self.global_step)

@@ -78,8 +78,8 @@ class ValueEstimation(TrainingModule):
     def frozen(self) -> dict[str, Any]:
         return self.target.identity
 
-    def to_device(self) -> None:
-        self.target.to(self.device)
+    def to_device(self, device: torch.device) -> None:
+        self.target.to(device)
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
         raise ValueError(

@@ -16,18 +16,19 @@ class Pair:
     """Data and the noisy state made from it.
 
     x1: clean data `(B, *shape)`; t, x_t: outer time `(B,)` and state, pure noise at t = 0; label: `(B,)` with some
-    dropped to the null label; guidance: `(B,)` scale, 1 where the label is dropped.
+    dropped to the null label; guidance: `(B,)` scale, 1 where the label is dropped; None where nothing is guided.
     """
 
     x1: Tensor
     t: Tensor
     x_t: Tensor
     label: Tensor
-    guidance: Tensor
+    guidance: Tensor | None = None
 
     def take(self, rows: slice) -> Pair:
         """Some of the samples."""
-        return Pair(self.x1[rows], self.t[rows], self.x_t[rows], self.label[rows], self.guidance[rows])
+        guidance = None if self.guidance is None else self.guidance[rows]
+        return Pair(self.x1[rows], self.t[rows], self.x_t[rows], self.label[rows], guidance)
 
     def inner(self, s: Tensor, u: Tensor | None = None, num_equal: int = 0) -> InnerSample:
         """An inner sample at times s <= u `(B,)` with fresh noise; u = s where None."""
@@ -146,5 +147,5 @@ class PairSampler:
         label = torch.full((B,), num_classes, device=x1.device) if label is None else label
         dropped = torch.rand(B, device=x1.device) < self.class_dropout
         label = torch.where(dropped, num_classes, label)
-        guidance = torch.where(label == num_classes, 1.0, self.guidance_scale)
+        guidance = None if self.guidance_scale == 1 else torch.where(label == num_classes, 1.0, self.guidance_scale)
         return Pair(x1, t, interpolate(t, torch.randn_like(x1), x1), label, guidance)

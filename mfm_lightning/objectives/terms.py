@@ -22,11 +22,13 @@ class Term(Protocol):
     """A part of the objective.
 
     needs_teacher: raise before training where there is none. teacher_at_start: the teacher's velocity at (s, x) must be
-    in the inner sample, where terms that look at the same sample share it.
+    in the inner sample, where terms that look at the same sample share it. guides_data: it guides the data's velocity
+    by the model itself.
     """
 
     needs_teacher: bool
     teacher_at_start: bool
+    guides_data: bool
 
     def condition(self, pair: Pair) -> Pair:
         """What the term is conditioned on."""
@@ -38,9 +40,11 @@ class Term(Protocol):
 def guided_data_velocity(model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
     """x1 - eps + (1 - 1/g) sg(v_cond - v_uncond): the data's velocity with model guidance (Eq. 69), `(B, *shape)`."""
     target = pair.x1 - inner.eps
-    guided = (pair.guidance > 1).nonzero().flatten()
-    if not len(guided):
+    if pair.guidance is None:
         return target
+    guided = (pair.guidance > 1).nonzero().flatten()
+    if not len(guided):  # one row with a factor of 0: under FSDP all ranks must call the model alike
+        guided = guided.new_zeros(1)
     s, x, t, x_t, label, guidance = (
         value[guided] for value in (inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance)
     )
@@ -57,6 +61,7 @@ class DataDiagonal:
     """v_{s,s} regresses on x1 - eps, with model guidance where the pair has a scale above 1."""
 
     needs_teacher = teacher_at_start = False
+    guides_data = True
 
     def condition(self, pair: Pair) -> Pair:
         return pair
@@ -80,6 +85,7 @@ class DistilledDiagonal(DataDiagonal):
     """v_{s,s} regresses on the GLASS velocity of the frozen, class-guided teacher."""
 
     needs_teacher = teacher_at_start = True
+    guides_data = False
 
     def target(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
         return inner.teacher_velocity
@@ -92,7 +98,7 @@ class Consistency:
         backend: how tangents are computed, a name in `mfm_lightning.tangents.BACKENDS`.
     """
 
-    needs_teacher = teacher_at_start = False
+    needs_teacher = teacher_at_start = guides_data = False
 
     def __init__(self, backend: str = "auto") -> None:
         self.backend = backend
@@ -199,6 +205,7 @@ class EulerianTeacher(_Eulerian):
 
 class MeanFlow(_Eulerian):
     __doc__ = _Eulerian.__doc__ + " From the data: x1 - eps, with model guidance (Eq. 69)."
+    guides_data = True
 
     def start_velocity(self, model, pair: Pair, inner: InnerSample) -> Tensor:
         return guided_data_velocity(model, pair, inner)
