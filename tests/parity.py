@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 DATA = Path(__file__).parent / "data"
 ARCHITECTURE = {
     "input_size": 8,
@@ -24,3 +27,12 @@ def released_architecture(config: dict) -> dict:
         "num_classes": config["label_dim"],
         "guidance_scales": tuple(config["model_guidance_class_ws"]),
     }
+
+
+NOT_IN_SHAPES = {"num_heads": 4, "encoder_depth": 3}  # of these files' networks
+
+
+def weights(source: str) -> dict[str, torch.Tensor]:
+    """The released names' weights in `official_SOURCE`."""
+    data = load_file(DATA / f"official_{source}.safetensors")
+    return {k.removeprefix("weights."): v for k, v in data.items() if k.startswith("weights.")}

@@ -21,14 +21,7 @@ from mfm_lightning.checkpoints import (
 from mfm_lightning.checkpoints.architecture import infer_architecture
 from mfm_lightning.networks import DiT, architecture
 from mfm_lightning.target import TargetSettings
-from tests.parity import ARCHITECTURE, DATA
-
-NOT_IN_SHAPES = {"num_heads": 4, "encoder_depth": 3}
-
-
-def weights(source: str) -> dict[str, torch.Tensor]:
-    data = load_file(DATA / f"official_{source}.safetensors")
-    return {k.removeprefix("weights."): v for k, v in data.items() if k.startswith("weights.")}
+from tests.parity import ARCHITECTURE, DATA, NOT_IN_SHAPES, weights
 
 
 @pytest.fixture

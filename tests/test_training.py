@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from mfm_benchmarks.parts.shard_readers import random_shards
 from mfm_lightning.callbacks import EMA
@@ -22,7 +23,7 @@ from mfm_lightning.modules import MFMPretraining, NonFiniteLossError, Optimizati
 from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.objectives import Objective, WeightedTerm
 from tests.latent_data import small_vae
-from tests.parity import ARCHITECTURE, DATA
+from tests.parity import ARCHITECTURE, DATA, NOT_IN_SHAPES, weights
 from tests.tiny_rewards import tiny_rewards
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,7 @@ def test_every_config_runs(folder):
         rows = list(csv.DictReader((output / "logs/csv/metrics.csv").read_text().splitlines()))
         assert any(row["train/loss"] for row in rows)
         assert "value" in name or list((output / "pictures").rglob("*.png"))
+    run(["fit", "--config", "configs/gmm/mfm.yaml", "--trainer.max_steps=2"])  # less than an interval of validation
 
 
 def test_imagenet_configs_run_at_a_small_width(folder, caplog):
@@ -84,7 +86,9 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     encoder = ["--model.init_args.network.init_args.encoder_depth=1"]
     random_shards(Path("data/imagenet256/latents"), 32, 16, (4, 8, 8))
     torch.manual_seed(0)
-    for name, flip in (("sit_b2", False), ("dmf_xl2", True)):
+    for name, source in (("sit_b2", "sit"), ("dmf_xl2", "dmf")):  # with the convention of time that importing gives
+        save_file(weights(source), f"{source}.safetensors")
+        flip = import_checkpoint(f"{source}.safetensors", source, **NOT_IN_SHAPES).network.flip_time
         model = MetaFlowMap(DiT(**shape, encoder_depth=1, flip_time=flip))
         save_model(model, f"checkpoints/imagenet256/{name}.safetensors")
     small_vae(Path("checkpoints/sd-vae-ft-mse"), blocks=1)
@@ -101,6 +105,9 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     base = ["flow_b2", "mfm_b2", "mfm_xl2", "mfm_b2_from_data"]
     configs = {p.stem for p in Path("configs/imagenet256").glob("*.yaml")}
     assert configs == {*base, "value", "steer", "search", "finetune"}
+    other_time = "--model.init_args.network.init_args.flip_time=false"
+    with pytest.raises(ValueError, match=r"sit_b2.safetensors has another architecture .* flip_time True there, False"):
+        run(["fit", "--config", "configs/imagenet256/mfm_b2.yaml", *small, *network, *encoder, *eager, other_time])
     for name in base:
         run(["fit", "--config", f"configs/imagenet256/{name}.yaml", *small, *network, *encoder, *eager])
         assert load_model(f"outputs/imagenet256/{name}/model.safetensors").state_shape == (4, 8, 8)

@@ -91,9 +91,12 @@ class MFMPretraining(TrainingModule):
 
 def _initialise(model: MetaFlowMap, path: str) -> None:
     start = load_model(path)
-    ours, theirs = model.state_dict(), start.state_dict()
-    different = [k for k in sorted(ours.keys() | theirs.keys()) if k not in ours or k not in theirs]
-    different += [k for k in ours if k in theirs and ours[k].shape != theirs[k].shape]
+    kinds = type(model.network).__name__, type(start.network).__name__
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(f"{path} holds a {kinds[1]}, but model.network is a {kinds[0]}")
+    # not only the shapes: weights of another convention of time would fit, too
+    ours, theirs = model.network.config, start.network.config
+    different = [f"{k} {theirs.get(k)} there, {ours.get(k)} here" for k in ours if ours[k] != theirs.get(k)]
     if different:
-        raise CheckpointError(f"{path} has another architecture than model.network: they differ in {different[0]}")
-    model.load_state_dict(theirs)
+        raise CheckpointError(f"{path} has another architecture than model.network: {', '.join(different)}")
+    model.load_state_dict(start.state_dict())
