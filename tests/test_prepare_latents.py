@@ -1,5 +1,6 @@
 """Latent shards made from photographs: by any number of processes, killed and gone on with, verified."""
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from mfm_lightning.data.image_sources import center_crop
 from mfm_lightning.data.latent_index import LatentIndex
 from mfm_lightning.data.moments import MomentEncoder
 from mfm_lightning.data.prepare import Preparation, prepare
+from mfm_lightning.data.shard_writer import finished, write_shard
 from mfm_lightning.distributed import Process
 from mfm_lightning.prepare_command import main
 from tests.latent_data import arguments, forked, photographs
@@ -156,10 +158,11 @@ def test_killed_preparations_end_as_if_they_had_not_been(made, tmp_path, monkeyp
 
     monkeypatch.setattr(MomentEncoder, "__call__", slow)
     for shards_there in (0, 1, 3):
+        left = len(list((tmp_path / "out").glob("*.tar.partial-*")))
         process = forked(main, command)
         while process.is_alive():
-            partial = list((tmp_path / "out").glob(f"*.partial-{process.pid}"))
-            if partial and len(list((tmp_path / "out").glob("*.tar"))) > shards_there:
+            partial = list((tmp_path / "out").glob("*.tar.partial-*"))
+            if len(partial) > left and len(list((tmp_path / "out").glob("*.tar"))) > shards_there:
                 os.kill(process.pid, signal.SIGKILL)
             time.sleep(0.01)
         process.join()
@@ -175,6 +178,22 @@ def test_killed_preparations_end_as_if_they_had_not_been(made, tmp_path, monkeyp
     (tmp_path / "out/latents-000002.tar").unlink()  # lost after all was done: made again
     main([*command, "--verify"])
     assert_same(made / "shards", tmp_path / "out")
+
+
+def test_writers_of_one_shard_do_not_meet(tmp_path):
+    """One writes it while another does: processes whose numbers may be the same, on two machines."""
+
+    def samples(more: bool):
+        for i in range(3):
+            if more and i == 2:
+                write_shard(tmp_path, "latents-000000.tar", samples(False), [])
+                assert finished(tmp_path, "latents-000000.tar")["samples"] == 3
+            yield f"{i:06d}", i, np.ones((2, 2, 4, 2, 2), np.float16)
+
+    write_shard(tmp_path, "latents-000000.tar", samples(True), [])
+    content = (tmp_path / "latents-000000.tar").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == finished(tmp_path, "latents-000000.tar")["sha256"]
+    assert not list(tmp_path.rglob("*.partial*"))
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -25,7 +25,7 @@ from mfm_lightning.data.moments import MomentEncoder
 from mfm_lightning.data.shard_writer import PARTS, finished, write_json, write_shard, write_text
 from mfm_lightning.devices import find_device
 from mfm_lightning.evaluation.base import track
-from mfm_lightning.whole_files import PARTIAL
+from mfm_lightning.whole_files import clear_partials
 
 log = logging.getLogger(__name__)
 PREPARATION = "preparation.json"
@@ -173,8 +173,8 @@ def write_index(job: Preparation, source: ImageSource, encoder: MomentEncoder) -
     index = LatentIndex(state_shape, len(classes), encoder.scale, shards, made_with, broken)
     write_text(folder / CLASSES, json.dumps(classes, indent=1))
     write_text(folder / INDEX, index.text())
-    for partial in (p for where in (folder, folder / PARTS) for p in where.glob(f"latents-*{PARTIAL}-*")):
-        partial.unlink(missing_ok=True)  # of processes that were killed
+    clear_partials(folder, "latents-*")  # not of the index, which another process may be writing, too
+    clear_partials(folder / PARTS)
     if broken:
         log.warning("%d images could not be decoded and are left out: %s", len(broken), ", ".join(broken[:5]))
     return True
