@@ -17,6 +17,7 @@ from mfm_lightning.cli import main as mfm
 from mfm_lightning.cli import run
 from mfm_lightning.data import LatentShards, OffPolicyDataModule
 from mfm_lightning.data.epoch_plan import EpochPlan
+from mfm_lightning.data.verify import verify
 from mfm_lightning.decoders import VAEDecoder
 from mfm_lightning.modules import MFMPretraining
 from tests.latent_data import ended, forked, numbers, shards
@@ -147,6 +148,14 @@ def test_class_filter(uneven):
         assert sorted(seen) == [i for i in range(40) if i % 4 in (1, 3)]
     with pytest.raises(ValueError, match=r"classes \[7\]: the shards have labels 0..3"):
         data(uneven, classes=[7]).loader()
+
+
+@pytest.mark.parametrize("folder", ["Straße/日本", "x" * 150, "x" * 90])
+def test_any_name_leaves_the_layout_as_it_is(tmp_path, folder):
+    """Names that are not ASCII, or longer than the field of a tar's header, once took more blocks."""
+    shards(tmp_path, [5, 3], key=folder + "/" + "n" * 80 + "é{:06d}")
+    assert sorted(i for batch in data(tmp_path, batch_size=2).loader() for i in numbers(batch)) == list(range(8))
+    assert verify(str(tmp_path)).samples == 8
 
 
 # -- draws -------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,12 @@ def test_bad_input_is_refused_before_work(made, tmp_path, capsys):
     refused("no input at", "--input", str(tmp_path / "nowhere"))
     refused("Couldn't find any class folder", "--input", str(tmp_path / "empty"))
     refused("Found no valid file for the classes class", "--input", str(tmp_path / "one"))
+    names = {"c/" + "x" * 93: "too long for a name", "__c__/x": "skipped by webdataset", "c/\udcff": "no UTF-8"}
+    for k, (name, message) in enumerate(names.items()):
+        path = tmp_path / f"names{k}/{name}.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+        refused(message, "--input", str(tmp_path / f"names{k}"))
     refused("no shard", "--input", str(tmp_path / "x-{0..3}.tar"))
     refused("nothing opens ftpx:", "--input", "ftpx://host/a.tar")
     refused("no VAE at", "--vae", str(tmp_path / "empty"))
@@ -194,6 +200,13 @@ def test_writers_of_one_shard_do_not_meet(tmp_path):
     content = (tmp_path / "latents-000000.tar").read_bytes()
     assert hashlib.sha256(content).hexdigest() == finished(tmp_path, "latents-000000.tar")["sha256"]
     assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_a_sample_of_another_size_is_no_shard(tmp_path):
+    samples = [(f"{i}", 0, np.ones((2, 2, 4, size, size), np.float16)) for i, size in enumerate((2, 8))]
+    with pytest.raises(ValueError, match=r"latents-0\.tar: sample '1' ends at byte \d+, not at 2 \* 2048"):
+        write_shard(tmp_path, "latents-0.tar", samples, [])
+    assert not list(tmp_path.iterdir())
 
 
 def assert_same(one: Path, other: Path) -> None:

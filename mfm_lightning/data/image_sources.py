@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class FolderSource(ImageSource):
 
     Raises:
         FileNotFoundError: if there is no such folder, no class in it, or a class without images.
-        InputError: for file names that would be one key, or are too long for one.
+        InputError: for file names that would be one key, or that `check_key` refuses.
     """
 
     whole_units = True
@@ -213,14 +214,20 @@ def read_class_index(path: Path) -> dict[str, int]:
 
 
 def check_key(key: str) -> None:
-    """Raise InputError unless a tar (USTAR) and webdataset take the key as a name."""
+    """Raise InputError unless the key's names fit into one tar header each (USTAR) and webdataset reads them."""
     import tarfile
 
-    if len(key.encode()) > 90:
-        try:
-            tarfile.TarInfo(f"{key}.npy").tobuf(tarfile.USTAR_FORMAT)
-        except ValueError as error:
-            raise InputError(f"{key!r} is too long for a name in a tar: shorten it") from error
+    try:
+        if len(key.encode()) > 90:  # a shorter one always fits
+            tarfile.TarInfo(f"{key}.npy").tobuf(tarfile.USTAR_FORMAT, "utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{key!r} is no UTF-8: rename it") from error
+    except ValueError as error:
+        raise InputError(
+            f"{key!r} is too long for a name in a tar: shorten it to 96 bytes, or its folders to 155 and the rest to 96"
+        ) from error
+    if re.match(r"__[^/]*__/", key):
+        raise InputError(f"{key!r} is skipped by webdataset, as are all folders with such a name: rename the folder")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
