@@ -1,5 +1,6 @@
 """Latent shards made from photographs: by any number of processes, killed and gone on with, verified."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from mfm_lightning.data.image_sources import center_crop
+from mfm_lightning.data.image_sources import InputError, WebDatasetSource, center_crop
 from mfm_lightning.data.latent_index import LatentIndex
 from mfm_lightning.data.moments import MomentEncoder
 from mfm_lightning.data.prepare import Preparation, prepare
@@ -110,6 +111,37 @@ def test_image_shards_as_input(made, tmp_path):
     os.truncate(tmp_path / "in-1.tar", 3000)
     with pytest.raises(ValueError, match=r"shard .*in-1\.tar cannot be read"):
         main(["--input", *inputs, *rest, "--output", str(tmp_path / "y")])
+
+
+@pytest.mark.parametrize("stream", ["file", "pipe", "gz"])
+def test_damaged_image_shards_are_not_taken_for_shorter_ones(tmp_path, stream):
+    """Python's tarfile ends without an error at any header that is none, as `tar` does not."""
+    path = tmp_path / "in.tar"
+    with webdataset.TarWriter(str(path), mtime=0) as tar:
+        for i in range(4):
+            tar.write({"__key__": f"{i:04d}", "png": b"x" * 700, "cls": i})
+    whole, at = path.read_bytes(), 2 * 5 * 512  # of the third sample: two headers, label, 700 bytes
+
+    def labels(content: bytes) -> list[int]:
+        path.write_bytes(gzip.compress(content) if stream == "gz" else content)
+        url = f"pipe:cat {path}" if stream == "pipe" else str(path)
+        return [image.label for image in WebDatasetSource([url], allow_pipe=True).read(0)]
+
+    assert labels(whole) == labels(whole[: 4 * 5 * 512 + 512]) == [0, 1, 2, 3]  # one block of zeros is an end
+    for content, message in (
+        (
+            whole[:at] + b"?" + whole[at + 1 :],
+            r"1 samples: .* archive's end at byte 5,120 \(bad checksum\): damaged or",
+        ),
+        (whole[:at], r"1 samples: .* at byte 5,120 \(empty header\)"),
+        (whole[: at + 100], r"1 samples: .* at byte 5,120 \(truncated header\)"),
+        (whole[: at + 2000], "2 samples: unexpected end of data"),
+        (whole[:at] + bytes(512) + whole[at + 512 :], "1 samples: more after its end at byte 5,120"),
+        (whole + whole, "3 samples: more after its end at byte 10,240"),
+        (b"", r"0 samples: .* at byte 0 \(empty header\)"),
+    ):
+        with pytest.raises(InputError, match=rf"shard .*{path} cannot be read after {message}"):
+            labels(content)
 
 
 def test_bad_input_is_refused_before_work(made, tmp_path, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mfm_lightning.data.tar_files import tar_files
 from mfm_lightning.data.urls import check_url, expand, from_webdataset, local_path, open_url
 
 _MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
@@ -135,20 +136,20 @@ class WebDatasetSource(ImageSource):
         self.identity = {"urls": hashlib.sha256("\n".join(self.urls).encode()).hexdigest(), "shards": self.units}
 
     def read(self, unit: int) -> Iterator[RawImage]:
-        """Raises InputError for a shard that cannot be read, or a sample without image or label."""
+        """Raises InputError for a shard that cannot be read to its end, or a sample without image or label."""
         from_webdataset()
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
 
-        url = self.urls[unit]
+        url, count = self.urls[unit], 0
         try:
-            stream = open_url(url, self.allow_pipe)
-            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                yield self._raw(sample, unit, url)
-            stream.close()
+            with open_url(url, self.allow_pipe) as stream:
+                for sample in group_by_keys(tar_files(stream, url)):
+                    yield self._raw(sample, unit, url)
+                    count += 1
         except InputError:
             raise
         except Exception as error:  # tarfile and the download's program have errors of many kinds
-            raise InputError(f"shard {url} cannot be read: {error}") from error
+            raise InputError(f"shard {url} cannot be read after {count} samples: {error}") from error
 
     def _raw(self, sample: dict[str, object], unit: int, url: str) -> RawImage:
         where = f"sample {sample['__key__']!r} of {url}"
