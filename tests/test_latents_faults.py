@@ -162,8 +162,16 @@ def test_validation_shards_that_do_not_fit(folder, tmp_path):
     shards(tmp_path / "val", [4], num_classes=5)
     with pytest.raises(LatentIndexError, match=r"val has latents .* of 5 classes, .* of 4"):
         data(folder, val_folder=str(tmp_path / "val"))
-    shards(tmp_path / "val", [4])
-    assert [numbers(b) for b in data(folder, val_folder=str(tmp_path / "val")).loader("val")] == [[0, 1, 2, 3]]
+    val = shards(tmp_path / "val", [4])
+    assert [numbers(b) for b in data(folder, val_folder=str(val)).loader("val")] == [[0, 1, 2, 3]]
+    change(val, scale=0.25)
+    with pytest.raises(LatentIndexError, match=r"val has latents to be scaled by 0\.25, .*shards by 0\.5"):
+        data(folder, val_folder=str(val))
+    data(folder, val_folder=str(val), scale=0.5)
+    for path, vae in ((folder, "a"), (val, "b")):
+        change(path, made_with={"vae_sha256": vae * 64})
+    with pytest.raises(LatentIndexError, match=r"val was made with another VAE \(sha256 b{12}\) than .* \(a{12}\)"):
+        data(folder, val_folder=str(val), scale=0.5)
 
 
 def test_verify_finds_what_is_wrong(folder):
