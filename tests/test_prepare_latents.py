@@ -105,6 +105,9 @@ def test_image_shards_as_input(made, tmp_path):
         main(pipe)
     main([*pipe, "--allow-pipe"])
     assert LatentIndex.load(tmp_path / "piped").samples == 11
+    (tmp_path / "classes.json").write_text('{"china": 0, "flower": 1, "pagoda": 2}')
+    with pytest.raises(ValueError, match=r"other settings \(class_index was None, is [0-9a-f]{64}\)"):
+        main([*pipe, "--allow-pipe", "--class-index", str(tmp_path / "classes.json")])
     (tmp_path / "classes.json").write_text('{"china": 0}')
     with pytest.raises(ValueError, match=r"sample '0009' of .*in-0\.tar: label 1 is outside 0\.\.0"):
         main(["--input", *inputs, *rest, "--output", str(tmp_path / "x"), "--class-index", f"{tmp_path}/classes.json"])

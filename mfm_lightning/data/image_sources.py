@@ -102,7 +102,7 @@ class FolderSource(ImageSource):
         self.samples, self.shard_size = len(self._images), shard_size
         self.units = -(-self.samples // shard_size)
         self._order = np.random.default_rng(seed).permutation(self.samples)
-        listing = hashlib.sha256("\n".join(path for path, _ in self._images).encode()).hexdigest()
+        listing = _sha256("\n".join(path for path, _ in self._images))
         self.identity = {"images": self.samples, "listing": listing, "seed": seed}
 
     def read(self, unit: int) -> Iterator[RawImage]:
@@ -133,7 +133,8 @@ class WebDatasetSource(ImageSource):
             check_url(url, allow_pipe)
             if (path := local_path(url)) is not None and not path.is_file():
                 raise FileNotFoundError(f"no shard {path}")
-        self.identity = {"urls": hashlib.sha256("\n".join(self.urls).encode()).hexdigest(), "shards": self.units}
+        labels = None if class_index is None else _sha256(json.dumps(class_index, sort_keys=True))
+        self.identity = {"urls": _sha256("\n".join(self.urls)), "shards": self.units, "class_index": labels}
 
     def read(self, unit: int) -> Iterator[RawImage]:
         """Raises InputError for a shard that cannot be read to its end, or a sample without image or label."""
@@ -212,6 +213,10 @@ def read_class_index(path: Path) -> dict[str, int]:
     if not fits:
         raise InputError(f"{path}: labels must be 0..{len(found) - 1}, each once")
     return found
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_key(key: str) -> None:

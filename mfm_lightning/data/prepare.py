@@ -101,16 +101,21 @@ def check(job: Preparation, source: ImageSource, encoder: MomentEncoder) -> dict
     }  # fmt: skip
     path = Path(job.output) / PREPARATION
     if path.is_file():
-        begun = json.loads(path.read_text())
-        other = [key for key in settings if begun.get(key) != settings[key]]
+        begun, now = _flat(json.loads(path.read_text())), _flat(settings)
+        other = [key for key in {**begun, **now} if begun.get(key) != now.get(key)]
         if other:
-            was = "; ".join(f"{key} was {begun.get(key)}, is {settings[key]}" for key in other)
+            was = "; ".join(f"{key} was {begun.get(key)}, is {now.get(key)}" for key in other)
             raise ValueError(f"{job.output} has a preparation with other settings ({was}): give another folder")
     elif list(Path(job.output).glob("*.tar")):
         raise ValueError(f"{job.output} has tars, but no {PREPARATION}: give an empty folder")
     else:
         write_json(path, settings)
     return settings
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The input's beside the others."""
+    return {**settings["input"], **{key: value for key, value in settings.items() if key != "input"}}
 
 
 def prepare(
