@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 from mfm_lightning.data import LatentShards
 from mfm_lightning.data.latent_index import INDEX, LatentIndex, LatentIndexError, Layout
@@ -189,6 +190,14 @@ def test_verify_finds_what_is_wrong(folder):
         first_shard(folder, **{k: v for k, v in made.items() if k in ("bytes", "sha256")})
         return verified(folder)
 
+    def first_array(content: bytes) -> str:
+        """A shard of one sample, whose array has that content."""
+        with webdataset.TarWriter(str(folder / "latents-000000.tar"), mtime=0) as tar:
+            tar.write({"__key__": "000000", "cls": 0, "npy": content})
+        return verified(folder)
+
+    for content in (b"", b"PK\x03\x04", b"\x93NUMPY"):  # to numpy the end of a file, a zip, and an array
+        assert "latents-000000.tar: sample 0 (000000): cannot be read" in first_array(content)
     assert "key '000007' is in latents-000000.tar, too" in rewritten("000007", 0, good)
     assert "label 1 instead of 0" in rewritten("000000", 1, good)
     assert "moments that are not finite" in rewritten(
