@@ -6,16 +6,18 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
 from mfm_lightning.cli import main as mfm
 from mfm_lightning.cli import run
-from mfm_lightning.data import LatentShards, OffPolicyDataModule
+from mfm_lightning.data import GaussianMixtureDataModule, LatentShards, OffPolicyDataModule
 from mfm_lightning.data.epoch_plan import EpochPlan
 from mfm_lightning.data.verify import verify
 from mfm_lightning.decoders import VAEDecoder
@@ -302,6 +304,43 @@ def test_killed_in_an_epoch_and_resumed_exactly(place, monkeypatch):
     assert torch.load("killed/last.ckpt", weights_only=True)["global_step"] == 6
     assert fit("killed", "--ckpt_path", "killed/last.ckpt") == whole
     assert torch.load("killed/last.ckpt", weights_only=True)["global_step"] == 11
+
+
+class Recorder(L.LightningModule):
+    """Trains one number, and keeps what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0].tolist())
+        return self.x
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["shards", "mixture"])
+def test_lightning_takes_a_resumed_run_for_exact(uneven, tmp_path, kind):
+    """It warns of loaders that it takes for not resumable."""
+
+    def fit(steps: int, resume: Path | None = None) -> L.Trainer:
+        trainer = L.Trainer(
+            max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=tmp_path,
+        )  # fmt: skip
+        module = data(uneven) if kind == "shards" else GaussianMixtureDataModule(batch_size=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*not resumable.*")
+            trainer.fit(Recorder(), module, ckpt_path=resume, weights_only=resume and True)
+        return trainer
+
+    fit(3).save_checkpoint(tmp_path / "middle.ckpt")
+    resumed, whole = fit(7, tmp_path / "middle.ckpt"), fit(7)
+    assert resumed.global_step == 7
+    assert resumed.lightning_module.seen == whole.lightning_module.seen[3:]
 
 
 def test_another_order_is_said(uneven, caplog):
