@@ -362,3 +362,28 @@ def test_fine_tuning_takes_them_too(uneven):
     ours = list(off_policy.train_dataloader())
     assert [numbers(batch) for batch in ours] == [numbers(batch) for batch in expected]
     assert off_policy.state_shape == (4, 2, 2)
+
+
+def test_fine_tuning_passes_on_what_they_say(tmp_path, caplog):
+    """Another order in a resumed run, and at its end how many samples were skipped."""
+    folder = shards(tmp_path, [8, 8])
+    os.truncate(folder / "latents-000001.tar", 100)
+
+    def off_policy(**settings) -> OffPolicyDataModule:
+        module = OffPolicyDataModule(data(folder, corrupt="skip", **settings), policy_share=0.0)
+        module.trainer = SimpleNamespace(
+            accumulate_grad_batches=1, global_step=0, max_steps=4, global_rank=0, world_size=1, datamodule=module
+        )
+        module.setup("fit")
+        return module
+
+    module = off_policy()
+    list(module.train_dataloader())
+    module.teardown("fit")
+    assert caplog.messages[-1] == f"{module.data.skipped} corrupt samples were skipped"
+    assert module.data.skipped >= 8
+    caplog.clear()
+    off_policy(num_workers=3).load_state_dict(module.state_dict())  # its batches are read in the training process
+    assert "order" not in caplog.text
+    off_policy(seed=1, shuffle_buffer=4).load_state_dict(module.state_dict())
+    assert "went from seed 0 to 1, shuffle_buffer 2048 to 4" in caplog.text

@@ -191,9 +191,7 @@ class LatentShards(StepDataModule):
             num_workers: other than this DataModule's.
         """
         workers = self.num_workers if num_workers is None else num_workers
-        stream = self._stream(split, rank, world_size, workers, start, length)
-        self._streams.append(stream)
-        return LatentLoader(stream, workers)
+        return LatentLoader(self._stream(split, rank, world_size, workers, start, length), workers)
 
     def _stream(self, split: str, rank: int, world_size: int, lanes: int, start: int, length: int | None):
         folder, index = self._part(split)
@@ -202,7 +200,8 @@ class LatentShards(StepDataModule):
             [len(r) for r in rows], self.batch_size, rank, world_size, lanes, self.seed, split == "train",
             self.few_shards,
         )  # fmt: skip
-        return LatentStream(index, folder, rows, plan, self.reading, start, length)
+        self._streams.append(LatentStream(index, folder, rows, plan, self.reading, start, length))
+        return self._streams[-1]
 
     def train_dataloader(self) -> LatentLoader:
         start, length = self.steps()
@@ -245,7 +244,7 @@ class LatentShards(StepDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         ours = self.state_dict()
-        changed = [f"{key} {state.get(key)} to {ours[key]}" for key in ours if state.get(key) != ours[key]]
+        changed = [f"{key} {state[key]} to {ours[key]}" for key in ours if state.get(key, ours[key]) != ours[key]]
         if changed:
             log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
 
