@@ -44,7 +44,14 @@ def small_vae(folder: Path, blocks: int = 3) -> str:
     return str(folder)
 
 
-def shards(folder: Path, counts: list[int], num_classes: int = 4, state_shape=STATE_SHAPE, std: float = 0.0) -> Path:
+def shards(
+    folder: Path,
+    counts: list[int],
+    num_classes: int = 4,
+    state_shape=STATE_SHAPE,
+    std: float = 0.0,
+    key: str = "{:06d}",
+) -> Path:
     """Shards of so many samples; sample i of all has mean i everywhere, its mirror image -i, and label i % classes."""
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     found, i = [], 0
@@ -53,7 +60,7 @@ def shards(folder: Path, counts: list[int], num_classes: int = 4, state_shape=ST
         for _ in range(count):
             moments = np.full((2, 2, *state_shape), std, np.float16)
             moments[0, 0], moments[1, 0] = i, -i
-            samples.append((f"{i:06d}", i % num_classes, moments))
+            samples.append((key.format(i), i % num_classes, moments))
             i += 1
         name = f"latents-{k:06d}.tar"
         write_shard(folder, name, samples, [])

@@ -31,6 +31,7 @@ def test_what_goes_wrong_while_a_checkpoint_is_written_leaves_the_one_before(tmp
     """A disk that takes no more (a quota on the file's size), and kill -9 at several moments."""
     path = tmp_path / "last.ckpt"
     for attempt in range(1 if kind == "full" else 4):
+        (tmp_path / "last.ckpt.partial-killed").write_bytes(b"half")  # of a run before this one
         AtomicCheckpointIO().save_checkpoint({"x": torch.ones(3), "last": False}, path)
         worker = subprocess.Popen(
             [sys.executable, "-c", SAVES, str(path), kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -47,3 +48,4 @@ def test_what_goes_wrong_while_a_checkpoint_is_written_leaves_the_one_before(tmp
             worker.kill()
             worker.communicate()
             assert torch.load(path, weights_only=True)["x"].numel() == 5_000_000
+            assert len(list(tmp_path.iterdir())) <= 2

@@ -6,17 +6,20 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
 from mfm_lightning.cli import main as mfm
 from mfm_lightning.cli import run
-from mfm_lightning.data import LatentShards, OffPolicyDataModule
+from mfm_lightning.data import GaussianMixtureDataModule, LatentShards, OffPolicyDataModule
 from mfm_lightning.data.epoch_plan import EpochPlan
+from mfm_lightning.data.verify import verify
 from mfm_lightning.decoders import VAEDecoder
 from mfm_lightning.modules import MFMPretraining
 from tests.latent_data import ended, forked, numbers, shards
@@ -147,6 +150,14 @@ def test_class_filter(uneven):
         assert sorted(seen) == [i for i in range(40) if i % 4 in (1, 3)]
     with pytest.raises(ValueError, match=r"classes \[7\]: the shards have labels 0..3"):
         data(uneven, classes=[7]).loader()
+
+
+@pytest.mark.parametrize("folder", ["Straße/日本", "x" * 150, "x" * 90])
+def test_any_name_leaves_the_layout_as_it_is(tmp_path, folder):
+    """Names that are not ASCII, or longer than the field of a tar's header, once took more blocks."""
+    shards(tmp_path, [5, 3], key=folder + "/" + "n" * 80 + "é{:06d}")
+    assert sorted(i for batch in data(tmp_path, batch_size=2).loader() for i in numbers(batch)) == list(range(8))
+    assert verify(str(tmp_path)).samples == 8
 
 
 # -- draws -------------------------------------------------------------------------------------------------------------
@@ -295,6 +306,43 @@ def test_killed_in_an_epoch_and_resumed_exactly(place, monkeypatch):
     assert torch.load("killed/last.ckpt", weights_only=True)["global_step"] == 11
 
 
+class Recorder(L.LightningModule):
+    """Trains one number, and keeps what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.x, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0].tolist())
+        return self.x
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["shards", "mixture"])
+def test_lightning_takes_a_resumed_run_for_exact(uneven, tmp_path, kind):
+    """It warns of loaders that it takes for not resumable."""
+
+    def fit(steps: int, resume: Path | None = None) -> L.Trainer:
+        trainer = L.Trainer(
+            max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=tmp_path,
+        )  # fmt: skip
+        module = data(uneven) if kind == "shards" else GaussianMixtureDataModule(batch_size=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*not resumable.*")
+            trainer.fit(Recorder(), module, ckpt_path=resume, weights_only=resume and True)
+        return trainer
+
+    fit(3).save_checkpoint(tmp_path / "middle.ckpt")
+    resumed, whole = fit(7, tmp_path / "middle.ckpt"), fit(7)
+    assert resumed.global_step == 7
+    assert resumed.lightning_module.seen == whole.lightning_module.seen[3:]
+
+
 def test_another_order_is_said(uneven, caplog):
     module, other = data(uneven), data(uneven, num_workers=3)
     state = module.state_dict()
@@ -314,3 +362,28 @@ def test_fine_tuning_takes_them_too(uneven):
     ours = list(off_policy.train_dataloader())
     assert [numbers(batch) for batch in ours] == [numbers(batch) for batch in expected]
     assert off_policy.state_shape == (4, 2, 2)
+
+
+def test_fine_tuning_passes_on_what_they_say(tmp_path, caplog):
+    """Another order in a resumed run, and at its end how many samples were skipped."""
+    folder = shards(tmp_path, [8, 8])
+    os.truncate(folder / "latents-000001.tar", 100)
+
+    def off_policy(**settings) -> OffPolicyDataModule:
+        module = OffPolicyDataModule(data(folder, corrupt="skip", **settings), policy_share=0.0)
+        module.trainer = SimpleNamespace(
+            accumulate_grad_batches=1, global_step=0, max_steps=4, global_rank=0, world_size=1, datamodule=module
+        )
+        module.setup("fit")
+        return module
+
+    module = off_policy()
+    list(module.train_dataloader())
+    module.teardown("fit")
+    assert caplog.messages[-1] == f"{module.data.skipped} corrupt samples were skipped"
+    assert module.data.skipped >= 8
+    caplog.clear()
+    off_policy(num_workers=3).load_state_dict(module.state_dict())  # its batches are read in the training process
+    assert "order" not in caplog.text
+    off_policy(seed=1, shuffle_buffer=4).load_state_dict(module.state_dict())
+    assert "went from seed 0 to 1, shuffle_buffer 2048 to 4" in caplog.text

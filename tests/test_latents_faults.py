@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 from mfm_lightning.data import LatentShards
 from mfm_lightning.data.latent_index import INDEX, LatentIndex, LatentIndexError, Layout
@@ -162,8 +163,16 @@ def test_validation_shards_that_do_not_fit(folder, tmp_path):
     shards(tmp_path / "val", [4], num_classes=5)
     with pytest.raises(LatentIndexError, match=r"val has latents .* of 5 classes, .* of 4"):
         data(folder, val_folder=str(tmp_path / "val"))
-    shards(tmp_path / "val", [4])
-    assert [numbers(b) for b in data(folder, val_folder=str(tmp_path / "val")).loader("val")] == [[0, 1, 2, 3]]
+    val = shards(tmp_path / "val", [4])
+    assert [numbers(b) for b in data(folder, val_folder=str(val)).loader("val")] == [[0, 1, 2, 3]]
+    change(val, scale=0.25)
+    with pytest.raises(LatentIndexError, match=r"val has latents to be scaled by 0\.25, .*shards by 0\.5"):
+        data(folder, val_folder=str(val))
+    data(folder, val_folder=str(val), scale=0.5)
+    for path, vae in ((folder, "a"), (val, "b")):
+        change(path, made_with={"vae_sha256": vae * 64})
+    with pytest.raises(LatentIndexError, match=r"val was made with another VAE \(sha256 b{12}\) than .* \(a{12}\)"):
+        data(folder, val_folder=str(val), scale=0.5)
 
 
 def test_verify_finds_what_is_wrong(folder):
@@ -181,6 +190,14 @@ def test_verify_finds_what_is_wrong(folder):
         first_shard(folder, **{k: v for k, v in made.items() if k in ("bytes", "sha256")})
         return verified(folder)
 
+    def first_array(content: bytes) -> str:
+        """A shard of one sample, whose array has that content."""
+        with webdataset.TarWriter(str(folder / "latents-000000.tar"), mtime=0) as tar:
+            tar.write({"__key__": "000000", "cls": 0, "npy": content})
+        return verified(folder)
+
+    for content in (b"", b"PK\x03\x04", b"\x93NUMPY"):  # to numpy the end of a file, a zip, and an array
+        assert "latents-000000.tar: sample 0 (000000): cannot be read" in first_array(content)
     assert "key '000007' is in latents-000000.tar, too" in rewritten("000007", 0, good)
     assert "label 1 instead of 0" in rewritten("000000", 1, good)
     assert "moments that are not finite" in rewritten(

@@ -1,5 +1,7 @@
 """Latent shards made from photographs: by any number of processes, killed and gone on with, verified."""
 
+import gzip
+import hashlib
 import json
 import os
 import re
@@ -13,10 +15,11 @@ import torch
 import webdataset
 from PIL import Image
 
-from mfm_lightning.data.image_sources import center_crop
+from mfm_lightning.data.image_sources import InputError, WebDatasetSource, center_crop
 from mfm_lightning.data.latent_index import LatentIndex
 from mfm_lightning.data.moments import MomentEncoder
 from mfm_lightning.data.prepare import Preparation, prepare
+from mfm_lightning.data.shard_writer import finished, write_shard
 from mfm_lightning.distributed import Process
 from mfm_lightning.prepare_command import main
 from tests.latent_data import arguments, forked, photographs
@@ -102,12 +105,46 @@ def test_image_shards_as_input(made, tmp_path):
         main(pipe)
     main([*pipe, "--allow-pipe"])
     assert LatentIndex.load(tmp_path / "piped").samples == 11
+    (tmp_path / "classes.json").write_text('{"china": 0, "flower": 1, "pagoda": 2}')
+    with pytest.raises(ValueError, match=r"other settings \(class_index was None, is [0-9a-f]{64}\)"):
+        main([*pipe, "--allow-pipe", "--class-index", str(tmp_path / "classes.json")])
     (tmp_path / "classes.json").write_text('{"china": 0}')
     with pytest.raises(ValueError, match=r"sample '0009' of .*in-0\.tar: label 1 is outside 0\.\.0"):
         main(["--input", *inputs, *rest, "--output", str(tmp_path / "x"), "--class-index", f"{tmp_path}/classes.json"])
     os.truncate(tmp_path / "in-1.tar", 3000)
     with pytest.raises(ValueError, match=r"shard .*in-1\.tar cannot be read"):
         main(["--input", *inputs, *rest, "--output", str(tmp_path / "y")])
+
+
+@pytest.mark.parametrize("stream", ["file", "pipe", "gz"])
+def test_damaged_image_shards_are_not_taken_for_shorter_ones(tmp_path, stream):
+    """Python's tarfile ends without an error at any header that is none, as `tar` does not."""
+    path = tmp_path / "in.tar"
+    with webdataset.TarWriter(str(path), mtime=0) as tar:
+        for i in range(4):
+            tar.write({"__key__": f"{i:04d}", "png": b"x" * 700, "cls": i})
+    whole, at = path.read_bytes(), 2 * 5 * 512  # of the third sample: two headers, label, 700 bytes
+
+    def labels(content: bytes) -> list[int]:
+        path.write_bytes(gzip.compress(content) if stream == "gz" else content)
+        url = f"pipe:cat {path}" if stream == "pipe" else str(path)
+        return [image.label for image in WebDatasetSource([url], allow_pipe=True).read(0)]
+
+    assert labels(whole) == labels(whole[: 4 * 5 * 512 + 512]) == [0, 1, 2, 3]  # one block of zeros is an end
+    for content, message in (
+        (
+            whole[:at] + b"?" + whole[at + 1 :],
+            r"1 samples: .* archive's end at byte 5,120 \(bad checksum\): damaged or",
+        ),
+        (whole[:at], r"1 samples: .* at byte 5,120 \(empty header\)"),
+        (whole[: at + 100], r"1 samples: .* at byte 5,120 \(truncated header\)"),
+        (whole[: at + 2000], "2 samples: unexpected end of data"),
+        (whole[:at] + bytes(512) + whole[at + 512 :], "1 samples: more after its end at byte 5,120"),
+        (whole + whole, "3 samples: more after its end at byte 10,240"),
+        (b"", r"0 samples: .* at byte 0 \(empty header\)"),
+    ):
+        with pytest.raises(InputError, match=rf"shard .*{path} cannot be read after {message}"):
+            labels(content)
 
 
 def test_bad_input_is_refused_before_work(made, tmp_path, capsys):
@@ -122,6 +159,12 @@ def test_bad_input_is_refused_before_work(made, tmp_path, capsys):
     refused("no input at", "--input", str(tmp_path / "nowhere"))
     refused("Couldn't find any class folder", "--input", str(tmp_path / "empty"))
     refused("Found no valid file for the classes class", "--input", str(tmp_path / "one"))
+    names = {"c/" + "x" * 93: "too long for a name", "__c__/x": "skipped by webdataset", "c/\udcff": "no UTF-8"}
+    for k, (name, message) in enumerate(names.items()):
+        path = tmp_path / f"names{k}/{name}.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+        refused(message, "--input", str(tmp_path / f"names{k}"))
     refused("no shard", "--input", str(tmp_path / "x-{0..3}.tar"))
     refused("nothing opens ftpx:", "--input", "ftpx://host/a.tar")
     refused("no VAE at", "--vae", str(tmp_path / "empty"))
@@ -156,10 +199,11 @@ def test_killed_preparations_end_as_if_they_had_not_been(made, tmp_path, monkeyp
 
     monkeypatch.setattr(MomentEncoder, "__call__", slow)
     for shards_there in (0, 1, 3):
+        left = len(list((tmp_path / "out").glob("*.tar.partial-*")))
         process = forked(main, command)
         while process.is_alive():
-            partial = list((tmp_path / "out").glob(f"*.partial-{process.pid}"))
-            if partial and len(list((tmp_path / "out").glob("*.tar"))) > shards_there:
+            partial = list((tmp_path / "out").glob("*.tar.partial-*"))
+            if len(partial) > left and len(list((tmp_path / "out").glob("*.tar"))) > shards_there:
                 os.kill(process.pid, signal.SIGKILL)
             time.sleep(0.01)
         process.join()
@@ -175,6 +219,29 @@ def test_killed_preparations_end_as_if_they_had_not_been(made, tmp_path, monkeyp
     (tmp_path / "out/latents-000002.tar").unlink()  # lost after all was done: made again
     main([*command, "--verify"])
     assert_same(made / "shards", tmp_path / "out")
+
+
+def test_writers_of_one_shard_do_not_meet(tmp_path):
+    """One writes it while another does: processes whose numbers may be the same, on two machines."""
+
+    def samples(more: bool):
+        for i in range(3):
+            if more and i == 2:
+                write_shard(tmp_path, "latents-000000.tar", samples(False), [])
+                assert finished(tmp_path, "latents-000000.tar")["samples"] == 3
+            yield f"{i:06d}", i, np.ones((2, 2, 4, 2, 2), np.float16)
+
+    write_shard(tmp_path, "latents-000000.tar", samples(True), [])
+    content = (tmp_path / "latents-000000.tar").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == finished(tmp_path, "latents-000000.tar")["sha256"]
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_a_sample_of_another_size_is_no_shard(tmp_path):
+    samples = [(f"{i}", 0, np.ones((2, 2, 4, size, size), np.float16)) for i, size in enumerate((2, 8))]
+    with pytest.raises(ValueError, match=r"latents-0\.tar: sample '1' ends at byte \d+, not at 2 \* 2048"):
+        write_shard(tmp_path, "latents-0.tar", samples, [])
+    assert not list(tmp_path.iterdir())
 
 
 def assert_same(one: Path, other: Path) -> None:

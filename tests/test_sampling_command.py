@@ -98,7 +98,7 @@ def dies(inner):
     def write(*arguments):
         calls[0] += 1
         if calls[0] == int(sys.argv[1]):
-            with open(os.path.join(sys.argv[4], "killed.partial"), "wb") as file:
+            with open(os.path.join(sys.argv[4], "killed.partial-0"), "wb") as file:
                 file.write(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         return inner(*arguments)

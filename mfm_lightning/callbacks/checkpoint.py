@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from mfm_lightning.whole_files import whole_file
+from mfm_lightning.whole_files import clear_partials, whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -22,6 +22,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        clear_partials(Path(path).parent, Path(path).name)  # one process writes it, and may have been killed at that
         try:
             with whole_file(path, sync=True) as partial, open(partial, "wb") as file:
                 torch.save(checkpoint, file)

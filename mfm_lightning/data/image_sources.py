@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mfm_lightning.data.tar_files import tar_files
 from mfm_lightning.data.urls import check_url, expand, from_webdataset, local_path, open_url
 
 _MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
@@ -76,7 +78,7 @@ class FolderSource(ImageSource):
 
     Raises:
         FileNotFoundError: if there is no such folder, no class in it, or a class without images.
-        InputError: for file names that would be one key, or are too long for one.
+        InputError: for file names that would be one key, or that `check_key` refuses.
     """
 
     whole_units = True
@@ -100,7 +102,7 @@ class FolderSource(ImageSource):
         self.samples, self.shard_size = len(self._images), shard_size
         self.units = -(-self.samples // shard_size)
         self._order = np.random.default_rng(seed).permutation(self.samples)
-        listing = hashlib.sha256("\n".join(path for path, _ in self._images).encode()).hexdigest()
+        listing = _sha256("\n".join(path for path, _ in self._images))
         self.identity = {"images": self.samples, "listing": listing, "seed": seed}
 
     def read(self, unit: int) -> Iterator[RawImage]:
@@ -131,23 +133,24 @@ class WebDatasetSource(ImageSource):
             check_url(url, allow_pipe)
             if (path := local_path(url)) is not None and not path.is_file():
                 raise FileNotFoundError(f"no shard {path}")
-        self.identity = {"urls": hashlib.sha256("\n".join(self.urls).encode()).hexdigest(), "shards": self.units}
+        labels = None if class_index is None else _sha256(json.dumps(class_index, sort_keys=True))
+        self.identity = {"urls": _sha256("\n".join(self.urls)), "shards": self.units, "class_index": labels}
 
     def read(self, unit: int) -> Iterator[RawImage]:
-        """Raises InputError for a shard that cannot be read, or a sample without image or label."""
+        """Raises InputError for a shard that cannot be read to its end, or a sample without image or label."""
         from_webdataset()
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
 
-        url = self.urls[unit]
+        url, count = self.urls[unit], 0
         try:
-            stream = open_url(url, self.allow_pipe)
-            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
-                yield self._raw(sample, unit, url)
-            stream.close()
+            with open_url(url, self.allow_pipe) as stream:
+                for sample in group_by_keys(tar_files(stream, url)):
+                    yield self._raw(sample, unit, url)
+                    count += 1
         except InputError:
             raise
         except Exception as error:  # tarfile and the download's program have errors of many kinds
-            raise InputError(f"shard {url} cannot be read: {error}") from error
+            raise InputError(f"shard {url} cannot be read after {count} samples: {error}") from error
 
     def _raw(self, sample: dict[str, object], unit: int, url: str) -> RawImage:
         where = f"sample {sample['__key__']!r} of {url}"
@@ -212,15 +215,25 @@ def read_class_index(path: Path) -> dict[str, int]:
     return found
 
 
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_key(key: str) -> None:
-    """Raise InputError unless a tar (USTAR) and webdataset take the key as a name."""
+    """Raise InputError unless the key's names fit into one tar header each (USTAR) and webdataset reads them."""
     import tarfile
 
-    if len(key.encode()) > 90:
-        try:
-            tarfile.TarInfo(f"{key}.npy").tobuf(tarfile.USTAR_FORMAT)
-        except ValueError as error:
-            raise InputError(f"{key!r} is too long for a name in a tar: shorten it") from error
+    try:
+        if len(key.encode()) > 90:  # a shorter one always fits
+            tarfile.TarInfo(f"{key}.npy").tobuf(tarfile.USTAR_FORMAT, "utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{key!r} is no UTF-8: rename it") from error
+    except ValueError as error:
+        raise InputError(
+            f"{key!r} is too long for a name in a tar: shorten it to 96 bytes, or its folders to 155 and the rest to 96"
+        ) from error
+    if re.match(r"__[^/]*__/", key):
+        raise InputError(f"{key!r} is skipped by webdataset, as are all folders with such a name: rename the folder")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from mfm_lightning.data.batch_ring import BatchRing, as_it_is
 from mfm_lightning.data.epoch_plan import EpochPlan
 from mfm_lightning.data.latent_index import LatentIndex
 from mfm_lightning.data.shard_reader import CorruptSampleError, ShardReader
+from mfm_lightning.data.stream import StepLoader
 
 log = logging.getLogger(__name__)
 Corrupt = Literal["raise", "skip"]
@@ -208,8 +209,8 @@ class LatentStream(IterableDataset):
         return f"sample {block.rows[at]} of {self.index.shards[block.shards[at]].name} in {self.folder}"
 
 
-class LatentLoader:
-    """The stream by way of worker processes. Its length is the number of the last step, as with `BatchStream`.
+class LatentLoader(StepLoader):
+    """The stream by way of worker processes.
 
     Args:
         stream: its plan has as many lanes as there are workers.
@@ -220,9 +221,6 @@ class LatentLoader:
     def __init__(self, stream: LatentStream, num_workers: int, prefetch_factor: int = PREFETCH) -> None:
         self.stream, self.num_workers, self.prefetch_factor = stream, num_workers, prefetch_factor
         self.start, self.length = stream.start, stream.length
-
-    def __len__(self) -> int:
-        return self.length
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.num_workers:

@@ -56,7 +56,7 @@ class LatentShards(StepDataModule):
     Raises:
         FileNotFoundError: without an index, or a shard.
         LatentIndexError: for an index without shards, with labels outside its classes, or with other sizes than the
-            files' (a truncated shard).
+            files' (a truncated shard); for a `val_folder` of another shape, other classes, VAE or scale.
         ValueError: for settings out of range, or too few samples or shards.
     """
 
@@ -127,11 +127,7 @@ class LatentShards(StepDataModule):
                 raise ValueError(f"classes {self.classes}: the shards have labels 0..{index.num_classes - 1}")
             if self.val_folder is not None:
                 val = self.val_folder, LatentIndex.load(self.val_folder, self.reading.allow_pipe)
-                if (val[1].state_shape, val[1].num_classes) != (index.state_shape, index.num_classes):
-                    raise LatentIndexError(
-                        f"{self.val_folder} has latents {val[1].state_shape} of {val[1].num_classes} classes, "
-                        f"{self.folder} {index.state_shape} of {index.num_classes}"
-                    )
+                self._check_like_training(index, val[1])
             else:
                 kept = len(index.shards) - self.val_shards
                 if kept < 1:
@@ -143,6 +139,25 @@ class LatentShards(StepDataModule):
                 index = _with(index, index.shards[:kept])
             self._parts = {"train": (self.folder, index), "val": val}
         return self._parts[split]
+
+    def _check_like_training(self, index: LatentIndex, val: LatentIndex) -> None:
+        """Raise LatentIndexError unless one network takes both, and one scale (where none was given) fits both."""
+        if (val.state_shape, val.num_classes) != (index.state_shape, index.num_classes):
+            raise LatentIndexError(
+                f"{self.val_folder} has latents {val.state_shape} of {val.num_classes} classes, "
+                f"{self.folder} {index.state_shape} of {index.num_classes}"
+            )
+        ours, theirs = (str(i.made_with.get("vae_sha256", "")) for i in (index, val))
+        if ours and theirs and ours != theirs:  # shards that were made by other means may not say
+            raise LatentIndexError(
+                f"{self.val_folder} was made with another VAE (sha256 {theirs[:12]}) than {self.folder} ({ours[:12]}): "
+                "prepare both with the same"
+            )
+        if self._given_scale is None and val.scale != index.scale:
+            raise LatentIndexError(
+                f"{self.val_folder} has latents to be scaled by {val.scale}, {self.folder} by {index.scale}: prepare "
+                "both with the same VAE, or give the scale"
+            )
 
     def setup(self, stage: str | None = None) -> None:
         splits = ("train", "val") if stage in (None, "fit") else ("val",)
@@ -176,9 +191,7 @@ class LatentShards(StepDataModule):
             num_workers: other than this DataModule's.
         """
         workers = self.num_workers if num_workers is None else num_workers
-        stream = self._stream(split, rank, world_size, workers, start, length)
-        self._streams.append(stream)
-        return LatentLoader(stream, workers)
+        return LatentLoader(self._stream(split, rank, world_size, workers, start, length), workers)
 
     def _stream(self, split: str, rank: int, world_size: int, lanes: int, start: int, length: int | None):
         folder, index = self._part(split)
@@ -187,7 +200,8 @@ class LatentShards(StepDataModule):
             [len(r) for r in rows], self.batch_size, rank, world_size, lanes, self.seed, split == "train",
             self.few_shards,
         )  # fmt: skip
-        return LatentStream(index, folder, rows, plan, self.reading, start, length)
+        self._streams.append(LatentStream(index, folder, rows, plan, self.reading, start, length))
+        return self._streams[-1]
 
     def train_dataloader(self) -> LatentLoader:
         start, length = self.steps()
@@ -230,7 +244,7 @@ class LatentShards(StepDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         ours = self.state_dict()
-        changed = [f"{key} {state.get(key)} to {ours[key]}" for key in ours if state.get(key) != ours[key]]
+        changed = [f"{key} {state[key]} to {ours[key]}" for key in ours if state.get(key, ours[key]) != ours[key]]
         if changed:
             log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
 

@@ -59,6 +59,9 @@ class OffPolicyDataModule(L.LightningDataModule):
         self.data.trainer = self.trainer
         self.data.setup(stage)
 
+    def teardown(self, stage: str) -> None:
+        self.data.teardown(stage)
+
     def train_dataloader(self) -> BatchStream:
         stream = self.data.train_dataloader()
         return BatchStream(self.train_batch, stream.length, stream.start)
@@ -86,10 +89,13 @@ class OffPolicyDataModule(L.LightningDataModule):
         return self.data.predict_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"buffers": gather_ranks(self._buffer)}
+        # the order of `train_batch`, which this process reads, does not depend on workers
+        data = {key: value for key, value in self.data.state_dict().items() if key != "num_workers"}
+        return {"buffers": gather_ranks(self._buffer), "data": data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._buffer = own(state["buffers"])
+        self.data.load_state_dict(state.get("data", {}))  # older checkpoints have none
 
     def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
         module = self.trainer.lightning_module

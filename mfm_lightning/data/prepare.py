@@ -25,7 +25,7 @@ from mfm_lightning.data.moments import MomentEncoder
 from mfm_lightning.data.shard_writer import PARTS, finished, write_json, write_shard, write_text
 from mfm_lightning.devices import find_device
 from mfm_lightning.evaluation.base import track
-from mfm_lightning.whole_files import PARTIAL
+from mfm_lightning.whole_files import clear_partials
 
 log = logging.getLogger(__name__)
 PREPARATION = "preparation.json"
@@ -101,16 +101,21 @@ def check(job: Preparation, source: ImageSource, encoder: MomentEncoder) -> dict
     }  # fmt: skip
     path = Path(job.output) / PREPARATION
     if path.is_file():
-        begun = json.loads(path.read_text())
-        other = [key for key in settings if begun.get(key) != settings[key]]
+        begun, now = _flat(json.loads(path.read_text())), _flat(settings)
+        other = [key for key in {**begun, **now} if begun.get(key) != now.get(key)]
         if other:
-            was = "; ".join(f"{key} was {begun.get(key)}, is {settings[key]}" for key in other)
+            was = "; ".join(f"{key} was {begun.get(key)}, is {now.get(key)}" for key in other)
             raise ValueError(f"{job.output} has a preparation with other settings ({was}): give another folder")
     elif list(Path(job.output).glob("*.tar")):
         raise ValueError(f"{job.output} has tars, but no {PREPARATION}: give an empty folder")
     else:
         write_json(path, settings)
     return settings
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The input's beside the others."""
+    return {**settings["input"], **{key: value for key, value in settings.items() if key != "input"}}
 
 
 def prepare(
@@ -173,8 +178,8 @@ def write_index(job: Preparation, source: ImageSource, encoder: MomentEncoder) -
     index = LatentIndex(state_shape, len(classes), encoder.scale, shards, made_with, broken)
     write_text(folder / CLASSES, json.dumps(classes, indent=1))
     write_text(folder / INDEX, index.text())
-    for partial in (p for where in (folder, folder / PARTS) for p in where.glob(f"latents-*{PARTIAL}-*")):
-        partial.unlink(missing_ok=True)  # of processes that were killed
+    clear_partials(folder, "latents-*")  # not of the index, which another process may be writing, too
+    clear_partials(folder / PARTS)
     if broken:
         log.warning("%d images could not be decoded and are left out: %s", len(broken), ", ".join(broken[:5]))
     return True

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import tarfile
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from mfm_lightning.data.latent_index import Shard
+from mfm_lightning.data.latent_index import Layout, Shard
 from mfm_lightning.data.urls import from_webdataset
-from mfm_lightning.whole_files import PARTIAL, whole_file
+from mfm_lightning.whole_files import whole_file
 
 PARTS = "parts"  # folder of what is known of each finished shard, until all are in the index
 
@@ -24,28 +25,40 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[str, int, np.nd
     Args:
         samples: key, label and moments `(2, 2, C, H, W)` float16 of each; an error in it leaves no shard.
         broken: keys that were left out, as they are known when the samples are at their end.
+
+    Raises:
+        ValueError: for a sample that is not laid out as the first one's shape says.
     """
+    samples, labels = iter(samples), []
+    first = next(samples, None)
+    if first is None:
+        _note(folder, Shard(name, 0, "", np.empty(0, dtype=np.int64)), broken)
+        return
+    stride = Layout(first[2].shape[2:]).stride
+    with whole_file(folder / name, sync=True) as partial:
+        with open(partial, "wb") as file, _tar_writer(file) as tar:
+            for key, label, moments in chain([first], samples):
+                tar.write({"__key__": key, "cls": label, "npy": np.ascontiguousarray(moments, dtype="<f2")})
+                labels.append(label)
+                if (end := tar.tarstream.offset) != len(labels) * stride:
+                    raise ValueError(f"{name}: sample {key!r} ends at byte {end}, not at {len(labels)} * {stride}")
+        with open(partial, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _note(folder, Shard(name, partial.stat().st_size, digest, np.array(labels, dtype=np.int64)), broken)
+
+
+def _tar_writer(file: BinaryIO) -> Any:
+    """webdataset's, of one header for each name, whatever is in it; with a fixed time, for the same bytes each time."""
     from_webdataset()
     from webdataset import TarWriter
 
-    partial = folder / f"{name}{PARTIAL}-{os.getpid()}"  # of this process: one that was thought dead may go on
-    labels: list[int] = []
-    try:
-        with open(partial, "wb") as file:
-            with TarWriter(file, mtime=0) as tar:  # a fixed time: the same samples make the same bytes
-                for key, label, moments in samples:
-                    tar.write({"__key__": key, "cls": label, "npy": np.ascontiguousarray(moments, dtype="<f2")})
-                    labels.append(label)
-            file.flush()
-            os.fsync(file.fileno())
-        with open(partial, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shard = Shard(name, partial.stat().st_size, digest, np.array(labels, dtype=np.int64))
-        write_json(folder / PARTS / f"{name}.json", {**shard.as_dict(), "broken": list(broken)})
-        if labels:
-            os.replace(partial, folder / name)
-    finally:
-        partial.unlink(missing_ok=True)
+    tar = TarWriter(file, mtime=0)
+    tar.tarstream.format, tar.tarstream.encoding = tarfile.USTAR_FORMAT, "utf-8"  # webdataset 1.0.2 takes no format
+    return tar
+
+
+def _note(folder: Path, shard: Shard, broken: list[str]) -> None:
+    write_json(folder / PARTS / f"{shard.name}.json", {**shard.as_dict(), "broken": list(broken)})
 
 
 def finished(folder: Path, name: str) -> dict[str, Any] | None:
@@ -66,5 +79,5 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
-    with whole_file(path, os.getpid(), sync=True) as partial:
+    with whole_file(path, sync=True) as partial:
         partial.write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,27 @@ from torch import Tensor
 Batch = tuple[Tensor, Tensor]
 
 
-class BatchStream:
+class StepLoader:
+    """Batches of the steps start, ..., length-1; `len` is that of an uninterrupted run.
+
+    Lightning warns at a resumed run unless its loader has a state. This one's is the step alone, from which the
+    DataModule makes it (`StepDataModule.steps`): there is nothing to be kept or loaded.
+    """
+
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class BatchStream(StepLoader):
     """`batch(step)` for step = start, ..., length-1.
 
     Args:
@@ -21,9 +42,6 @@ class BatchStream:
 
     def __init__(self, batch: Callable[[int], Batch], length: int, start: int = 0) -> None:
         self.batch, self.length, self.start = batch, length, start
-
-    def __len__(self) -> int:
-        return self.length
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.batch(step) for step in range(self.start, self.length))

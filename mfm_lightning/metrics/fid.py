@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ class Statistics:
         """Write them as `load` reads them; the file appears whole."""
         path = Path(path)
         number = {} if self.num_samples is None else {"num_samples": self.num_samples}
-        with whole_file(path, os.getpid()) as partial, open(partial, "wb") as file:
+        with whole_file(path) as partial, open(partial, "wb") as file:
             np.savez(file, mu=self.mu, sigma=self.sigma, **number)
         return path
 

@@ -10,10 +10,8 @@ import io
 import json
 import os
 import shutil
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.sampling.plan import SamplePlan
-from mfm_lightning.whole_files import PARTIAL, whole_file
+from mfm_lightning.whole_files import clear_partials, whole_file
 
 SETTINGS = "samples.json"
 
@@ -46,7 +44,7 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         path, mine = self.folder / SETTINGS, json.loads(json.dumps(settings))
         if not path.is_file():
-            with _writing(path) as partial:  # by several processes at once: all write the same
+            with whole_file(path) as partial:  # by several processes at once: all write the same
                 partial.write_text(json.dumps(mine, indent=1))
         there = json.loads(path.read_text())
         different = [k for k in sorted(mine.keys() | there.keys()) if mine.get(k) != there.get(k)]
@@ -71,8 +69,7 @@ class Output:
 
     def clear(self) -> None:
         """Remove what processes that were killed have left half written; only when nothing is missing."""
-        for left in self.folder.glob(f"*{PARTIAL}*"):
-            left.unlink(missing_ok=True)
+        clear_partials(self.folder)
 
 
 class PNGFolder(Output):
@@ -84,7 +81,7 @@ class PNGFolder(Output):
 
     def write(self, batch: range, images: Tensor) -> None:
         for i, image in zip(batch, images, strict=True):
-            with _writing(self.folder / _png_name(i)) as partial:
+            with whole_file(self.folder / _png_name(i)) as partial:
                 partial.write_bytes(encode_png(image))
 
     def finish(self) -> list[Path]:
@@ -112,7 +109,7 @@ class _Parts(Output):
         return [batch for batch in self.plan.batches if self._part(batch).name not in there]
 
     def write(self, batch: range, images: Tensor) -> None:
-        with _writing(self._part(batch)) as partial, open(partial, "wb") as file:
+        with whole_file(self._part(batch)) as partial, open(partial, "wb") as file:
             np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
 
     def finish(self) -> list[Path]:
@@ -144,7 +141,7 @@ class NPZ(_Parts):
         parts = self.part_arrays()
         _, first = next(parts)
         N = self.plan.num_samples
-        with _writing(self.results()[0]) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with whole_file(self.results()[0]) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as array:  # piece by piece: 10 GB for 50,000 images
                 header = {"descr": "|u1", "fortran_order": False, "shape": (N, *first.shape[1:])}
                 np.lib.format.write_array_header_1_0(array, header)
@@ -174,13 +171,13 @@ class WebDatasetShards(_Parts):
         sizes = {}
         for k, shard in enumerate(shards):
             size = min(self.samples_per_shard, self.plan.num_samples - k * self.samples_per_shard)
-            with _writing(shard) as partial, open(partial, "wb") as file, TarWriter(file, mtime=0) as tar:
+            with whole_file(shard) as partial, open(partial, "wb") as file, TarWriter(file, mtime=0) as tar:
                 for _ in range(size):
                     i, image = next(samples)
                     png = encode_png(torch.from_numpy(image).permute(2, 0, 1))
                     tar.write({"__key__": f"{i:08d}", "png": png, "cls": int(self.plan.label([i]))})
             sizes[shard.name] = size
-        with _writing(index) as partial:
+        with whole_file(index) as partial:
             partial.write_text(json.dumps({"samples": self.plan.num_samples, "shards": sizes}, indent=1))
 
 
@@ -202,8 +199,3 @@ def encode_png(image: Tensor) -> bytes:
 
 def _png_name(index: int) -> str:
     return f"{index:08d}.png"
-
-
-def _writing(path: Path) -> AbstractContextManager[Path]:
-    """`whole_file` of this call alone: processes, of several machines too, do not meet in it."""
-    return whole_file(path, uuid.uuid4().hex[:12])
