@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -306,6 +307,20 @@ def test_execution_changes_neither_values_nor_gradients(tiny, images, name):
     assert values.dtype == torch.float32
     assert not torch.equal(values, expected[0])
     assert torch.cosine_similarity(gradient.flatten(), expected[1].flatten(), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}], ids=["plain", "checkpointed"])
+def test_compiled_blocks_give_the_same(tiny, images, options):
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile needs a C++ compiler on CPU")
+    found = []
+    for compiled in (False, True):
+        reward = rewards.build("pickscore", **tiny["pickscore"], compile=compiled, **options)
+        x = images.clone().requires_grad_()
+        values = reward(x, TEXTS)
+        found.append((values.detach(), torch.autograd.grad(values.sum(), x)[0]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_checkpointed_blocks_keep_less(tiny, images):
