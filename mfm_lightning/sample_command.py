@@ -12,11 +12,12 @@ import torch
 from mfm_lightning.checkpoints import fingerprint, load_model, read_metadata
 from mfm_lightning.decoders import Decoder, PixelDecoder, VAEDecoder
 from mfm_lightning.devices import find_device
+from mfm_lightning.distributed import Process
 from mfm_lightning.evaluation.base import track
 from mfm_lightning.images import to_uint8
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import METHODS
-from mfm_lightning.sampling import OUTPUTS, ModelSampler, Output, Process, SamplePlan
+from mfm_lightning.sampling import OUTPUTS, ModelSampler, Output, SamplePlan
 from mfm_lightning.sampling.model_sampler import BY_MODEL, KINDS
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from mfm_lightning.checkpoints import load_model, save_model
+from mfm_lightning.distributed import Process
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
 from mfm_lightning.sample_command import main
 from mfm_lightning.samplers import sample_ode
-from mfm_lightning.sampling import ModelSampler, Process, SamplePlan
+from mfm_lightning.sampling import ModelSampler, SamplePlan
 from mfm_lightning.sampling.plan import noise_seed
 from tests.latent_data import small_vae
 
