@@ -44,7 +44,9 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--weights", type=Path, help="of Inception; torch-fidelity's own if left out")
     parser.add_argument("--allow-download", action="store_true", help="let torch-fidelity fetch its weights")
     parser.add_argument("--cache", type=Path, help="folder for statistics of references")
-    parser.add_argument("--crop", type=int, help="resize and crop the reference's image files to so many pixels")
+    parser.add_argument(
+        "--crop", type=int, help="cut the reference's image files to so many pixels, as preparation does"
+    )
     parser.add_argument("--num-features", type=int, choices=FEATURES, default=2048, help="2048 if left out: FID")
     parser.add_argument("--splits", type=int, default=10, help="of the Inception score")
     parser.add_argument("--batch-size", type=int, default=64, help="images at once")

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.cli import run
+from mfm_lightning.data.image_sources import RawImage
 from mfm_lightning.images import ImageSet, to_uint8
 from mfm_lightning.metrics.fid import RunningStatistics, Statistics, frechet, measure_images, reference_statistics
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
@@ -116,6 +117,14 @@ def test_folders_arrays_shards_and_streams_are_the_same(early, sets, tmp_path):
     assert measure_images(live, early, reference).fid == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_reference_is_cropped_as_the_training_data_are(tmp_path):
+    random = np.random.default_rng(0)
+    for i, shape in enumerate(((150, 70, 3), (33, 90, 3), (20, 24, 3))):
+        Image.fromarray(random.integers(0, 256, shape, np.uint8)).save(tmp_path / f"{i}.png")
+    prepared = np.stack([RawImage("", 0, path).open(32) for path in sorted(tmp_path.iterdir())])
+    assert (next(ImageSet(tmp_path, crop=32).batches()).permute(0, 2, 3, 1).numpy() == prepared).all()
+
+
 def test_statistics_of_a_reference_are_kept(early, sets, tmp_path, monkeypatch):
     folder, images = sets
     first = reference_statistics(folder / "real", early, tmp_path)
@@ -165,7 +174,7 @@ def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
     (mixed := tmp_path / "mixed").mkdir()
     for size in (8, 12):
         Image.new("RGB", (size, size + 4)).save(mixed / f"{size}.png")
-    with pytest.raises(ValueError, match=r"\(12, 8\) pixels after one of \(16, 12\): give images of one size"):
+    with pytest.raises(ValueError, match=r"\(12, 8\) pixels after .*\(16, 12\): give .* crop a reference's"):
         list(ImageSet(mixed).batches())
     assert next(ImageSet(mixed, crop=6).batches()).shape == (2, 3, 6, 6)
     (mixed / "broken.png").write_bytes(b"half")
