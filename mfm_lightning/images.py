@@ -6,6 +6,7 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ class ImageSet:
                 batch = []
         if batch:
             yield torch.stack(batch)
+
+    def count(self, limit: int) -> int:
+        """How many images; of shards, which have to be read for it, counted no further than `limit`."""
+        if self.number is not None:
+            return self.number
+        return sum(1 for _ in islice((name for path in self.files for name, _ in _members(path)), limit))
 
     @property
     def number(self) -> int | None:

@@ -56,10 +56,11 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--save-statistics", type=Path, help="write the samples' mu and sigma to this .npz")
     options = parser.parse_args(args)
     images = None if has_statistics(options.samples) else ImageSet(options.samples)
-    if images is not None and images.number is not None and images.number < max(options.splits, 2):
-        raise ValueError(
-            f"{options.samples} has {images.number} images, too few for {options.splits} splits (--splits)"
-        )
+    if options.splits < 1:
+        raise ValueError(f"--splits {options.splits} must be at least 1")
+    needed = max(options.splits, 2)
+    if images is not None and (number := images.count(needed)) < needed:
+        raise ValueError(f"{options.samples} has {number} images, too few for {options.splits} splits (--splits)")
     if options.reference is None and images is None:
         parser.error("--samples of statistics need --reference")
     if options.reference is not None and not options.reference.exists():

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -145,14 +146,10 @@ def test_statistics_of_a_reference_are_kept(early, sets, tmp_path, monkeypatch):
 
 
 def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
-    folder, images = sets
+    _, images = sets
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*weights-inception.*allow_download"):
         find_inception_weights()
-    with pytest.raises(FileNotFoundError, match="no Inception weights at nowhere"):
-        main(["--samples", str(folder / "samples"), "--weights", "nowhere"])
-    with pytest.raises(ValueError, match="12 images, too few for 20 splits"):
-        main(["--samples", str(folder / "samples"), "--splits=20"])
 
     class Code:
         def __reduce__(self):
@@ -184,6 +181,21 @@ def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
         reference_statistics(Statistics(np.zeros(5), np.eye(5)).save(tmp_path / "five.npz"), early)
     with pytest.raises(ValueError, match="statistics need two at least"):
         measure_images([images["real"][:1]], early)
+
+
+def test_too_many_splits_are_refused_before_work(sets, tmp_path):
+    folder, _ = sets
+    for part in (range(5), range(5, NUM)):
+        with tarfile.open(tmp_path / f"{part.start}.tar", "w") as tar:
+            for i in part:
+                tar.add(folder / f"samples/{i:03d}.png", f"{i:03d}.png")
+    for samples in (folder / "samples", tmp_path):  # before the weights are looked for
+        with pytest.raises(ValueError, match="12 images, too few for 20 splits"):
+            main(["--samples", str(samples), "--splits=20", "--weights", "nowhere"])
+        with pytest.raises(FileNotFoundError, match="no Inception weights at nowhere"):
+            main(["--samples", str(samples), "--splits=12", "--weights", "nowhere"])
+    with pytest.raises(ValueError, match="--splits 0 must be at least 1"):
+        main(["--samples", str(tmp_path), "--splits=0"])
 
 
 def test_the_benchmark_s_features_are_the_same_and_kept(weights, early, sets, tmp_path):
