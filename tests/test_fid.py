@@ -309,3 +309,12 @@ def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights,
     found = [logged(tmp_path / f"validate{devices}") for devices in (1, 2)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert found[0] != pytest.approx(expected, rel=0.01)
+
+
+def test_fid_in_sharded_training_is_that_of_one_process_with_the_same_weights(weights, early, sets, tmp_path):
+    """Two processes that fit and validate under FSDP2; one, here, with the weights that they export: to 1e-4."""
+    statistics = reference_statistics(sets[0] / "real", early, tmp_path / "cache")
+    (two := tmp_path / "two").mkdir()
+    two_processes(tmp_path, "fit", config(two, weights, sets[0] / "real", "fsdp2", ema=False))
+    expected = fid_of(two / "model.safetensors", early, statistics)
+    assert logged(two) == pytest.approx(expected, rel=1e-4)
