@@ -10,7 +10,9 @@ from pathlib import Path
 from mfm_lightning.checkpoints import (
     SOURCES,
     export_checkpoint,
+    find_file,
     import_checkpoint,
+    imported_kind,
     load_model,
     read_metadata,
     save_model,
@@ -55,9 +57,9 @@ def import_main(args: Sequence[str]) -> None:
     if output.suffix != ".safetensors":
         parser.error(f"--output {output}: expected a name that ends in .safetensors")
     path = options.pop("path")
-    model = import_checkpoint(path, **options)
-    kind = "base_flow" if source == "sit" else "flow_map" if source == "dmf" else "meta_flow_map"
-    save_model(model, output, {"kind": kind, "imported_from": f"{source}: {path}"})
+    file = find_file(path, options["allow_download"], options["revision"])
+    model = import_checkpoint(file, **options)
+    save_model(model, output, {"kind": imported_kind(file, source), "imported_from": f"{source}: {path}"})
     log.info("%s (%s) written to %s: %s", path, source, output, model.network.config)
 
 
@@ -72,6 +74,6 @@ def export_main(args: Sequence[str]) -> None:
     )
     parser.add_argument("--prefix", default="dit.", help="before each name; 'dit.' if left out, as released")
     options = parser.parse_args(args)
-    model = load_model(options.path)
-    export_checkpoint(model, options.output, options.prefix)
-    log.info("%s (%s) written to %s", options.path, read_metadata(options.path).get("kind", "model"), options.output)
+    model, kind = load_model(options.path), read_metadata(options.path).get("kind", "meta_flow_map")
+    export_checkpoint(model, options.output, options.prefix, kind)
+    log.info("%s (%s) written to %s", options.path, kind, options.output)

@@ -60,7 +60,7 @@ class VAEDecoder(Decoder):
 
     Args:
         path: a folder that `AutoencoderKL.from_pretrained` reads, or a Hugging Face id.
-        scale: factor of the latents (0.18215 for SD's VAE).
+        scale: factor of the latents; the VAE's own (0.18215 for SD's) where None.
         clamp: cut off what lies outside [0, 1]; the gradient is zero there.
         max_rows: latents decoded at once.
         tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
@@ -70,12 +70,13 @@ class VAEDecoder(Decoder):
     Raises:
         FileNotFoundError: when used, if the weights are not there.
         ImportError: when used, without the extra `imagenet`.
+        ValueError: when used, for a VAE whose latents are shifted.
     """
 
     def __init__(
         self,
         path: str = "stabilityai/sd-vae-ft-mse",
-        scale: float = 0.18215,
+        scale: float | None = None,
         clamp: bool = True,
         max_rows: int = 32,
         tiled: bool = False,
@@ -93,9 +94,10 @@ class VAEDecoder(Decoder):
         self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def extra_repr(self) -> str:
+        scale = "" if self.scale is None else f", scale={self.scale}"
         more = ", tiled=True" if self.tiled else ""
         more += "" if self.precision == "fp32" else f", precision={self.precision}"
-        return f"path={self.path}, scale={self.scale}, clamp={self.clamp}{more}"
+        return f"path={self.path}{scale}, clamp={self.clamp}{more}"
 
     def missing(self) -> list[str]:
         try:
@@ -133,8 +135,9 @@ class VAEDecoder(Decoder):
         return images
 
     def _decode(self, vae: nn.Module, part: Tensor) -> Tensor:
+        scale = vae.config.scaling_factor if self.scale is None else self.scale
         with torch.autocast(part.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return vae.decode(part.float() / self.scale).sample.float()
+            return vae.decode(part.float() / scale).sample.float()
 
 
 def load_vae(path: str, allow_download: bool = False) -> nn.Module:
@@ -143,6 +146,7 @@ def load_vae(path: str, allow_download: bool = False) -> nn.Module:
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
         ImportError: without the extra `imagenet`.
+        ValueError: if its latents are shifted.
     """
     try:
         from diffusers import AutoencoderKL
@@ -155,4 +159,6 @@ def load_vae(path: str, allow_download: bool = False) -> nn.Module:
             f"no VAE at {path}: give a folder with config.json and diffusion_pytorch_model.safetensors, or a Hugging "
             "Face id and allow the download (allow_download: true, --allow-download)"
         ) from error
+    if vae.config.get("shift_factor"):
+        raise ValueError(f"the VAE {path} shifts its latents by {vae.config.shift_factor}: only a scale is known here")
     return vae.eval().requires_grad_(False)

@@ -6,11 +6,13 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -29,13 +31,24 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """`(size, size, 3)` uint8 as in ADM and DiT: halved by boxes while twice too large, resized (bicubic), cropped."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
 class ImageSet:
     """Images on disk, read in batches of RGB bytes `(B, 3, H, W)`.
 
     Args:
         path: a folder (searched recursively) of image files, or of WebDataset shards, or with a `samples.npz`; or an
             `.npz` file with `arr_0` `(N, H, W, 3)` uint8.
-        crop: resize the shorter side to so many pixels and cut out the centre, for image files of different sizes.
+        crop: cut image files of different sizes to so many pixels, by `center_crop`.
 
     Raises:
         FileNotFoundError: if there is no such path, or no images in it.
@@ -63,7 +76,8 @@ class ImageSet:
         """What the images depend on: names, sizes and times of change of the files."""
         stats = [(str(p.relative_to(self.path)), p.stat()) for p in self.files] or [("", self.path.stat())]
         listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        return {"path": str(self.path.resolve()), "files": listing, "crop": self.crop}
+        crop = None if self.crop is None else f"center_crop {self.crop}"
+        return {"path": str(self.path.resolve()), "files": listing, "crop": crop}
 
     def batches(self, batch_size: int = 64, workers: int = 0) -> Iterator[Tensor]:
         """The images in order. `workers` processes decode image files; shards and arrays are read here."""
@@ -79,7 +93,8 @@ class ImageSet:
             if batch and image.shape != batch[0].shape:
                 raise ValueError(
                     f"{self.path}: an image of {tuple(image.shape[1:])} pixels after one of "
-                    f"{tuple(batch[0].shape[1:])}: give images of one size, or a crop (--crop 256)"
+                    f"{tuple(batch[0].shape[1:])}: give images of one size (mfm fid and SampleFID crop a "
+                    "reference's: --crop 256, crop: 256)"
                 )
             batch.append(image)
             if len(batch) == batch_size:
@@ -87,6 +102,12 @@ class ImageSet:
                 batch = []
         if batch:
             yield torch.stack(batch)
+
+    def count(self, limit: int) -> int:
+        """How many images; of shards, which have to be read for it, counted no further than `limit`."""
+        if self.number is not None:
+            return self.number
+        return sum(1 for _ in islice((name for path in self.files for name, _ in _members(path)), limit))
 
     @property
     def number(self) -> int | None:
@@ -103,16 +124,12 @@ class ImageSet:
         return self._decode(self.files[index].read_bytes(), str(self.files[index]))
 
     def _decode(self, content: bytes, name: str) -> Tensor:
-        from PIL import Image, UnidentifiedImageError
-        from torchvision.transforms import functional as F
-
         try:
             image = Image.open(io.BytesIO(content)).convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{name} is not an image that can be read: {error}") from error
-        if self.crop is not None:
-            image = F.center_crop(F.resize(image, [self.crop]), [self.crop, self.crop])
-        return F.pil_to_tensor(image)
+        pixels = np.array(image) if self.crop is None else center_crop(image, self.crop)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def npz_shape(path: Path) -> tuple[int, int, int, int]:

@@ -12,11 +12,12 @@ import torch
 from mfm_lightning.checkpoints import fingerprint, load_model, read_metadata
 from mfm_lightning.decoders import Decoder, PixelDecoder, VAEDecoder
 from mfm_lightning.devices import find_device
+from mfm_lightning.distributed import Process
 from mfm_lightning.evaluation.base import track
 from mfm_lightning.images import to_uint8
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import METHODS
-from mfm_lightning.sampling import OUTPUTS, ModelSampler, Output, Process, SamplePlan
+from mfm_lightning.sampling import OUTPUTS, ModelSampler, Output, SamplePlan
 from mfm_lightning.sampling.model_sampler import BY_MODEL, KINDS
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def main(args: Sequence[str]) -> None:
     model = load_model(options.model).eval().requires_grad_(False)
     labels = _labels(options.labels, model)
     sampler.check(model, labels)
-    decoder = _decoder(options.decoder, options.allow_download, model)
+    decoder = _decoder(options.decoder, options.scale, options.allow_download, model)
     plan = SamplePlan(options.num_samples, labels, options.seed, options.batch_size)
     output = OUTPUTS[options.format](options.output, plan)
     settings = {
@@ -96,14 +97,14 @@ def _labels(text: str | None, model: MetaFlowMap) -> tuple[int, ...]:
         raise ValueError(f"--labels {text}: expected whole numbers with commas, e.g. 281,282") from error
 
 
-def _decoder(name: str | None, allow_download: bool, model: MetaFlowMap) -> Decoder:
+def _decoder(name: str | None, scale: float | None, allow_download: bool, model: MetaFlowMap) -> Decoder:
     if name in (None, "pixel"):
         if len(model.state_shape) != 3 or model.state_shape[0] not in (1, 3):
             raise ValueError(
                 f"states of shape {model.state_shape} are no pixels: give --decoder a VAE's folder or Hugging Face id"
             )
         return PixelDecoder()
-    decoder = VAEDecoder(name, allow_download=allow_download)
+    decoder = VAEDecoder(name, scale, allow_download=allow_download)
     if missing := decoder.missing():
         raise FileNotFoundError(missing[0])
     return decoder
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=METHODS, default="euler", help="of the ODE")
     parser.add_argument("--guidance", type=float, help="class-guidance scale that the network knows")
     parser.add_argument("--decoder", help="'pixel' (states in [-1, 1]), or a VAE's folder or Hugging Face id")
+    parser.add_argument("--scale", type=float, help="factor of a VAE's latents; its own if left out")
     parser.add_argument("--allow-download", action="store_true", help="fetch the VAE where it is not on this machine")
     parser.add_argument("--seed", type=int, default=0, help="with the index, of a sample's noise")
     parser.add_argument("--batch-size", type=int, default=64, help="samples drawn at once by each process")

@@ -5,10 +5,13 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +20,18 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from mfm_lightning.checkpoints import CheckpointError
+from mfm_lightning.callbacks import SampleFID
+from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.cli import run
+from mfm_lightning.data.image_sources import RawImage
 from mfm_lightning.images import ImageSet, to_uint8
 from mfm_lightning.metrics.fid import RunningStatistics, Statistics, frechet, measure_images, reference_statistics
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
+from mfm_lightning.modules import MFMPretraining
+from mfm_lightning.networks import DiT
+from mfm_lightning.objectives import Objective, WeightedTerm
 from mfm_lightning.quality_command import main
+from mfm_lightning.sampling import ModelSampler, SamplePlan
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 ROOT = Path(__file__).parents[1]
@@ -116,6 +125,14 @@ def test_folders_arrays_shards_and_streams_are_the_same(early, sets, tmp_path):
     assert measure_images(live, early, reference).fid == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_reference_is_cropped_as_the_training_data_are(tmp_path):
+    random = np.random.default_rng(0)
+    for i, shape in enumerate(((150, 70, 3), (33, 90, 3), (20, 24, 3))):
+        Image.fromarray(random.integers(0, 256, shape, np.uint8)).save(tmp_path / f"{i}.png")
+    prepared = np.stack([RawImage("", 0, path).open(32) for path in sorted(tmp_path.iterdir())])
+    assert (next(ImageSet(tmp_path, crop=32).batches()).permute(0, 2, 3, 1).numpy() == prepared).all()
+
+
 def test_statistics_of_a_reference_are_kept(early, sets, tmp_path, monkeypatch):
     folder, images = sets
     first = reference_statistics(folder / "real", early, tmp_path)
@@ -136,14 +153,10 @@ def test_statistics_of_a_reference_are_kept(early, sets, tmp_path, monkeypatch):
 
 
 def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
-    folder, images = sets
+    _, images = sets
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no Inception weights at .*weights-inception.*allow_download"):
         find_inception_weights()
-    with pytest.raises(FileNotFoundError, match="no Inception weights at nowhere"):
-        main(["--samples", str(folder / "samples"), "--weights", "nowhere"])
-    with pytest.raises(ValueError, match="12 images, too few for 20 splits"):
-        main(["--samples", str(folder / "samples"), "--splits=20"])
 
     class Code:
         def __reduce__(self):
@@ -165,7 +178,7 @@ def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
     (mixed := tmp_path / "mixed").mkdir()
     for size in (8, 12):
         Image.new("RGB", (size, size + 4)).save(mixed / f"{size}.png")
-    with pytest.raises(ValueError, match=r"\(12, 8\) pixels after one of \(16, 12\): give images of one size"):
+    with pytest.raises(ValueError, match=r"\(12, 8\) pixels after .*\(16, 12\): give .* crop a reference's"):
         list(ImageSet(mixed).batches())
     assert next(ImageSet(mixed, crop=6).batches()).shape == (2, 3, 6, 6)
     (mixed / "broken.png").write_bytes(b"half")
@@ -175,6 +188,21 @@ def test_what_is_wrong_is_named(weights, early, sets, tmp_path, monkeypatch):
         reference_statistics(Statistics(np.zeros(5), np.eye(5)).save(tmp_path / "five.npz"), early)
     with pytest.raises(ValueError, match="statistics need two at least"):
         measure_images([images["real"][:1]], early)
+
+
+def test_too_many_splits_are_refused_before_work(sets, tmp_path):
+    folder, _ = sets
+    for part in (range(5), range(5, NUM)):
+        with tarfile.open(tmp_path / f"{part.start}.tar", "w") as tar:
+            for i in part:
+                tar.add(folder / f"samples/{i:03d}.png", f"{i:03d}.png")
+    for samples in (folder / "samples", tmp_path):  # before the weights are looked for
+        with pytest.raises(ValueError, match="12 images, too few for 20 splits"):
+            main(["--samples", str(samples), "--splits=20", "--weights", "nowhere"])
+        with pytest.raises(FileNotFoundError, match="no Inception weights at nowhere"):
+            main(["--samples", str(samples), "--splits=12", "--weights", "nowhere"])
+    with pytest.raises(ValueError, match="--splits 0 must be at least 1"):
+        main(["--samples", str(tmp_path), "--splits=0"])
 
 
 def test_the_benchmark_s_features_are_the_same_and_kept(weights, early, sets, tmp_path):
@@ -193,8 +221,32 @@ def test_the_benchmark_s_features_are_the_same_and_kept(weights, early, sets, tm
     assert len(quality.real) == NUM
 
 
-def config(folder: Path, weights: Path, reference: Path, devices: int) -> list[str]:
-    """A run of `mfm validate` on digits with FID of 9 samples, as a YAML."""
+def test_several_processes_find_the_statistics_or_the_command_that_makes_them(weights, early, sets, tmp_path):
+    digits = DiT(8, 4, 1, 16, 2, 2, 1, num_classes=10, guidance_scales=())
+    module = MFMPretraining(digits, Objective([WeightedTerm("mean_flow")]))
+    options = {
+        "weights": str(weights),
+        "num_samples": 9,
+        "num_features": 64,
+        "crop": 16,
+        "cache": str(tmp_path / "a b"),
+    }
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), barrier=lambda name: None)
+    trainer = SimpleNamespace(world_size=2, local_rank=0, is_global_zero=True, strategy=strategy)
+    with pytest.raises(FileNotFoundError, match=r"are not kept yet: make them first, by `mfm fid --reference") as error:
+        SampleFID(str(sets[0] / "real"), **options).setup(trainer, module, "fit")
+    main([*shlex.split(str(error.value).split("`")[1])[2:], "--save-statistics", str(tmp_path / "real.npz")])
+    (callback := SampleFID(str(sets[0] / "real"), **options)).setup(trainer, module, "fit")
+    kept = reference_statistics(sets[0] / "real", early, tmp_path / "a b", crop=16, compute=False)
+    torch.testing.assert_close(callback.metric.real_features_sum, torch.as_tensor(NUM * kept.mu))
+    assert (Statistics.load(tmp_path / "real.npz").sigma == kept.sigma).all()
+    for wrong in ([], ["--reference", str(tmp_path / "real.npz")], ["--reference", str(sets[0]), "--output=f.json"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+
+
+def config(folder: Path, weights: Path, reference: Path, strategy: str = "auto", ema: bool = True) -> list[str]:
+    """A run on digits with FID of 9 samples at validation, as a YAML; of two processes with a strategy."""
     settings = yaml.safe_load((ROOT / "configs/digits/mfm.yaml").read_text())
     model = settings["model"]["init_args"]
     model["network"]["init_args"] |= {"hidden_size": 16, "depth": 2, "num_heads": 2, "encoder_depth": 1}
@@ -203,15 +255,15 @@ def config(folder: Path, weights: Path, reference: Path, devices: int) -> list[s
     model["objective"]["terms"] = [{"name": "mean_flow"}]
     model["optimization"] |= {"learning_rate": 0.05, "warmup_steps": 0}
     fid = {"reference": str(reference), "weights": str(weights), "num_samples": 9, "batch_size": 3, "num_features": 64}
-    fid |= {"sampler": {"steps": 2}, "cache": str(folder / "cache")}
+    fid |= {"sampler": {"steps": 2}, "cache": str(folder.parent / "cache")}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
     logger["init_args"] = {"save_dir": str(folder), "name": "logs", "version": "csv"}
     settings["trainer"] |= {
-        "default_root_dir": str(folder), "devices": devices, "accelerator": "cpu", "max_steps": 4, "logger": logger,
-        "val_check_interval": 4, "strategy": "ddp" if devices > 1 else "auto", "limit_val_batches": 1,
+        "default_root_dir": str(folder), "devices": 1 if strategy == "auto" else 2, "strategy": strategy,
+        "accelerator": "cpu", "max_steps": 4, "logger": logger, "val_check_interval": 4, "limit_val_batches": 1,
         "enable_progress_bar": False, "log_every_n_steps": 1,
         "callbacks": [
-            {"class_path": "mfm_lightning.callbacks.EMA", "init_args": {"decay": 0.9}},
+            *([{"class_path": "mfm_lightning.callbacks.EMA", "init_args": {"decay": 0.9}}] if ema else []),
             {"class_path": "mfm_lightning.callbacks.ExportModel"},
             {"class_path": "mfm_lightning.callbacks.SampleFID", "init_args": fid},
         ],
@@ -222,6 +274,20 @@ def config(folder: Path, weights: Path, reference: Path, devices: int) -> list[s
     return ["--config", str(path)]
 
 
+def two_processes(folder: Path, subcommand: str, arguments: list[str]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mfm_lightning.cli", subcommand, *arguments]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def fid_of(file: Path, inception: Inception, reference: Statistics) -> float:
+    """FID of the samples that `config` asks for, from a model's file, in this process."""
+    model, plan = load_model(file).eval(), SamplePlan(9, tuple(range(10)))
+    states = ModelSampler(steps=2)(model, plan.label(range(9)), plan.generators(range(9)))
+    return measure_images([(states + 1) / 2], inception, reference).fid
+
+
 def logged(folder: Path) -> float:
     with open(folder / "logs/csv/metrics.csv") as file:
         return next(float(row["val/fid"]) for row in csv.DictReader(file) if row.get("val/fid"))
@@ -230,27 +296,25 @@ def logged(folder: Path) -> float:
 def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights, early, sets, tmp_path, monkeypatch):
     """One process fits and measures; what it exports (the averaged weights) has the same FID here; two processes that
     validate one model report the same as one: to 1e-4."""
-    from mfm_lightning.checkpoints import load_model
-    from mfm_lightning.sampling import ModelSampler, SamplePlan
-
     monkeypatch.setattr(sys, "argv", ["mfm"])
     reference = sets[0] / "real"
     (one := tmp_path / "one").mkdir()
-    run(["fit", *config(one, weights, reference, 1)])
-    model = load_model(one / "model.safetensors").eval()
-    plan = SamplePlan(9, tuple(range(10)))
-    states = ModelSampler(steps=2)(model, plan.label(range(9)), plan.generators(range(9)))
-    statistics = reference_statistics(reference, early, tmp_path / "cache")
-    expected = measure_images([(states + 1) / 2], early, statistics).fid
+    run(["fit", *config(one, weights, reference)])
+    expected = fid_of(one / "model.safetensors", early, reference_statistics(reference, early, tmp_path / "cache"))
     assert logged(one) == pytest.approx(expected, rel=1e-4)
     for devices in (1, 2):
         (tmp_path / f"validate{devices}").mkdir()
-    run(["validate", *config(tmp_path / "validate1", weights, reference, 1)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mfm_lightning.cli", "validate"]
-    command += config(tmp_path / "validate2", weights, reference, 2)
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run(["validate", *config(tmp_path / "validate1", weights, reference)])
+    two_processes(tmp_path, "validate", config(tmp_path / "validate2", weights, reference, "ddp"))
     found = [logged(tmp_path / f"validate{devices}") for devices in (1, 2)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert found[0] != pytest.approx(expected, rel=0.01)
+
+
+def test_fid_in_sharded_training_is_that_of_one_process_with_the_same_weights(weights, early, sets, tmp_path):
+    """Two processes that fit and validate under FSDP2; one, here, with the weights that they export: to 1e-4."""
+    statistics = reference_statistics(sets[0] / "real", early, tmp_path / "cache")
+    (two := tmp_path / "two").mkdir()
+    two_processes(tmp_path, "fit", config(two, weights, sets[0] / "real", "fsdp2", ema=False))
+    expected = fid_of(two / "model.safetensors", early, statistics)
+    assert logged(two) == pytest.approx(expected, rel=1e-4)

@@ -117,13 +117,22 @@ def test_commands_go_round_bit_for_bit(released, tmp_path, suffix):
     assert not list(tmp_path.glob("*.partial*"))
 
 
-def test_imported_flows_say_that_they_draw_no_posteriors(released, tmp_path):
+def test_imported_flows_say_that_they_draw_no_posteriors(released, tmp_path, caplog):
+    """Also when they were exported and imported again; a .pt cannot say it, and export does."""
+    back, again = tmp_path / "back.safetensors", tmp_path / "again.safetensors"
     for source, kind in (("sit", "base flow"), ("dmf", "flow map")):
         out = tmp_path / "out.safetensors"
         import_main([str(released(source)), "--source", source, "--output", str(out), "--num-heads=4",
                      "--encoder-depth=3"])  # fmt: skip
-        with pytest.raises(CheckpointError, match=f"is a {kind}, which draws no posteriors"):
-            TargetSettings(str(out), "brightness").load()
+        export_main([str(out), "--output", str(back)])
+        import_main([str(back), "--output", str(again)])
+        for file in (out, again):
+            with pytest.raises(CheckpointError, match=f"is a {kind}, which draws no posteriors"):
+                TargetSettings(str(file), "brightness").load()
+        assert "cannot say" not in caplog.text
+        export_main([str(out), "--output", str(tmp_path / "back.pt")])
+        assert f"back.pt cannot say that it is a {kind}" in caplog.text
+        caplog.clear()
 
 
 def test_exported_convention_of_time_is_kept(tmp_path, caplog):

@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 
 from mfm_lightning.checkpoints import load_model, save_model
+from mfm_lightning.data.moments import MomentEncoder
+from mfm_lightning.decoders import VAEDecoder
+from mfm_lightning.distributed import Process
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
 from mfm_lightning.sample_command import main
 from mfm_lightning.samplers import sample_ode
-from mfm_lightning.sampling import ModelSampler, Process, SamplePlan
+from mfm_lightning.sampling import ModelSampler, SamplePlan
 from mfm_lightning.sampling.plan import noise_seed
 from tests.latent_data import small_vae
 
@@ -196,6 +199,31 @@ def test_latents_are_decoded_by_a_vae(tmp_path):
         main([path, "--output", str(tmp_path / "out"), *SMALL])
     main([path, "--output", str(tmp_path / "out"), *SMALL, "--num-samples=3", "--decoder", str(tmp_path / "vae")])
     assert pngs(tmp_path / "out").shape == (3, 16, 16, 3)
+
+
+def test_latents_have_the_vae_s_own_scale(tmp_path):
+    """As in preparation; a scale that is given wins, and latents that are shifted are refused by both."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = small_vae(tmp_path / "vae", blocks=2)
+    settings = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**settings, "scaling_factor": 0.13025}))  # SDXL's
+    assert MomentEncoder(folder).scale == 0.13025
+    model = MetaFlowMap(DiT(8, 4, 4, 16, 2, 2, 1, num_classes=3))
+    path = str(save_model(model, tmp_path / "latents.safetensors"))
+    states = ModelSampler(steps=2)(model.eval(), torch.arange(3), SamplePlan(3).generators(range(3)))
+    vae = diffusers.AutoencoderKL.from_pretrained(folder)
+    for name, scale, options in (("own", 0.13025, []), ("given", 0.5, ["--scale=0.5"])):
+        arguments = [path, "--output", str(tmp_path / name), *SMALL, "--num-samples=3", "--decoder", folder, *options]
+        main(arguments)
+        with torch.no_grad():
+            expected = ((vae.decode(states / scale).sample + 1) / 2).clamp(0, 1) * 255
+        assert np.abs(pngs(tmp_path / name) - expected.permute(0, 2, 3, 1).numpy()).max() < 0.6
+    with pytest.raises(ValueError, match=r"decoder: 'VAEDecoder\(.*scale=0.5.*there, 'VAEDecoder\(path="):
+        main(arguments[:-1])
+    (tmp_path / "vae/config.json").write_text(json.dumps({**settings, "shift_factor": 0.1}))
+    for use in (MomentEncoder, lambda path: VAEDecoder(path).missing()):
+        with pytest.raises(ValueError, match=r"vae shifts its latents by 0\.1"):
+            use(folder)
 
 
 def test_ranks_that_cannot_be_are_refused(monkeypatch):

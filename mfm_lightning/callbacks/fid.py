@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from mfm_lightning.decoders import Decoder, PixelDecoder
+from mfm_lightning.distributed import gather_ranks
 from mfm_lightning.images import to_uint8
 from mfm_lightning.metrics.fid import Statistics, reference_statistics
 from mfm_lightning.metrics.inception import Inception, InceptionFeatures, find_inception_weights
@@ -28,7 +29,8 @@ class SampleFID(L.Callback):
     each time. FID of few samples is too high, by a bias that falls with their number: compare it with FID of as many.
 
     Args:
-        reference: as `reference_statistics` takes it; computed once, by rank 0, and kept in `cache`.
+        reference: as `reference_statistics` takes it; computed once and kept in `cache`. Several processes must find
+            the statistics there: the others would wait for rank 0, longer than their collectives do.
         weights: of Inception; torch-fidelity's own where None.
         allow_download: let torch-fidelity fetch its own.
         num_samples: images, over all ranks.
@@ -42,7 +44,8 @@ class SampleFID(L.Callback):
         name: of the logged figure.
 
     Raises:
-        FileNotFoundError: before training, if the reference, Inception's weights or the decoder are not there.
+        FileNotFoundError: before training, if the reference, its statistics, Inception's weights or the decoder are not
+            there.
         ValueError: before training, if settings do not fit the model.
     """
 
@@ -83,16 +86,22 @@ class SampleFID(L.Callback):
             raise FileNotFoundError(missing[0])
         if not Path(self.reference).exists():
             raise FileNotFoundError(f"no reference at {self.reference}: give real images, or an .npz of mu and sigma")
-        if trainer.local_rank == 0:
+        if self.allow_download and trainer.local_rank == 0:
             find_inception_weights(self.weights, self.allow_download)
         trainer.strategy.barrier("inception")  # one process of each machine may have fetched them
         device = trainer.strategy.root_device  # where the module will be
         inception = Inception(find_inception_weights(self.weights), self.num_features).to(device)
         self.metric = FrechetInceptionDistance(InceptionFeatures(inception), reset_real_features=False).to(device)
+        problem = None
         if trainer.is_global_zero:  # the others' sums are zero: torchmetrics adds them up
-            statistics = reference_statistics(self.reference, inception, self.cache, self.crop, self.batch_size)
-            set_reference(self.metric, statistics)
-        trainer.strategy.barrier("reference")
+            settings = (self.cache, self.crop, self.batch_size)
+            try:
+                alone = trainer.world_size == 1
+                set_reference(self.metric, reference_statistics(self.reference, inception, *settings, compute=alone))
+            except (FileNotFoundError, ValueError) as error:
+                problem = error
+        if (problem := gather_ranks(problem)[0]) is not None:  # on every rank, so that none waits for one that is gone
+            raise problem
 
     def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.sanity_checking or self.metric is None:

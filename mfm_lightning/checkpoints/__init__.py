@@ -9,7 +9,7 @@ from mfm_lightning.checkpoints.files import (
     save_model,
     save_network,
 )
-from mfm_lightning.checkpoints.importing import export_checkpoint, import_checkpoint
+from mfm_lightning.checkpoints.importing import export_checkpoint, import_checkpoint, imported_kind
 from mfm_lightning.checkpoints.released import (
     PREFIXES,
     RELEASED_NAMES,
@@ -30,6 +30,7 @@ __all__ = [
     "fingerprint",
     "from_released_names",
     "import_checkpoint",
+    "imported_kind",
     "load_model",
     "load_network",
     "load_state_dict",

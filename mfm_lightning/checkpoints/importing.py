@@ -30,6 +30,7 @@ from rewards.weights import CheckpointError, find_file, load_into, load_state_di
 
 log = logging.getLogger(__name__)
 _CONFIG = "mfm_lightning_config"  # in the metadata of an exported file: what shapes do not tell
+_KINDS = {"mfm": "meta_flow_map", "dmf": "flow_map", "sit": "base_flow"}
 
 
 def import_checkpoint(
@@ -109,13 +110,21 @@ def import_checkpoint(
     return model
 
 
-def export_checkpoint(model: MetaFlowMap, path: str | Path, prefix: str = "dit.") -> Path:
+def imported_kind(path: str | Path, source: str = "mfm") -> str:
+    """What a file's weights are: "meta_flow_map", "flow_map" or "base_flow". A file that `export_checkpoint` wrote says
+    it, in the metadata of a `.safetensors`; of others the source does."""
+    header = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+    return header.get("kind", _KINDS[source])
+
+
+def export_checkpoint(model: MetaFlowMap, path: str | Path, prefix: str = "dit.", kind: str = "meta_flow_map") -> Path:
     """Write a model under the released MFM's parameter names; `import_checkpoint` reads it back, bit for bit.
 
     Args:
-        path: ends in `.safetensors` (with the sizes that shapes do not tell in the metadata), or in `.pt`, `.pth` or
-            `.ckpt` (the tensors under "state_dict").
+        path: ends in `.safetensors` (with the kind, and the sizes that shapes do not tell, in the metadata), or in
+            `.pt`, `.pth` or `.ckpt` (the tensors under "state_dict").
         prefix: before each name; "dit." for the release.
+        kind: of the model, for its next import.
 
     Raises:
         CheckpointError: if the network is not a DiT, which is all that the release knows.
@@ -132,11 +141,17 @@ def export_checkpoint(model: MetaFlowMap, path: str | Path, prefix: str = "dit."
             "(flip_time=False) unless it reads this file's metadata",
             path,
         )
+    if kind != "meta_flow_map" and path.suffix != ".safetensors":
+        log.warning(
+            "%s cannot say that it is a %s, and will be imported as a Meta Flow Map: a .safetensors file can",
+            path,
+            kind.replace("_", " "),
+        )
     state = to_released_names(network.state_dict())
     state = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with whole_file(path) as partial:
         if path.suffix == ".safetensors":
-            save_file(state, partial, metadata={_CONFIG: json.dumps(network.config)})
+            save_file(state, partial, metadata={_CONFIG: json.dumps(network.config), "kind": kind})
         else:
             torch.save({"state_dict": state}, partial)
     return path

@@ -16,6 +16,7 @@ from PIL import Image
 
 from mfm_lightning.data.tar_files import tar_files
 from mfm_lightning.data.urls import check_url, expand, from_webdataset, local_path, open_url
+from mfm_lightning.images import center_crop
 
 _MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
@@ -234,14 +235,3 @@ def check_key(key: str) -> None:
         ) from error
     if re.match(r"__[^/]*__/", key):
         raise InputError(f"{key!r} is skipped by webdataset, as are all folders with such a name: rename the folder")
-
-
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """`(size, size, 3)` uint8 as in ADM and DiT: halved by boxes while twice too large, resized (bicubic), cropped."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    pixels = np.array(image)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]

@@ -42,8 +42,6 @@ class MomentEncoder:
         self.device, self.precision = torch.device(device), precision
         self.vae = load_vae(path, allow_download).to(self.device)
         config = self.vae.config
-        if config.get("shift_factor"):
-            raise ValueError(f"the VAE {path} shifts its latents by {config.shift_factor}: only a scale is known here")
         self.scale, self.factor = float(config.scaling_factor), 2 ** (len(config.block_out_channels) - 1)
         self.channels = int(config.latent_channels)
 

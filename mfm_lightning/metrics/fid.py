@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -167,6 +168,7 @@ def reference_statistics(
     crop: int | None = None,
     batch_size: int = 64,
     workers: int = 0,
+    compute: bool = True,
 ) -> Statistics:
     """Statistics of real images, computed once and kept on disk.
 
@@ -176,6 +178,11 @@ def reference_statistics(
         cache: folder that keeps them, by what the images, Inception's weights and the layer are; `mfm_statistics`
             beside torch's downloads where None.
         crop, batch_size, workers: see `ImageSet`.
+        compute: where they are not kept yet; without, that is an error with the command that makes them.
+
+    Raises:
+        FileNotFoundError: if there are no images, or statistics that may not be computed.
+        ValueError: for statistics of another number of features.
     """
     if has_statistics(path):
         statistics = Statistics.load(path)
@@ -190,6 +197,11 @@ def reference_statistics(
     if kept.is_file():
         log.info("statistics of %s: %s", path, kept)
         return Statistics.load(kept)
+    if not compute:
+        settings = {"weights": inception.weights, "num-features": inception.num_features, "crop": crop, "cache": cache}
+        options = [("--reference", path), *((f"--{k}", v) for k, v in settings.items() if v is not None)]
+        command = shlex.join(["mfm", "fid", *(str(part) for option in options for part in option)])
+        raise FileNotFoundError(f"the statistics of {path} are not kept yet: make them first, by `{command}`")
     statistics, _ = collect(images.batches(batch_size, workers), inception, str(path), images.number)
     statistics.save(kept)
     log.info("statistics of %s kept as %s", path, kept)

@@ -2,6 +2,6 @@
 
 from mfm_lightning.sampling.model_sampler import ModelSampler
 from mfm_lightning.sampling.outputs import NPZ, OUTPUTS, Output, PNGFolder, WebDatasetShards
-from mfm_lightning.sampling.plan import Process, SamplePlan
+from mfm_lightning.sampling.plan import SamplePlan
 
-__all__ = ["NPZ", "OUTPUTS", "ModelSampler", "Output", "PNGFolder", "Process", "SamplePlan", "WebDatasetShards"]
+__all__ = ["NPZ", "OUTPUTS", "ModelSampler", "Output", "PNGFolder", "SamplePlan", "WebDatasetShards"]
