@@ -15,6 +15,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from mfm_lightning.tar_files import tar_files
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -168,7 +170,10 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                yield f"{path}:{member.name}", archive.extractfile(member).read()
+    try:
+        with open(path, "rb") as file:
+            for member in tar_files(file, str(path)):
+                if Path(member["fname"]).suffix.lower() in SUFFIXES:
+                    yield f"{path}:{member['fname']}", member["data"]
+    except tarfile.TarError as error:
+        raise ValueError(f"shard {path} cannot be read: {error}") from error

@@ -117,6 +117,11 @@ def test_folders_arrays_shards_and_streams_are_the_same(early, sets, tmp_path):
             tar.write({"__key__": f"{i:03d}", "png": image, "cls": 0})
     for path in (folder / "samples", tmp_path / "plain.npz", tmp_path / "packed.npz", tmp_path / "shards"):
         assert torch.equal(torch.cat(list(ImageSet(path).batches(5))), images["samples"])
+    shard = tmp_path / "shards/a.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: 4 * len(whole) // 5 // 512 * 512])  # not taken for a set of fewer images
+    with pytest.raises(ValueError, match=r"a\.tar cannot be read"):
+        list(ImageSet(tmp_path / "shards").batches(5))
     reference = reference_statistics(folder / "real", early, tmp_path / "cache")
     direct = RunningStatistics()
     direct.update(early(images["samples"])[0])

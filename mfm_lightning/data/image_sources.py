@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mfm_lightning.data.tar_files import tar_files
 from mfm_lightning.data.urls import check_url, expand, from_webdataset, local_path, open_url
 from mfm_lightning.images import center_crop
+from mfm_lightning.tar_files import tar_files
 
 _MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
