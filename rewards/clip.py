@@ -24,7 +24,8 @@ _WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16}  # vision towers H, g and bigG; all
 
 
 class CLIPReward(PretrainedReward):
-    """Base class of the rewards that look through CLIP: `image_features` and, cached by prompt, `text_features`.
+    """Base class of the rewards that look through CLIP: `image_features` and, cached by prompt, `text_features`. The
+    reward is CLIP's logit of image and prompt, unless a class says otherwise.
 
     Args:
         weights: a folder or Hugging Face id in transformers' layout (config.json, model.safetensors); or a file of
@@ -88,6 +89,9 @@ class CLIPReward(PretrainedReward):
         """Cosine of each image and its prompt, `(B,)`."""
         images = self.image_features(pixels)
         return (images * self.text_features(prompts).to(images)).sum(dim=-1)
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.clip.logit_scale.exp() * self.cosine(pixels, prompts)
 
     def _encode_texts(self, prompts: list[str]) -> Tensor:
         ids = self._tokenize(prompts).to(self.clip.logit_scale.device)

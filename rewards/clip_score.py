@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from rewards.clip import CLIPReward
 from rewards.pretrained import Card
 from rewards.registry import register
@@ -29,6 +25,3 @@ class CLIPScore(CLIPReward):
         parameters=428,
         activations=0.43,
     )
-
-    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.clip.logit_scale.exp() * self.cosine(pixels, prompts)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from rewards.clip import CLIPReward
 from rewards.pretrained import Card
 from rewards.registry import register
@@ -28,6 +24,3 @@ class PickScore(CLIPReward):
         parameters=986,
         activations=0.52,
     )
-
-    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.clip.logit_scale.exp() * self.cosine(pixels, prompts)
