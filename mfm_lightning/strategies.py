@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mfm_lightning.whole_files import PARTIAL, mend, put_in_place, remove
 
 
 class FSDP(ModelParallelStrategy):
@@ -27,6 +34,38 @@ class FSDP(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a folder beside its place and then move it there, so that the checkpoint before it stays, whatever
+        happens (Lightning writes into the one before). A file is the `CheckpointIO`'s, which does the same."""
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint and not path.is_dir():
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        if path.is_dir() and not (path / "meta.pt").is_file():
+            raise IsADirectoryError(f"{path} is a folder, and no checkpoint in shards: it is not replaced by one")
+        partial = path.with_name(path.name + PARTIAL)
+        if self.is_global_zero:
+            remove(partial)  # of a run that was killed
+        self.barrier()
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            if self.is_global_zero:
+                remove(partial)
+            raise OSError(f"checkpoint {path} could not be written, the one before it is intact: {error}") from error
+        self.barrier()  # all ranks have written
+        if self.is_global_zero:
+            for part in partial.iterdir() if partial.is_dir() else ():
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
+            put_in_place(partial, path)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        if self.is_global_zero:
+            mend(Path(checkpoint_path))
+        self.barrier()
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"  # after the name of a file that is being written
+OLD = ".old"  # after the name of what is being replaced by, or is, a folder
 
 
 @contextmanager
@@ -30,3 +33,29 @@ def whole_file(path: str | Path, owner: object = None, sync: bool = False) -> It
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Give a folder the name `path`, of a folder or file that goes. No file system does that in one step: if it is
+    killed on its way, `path` may be missing, and what was there has `OLD` after its name; `mend` puts it back."""
+    old = path.with_name(path.name + OLD)
+    if path.exists():
+        remove(old)
+        os.rename(path, old)
+    os.rename(new, path)
+    remove(old)
+
+
+def mend(path: Path) -> None:
+    """Undo a `put_in_place` that was killed on its way; no effect otherwise. Several processes may do it at once."""
+    if not path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path.with_name(path.name + OLD), path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
