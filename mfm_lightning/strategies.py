@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,26 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(network, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards; called by all ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def reshard(module: nn.Module) -> None:
+    """Make the parameters of all parts shards again; FSDP leaves some whole after a forward pass without a backward."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def whole(tensors: Mapping[str, Tensor], keep: bool, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """Copies of tensors with all their shards where `keep`, else none; called by all ranks.
+
+    Args:
+        device: of the copies; each tensor's own where None.
+    """
+    copies = {}
+    for name, tensor in tensors.items():  # one at a time, so that the others need no room for it
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            copies[name] = tensor.to(device or tensor.device, copy=True)
+    return copies
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -97,11 +115,7 @@ def gathered(network: nn.Module, keep: bool) -> nn.Module | None:
     Args:
         network: one that its class and `config` make again; or a MetaFlowMap of one.
     """
-    state = {}
-    for name, tensor in network.state_dict().items():  # one at a time, so that the others need no room for it
-        tensor = whole(tensor).detach()
-        if keep:
-            state[name] = tensor.clone()
+    state = whole(network.state_dict(), keep)
     if not keep:
         return None
     with torch.device("meta"):
