@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from mfm_lightning.callbacks import EMA
 from mfm_lightning.data.base import ArrayDataModule
 from mfm_lightning.modules import MFMPretraining
+from mfm_lightning.modules.execution import Execution
 from mfm_lightning.objectives.objective import squared_error
 
 GLOBAL_BATCH, SHAPE, CLASSES = 8, (1, 8, 8), 5
@@ -70,6 +71,28 @@ class InterruptedPretraining(StepPretraining):
         if training and self.global_step == 3 and not self.parts and self.global_rank == self.trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return super().losses(x1, label, training)
+
+
+class CompiledPretraining(StepPretraining):
+    """Sees to it that blocks are compiled where they are to be."""
+
+    def __init__(self, *args: Any, execution: Execution | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, execution=execution, **kwargs)
+        self.compiles = execution is not None and execution.compile
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.graphs = graphs_compiled()
+
+    def on_train_end(self):
+        assert (graphs_compiled() > self.graphs) == self.compiles
+
+
+def graphs_compiled() -> int:
+    """By this process, or the one that it was forked from."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
 
 
 class CheckedEMA(EMA):

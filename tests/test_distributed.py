@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -67,10 +68,11 @@ NETWORK |= {"encoder_depth": 2, "num_classes": 5, "guidance_scales": [2.5]}
 FSDP = "--trainer.strategy=fsdp2"
 
 
-def write_config(folder: Path, module: str = "StepPretraining", every_n_steps: int = 500) -> None:
+def write_config(folder: Path, module: str = "StepPretraining", every_n_steps: int = 500, **network: int) -> None:
     """A distilled objective on the samples of `distributed_parts`, with a teacher of random weights."""
     torch.manual_seed(0)
-    teacher = MetaFlowMap(DiT(**NETWORK))
+    network = NETWORK | network
+    teacher = MetaFlowMap(DiT(**network))
     for p in teacher.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     save_model(teacher, folder / "teacher.safetensors")
@@ -94,7 +96,7 @@ def write_config(folder: Path, module: str = "StepPretraining", every_n_steps: i
         "model": {
             "class_path": f"tests.distributed_parts.{module}",
             "init_args": {
-                "network": {"class_path": "mfm_lightning.networks.DiT", "init_args": NETWORK},
+                "network": {"class_path": "mfm_lightning.networks.DiT", "init_args": network},
                 "objective": {"terms": terms, "pairs": {"guidance_scale": 2.5}},
                 "teacher": {
                     "class_path": "mfm_lightning.teachers.CheckpointTeacher",
@@ -187,6 +189,26 @@ def test_ddp_fsdp_and_one_process_are_the_same_training(tmp_path):
         ours = logged(tmp_path / name, "val/loss")
         assert {step: ours[step] for step in validation} == pytest.approx(validation, rel=1e-5), name
         assert_same_weights(tmp_path, name, "single")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_compiled_under_ddp_and_fsdp(tmp_path, monkeypatch):
+    """Two steps, compiled, are those of one eager process. The second strategy finds the first one's kernels."""
+    import torch._inductor.compile_fx  # noqa: F401  slow: not in each process again
+
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of more processes
+    write_config(tmp_path, "CompiledPretraining", hidden_size=16, depth=2, encoder_depth=1, num_heads=2)
+    options = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0"]  # as few graphs as can be
+    options += ["--model.init_args.objective.terms=[{name: eulerian_teacher}]"]
+    options += ["--model.init_args.objective.pairs.guidance_scale=1"]
+    compiled = ["--trainer.devices=2", "--model.init_args.execution.compile=true"]
+    torchrun(tmp_path, 1, "fit", *run_of("eager"), *options)
+    losses = logged(tmp_path / "eager", "global_loss")
+    assert list(losses) == [0, 1]
+    for strategy in ("ddp", "fsdp2"):
+        torchrun(tmp_path, 2, "fit", *run_of(strategy), *options, *compiled, f"--trainer.strategy={strategy}")
+        assert logged(tmp_path / strategy, "global_loss") == pytest.approx(losses, rel=1e-5), strategy
+        assert_same_weights(tmp_path, strategy, "eager")
 
 
 def test_a_save_in_shards_that_fails_leaves_the_one_before(tmp_path, monkeypatch, capfd):
