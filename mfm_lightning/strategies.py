@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mfm_lightning.whole_files import PARTIAL, mend, put_in_place, remove
 
 
 class FSDP(ModelParallelStrategy):
@@ -28,6 +36,38 @@ class FSDP(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write a folder beside its place and then move it there, so that the checkpoint before it stays, whatever
+        happens (Lightning writes into the one before). A file is the `CheckpointIO`'s, which does the same."""
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint and not path.is_dir():
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        if path.is_dir() and not (path / "meta.pt").is_file():
+            raise IsADirectoryError(f"{path} is a folder, and no checkpoint in shards: it is not replaced by one")
+        partial = path.with_name(f"{path.name}{PARTIAL}shards")
+        if self.is_global_zero:
+            remove(partial)  # of a run that was killed
+        self.barrier()
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except (CheckpointException, OSError, RuntimeError) as error:
+            if self.is_global_zero:
+                remove(partial)
+            raise OSError(f"checkpoint {path} could not be written, the one before it is intact: {error}") from error
+        self.barrier()  # all ranks have written
+        if self.is_global_zero:
+            for part in partial.iterdir() if partial.is_dir() else ():
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
+            put_in_place(partial, path)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        if self.is_global_zero:
+            mend(Path(checkpoint_path))
+        self.barrier()
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     """Shard a network's parameters in place, its blocks (`regions`) one by one; no effect on one that is sharded."""
@@ -39,9 +79,26 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(network, mesh=mesh)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its shards; called by all ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def reshard(module: nn.Module) -> None:
+    """Make the parameters of all parts shards again; FSDP leaves some whole after a forward pass without a backward."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def whole(tensors: Mapping[str, Tensor], keep: bool, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """Copies of tensors with all their shards where `keep`, else none; called by all ranks.
+
+    Args:
+        device: of the copies; each tensor's own where None.
+    """
+    copies = {}
+    for name, tensor in tensors.items():  # one at a time, so that the others need no room for it
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            copies[name] = tensor.to(device or tensor.device, copy=True)
+    return copies
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -58,11 +115,7 @@ def gathered(network: nn.Module, keep: bool) -> nn.Module | None:
     Args:
         network: one that its class and `config` make again; or a MetaFlowMap of one.
     """
-    state = {}
-    for name, tensor in network.state_dict().items():  # one at a time, so that the others need no room for it
-        tensor = whole(tensor).detach()
-        if keep:
-            state[name] = tensor.clone()
+    state = whole(network.state_dict(), keep)
     if not keep:
         return None
     with torch.device("meta"):

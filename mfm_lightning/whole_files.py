@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial-"  # between the name of a file that is being written and what is its writer's alone
+OLD = ".old"  # after the name of what is being replaced by, or is, a folder
 
 
 @contextmanager
@@ -37,4 +40,30 @@ def whole_file(path: str | Path, sync: bool = False) -> Iterator[Path]:
 def clear_partials(folder: str | Path, name: str = "*") -> None:
     """Remove what killed processes have left half written of files of that name; only where nobody writes them now."""
     for left in Path(folder).glob(f"{name}{PARTIAL}*"):
-        left.unlink(missing_ok=True)
+        remove(left)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Give a folder the name `path`, of a folder or file that goes. No file system does that in one step: if it is
+    killed on its way, `path` may be missing, and what was there has `OLD` after its name; `mend` puts it back."""
+    old = path.with_name(path.name + OLD)
+    if path.exists():
+        remove(old)
+        os.rename(path, old)
+    os.rename(new, path)
+    remove(old)
+
+
+def mend(path: Path) -> None:
+    """Undo a `put_in_place` that was killed on its way; no effect otherwise. Several processes may do it at once."""
+    if not path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path.with_name(path.name + OLD), path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

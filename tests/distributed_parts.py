@@ -1,9 +1,16 @@
 """Training whose samples and noise depend on the step alone, so that any number of processes has one global batch."""
 
-import torch
+import os
+import signal
+from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
+
+from mfm_lightning.callbacks import EMA
 from mfm_lightning.data.base import ArrayDataModule
 from mfm_lightning.modules import MFMPretraining
+from mfm_lightning.modules.execution import Execution
 from mfm_lightning.objectives.objective import squared_error
 
 GLOBAL_BATCH, SHAPE, CLASSES = 8, (1, 8, 8), 5
@@ -30,13 +37,18 @@ class StepData(ArrayDataModule):
 
 
 class StepPretraining(MFMPretraining):
-    """The noise of each sample is that of its place in the global batch."""
+    """The noise of each sample is that of its place in the global batch. "global_loss" is the loss of that batch."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.parts = []  # the losses of an accumulating step
 
     def losses(self, x1, label, training):
-        everything, labels = global_batch(self.global_step)
+        step = self.global_step if training else -1
+        everything, labels = global_batch(step)
         rows = torch.tensor([int((everything == x).flatten(1).all(1).nonzero()[0]) for x in x1.cpu()])
         with torch.random.fork_rng([]):
-            torch.manual_seed(self.global_step)
+            torch.manual_seed(step % 1000)
             pair = self.objective.pairs.sample(everything, labels, self.num_classes)
             inner = pair.inner(*torch.rand(2, GLOBAL_BATCH).sort(dim=0).values)
         pair, inner, total = pair.take(rows), inner.take(rows), 0.0
@@ -45,8 +57,54 @@ class StepPretraining(MFMPretraining):
                 total + squared_error(self.objective.residual(term, self.model, self.teacher, pair, 0, inner)).mean()
             )
         if training:
-            self.log("global_loss", total, sync_dist=True)
+            self.parts.append(total.detach())
+            if len(self.parts) == self.trainer.accumulate_grad_batches:
+                self.log("global_loss", torch.stack(self.parts).mean(), sync_dist=True)
+                self.parts.clear()
         return {"loss": total}
+
+
+class InterruptedPretraining(StepPretraining):
+    """Ctrl-C on the last rank alone, within step 3."""
+
+    def losses(self, x1, label, training):
+        if training and self.global_step == 3 and not self.parts and self.global_rank == self.trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().losses(x1, label, training)
+
+
+class CompiledPretraining(StepPretraining):
+    """Sees to it that blocks are compiled where they are to be."""
+
+    def __init__(self, *args: Any, execution: Execution | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, execution=execution, **kwargs)
+        self.compiles = execution is not None and execution.compile
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.graphs = graphs_compiled()
+
+    def on_train_end(self):
+        assert (graphs_compiled() > self.graphs) == self.compiles
+
+
+def graphs_compiled() -> int:
+    """By this process, or the one that it was forked from."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+class CheckedEMA(EMA):
+    """Refuses to save sharded averages but by rank 0 alone, from its CPU's memory."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if any(isinstance(tensor, DTensor) for tensor in self.average.values()):
+            writes = torch.distributed.get_rank() == 0
+            assert state["average"].keys() == (self.average.keys() if writes else set())
+            assert all(type(tensor) is torch.Tensor and tensor.is_cpu for tensor in state["average"].values())
+        return state
 
 
 class FailingPretraining(StepPretraining):

@@ -8,9 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from mfm_lightning.strategies import like, whole
+from mfm_lightning.strategies import like, reshard, whole
 
 
 class EMA(L.Callback):
@@ -100,11 +102,15 @@ class EMA(L.Callback):
         self._swap_out(module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": {k: whole(v) for k, v in self.average.items()}, "num_updates": self.num_updates}
+        average = dict(self.average)
+        if any(isinstance(tensor, DTensor) for tensor in average.values()):
+            average = whole(average, keep=dist.get_rank() == 0, device="cpu")  # the rank that writes it
+        return {"average": average, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.average, self.num_updates = dict(state["average"]), state["num_updates"]
 
 
 def _trained(module: nn.Module) -> list[tuple[str, Tensor]]:
+    reshard(module)
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -30,8 +30,8 @@ class TrainingModule(L.LightningModule):
     sharded under FSDP), `exported` (the network that is written to a file of its own), `frozen` (what a checkpoint
     names its frozen parts by), and `to_device` (which moves them).
 
-    Resuming is exact: checkpoints have each rank's random state as of the last optimiser step, also where the run was
-    interrupted within the next one.
+    Resuming is exact: checkpoints are written between two optimiser steps (`LastCheckpoint`), with each rank's random
+    state.
 
     Args:
         optimization: the optimiser and its learning rate.
@@ -47,7 +47,6 @@ class TrainingModule(L.LightningModule):
         super().__init__()
         self.optimization, self.evaluation = optimization or Optimization(), evaluation
         self._resumed: list[dict[str, Tensor]] | None = None
-        self._step_began: dict[str, Tensor] | None = None  # random state, while a step is under way
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
 
@@ -106,9 +105,6 @@ class TrainingModule(L.LightningModule):
             torch.manual_seed(torch.initial_seed() + 7919 * self.global_rank + self.global_step)
         self._resumed = None
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._step_began = _get_rng_state()
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         losses = self.losses(*batch, training=True)
         if not torch.isfinite(losses["loss"]):
@@ -118,10 +114,6 @@ class TrainingModule(L.LightningModule):
             for name in (name for name in losses if name != "loss"):
                 self.log(f"train/{name}", losses[name], prog_bar=name == "reward")
         return losses["loss"]
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        self._step_began = None
 
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -184,7 +176,7 @@ class TrainingModule(L.LightningModule):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_state"] = gather_ranks(self._step_began or _get_rng_state())
+        checkpoint["rng_state"] = gather_ranks(_get_rng_state())
         checkpoint["frozen"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
