@@ -1,5 +1,7 @@
 """Fixtures of several files."""
 
+import signal
+
 import pytest
 
 from mfm_lightning.prepare_command import main
@@ -22,3 +24,11 @@ def made(tmp_path_factory):
     with latent_data.one_thread():
         main([*latent_data.arguments(folder, vae), "--output", str(folder / "shards"), "--verify"])
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Ctrl-C is heard, also where the tests are a shell's background job, for which it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

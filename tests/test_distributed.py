@@ -192,11 +192,10 @@ def test_ddp_fsdp_and_one_process_are_the_same_training(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
-def test_compiled_under_ddp_and_fsdp(tmp_path, monkeypatch):
+def test_compiled_under_ddp_and_fsdp(tmp_path):
     """Two steps, compiled, are those of one eager process. The second strategy finds the first one's kernels."""
-    import torch._inductor.compile_fx  # noqa: F401  slow: not in each process again
+    import torch._inductor.compile_fx
 
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of more processes
     write_config(tmp_path, "CompiledPretraining", hidden_size=16, depth=2, encoder_depth=1, num_heads=2)
     options = ["--trainer.max_steps=2", "--trainer.limit_val_batches=0"]  # as few graphs as can be
     options += ["--model.init_args.objective.terms=[{name: eulerian_teacher}]"]
@@ -205,10 +204,11 @@ def test_compiled_under_ddp_and_fsdp(tmp_path, monkeypatch):
     torchrun(tmp_path, 1, "fit", *run_of("eager"), *options)
     losses = logged(tmp_path / "eager", "global_loss")
     assert list(losses) == [0, 1]
-    for strategy in ("ddp", "fsdp2"):
-        torchrun(tmp_path, 2, "fit", *run_of(strategy), *options, *compiled, f"--trainer.strategy={strategy}")
-        assert logged(tmp_path / strategy, "global_loss") == pytest.approx(losses, rel=1e-5), strategy
-        assert_same_weights(tmp_path, strategy, "eager")
+    with torch._inductor.config.patch(compile_threads=1):  # no pool of more processes
+        for strategy in ("ddp", "fsdp2"):
+            torchrun(tmp_path, 2, "fit", *run_of(strategy), *options, *compiled, f"--trainer.strategy={strategy}")
+            assert logged(tmp_path / strategy, "global_loss") == pytest.approx(losses, rel=1e-5), strategy
+            assert_same_weights(tmp_path, strategy, "eager")
 
 
 def test_a_save_in_shards_that_fails_leaves_the_one_before(tmp_path, monkeypatch, capfd):

@@ -86,6 +86,8 @@ class LastCheckpoint(ModelCheckpoint):
         # after Lightning's, which act at once, wherever each rank may be; it puts back all when the trainer is done
         if threading.current_thread() is threading.main_thread():
             self._interrupt = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+            if self._interrupt == signal.SIG_IGN:  # a shell's background job: Ctrl-C is not meant for it
+                self._stops.discard(signal.SIGINT)
             for number in self._stops:
                 signal.signal(number, self._ask)
 
