@@ -401,6 +401,22 @@ def test_a_file_without_a_config_is_the_folder_with_one(tiny, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["hpsv2", "pickscore", "clip_score"])
+def test_both_layouts_of_weights_give_the_same(tiny, images, tmp_path, name):
+    """The release file of open_clip's names, in half precision, and a folder of transformers' layout."""
+    half = {key: value.half() for key, value in openai_clip(7).state_dict().items()}
+    torch.save({"state_dict": half, "epoch": 3}, tmp_path / "released.pt")
+    act = rewards.registry.factory(name).default_act
+    model, _ = load_clip(str(tmp_path / "released.pt"), act)
+    model.save_pretrained(tmp_path / "folder")
+    found = []
+    for weights in ("released.pt", "folder"):
+        with torch.no_grad():
+            found.append(rewards.build(name, weights=str(tmp_path / weights))(images, TEXTS))
+    assert torch.equal(*found)
+    assert found[0].std() > 0
+
+
 def test_importing_the_package_leaves_warnings_as_they_were(tiny):
     import warnings
 
