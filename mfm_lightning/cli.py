@@ -81,7 +81,7 @@ def _reason(error: Exception) -> str:
     if found is None:
         return str(error)
     reasons = [reason for reason in re.split(r"^\s*- ", found[1], flags=re.MULTILINE) if reason.strip()]
-    return "; ".join(r.strip() for r in reasons if "NoneType" not in r) or str(error)
+    return "; ".join(r.strip() for r in reasons if r.strip() != "Expected a <class 'NoneType'>") or str(error)
 
 
 if __name__ == "__main__":

@@ -59,15 +59,14 @@ def main(args: Sequence[str]) -> None:
         return
     reward = rewards.build(options.score or options.check, **settings)
     reward = reward.to(find_device(options.device)).eval().requires_grad_(False)
-    if options.check:
-        images = None
-        if options.images is not None:
-            images = torch.stack([load_image(path) for path in _paths(options.images)]).to(find_device(options.device))
-        show_checks(check_reward(reward, images))
-        return
-    if options.images is None:
+    if options.score and options.images is None:
         parser.error("--score needs --images DIR")
+    if options.prompts is not None and options.images is None:
+        parser.error("--prompts FILE names the images of --images DIR")
     prompts = _prompts(options)
+    if options.check:
+        show_checks(check(reward, options.images, prompts, options.label, find_device(options.device)))
+        return
     scores = score_folder(reward, options.images, prompts, options.label)
     table = Table("image", options.score)
     for name, score in sorted(scores.items(), key=lambda item: -item[1]):
@@ -103,6 +102,34 @@ def describe(name: str) -> Table:
         kind = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
         table.add_row("option", f"{parameter.name}{kind}{default}")
     return table
+
+
+def check(
+    reward: rewards.Reward,
+    folder: Path | None,
+    prompts: str | Callable[[str], str] | None,
+    label: int | None,
+    device: torch.device,
+) -> Conformance:
+    """The conformance checks on a folder's images, all of one size, or on random ones.
+
+    Args:
+        prompts, label: as in `score_folder`; the checks' own where None.
+    """
+    if folder is None:
+        texts = None if prompts is None else [prompts] * 4
+        return check_reward(reward, None, texts, None if label is None else torch.full((4,), label, device=device))
+    paths = _paths(folder)
+    images = [load_image(path) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise RewardError(
+                f"{path} has shape {tuple(image.shape)}, {paths[0]} {tuple(images[0].shape)}: the checks take a batch "
+                "of one size"
+            )
+    texts = None if prompts is None else [prompts(p.name) if callable(prompts) else prompts for p in paths]
+    labels = None if label is None else torch.full((len(paths),), label, device=device)
+    return check_reward(reward, torch.stack(images).to(device), texts, labels)
 
 
 def show_checks(result: Conformance) -> None:
@@ -155,7 +182,12 @@ def _prompts(options: argparse.Namespace) -> str | Callable[[str], str] | None:
     if options.prompts is not None:
         if not options.prompts.is_file():
             raise FileNotFoundError(f"no prompts at {options.prompts}")
-        given: dict[str, Any] = json.loads(options.prompts.read_text())
+        try:
+            given: Any = json.loads(options.prompts.read_text())
+        except json.JSONDecodeError as error:
+            raise RewardError(f"{options.prompts} is no JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise RewardError(f'{options.prompts} must be an object of a text for each file, {{"name.png": "..."}}')
         if absent := [p.name for p in _paths(options.images) if p.name not in given]:
             raise RewardError(f"{options.prompts} has no prompt for {len(absent)} images, first {absent[0]}")
         return given.__getitem__

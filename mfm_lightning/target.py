@@ -239,6 +239,7 @@ class TargetSettings:
         if self.decoder is not None:
             self.decoder.eval().requires_grad_(False)
         settings = {"reward": self.reward, "reward_scale": self.reward_scale, "guidance": self.guidance}
+        settings |= {"prompts": self.prompts, "class_names": self.class_names, "decoder": self.decoder}
         identity = {"model": self.model, "sha256": fingerprint(self.model), **{k: repr(v) for k, v in settings.items()}}
         return LoadedTarget(self, model, reward, prompts, identity)
 

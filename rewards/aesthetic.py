@@ -46,15 +46,18 @@ class Aesthetic(CLIPReward):
         max_rows: int = 64,
     ) -> None:
         path = find_file(head, allow_download)
-        execution = (precision, checkpoint_activations, compile, max_rows)
-        super().__init__(weights, None, hidden_act, allow_download, *execution)
+        super().__init__(
+            weights, hidden_act=hidden_act, allow_download=allow_download, precision=precision,
+            checkpoint_activations=checkpoint_activations, compile=compile, max_rows=max_rows,
+        )  # fmt: skip
         self.head = aesthetic_head(self.clip.config.projection_dim)
         state = {name.removeprefix("layers."): v.float() for name, v in load_state_dict(path).items()}
         load_into(self.head, state, set(self.head.state_dict()), path, "aesthetic head")
         self.head.eval().requires_grad_(False)
 
     def score(self, pixels: Tensor) -> Tensor:
-        return self.head(self.image_features(pixels)).squeeze(-1)
+        features = self.image_features(pixels)
+        return self.head(features.to(self.head[0].weight.dtype)).squeeze(-1)
 
 
 def aesthetic_head(width: int = 768) -> nn.Sequential:

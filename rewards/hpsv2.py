@@ -26,7 +26,8 @@ class HPSv2(CLIPReward):
         values="0.2 to 0.35",
         licence="Apache-2.0",
         source="Wu et al. 2023, arXiv 2306.09341",
-        fetch="hf download xswu/HPSv2 HPS_v2.1_compressed.pt",
+        fetch="hf download xswu/HPSv2 HPS_v2.1_compressed.pt; "
+        "hf download openai/clip-vit-large-patch14 vocab.json merges.txt",
         parameters=986,
         activations=0.52,
     )

@@ -8,16 +8,17 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from rewards.preprocessing import Preprocessing
-from rewards.pretrained import Card, PretrainedReward
+from rewards.pretrained import Card, PretrainedReward, at_least_float32
 from rewards.prompts import PromptCache
 from rewards.registry import register
 from rewards.weights import CheckpointError, find_file, find_folder, load_into, load_state_dict
@@ -83,9 +84,17 @@ class ImageReward(PretrainedReward):
         self.freeze([self.model.blip.visual_encoder.blocks, self.model.blip.text_encoder.encoder.layer])
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        # the package's `score_gard`, but for the precision, which is there the same for the network and the score
         ids, mask = self._tokens(prompts).to(pixels.device).unbind(dim=1)
-        self.model.device = pixels.device  # where the package puts its attention mask
-        return self.model.score_gard(ids, mask, pixels).squeeze(-1)
+        with self.in_precision(pixels.device):
+            seen = self.model.blip.visual_encoder(pixels)
+            everywhere = torch.ones(seen.shape[:-1], dtype=torch.long, device=pixels.device)
+            read = self.model.blip.text_encoder(
+                ids, attention_mask=mask, encoder_hidden_states=seen, encoder_attention_mask=everywhere
+            )
+        first = at_least_float32(read.last_hidden_state[:, 0])
+        value = self.model.mlp(first.to(self.model.mlp.layers[0].weight.dtype)).squeeze(-1)
+        return (value - self.model.mean) / self.model.std
 
     def _tokenize(self, prompts: list[str]) -> Tensor:
         options = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS, "return_tensors": "pt"}
@@ -145,8 +154,7 @@ def build_model(sizes: dict[str, Any], tokenizer: str | Path | Callable) -> nn.M
     config = {"add_cross_attention": True, "pad_token_id": 0, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(blip_pretrain, "create_vit", return_value=vit),
-        mock.patch.object(blip_pretrain, "init_tokenizer", return_value=_load_tokenizer(tokenizer)),
+        _replaced(blip_pretrain, create_vit=lambda *_: vit, init_tokenizer=lambda: _load_tokenizer(tokenizer)),
     ):
         path = Path(folder) / "med_config.json"
         path.write_text(json.dumps({**config, **sizes["text"]}))
@@ -158,7 +166,18 @@ def build_model(sizes: dict[str, Any], tokenizer: str | Path | Callable) -> nn.M
     return model
 
 
-def _package():
+@contextmanager
+def _replaced(module: ModuleType, **functions: Callable) -> Iterator[None]:
+    """Other functions in a module's place of these names."""
+    before = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
+def _package() -> ModuleType:
     """The package's module; importing it silences all warnings, so what was heard before is set again."""
     with warnings.catch_warnings():
         try:

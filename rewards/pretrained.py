@@ -44,7 +44,7 @@ class PretrainedReward(Reward):
     around it, and returns float32 (float64 if its weights are).
 
     Args:
-        precision: "fp32", or "bf16" by autocast.
+        precision: of the network, "fp32", or "bf16" by autocast; what is made of its features is computed in fp32.
         checkpoint_activations: keep the input of each block only and compute the rest again in the backward pass.
         compile: `torch.compile`, block by block.
         max_rows: images at once; with a gradient, parts are computed again in the backward pass: memory is that of one.
@@ -67,6 +67,10 @@ class PretrainedReward(Reward):
             raise ValueError(f"max_rows {max_rows} must be at least 1")
         self.precision, self.max_rows = precision, max_rows
         self._checkpoint, self._compile = checkpoint_activations, compile
+
+    def in_precision(self, device: torch.device) -> torch.autocast:
+        """A context for the network alone."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def score(self, pixels: Tensor, *context: Any) -> Tensor:
         """Rewards `(B,)` of preprocessed images `(B, 3, size, size)`."""
@@ -100,6 +104,10 @@ class PretrainedReward(Reward):
 
     def _part(self, images: Tensor, *context: Any) -> Tensor:
         dtype = next(self.parameters()).dtype
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            values = self.score(self.preprocess(images.to(dtype)), *context)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        with torch.autocast(images.device.type, enabled=False):  # any around it
+            return at_least_float32(self.score(self.preprocess(images.to(dtype)), *context))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """In float32, or float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

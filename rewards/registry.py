@@ -92,8 +92,8 @@ def build(name: str | dict[str, Any] | Callable, **options: Any) -> Reward:
     """A reward by its registered name and options; also from what a YAML holds.
 
     Args:
-        name: a registered name; or a dictionary, `{"name": ..., options}` or `{"class_path": ..., "init_args": ...}`;
-            or a reward already built, which comes back as it is.
+        name: a registered name; or a dictionary, `{"name": ..., options}`, `{"class_path": ..., options}` or
+            `{"class_path": ..., "init_args": options}`; or a reward already built, which comes back as it is.
 
     Raises:
         RewardError: if the name is unknown (the nearest known one is suggested) or the options do not fit.
@@ -114,7 +114,8 @@ def _build_from_dict(settings: dict[str, Any], options: dict[str, Any]) -> Rewar
             factory = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise RewardError(f"reward class_path {path!r} cannot be imported: {error}") from error
-        return _call(factory, path, dict(settings.get("init_args") or {}))
+        others = {key: value for key, value in settings.items() if key not in ("class_path", "init_args")}
+        return _call(factory, path, {**others, **dict(settings.get("init_args") or {})})
     if "name" not in settings:
         raise RewardError(f"a reward needs a 'name' or a 'class_path', got {', '.join(settings) or 'nothing'}")
     settings = dict(settings)

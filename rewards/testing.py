@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ def check_reward(
     """Run all checks on a reward.
 
     - shape, dtype: one finite floating-point number an image, on its device; at least 32 bits.
-    - deterministic: the same twice, also after `train()`; the images and the global random state untouched.
+    - deterministic: the same twice, also after `train()`; the images and the global random states untouched.
     - batch independence: an image's reward does not depend on the others with it, nor on its place.
     - autocast: in bf16 autocast, 32 bits come out, within a fifth of the values' spread of those without.
     - no graph: under `no_grad`, and from a black box, values carry no graph.
@@ -74,7 +75,8 @@ def check_reward(
 
     Args:
         reward: a reward, or a function that is one.
-        images: `(B, C, H, W)` in [0, 1], B >= 3; four random smooth ones of 3 x 48 x 48 where None.
+        images: `(B, C, H, W)` in [0, 1], B >= 3; where None, four random smooth ones of 3 x 48 x 48 on the reward's
+            device.
         prompts, labels: for rewards that need them; some prompts, and labels 0..B-1, where None.
         tolerance: of values, relative to their spread and size.
         gradient_tolerance: relative, of directional derivatives.
@@ -84,7 +86,8 @@ def check_reward(
     """
     reward = as_reward(reward)
     if images is None:
-        images = smooth_images(4, seed=seed)
+        own = next(itertools.chain(reward.parameters(), reward.buffers()), torch.empty(0))
+        images = smooth_images(4, seed=seed).to(own.device)
     if len(images) < 3:
         raise ValueError(f"{len(images)} images: the checks need at least 3")
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(images))] if prompts is None else list(prompts)
@@ -155,11 +158,11 @@ class _Kit:
         return "passed", f"{tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
 
     def deterministic(self) -> tuple[str, str]:
-        before, state = self.images.clone(), torch.get_rng_state()
+        before, states = self.images.clone(), self.random_states()
         first = self.plain()
         if not torch.equal(before, self.images):
             return "failed", "it changes the images it is given"
-        if not torch.equal(state, torch.get_rng_state()):
+        if not all(map(torch.equal, states, self.random_states())):
             return "failed", "it draws from the global random state: give it a generator of its own with a fixed seed"
         training = self.reward.training
         try:
@@ -168,6 +171,10 @@ class _Kit:
         finally:
             self.reward.train(training)
         return self.same(first, after, "two calls")
+
+    def random_states(self) -> list[Tensor]:
+        device = self.images.device
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
     def independence(self) -> tuple[str, str]:
         together, order = self.plain(), list(range(len(self.images)))[::-1]
@@ -241,7 +248,8 @@ class _Kit:
 
     def nan(self) -> tuple[str, str]:
         images = self.images.clone()
-        images[1, :, 0, 0] = torch.nan
+        rows = images.shape[2] // 4  # where neither a crop nor a mask leaves all of it out
+        images[1, :, rows : max(rows + 1, 3 * rows)] = torch.nan
         exact = self.plain()
         context = {"prompts": self.prompts, "labels": self.labels}
         try:

@@ -6,16 +6,15 @@ that is allowed. Only plain tensors are read: `.pt`, `.pth`, `.bin` and `.ckpt` 
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor, nn
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _REPOSITORY = re.compile(r"^(?:hf:)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<file>[^/].*))?$")
 
 
@@ -45,17 +44,19 @@ def find_file(path: str | Path, allow_download: bool = False, revision: str | No
         raise FileNotFoundError(f"no checkpoint at {path}")
     hub = _hub(str(path))
 
-    def fetch() -> Path:
+    def cached() -> Path:
         if file is not None:
-            return Path(hub.hf_hub_download(repo, file, revision=revision, local_files_only=not allow_download))
-        if allow_download:
-            only = _only_checkpoint(hub.HfApi().list_repo_files(repo, revision=revision), repo)
-            return Path(hub.hf_hub_download(repo, only, revision=revision, local_files_only=False))
+            return Path(hub.hf_hub_download(repo, file, revision=revision, local_files_only=True))
         folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        cached = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-        return folder / _only_checkpoint(cached, repo)
+        return folder / _only_checkpoint([str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()], repo)
 
-    return _from_hub(fetch, str(path), repo, [file] if file else [], "checkpoint", allow_download, revision)
+    def fetched() -> Path:
+        only = file or _only_checkpoint(hub.HfApi().list_repo_files(repo, revision=revision), repo)
+        return Path(hub.hf_hub_download(repo, only, revision=revision, local_files_only=False))
+
+    # without a file's name the cache may have less than the repository
+    ways = [cached] if not allow_download else [fetched] if file is None else [cached, fetched]
+    return _from_hub(ways, str(path), repo, [file] if file else [], "checkpoint", revision)
 
 
 def find_folder(
@@ -88,18 +89,19 @@ def find_folder(
     hub = _hub(str(path))
     first = [alternatives.split("|")[0] for alternatives in needed]
 
-    def fetch() -> Path:
-        if allow_download:
-            files = hub.HfApi().list_repo_files(repo, revision=revision)
-            chosen = [next((f for f in a.split("|") if f in files), a.split("|")[0]) for a in needed]
-            patterns = [*chosen, *wanted]
-            return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    def cached() -> Path:
         folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
         if missing := _missing(folder, needed):
             raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}")
         return folder
 
-    return _from_hub(fetch, str(path), repo, [*first, *wanted], what, allow_download, revision)
+    def fetched() -> Path:
+        files = hub.HfApi().list_repo_files(repo, revision=revision)
+        chosen = [next((f for f in a.split("|") if f in files), a.split("|")[0]) for a in needed]
+        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=[*chosen, *wanted]))
+
+    ways = [cached, fetched] if allow_download else [cached]
+    return _from_hub(ways, str(path), repo, list(dict.fromkeys([*first, *wanted])), what, revision)
 
 
 def _missing(folder: Path, needed: Sequence[str]) -> list[str]:
@@ -124,25 +126,28 @@ def _hub(text: str):
 
 
 def _from_hub(
-    fetch, text: str, repo: str, files: list[str], what: str, allow_download: bool, revision: str | None
+    ways: Sequence[Callable[[], Path]], text: str, repo: str, files: list[str], what: str, revision: str | None
 ) -> Path:
+    """The first of the ways that leads to it; the error is that of the last."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return fetch()
-    except HFValidationError as error:
-        raise FileNotFoundError(f"no {what} at {text}, which is no name of a repository either: {error}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        named = f"{', '.join(files)} of {repo}" if files else f"a {what} of {repo}"
-        at = f" --revision {revision}" if revision else ""
-        reason = str(error).strip().splitlines()[0] if allow_download else ""
-        patterns = "".join(f' --include "{f}"' if "*" in f else f" {f}" for f in files)
-        raise FileNotFoundError(
-            f"no file at {text}, and {named} is not in Hugging Face's cache on this machine ({HF_HUB_CACHE})"
-            f"{'; the download failed: ' + reason if reason else ''}. "
-            f"`hf download {repo}{patterns}{at}` fetches it, or allow_download (--allow-download)"
-        ) from error
+    for way in ways:
+        try:
+            return way()
+        except HFValidationError as error:
+            raise FileNotFoundError(f"no {what} at {text}, which is no name of a repository either: {error}") from error
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            failure = error
+    # that nothing is in the cache is said here; all else (a download that failed, no permission) in its own words
+    reason = "" if isinstance(failure, LocalEntryNotFoundError) else f" ({str(failure).strip().splitlines()[0]})"
+    named = f"{', '.join(files)} of {repo}" if files else f"a {what} of {repo}"
+    at = f" --revision {revision}" if revision else ""
+    raise FileNotFoundError(
+        f"no file at {text}, and {named} is not in Hugging Face's cache on this machine, {HF_HUB_CACHE}{reason}. "
+        f"`hf download {repo}{''.join(f' {f}' for f in files)}{at}` fetches it, and so does the job itself where that "
+        "is allowed (allow_download: true, --allow-download)"
+    ) from failure
 
 
 def _only_checkpoint(files: list[str], repo: str) -> str:
@@ -156,10 +161,13 @@ def _only_checkpoint(files: list[str], repo: str) -> str:
     return found[0]
 
 
-def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+def load_state_dict(path: str | Path, allowed: Sequence[type] = ()) -> dict[str, Tensor]:
     """Tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, by name, on the CPU.
 
     A dictionary that holds the weights under "ema", "state_dict" or "model" is opened, in that order.
+
+    Args:
+        allowed: harmless classes that may be beside the tensors.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -174,7 +182,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DMF's and SiT's files hold their arguments, too
+        with torch.serialization.safe_globals(list(allowed)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
@@ -194,12 +202,20 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_into(network: nn.Module, state: dict[str, Tensor], required: set[str], path: str | Path, source: str) -> None:
+def load_into(
+    network: nn.Module,
+    state: dict[str, Tensor],
+    required: set[str],
+    path: str | Path,
+    source: str,
+    assign: bool = False,
+) -> None:
     """Load tensors into a network whose names they have.
 
     Args:
         required: the names that must be there; all must be the network's.
         path, source: where the tensors are from, for the error.
+        assign: put the tensors themselves in, in place of what is there (on the meta device).
 
     Raises:
         CheckpointError: if names or shapes do not fit, with the file, the first names, and both shapes.
@@ -219,4 +235,4 @@ def load_into(network: nn.Module, state: dict[str, Tensor], required: set[str], 
     if wrong:
         shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} in the network" for k in wrong[:3]]
         raise CheckpointError(f"{path}: {len(wrong)} tensors of another shape, first {'; '.join(shapes)}")
-    network.load_state_dict(state, strict=False)
+    network.load_state_dict(state, strict=False, assign=assign)

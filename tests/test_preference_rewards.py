@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -18,9 +19,10 @@ from torchvision.transforms.functional import to_tensor
 
 import rewards
 from rewards import RewardError
-from rewards.clip import _transformers_names, infer_config, load_clip, load_tokenizer
+from rewards.clip_tokens import CLIPTokenizer
+from rewards.clip_weights import infer_config, load_clip, transformers_names
 from rewards.image_reward import build_model, infer_sizes
-from rewards.preprocessing import CLIP_STD, Preprocessing
+from rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from rewards.prompts import PromptCache, class_prompts, imagenet_classes
 from tests.tiny_rewards import openai_clip, tiny_rewards
 
@@ -100,7 +102,7 @@ def test_clip_rewards_are_transformers_own_logits(tiny, photos, name):
     from transformers import CLIPImageProcessor, CLIPModel
 
     reward, model = rewards.build(name, **tiny[name]), CLIPModel.from_pretrained(tiny[name]["weights"]).eval()
-    ids = load_tokenizer(None, None, 77)(TEXTS)
+    ids = CLIPTokenizer()(TEXTS)
     sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     pixels = CLIPImageProcessor(**sides)(images=photos, return_tensors="pt").pixel_values
     with torch.no_grad():
@@ -117,7 +119,7 @@ def test_hpsv2_from_open_clips_names_is_openai_clips_own_forward(tiny):
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = openai_clip(1)
     with torch.no_grad():
-        logits, _ = model(pixels, load_tokenizer(None, None, 77)(TEXTS))
+        logits, _ = model(pixels, CLIPTokenizer()(TEXTS))
         cosine = logits.diagonal() / model.logit_scale.exp()
         torch.testing.assert_close(reward.score(pixels, TEXTS), cosine, rtol=1e-5, atol=1e-6)
 
@@ -146,6 +148,67 @@ def test_image_reward_is_the_packages_own_score(tiny, photos):
         ours = torch.cat([reward(to_tensor(p)[None], [t]) for p, t in zip(photos, TEXTS, strict=True)])
     torch.testing.assert_close(ours, expected, rtol=0, atol=0.02 * expected.std().item())
     assert expected.std() > 0.01
+
+
+def test_each_reward_sees_a_picture_as_its_own_code_does(tiny, photos):
+    """The fit and activation that go with each, on pictures that are not square; those of CLIP are tested above."""
+    from ImageReward.ImageReward import _transform
+
+    activations = {"clip_score": "quick_gelu", "aesthetic": "quick_gelu", "hpsv2": "gelu", "pickscore": "gelu"}
+    assert {name: rewards.registry.factory(name).default_act for name in activations} == activations
+    mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    originals = {"hpsv2": lambda p: (longest_edge_padded(p, 32) - mean) / std, "aesthetic": _transform(32)}
+    for name, original in originals.items():
+        reward = rewards.build(name, **tiny[name])
+        texts = [[[text]] for text in TEXTS] if "prompts" in reward.needs else [[]] * 3
+
+        @torch.no_grad()
+        def each(function, pictures, texts=texts):
+            return torch.cat([function(p[None], *text) for p, text in zip(pictures, texts, strict=True)])
+
+        expected = each(reward.score, map(original, photos))
+        spread = expected.std().item()
+        ours = each(reward, map(to_tensor, photos))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0.1 * spread)  # 8 bits, of 32 x 32 pixels
+        reward.preprocess = Preprocessing(32, "crop" if name == "hpsv2" else "pad")  # would be seen
+        assert (each(reward, map(to_tensor, photos)) - expected).abs().max() > 0.3 * spread
+    # its file comes without a config
+    assert rewards.build("hpsv2", **tiny["hpsv2"]).clip.config.vision_config.hidden_act == "gelu"
+
+
+def test_older_files_of_transformers_are_read(tiny, photos, tmp_path):
+    """As OpenAI's own: `eos_token_id` 2, which means the highest id, and positions among the weights."""
+    from transformers import CLIPModel
+
+    source = Path(tiny["clip_score"]["weights"])
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = load_file(source / "model.safetensors")
+    state["text_model.embeddings.position_ids"] = torch.arange(77).unsqueeze(0)
+    state["vision_model.embeddings.position_ids"] = torch.arange(17).unsqueeze(0)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reward, model = rewards.build("clip_score", weights=str(tmp_path)), CLIPModel.from_pretrained(tmp_path).eval()
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=CLIPTokenizer()(TEXTS), pixel_values=pixels).logits_per_image.diagonal()
+        torch.testing.assert_close(reward.score(pixels, TEXTS), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_heads_of_towers_are_those_of_the_released_sizes():
+    """Which shapes do not tell: open_clip's bigG has towers of 1664 and 1280 channels, of 16 and 20 heads."""
+    for (width, text), heads in {(1664, 1280): (16, 20), (1280, 1024): (16, 16), (1024, 768): (16, 12)}.items():
+        state = {
+            "visual_projection.weight": torch.empty(1024, width, device="meta"),
+            "vision_model.embeddings.patch_embedding.weight": torch.empty(width, 3, 14, 14, device="meta"),
+            "vision_model.embeddings.position_embedding.weight": torch.empty(257, width, device="meta"),
+            "vision_model.encoder.layers.0.mlp.fc1.weight": torch.empty(4 * width, width, device="meta"),
+            "text_model.embeddings.token_embedding.weight": torch.empty(49408, text, device="meta"),
+            "text_model.embeddings.position_embedding.weight": torch.empty(77, text, device="meta"),
+            "text_model.encoder.layers.0.mlp.fc1.weight": torch.empty(4 * text, text, device="meta"),
+        }
+        found = infer_config(state, "gelu")
+        assert (found["vision_config"]["num_attention_heads"], found["text_config"]["num_attention_heads"]) == heads
 
 
 # -- full size ---------------------------------------------------------------------------------------------------------
@@ -197,7 +260,7 @@ def test_full_sizes_on_the_meta_device(name):
     act = rewards.registry.factory(name).default_act
     model, openai = full_size_clip(act, *SIZES[name])
     expected = {key: tuple(v.shape) for key, v in model.state_dict().items()}
-    renamed = _transformers_names(openai.state_dict(), Path("x.pt"))
+    renamed, _ = transformers_names(openai.state_dict(), Path("x.pt"))
     assert {key: tuple(v.shape) for key, v in renamed.items()} == expected
     inferred = infer_config(renamed, act)
     for tower in ("vision_config", "text_config"):
@@ -244,7 +307,7 @@ def test_tokens_are_the_same_from_a_folder_and_from_openai_clip(tmp_path):
     merges = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     texts = [*class_prompts("A high-quality, high-resolution photograph of a {class}.", imagenet_classes()), "x " * 90]
-    ours, theirs = load_tokenizer(None, None, 77)(texts), load_tokenizer(str(tmp_path), None, 77)(texts)
+    ours, theirs = CLIPTokenizer()(texts), CLIPTokenizer(str(tmp_path))(texts)
     end = words["<|endoftext|>"]
     until = (ours == end).int().argmax(dim=1)  # what comes after it is padding, which no earlier token sees
     assert torch.equal(until, (theirs == end).int().argmax(dim=1))
@@ -306,16 +369,18 @@ def test_execution_changes_neither_values_nor_gradients(tiny, images, name):
     values, gradient = run(precision="bf16")
     assert values.dtype == torch.float32
     assert not torch.equal(values, expected[0])
+    assert not torch.equal(values, values.bfloat16().float())  # not as coarse as that: ties would be without meaning
     assert torch.cosine_similarity(gradient.flatten(), expected[1].flatten(), dim=0) > 0.95
 
 
+@pytest.mark.parametrize("name", ["pickscore", "image_reward"])
 @pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}], ids=["plain", "checkpointed"])
-def test_compiled_blocks_give_the_same(tiny, images, options):
+def test_compiled_blocks_give_the_same(tiny, images, options, name):
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler on CPU")
     found = []
     for compiled in (False, True):
-        reward = rewards.build("pickscore", **tiny["pickscore"], compile=compiled, **options)
+        reward = rewards.build(name, **tiny[name], compile=compiled, **options)
         x = images.clone().requires_grad_()
         values = reward(x, TEXTS)
         found.append((values.detach(), torch.autograd.grad(values.sum(), x)[0]))
@@ -361,7 +426,7 @@ def test_missing_and_wrong_weights_are_named(tiny, tmp_path, monkeypatch):
     cases = [
         ("hpsv2", {}, r"HPS_v2\.1_compressed\.pt of xswu/HPSv2 is not .*`hf download xswu/HPSv2 HPS_v2\.1_compressed"),
         ("pickscore", {}, r"model\.safetensors.* of yuvalkirstain/PickScore_v1 is not .*hf download yuvalkirst"),
-        ("image_reward", {}, r"ImageReward\.pt of THUDM/ImageReward .*\(.*hub\).*allow_download"),
+        ("image_reward", {}, r"ImageReward\.pt of THUDM/ImageReward is not in .*hub\. .*allow_download"),
         ("aesthetic", {}, r"aesthetic-model\.pth of trl-lib/ddpo-aesthetic-predictor"),
         ("clip_score", {"weights": "no/where/at/all.pt"}, r"at/all\.pt of no/where is not"),
         ("clip_score", {"weights": str(tmp_path)}, r"has no config\.json and no model\.safetensors or pytorch_"),
@@ -393,7 +458,7 @@ def test_a_file_without_a_config_is_the_folder_with_one(tiny, tmp_path):
     weights = Path(tiny["pickscore"]["weights"])
     (tmp_path / "alone.safetensors").write_bytes((weights / "model.safetensors").read_bytes())
     # its towers have heads of 32 channels, which shapes do not tell: inferred are those of all released CLIPs, of 64
-    inferred = load_clip(str(tmp_path / "alone.safetensors"), "quick_gelu")[0]
+    inferred = load_clip(str(tmp_path / "alone.safetensors"))[0]
     with_config = load_clip(str(weights))[0]
     assert inferred.config.vision_config.num_attention_heads == 1
     for (name, a), (other, b) in zip(inferred.named_parameters(), with_config.named_parameters(), strict=True):
@@ -407,7 +472,7 @@ def test_both_layouts_of_weights_give_the_same(tiny, images, tmp_path, name):
     half = {key: value.half() for key, value in openai_clip(7).state_dict().items()}
     torch.save({"state_dict": half, "epoch": 3}, tmp_path / "released.pt")
     act = rewards.registry.factory(name).default_act
-    model, _ = load_clip(str(tmp_path / "released.pt"), act)
+    model, _ = load_clip(str(tmp_path / "released.pt"), default_act=act)
     model.save_pretrained(tmp_path / "folder")
     found = []
     for weights in ("released.pt", "folder"):
@@ -415,6 +480,44 @@ def test_both_layouts_of_weights_give_the_same(tiny, images, tmp_path, name):
             found.append(rewards.build(name, weights=str(tmp_path / weights))(images, TEXTS))
     assert torch.equal(*found)
     assert found[0].std() > 0
+
+
+def test_a_config_beside_other_names_is_of_something_else_and_a_given_activation_counts(tiny, tmp_path):
+    torch.save(openai_clip(1, width=128).state_dict(), tmp_path / "other.pt")
+    (tmp_path / "config.json").write_text((Path(tiny["clip_score"]["weights"]) / "config.json").read_text())
+    alone = load_clip(str(tmp_path / "other.pt"))[0].config  # in a folder with the config of a smaller one
+    assert (alone.vision_config.hidden_size, alone.text_config.hidden_act) == (128, "gelu")
+    for act in (None, "gelu"):
+        config = load_clip(tiny["clip_score"]["weights"], act)[0].config
+        assert config.vision_config.hidden_act == config.text_config.hidden_act == (act or "quick_gelu")
+
+
+def test_rewards_can_be_sent_to_other_processes(tiny, images):
+    for name in ("hpsv2", "image_reward"):
+        reward = rewards.build(name, **tiny[name])
+        again = pickle.loads(pickle.dumps(reward))
+        with torch.no_grad():
+            assert torch.equal(again(images, TEXTS), reward(images, TEXTS))
+
+
+def test_what_is_in_the_cache_needs_no_network(tiny, images, tmp_path, monkeypatch):
+    """Also where downloads are allowed, as by a config that was tried on a machine with a network."""
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = Path(tiny["pickscore"]["weights"])
+    folder = tmp_path / "hub/models--yuvalkirstain--PickScore_v1"
+    shutil.copytree(source, folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("0" * 40)
+    asked = mock.Mock(side_effect=ConnectionError("no route"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", asked)
+    found = [rewards.build("pickscore", allow_download=allowed)(images, TEXTS) for allowed in (False, True)]
+    assert torch.equal(*found)
+    (folder / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
+    with pytest.raises(RewardError, match=r"model\.safetensors.* of yuvalkirstain/PickScore_v1 is not .*\(no route\)"):
+        rewards.build("pickscore", allow_download=True)
+    assert asked.call_count == 1
 
 
 def test_importing_the_package_leaves_warnings_as_they_were(tiny):

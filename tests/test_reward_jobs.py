@@ -79,6 +79,11 @@ def test_steering_search_and_finetuning(tiny, folder, name):
     main(["fit", "--config", "configs/digits/finetune.yaml", *target(name, tiny[name]), *short])
     before, after = (load_model(f"outputs/digits/{job}/model.safetensors") for job in ("mfm", "finetune"))
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    if name == "hpsv2":  # a run is not gone on with towards something else
+        other = target(name, tiny[name], prompts="a drawing of the digit {class}")
+        goes_on = ["--trainer.max_steps=3", "--ckpt_path=outputs/digits/finetune/last.ckpt"]
+        with pytest.raises(SystemExit, match="a drawing of the digit"):
+            main(["fit", "--config", "configs/digits/finetune.yaml", *other, *short, *goes_on])
 
 
 def test_a_benchmark_of_all(tiny, folder):
@@ -115,6 +120,9 @@ def test_scoring_showing_and_checking(tiny, folder, capsys):
 
     for i in range(3):
         Image.fromarray(torch.randint(256, (20 + i, 24, 3), dtype=torch.uint8).numpy()).save(f"{i}.png")
+    Path("pictures").mkdir()
+    for i in range(3):  # not square
+        Image.fromarray(torch.randint(256, (40, 90, 3), dtype=torch.uint8).numpy()).save(f"pictures/{i}.png")
     options = [f"--option={key}={value}" for key, value in tiny["hpsv2"].items()]
     score = ["rewards", "--score", "hpsv2", "--images", ".", *options]
     main([*score, "--prompt", "a photo of a {class}", "--label", "281"])
@@ -124,7 +132,11 @@ def test_scoring_showing_and_checking(tiny, folder, capsys):
     assert scored == scores()
     assert len(set(scored.values())) == 3
     Path("prompts.json").write_text('{"0.png": "a"}')
+    Path("list.json").write_text('["a", "b", "c"]')
+    Path("broken.json").write_text("{")
     for arguments, message in (
+        (["--prompts", "list.json"], r"list\.json must be an object of a text for each file"),
+        (["--prompts", "broken.json"], r"broken\.json is no JSON"),
         (["--prompts", "prompts.json"], r"prompts\.json has no prompt for 2 images, first 1\.png"),
         (["--prompt", "a {class}"], r"needs --label, in 0\.\.999"),
         ([], "needs prompts"),
@@ -137,6 +149,10 @@ def test_scoring_showing_and_checking(tiny, folder, capsys):
         assert what in " ".join(shown.split())
     main(["rewards", "--check", "hpsv2", *options])
     assert capsys.readouterr().out.count("passed") == 8
+    main(["rewards", "--check", "hpsv2", "--images", "pictures", "--prompt", "a cat", *options])
+    assert capsys.readouterr().out.count("passed") == 8
+    with pytest.raises(SystemExit, match=r"1\.png has shape .*, 0\.png .* a batch of one size"):
+        main(["rewards", "--check", "hpsv2", "--images", ".", *options])
     Path("mine.py").write_text("import rewards\nrewards.register('half', lambda images: images[:1].mean((1, 2, 3)))\n")
     sys.path.insert(0, str(folder))
     try:

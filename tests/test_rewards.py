@@ -44,9 +44,13 @@ def test_a_function_is_a_reward(images, own_names):
 
 def test_options_names_and_class_paths(images):
     by_name = rewards.build({"name": "brightness", "scale": 2.0})
-    by_path = rewards.build({"class_path": "rewards.statistics.Brightness", "init_args": {"scale": 2.0}})
+    path = "rewards.statistics.Brightness"
+    by_path = rewards.build({"class_path": path, "init_args": {"scale": 2.0}})
     torch.testing.assert_close(by_name(images), 2 * images.mean(dim=(1, 2, 3)))
     torch.testing.assert_close(by_name(images), by_path(images))
+    torch.testing.assert_close(by_name(images), rewards.build({"class_path": path, "scale": 2.0})(images))
+    with pytest.raises(RewardError, match="colour"):
+        rewards.build({"class_path": path, "colour": 2.0})
     with pytest.raises(RewardError, match="did you mean 'brightness'"):
         rewards.build("brigthness")
     with pytest.raises(RewardError, match="options of reward 'brightness' do not fit"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def import_checkpoint(
         "flip_time": flip_time,
     }
     path = find_file(path, allow_download, revision)
-    state = strip_prefixes(load_state_dict(path))
+    state = strip_prefixes(load_state_dict(path, [argparse.Namespace]))  # DMF's and SiT's hold their arguments
     if source not in (possible := sources_of(state)):
         raise CheckpointError(f"{path} has names of source {' or '.join(map(repr, possible))}, not of {source!r}")
     if source == "mfm":

@@ -118,6 +118,7 @@ class RewardAlignment(L.LightningModule):
             "method": self._done[0]["method"],
             "reward": self.target.settings.reward,
             "reward_scale": self.target.settings.reward_scale,
+            "prompts": self.target.settings.prompts,
             "model": self.target.identity,
             "samples": len(after),
             "mean_reward_before": before.mean().item(),
