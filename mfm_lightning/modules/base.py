@@ -16,7 +16,7 @@ from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.distributed import gather_ranks, own
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.modules.optimization import Optimization
-from mfm_lightning.strategies import gathered, shard
+from mfm_lightning.sharding import gathered, shard
 
 
 class NonFiniteLossError(RuntimeError):

@@ -1,0 +1,77 @@
+"""Networks in shards (FSDP2), and whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a network's parameters in place, its blocks (`regions`) one by one; no effect on one that is sharded."""
+    if isinstance(network, FSDPModule):
+        return
+    for part in network.modules():
+        for region in getattr(part, "regions", ()):
+            fully_shard(region, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def reshard(module: nn.Module) -> None:
+    """Make the parameters of all parts shards again; FSDP leaves some whole after a forward pass without a backward."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def whole(tensors: Mapping[str, Tensor], keep: bool, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """Copies of tensors with all their shards where `keep`, else none; called by all ranks.
+
+    Args:
+        device: of the copies; each tensor's own where None.
+    """
+    copies = {}
+    for name, tensor in tensors.items():  # one at a time, so that the others need no room for it
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            copies[name] = tensor.to(device or tensor.device, copy=True)
+    return copies
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor on the parameter's device, sharded as the parameter is."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def gathered(network: nn.Module, keep: bool) -> nn.Module | None:
+    """A copy of a sharded network, not sharded, where `keep`; called by all ranks.
+
+    Args:
+        network: one that its class and `config` make again; or a MetaFlowMap of one.
+    """
+    state = whole(network.state_dict(), keep)
+    if not keep:
+        return None
+    with torch.device("meta"):
+        copy = rebuilt(network)
+    copy.load_state_dict(state, assign=True)
+    return copy.eval().requires_grad_(False)
+
+
+def rebuilt(network: nn.Module) -> nn.Module:
+    """A new network of the same architecture."""
+    inner = getattr(network, "network", None)
+    return plain_class(network)(rebuilt(inner)) if inner is not None else plain_class(network)(**network.config)
+
+
+def plain_class(network: nn.Module) -> type[nn.Module]:
+    """The network's class, without what FSDP mixes into it."""
+    return next(c for c in type(network).__mro__ if not issubclass(c, FSDPModule))
