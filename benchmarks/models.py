@@ -88,8 +88,10 @@ class Subject:
         """The target of a reward (built, or as `rewards.build` takes it), on the same model; raises as
         `TargetSettings.load`."""
         s = self.settings
-        conditions = (1.0, s.guidance, s.prompts, s.class_names)
-        loaded = TargetSettings(s.file, reward, s.built_decoder, *conditions).load(self._model)
+        settings = TargetSettings(
+            s.file, reward, s.built_decoder, guidance=s.guidance, prompts=s.prompts, class_names=s.class_names
+        )
+        loaded = settings.load(self._model)
         self._model = loaded.model
         if s.labels is not None and max(s.labels) >= loaded.model.num_classes:
             raise ValueError(f"model.labels {s.labels}: the model has {loaded.model.num_classes} classes, from 0")

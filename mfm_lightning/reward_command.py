@@ -20,9 +20,10 @@ import rewards
 from mfm_lightning.devices import find_device
 from mfm_lightning.images import SUFFIXES
 from rewards import RewardError
-from rewards.prompts import PLACEHOLDER, imagenet_classes, load_class_names
+from rewards.prompts import PLACEHOLDER, class_prompts, load_class_names
+from rewards.protocol import device_of
 from rewards.registry import factory
-from rewards.testing import Conformance, check_reward
+from rewards.testing import Conformance, check_reward, smooth_images
 
 
 def main(args: Sequence[str]) -> None:
@@ -65,7 +66,7 @@ def main(args: Sequence[str]) -> None:
         parser.error("--prompts FILE names the images of --images DIR")
     prompts = _prompts(options)
     if options.check:
-        show_checks(check(reward, options.images, prompts, options.label, find_device(options.device)))
+        show_checks(check(reward, options.images, prompts, options.label))
         return
     scores = score_folder(reward, options.images, prompts, options.label)
     table = Table("image", options.score)
@@ -109,7 +110,6 @@ def check(
     folder: Path | None,
     prompts: str | Callable[[str], str] | None,
     label: int | None,
-    device: torch.device,
 ) -> Conformance:
     """The conformance checks on a folder's images, all of one size, or on random ones.
 
@@ -117,19 +117,14 @@ def check(
         prompts, label: as in `score_folder`; the checks' own where None.
     """
     if folder is None:
-        texts = None if prompts is None else [prompts] * 4
-        return check_reward(reward, None, texts, None if label is None else torch.full((4,), label, device=device))
-    paths = _paths(folder)
-    images = [load_image(path) for path in paths]
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape:
-            raise RewardError(
-                f"{path} has shape {tuple(image.shape)}, {paths[0]} {tuple(images[0].shape)}: the checks take a batch "
-                "of one size"
-            )
-    texts = None if prompts is None else [prompts(p.name) if callable(prompts) else prompts for p in paths]
-    labels = None if label is None else torch.full((len(paths),), label, device=device)
-    return check_reward(reward, torch.stack(images).to(device), texts, labels)
+        images = smooth_images(4)
+        names = [""] * len(images)
+    else:
+        images, names = _batch(folder)
+    device = device_of(reward)
+    texts = None if prompts is None else [_prompt(prompts, name) for name in names]
+    labels = None if label is None else torch.full((len(names),), label, device=device)
+    return check_reward(reward, images.to(device), texts, labels)
 
 
 def show_checks(result: Conformance) -> None:
@@ -153,11 +148,9 @@ def score_folder(
     Args:
         prompts: one for all, or what gives one for a file's name.
     """
-    weight = next(iter(reward.parameters()), None)
-    device = weight.device if weight is not None else torch.device("cpu")
-    scores = {}
+    device, scores = device_of(reward), {}
     for path in _paths(folder):
-        prompt = prompts(path.name) if callable(prompts) else prompts
+        prompt = _prompt(prompts, path.name)
         try:
             with torch.no_grad():
                 value = rewards.evaluate(
@@ -177,6 +170,23 @@ def _paths(folder: Path) -> list[Path]:
     return paths
 
 
+def _batch(folder: Path) -> tuple[Tensor, list[str]]:
+    """A folder's images, which must have one shape, and their files' names."""
+    paths = _paths(folder)
+    images = [load_image(path) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise RewardError(
+                f"{path} has shape {tuple(image.shape)}, {paths[0]} {tuple(images[0].shape)}: the checks take a batch "
+                "of one size"
+            )
+    return torch.stack(images), [path.name for path in paths]
+
+
+def _prompt(prompts: str | Callable[[str], str] | None, name: str) -> str | None:
+    return prompts(name) if callable(prompts) else prompts
+
+
 def _prompts(options: argparse.Namespace) -> str | Callable[[str], str] | None:
     """What the command line says about prompts."""
     if options.prompts is not None:
@@ -193,10 +203,10 @@ def _prompts(options: argparse.Namespace) -> str | Callable[[str], str] | None:
         return given.__getitem__
     if options.prompt is None or PLACEHOLDER not in options.prompt:
         return options.prompt
-    names = imagenet_classes() if options.class_names is None else load_class_names(options.class_names)
+    names = load_class_names(options.class_names)
     if options.label is None or not 0 <= options.label < len(names):
         raise RewardError(f"a prompt with {PLACEHOLDER} needs --label, in 0..{len(names) - 1}")
-    return options.prompt.replace(PLACEHOLDER, names[options.label])
+    return class_prompts(options.prompt, names)[options.label]
 
 
 def load_image(path: Path) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _CHUNK = 1 << 20
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these
+SKIPPED = re.compile(r"__[^/]*__($|/)")  # names of its own, by webdataset
 
 
 class _Header(tarfile.TarInfo):
@@ -36,7 +36,7 @@ def tar_files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
     """
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
         for member in tar:
-            if member.isreg() and not _META.match(member.name):
+            if member.isreg() and not SKIPPED.match(member.name):
                 yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": url}
             tar.members = []  # else all stay in memory
         while rest := tar.fileobj.read(_CHUNK):

@@ -17,7 +17,7 @@ from mfm_lightning.interpolant import as_times
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.nfe import Meter
 from rewards import Reward, RewardError, as_reward, build, evaluate
-from rewards.prompts import PLACEHOLDER, class_prompts, imagenet_classes, load_class_names
+from rewards.prompts import PLACEHOLDER, class_prompts, load_class_names
 from rewards.protocol import check_context, name_of
 
 
@@ -251,7 +251,7 @@ class TargetSettings:
             if isinstance(self.prompts, list) and len(self.prompts) != num_classes:
                 raise ValueError(f"{len(self.prompts)} prompts for {num_classes} classes: give one, or one a class")
             return self.prompts
-        names = imagenet_classes() if self.class_names is None else load_class_names(self.class_names)
+        names = load_class_names(self.class_names)
         if len(names) != num_classes:
             whose = self.class_names or "ImageNet's (set target.class_names)"
             raise ValueError(f"{len(names)} class names, {whose}, for a model of {num_classes} classes")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewards.weights import CheckpointError, find_file, find_folder, load_into, load_state_dict
+from rewards.weights import CheckpointError, find_file, find_folder, load_into, load_state_dict, num_blocks
 
 _WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16}  # vision towers H, g and bigG; all other towers have 64 channels a head
 
@@ -124,12 +124,12 @@ def infer_config(state: dict[str, Tensor], hidden_act: str, path: str | Path = "
     """
 
     def tower(name: str) -> dict[str, Any]:
-        layers = {m[1] for key in state if (m := re.match(rf"{name}\.encoder\.layers\.(\d+)\.", key))}
+        depth = num_blocks(state, f"{name}.encoder.layers.")
         intermediate, width = state[f"{name}.encoder.layers.0.mlp.fc1.weight"].shape
         wide = _WIDE_HEADS if name == "vision_model" else {}
         heads = wide.get(width, max(1, width // 64))
         sizes = {"hidden_size": width, "intermediate_size": intermediate, "num_attention_heads": heads}
-        return {**sizes, "num_hidden_layers": len(layers), "hidden_act": hidden_act, "projection_dim": projected}
+        return {**sizes, "num_hidden_layers": depth, "hidden_act": hidden_act, "projection_dim": projected}
 
     try:
         projected = len(state["visual_projection.weight"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from rewards.preprocessing import Preprocessing
 from rewards.pretrained import Card, PretrainedReward, at_least_float32
 from rewards.prompts import PromptCache
 from rewards.registry import register
-from rewards.weights import CheckpointError, find_file, find_folder, load_into, load_state_dict
+from rewards.weights import CheckpointError, find_file, find_folder, load_into, load_state_dict, num_blocks
 
 MAX_TOKENS = 35  # of a prompt, as in the package
 
@@ -109,9 +108,6 @@ def infer_sizes(state: dict[str, Tensor], path: str | Path = "the weights") -> d
         CheckpointError: if a weight that tells a size is missing.
     """
 
-    def depth(pattern: str) -> int:
-        return len({m[1] for name in state if (m := re.match(pattern, name))})
-
     try:
         width, _, patch, _ = state["blip.visual_encoder.patch_embed.proj.weight"].shape
         patches = state["blip.visual_encoder.pos_embed"].shape[1] - 1
@@ -124,14 +120,14 @@ def infer_sizes(state: dict[str, Tensor], path: str | Path = "the weights") -> d
         "img_size": math.isqrt(patches) * patch,
         "patch_size": patch,
         "embed_dim": width,
-        "depth": depth(r"blip\.visual_encoder\.blocks\.(\d+)\."),
+        "depth": num_blocks(state, "blip.visual_encoder.blocks."),
         "num_heads": max(1, width // 64),
     }
     text = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "num_hidden_layers": depth(r"blip\.text_encoder\.encoder\.layer\.(\d+)\."),
+        "num_hidden_layers": num_blocks(state, "blip.text_encoder.encoder.layer."),
         "num_attention_heads": max(1, hidden // 64),
         "max_position_embeddings": positions,
     }

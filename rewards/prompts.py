@@ -18,13 +18,16 @@ def imagenet_classes() -> list[str]:
     return _lines(files("rewards").joinpath("data/imagenet_classes.txt").read_text(encoding="utf-8"))
 
 
-def load_class_names(path: str | Path) -> list[str]:
-    """Names by label: a text file, one a line (lines from a # on are comments), or a JSON list or `{label: name}`.
+def load_class_names(path: str | Path | None = None) -> list[str]:
+    """Names by label: a text file, one a line (lines from a # on are comments), or a JSON list or `{label: name}`;
+    ImageNet's where None.
 
     Raises:
         FileNotFoundError: if it is not there.
         ValueError: if it is not of that kind, or labels are missing.
     """
+    if path is None:
+        return imagenet_classes()
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no class names at {path}")

@@ -8,6 +8,7 @@ and to take what its arguments are named after.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +78,11 @@ def as_reward(reward: Callable[..., Tensor], name: str | None = None) -> Reward:
     if not hasattr(reward, "name"):
         reward.name = name or type(reward).__name__
     return reward
+
+
+def device_of(reward: Reward) -> torch.device:
+    """Where its weights are; the CPU for one that has none."""
+    return next(itertools.chain(reward.parameters(), reward.buffers()), torch.empty(0, device="cpu")).device
 
 
 def name_of(reward: Reward) -> str:

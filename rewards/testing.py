@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.protocol import Reward, RewardError, as_reward, evaluate, name_of
+from rewards.protocol import Reward, RewardError, as_reward, device_of, evaluate, name_of
 
 PROMPTS = ("a photograph of a tabby cat", "a red car at night", "two people in the snow", "an old lighthouse")
 STEPS = (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)  # of finite differences, as norms of the change of an image
@@ -86,8 +85,7 @@ def check_reward(
     """
     reward = as_reward(reward)
     if images is None:
-        own = next(itertools.chain(reward.parameters(), reward.buffers()), torch.empty(0))
-        images = smooth_images(4, seed=seed).to(own.device)
+        images = smooth_images(4, seed=seed).to(device_of(reward))
     if len(images) < 3:
         raise ValueError(f"{len(images)} images: the checks need at least 3")
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(images))] if prompts is None else list(prompts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -200,6 +200,12 @@ def load_state_dict(path: str | Path, allowed: Sequence[type] = ()) -> dict[str,
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors by name: expected a state dict")
     return tensors
+
+
+def num_blocks(names: Iterable[str], prefix: str) -> int:
+    """How many numbered parts, from 0, names with a prefix have: 12 for "blocks.0.norm.weight" to "blocks.11...."."""
+    heads = (name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix))
+    return max((int(head) for head in heads if head.isdigit()), default=-1) + 1
 
 
 def load_into(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mfm_lightning.networks.dit import SIZES
-from rewards.weights import CheckpointError
+from rewards.weights import CheckpointError, num_blocks
 
 _BY_SHAPE = {(size["hidden_size"], size["depth"]): size for size in SIZES.values()}
 
@@ -53,10 +53,7 @@ def infer_architecture(state: Mapping[str, Tensor], given: Mapping[str, Any], pa
         raise CheckpointError(f"{path}: pos_embed has {tokens} tokens, which is no square of a whole number")
     found.setdefault("input_size", side * found["patch_size"])
     found.setdefault("num_classes", shape("label_embedding.weight", 2)[0] - 1)
-    blocks = {
-        int(parts[1]) for parts in (name.split(".") for name in state) if parts[0] == "blocks" and parts[1].isdigit()
-    }
-    found.setdefault("depth", max(blocks, default=-1) + 1)
+    found.setdefault("depth", num_blocks(state, "blocks."))
     found.setdefault("mlp_ratio", shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden)
     found.setdefault("qk_norm", "blocks.0.attn.q_norm.weight" in state)
     if "blocks.0.attn.q_norm.weight" in state:

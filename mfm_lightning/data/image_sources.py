@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from PIL import Image
 
 from mfm_lightning.data.urls import check_url, expand, from_webdataset, local_path, open_url
 from mfm_lightning.images import center_crop
-from mfm_lightning.tar_files import tar_files
+from mfm_lightning.tar_files import SKIPPED, tar_files
 
 _MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
@@ -233,5 +232,5 @@ def check_key(key: str) -> None:
         raise InputError(
             f"{key!r} is too long for a name in a tar: shorten it to 96 bytes, or its folders to 155 and the rest to 96"
         ) from error
-    if re.match(r"__[^/]*__/", key):
+    if SKIPPED.match(f"{key}.npy"):
         raise InputError(f"{key!r} is skipped by webdataset, as are all folders with such a name: rename the folder")

@@ -55,6 +55,7 @@ class PolicyEvaluation(Evaluation):
         self.held_out = {name: build(reward) for name, reward in (held_out or {}).items()}
         self.pictures, self.seed = pictures, seed
         self._classifier: SmallClassifier | None = None
+        self._real: Tensor | None = None
         self._base_row: dict[str, float] | None = None
 
     def check(self, module) -> None:
@@ -71,23 +72,24 @@ class PolicyEvaluation(Evaluation):
         testing = module.trainer.testing
         noise, label = self._noise(module)
         target = module.target(label)
-        jobs = {
-            "base flow": lambda: module.sample_base(noise, label, self.ode_steps),
-            "policy": lambda: module.sample_policy(noise, label, self.ode_steps),
-        }
+
+        def row(states: Tensor) -> dict[str, float]:
+            return self._row(target, states, label, module.trainer.datamodule)
+
+        def base() -> dict[str, float]:
+            if self._base_row is None:  # the base flow and its noise stay as they are
+                self._base_row = row(module.sample_base(noise, label, self.ode_steps))
+            return self._base_row
+
+        jobs = {"base flow": base, "policy": lambda: row(module.sample_policy(noise, label, self.ode_steps))}
         if self.steering is not None and testing:
             generator = torch.Generator().manual_seed(self.seed)
-            jobs["steering"] = lambda: self.steering(target, noise, generator).states
+            jobs["steering"] = lambda: row(self.steering(target, noise, generator).states)
         rows = []
         for name in track(list(jobs), describe=str):
-            # the base flow and its noise stay as they are
-            row = self._base_row if name == "base flow" else None
-            if row is None:
-                row = self._row(target, jobs[name](), label, module.trainer.datamodule)
-            if name == "base flow":
-                self._base_row = row
-            rows.append({"samples": name, **row})
-            for key, value in row.items():
+            found = jobs[name]()
+            rows.append({"samples": name, **found})
+            for key, value in found.items():
                 module.log(f"{'test' if testing else 'val'}/{name}/{key}", value, rank_zero_only=True)
         title = f"{len(noise)} ODE samples of {self.ode_steps} steps, the same noise for all"
         write_table(rows, title, folder, "policy", show=testing)
@@ -101,22 +103,21 @@ class PolicyEvaluation(Evaluation):
         return row | (self._likeness(data, images.cpu(), label.cpu()) if self.likeness else {})
 
     def _likeness(self, data, images: Tensor, label: Tensor) -> dict[str, float]:
-        real = data.decode(data.splits["train"][0])
         if self._classifier is None:
-            self._classifier = train_classifier(real, data.splits["train"][1], data.num_classes)
+            self._real = data.decode(data.splits["train"][0])
+            self._classifier = train_classifier(self._real, data.splits["train"][1], data.num_classes)
         features = self._classifier.features_module()
         return {
-            "Fréchet": frechet_distance(features, self._classifier.num_features, real, images),
+            "Fréchet": frechet_distance(features, self._classifier.num_features, self._real, images),
             "diversity": mean_pairwise_distance(features(images), label),
         }
 
     @torch.no_grad()
     def draw(self, module, folder: Path) -> None:
         noise, label = self._noise(module)
-        if self.num_samples is None:  # class by class: one of each class before a second
-            pick = torch.arange(len(noise)).reshape(-1, self.samples_per_class).T.flatten()
-        else:
-            pick = torch.arange(len(noise))
+        pick = torch.arange(len(noise))
+        if self.num_samples is None:  # they come class by class: one of each class before a second
+            pick = pick.reshape(-1, self.samples_per_class).T.flatten()
         pick = pick[: self.pictures]
         noise, label = noise[pick], label[pick]
         target = module.target(label)
