@@ -5,13 +5,13 @@ import signal
 import pytest
 
 from mfm_lightning.prepare_command import main
-from tests import latent_data
+from tests import latent_data, processes
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """See `latent_data.one_thread`."""
-    with latent_data.one_thread():
+    """See `processes.one_thread`."""
+    with processes.one_thread():
         yield
 
 
@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     latent_data.photographs(folder / "images")
     vae = latent_data.small_vae(folder / "vae")
-    with latent_data.one_thread():
+    with processes.one_thread():
         main([*latent_data.arguments(folder, vae), "--output", str(folder / "shards"), "--verify"])
     return folder
 
@@ -32,3 +32,9 @@ def _interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory):
+    """Shards of `latent_data.COUNTS` samples."""
+    return latent_data.shards(tmp_path_factory.mktemp("uneven"), latent_data.COUNTS)

@@ -1,20 +1,17 @@
-"""What the tests of latent shards share: photographs, a small VAE, shards without either, and processes."""
+"""What the tests of latent shards share: photographs, a small VAE, and shards without either."""
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
 
+from mfm_lightning.data import LatentShards
 from mfm_lightning.data.latent_index import INDEX, LatentIndex, Shard
 from mfm_lightning.data.shard_writer import PARTS, finished, write_shard, write_text
 
 STATE_SHAPE = (4, 2, 2)
+COUNTS = [5, 1, 9, 0, 3, 6, 2, 10, 4]  # of uneven shards, 40 in all
 
 
 def photographs(root: Path, per_class: int = 9, size: int = 40) -> Path:
@@ -74,36 +71,11 @@ def numbers(batch) -> list[int]:
     return (batch[0][:, 0, 0, 0] / 0.5).abs().round().int().tolist()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """In this process and in spawned ones, as forked ones have it: then sums are the same to the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-        yield
-    torch.set_num_threads(threads)
-
-
 def arguments(folder: Path, vae: str | None = None) -> list[str]:
     vae = vae or str(folder / "vae")
     sizes = ["--image-size", "32", "--shard-size", "4", "--batch-size", "3", "--threads", "1", "--device", "cpu"]
     return ["--input", str(folder / "images"), "--vae", vae, *sizes]
 
 
-def forked(function: Callable, *arguments: object) -> multiprocessing.Process:
-    """A process that has all imported already; with one thread, since a fork does not take OpenMP's along."""
-
-    def alone() -> None:
-        torch.set_num_threads(1)
-        function(*arguments)
-
-    process = multiprocessing.get_context("fork").Process(target=alone)
-    process.start()
-    return process
-
-
-def ended(process: multiprocessing.Process) -> int:
-    process.join(timeout=120)
-    if process.is_alive():  # it hangs: that is no exit status
-        process.kill()
-    return process.exitcode
+def data(folder: Path, **settings) -> LatentShards:
+    return LatentShards(str(folder), **{"batch_size": 4, "num_workers": 0, "val_shards": 0, **settings})

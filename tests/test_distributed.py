@@ -4,7 +4,6 @@ import csv
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,10 +16,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 from mfm_lightning.checkpoints import load_model, save_model
-from mfm_lightning.cli import run
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
-from tests.latent_data import ended, forked
+from tests.processes import torchrun, torchrun_statuses
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,28 +107,6 @@ def write_config(folder: Path, module: str = "StepPretraining", every_n_steps: i
         "data": {"class_path": "tests.distributed_parts.StepData"},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-
-
-def torchrun(folder: Path, ranks: int, *arguments: str) -> None:
-    """`mfm` in processes such as torchrun starts, but for the time that each takes to import all."""
-    assert exit_statuses(folder, ranks, *arguments) == [0] * ranks
-
-
-def exit_statuses(folder: Path, ranks: int, *arguments: str) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def work(rank: int) -> None:
-        if ranks > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-            os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "test"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.chdir(folder)
-        sys.argv = ["mfm"]
-        run(arguments)
-
-    return [ended(worker) for worker in [forked(work, rank) for rank in range(ranks)]]
 
 
 def run_of(name: str) -> list[str]:
@@ -236,7 +212,7 @@ def test_a_save_in_shards_that_fails_leaves_the_one_before(tmp_path, monkeypatch
     }.items():  # fmt: skip
         with monkeypatch.context() as patched:
             patched.setattr(*owner, function)
-            statuses = exit_statuses(tmp_path, 2, "fit", *run_of(name), *sharded)
+            statuses = torchrun_statuses(tmp_path, 2, "fit", *run_of(name), *sharded)
         assert all(statuses), name
         assert torch.load(tmp_path / name / "last.ckpt/meta.pt", weights_only=True)["global_step"] == 2
     message = "checkpoint full/last.ckpt could not be written, the one before it is intact"

@@ -17,7 +17,8 @@ from mfm_lightning.modules import MFMPretraining
 from mfm_lightning.networks import DiT
 from mfm_lightning.objectives import Objective, WeightedTerm
 from tests.distributed_parts import StepData
-from tests.latent_data import ended, forked, shards
+from tests.latent_data import shards
+from tests.processes import ended, forked
 
 CONFIG = """
 trainer:

@@ -22,7 +22,8 @@ from mfm_lightning.data.prepare import Preparation, prepare
 from mfm_lightning.data.shard_writer import finished, write_shard
 from mfm_lightning.distributed import Process
 from mfm_lightning.prepare_command import main
-from tests.latent_data import arguments, forked, photographs
+from tests.latent_data import arguments, photographs
+from tests.processes import forked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
