@@ -3,9 +3,12 @@
 import signal
 
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from mfm_lightning.prepare_command import main
 from tests import latent_data, processes
+from tests.tiny_rewards import tiny_rewards
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +41,16 @@ def _interruptible():
 def uneven(tmp_path_factory):
     """Shards of `latent_data.COUNTS` samples."""
     return latent_data.shards(tmp_path_factory.mktemp("uneven"), latent_data.COUNTS)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Options of each preference reward, small and of random weights."""
+    return tiny_rewards(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """scikit-learn's two photographs, 427 x 640, and an upright part of one."""
+    found = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    return [*found, found[0].crop((100, 20, 353, 420))]

@@ -9,12 +9,6 @@ from torch import nn
 import rewards
 from rewards import Reward, RewardError
 from rewards.testing import check_reward, smooth_images
-from tests.tiny_rewards import tiny_rewards
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_rewards(tmp_path_factory.mktemp("weights"))
 
 
 def small_classifier() -> nn.Module:

@@ -20,16 +20,10 @@ from mfm_lightning.cli import main
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
 from rewards.prompts import class_prompts
-from tests.tiny_rewards import tiny_rewards
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PROMPT = "a photograph of the digit {class}"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_rewards(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import to_tensor
 
+TEXTS = ["a tabby cat", "a red car at night, high quality", "two people in the snow"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "an", "of", "high", "-", "quality", ",", "resolution"]
 WORDS += [
     "photograph",
@@ -89,3 +92,12 @@ def tiny_rewards(folder: Path) -> dict[str, dict]:
         "aesthetic": {"weights": clip, "head": str(folder / "head.pth")},
         "image_reward": {"weights": str(image_reward_file(folder / "image_reward"))},
     }
+
+
+def longest_edge_padded(image: Image.Image, size: int) -> torch.Tensor:
+    """HPSv2's own way in PIL: open_clip's ResizeMaxSize, then to a tensor and normalised."""
+    scale = size / max(image.size)
+    small = image.resize([round(n * scale) for n in image.size], Image.BICUBIC)
+    square = Image.new("RGB", (size, size))
+    square.paste(small, [(size - n) // 2 for n in small.size])
+    return to_tensor(square)
