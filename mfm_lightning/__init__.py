@@ -1,3 +1,3 @@
 """mfm-lightning: Meta Flow Maps (ICML 2026, arXiv 2601.14430) for scalable reward alignment."""
 
-__version__ = "0.1.0"
+from mfm_lightning._version import __version__ as __version__

@@ -5,6 +5,8 @@ Times are `(B,)` tensors in [0, 1], states `(B, *shape)`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,19 @@ def diffusion(t: Tensor, max_value: float = 25.0) -> Tensor:
         max_value: the clamp, reached at t = 1 / (1 + max_value).
     """
     return ((1 - t) / t.clamp_min(torch.finfo(t.dtype).tiny)).clamp(0.0, max_value)
+
+
+def randn(
+    shape: Sequence[int], like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices).
+
+    Args:
+        generator: one; or one for each row, so that a row's noise does not depend on the batch that it is in.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} rows of noise: give one a row")
+        return torch.stack([randn(shape[1:], like, g) for g in generator])
+    device = generator.device if generator is not None else like.device
+    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

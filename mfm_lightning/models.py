@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from mfm_lightning.interpolant import as_times, expand
-from mfm_lightning.tangents import get_backend
+from mfm_lightning.interpolant import as_times, expand, randn
+from mfm_lightning.tangents import velocity_and_jvp
+
+__all__ = ["MetaFlowMap", "velocity_and_jvp"]
 
 
 class MetaFlowMap(nn.Module):
@@ -129,44 +129,3 @@ class MetaFlowMap(nn.Module):
         if not isinstance(guidance, Tensor) and not any(abs(guidance - g) < 1e-6 for g in known):
             raise ValueError(f"guidance {guidance} is not a scale that this network knows: {list(known)}")
         return as_times(guidance, x)
-
-
-def velocity_and_jvp(
-    model: MetaFlowMap,
-    s: Tensor,
-    u: Tensor,
-    x: Tensor,
-    t: Tensor,
-    x_t: Tensor,
-    tangents: tuple[Tensor, Tensor, Tensor],
-    label: Tensor | None = None,
-    guidance: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """v_{s,u}(x; t, x_t) and its derivative in (s, u, x) along `tangents = (ds, du, dx)`; both `(B, *shape)`.
-
-    Args:
-        tangents: `(B,)`, `(B,)` and `(B, *shape)`.
-        backend: a name in `mfm_lightning.tangents.BACKENDS`. With "explicit", and "auto" where the network supports it,
-            the derivative has no graph.
-    """
-    s, u = as_times(s, x), as_times(u, x)
-    ds, du, dx = tangents
-    tangents = (as_times(ds, x), as_times(du, x), dx)
-    return get_backend(backend)(model, (s, u, x), tangents, (t, x_t, label, guidance))
-
-
-def randn(
-    shape: Sequence[int], like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
-) -> Tensor:
-    """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices).
-
-    Args:
-        generator: one; or one for each row, so that a row's noise does not depend on the batch that it is in.
-    """
-    if isinstance(generator, Sequence):
-        if len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators for {shape[0]} rows of noise: give one a row")
-        return torch.stack([randn(shape[1:], like, g) for g in generator])
-    device = generator.device if generator is not None else like.device
-    return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

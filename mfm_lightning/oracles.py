@@ -86,7 +86,7 @@ class GaussianMixture:
 
         Args:
             reward: r(x1) = log N(y; A x1, noise_std^2 I), with attributes `operator` A `(M, D)`, `observation` y `(M,)`
-                and `noise_std`; e.g. `rewards.linear_gaussian.LinearGaussianLikelihood`.
+                and `noise_std`; e.g. `mfm_rewards.linear_gaussian.LinearGaussianLikelihood`.
 
         Raises:
             TypeError: if the reward is of another kind, for which a mixture has no closed form.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.glass import BaseDrift, glass_velocity
-from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate, score
-from mfm_lightning.models import MetaFlowMap, randn
+from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate, randn, score
+from mfm_lightning.models import MetaFlowMap
 
 Callback = Callable[[int, Tensor], None]
 METHODS = ("euler", "heun")

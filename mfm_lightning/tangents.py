@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mfm_lightning.interpolant import expand
+from mfm_lightning.interpolant import as_times, expand
 
 Inner = tuple[Tensor, Tensor, Tensor]
 Backend = Callable[[nn.Module, Inner, Inner, tuple], tuple[Tensor, Tensor]]
@@ -112,3 +112,29 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"unknown tangent backend {name!r}: expected one of {', '.join(sorted(BACKENDS))}")
     return BACKENDS[name]
+
+
+def velocity_and_jvp(
+    model: nn.Module,
+    s: Tensor,
+    u: Tensor,
+    x: Tensor,
+    t: Tensor,
+    x_t: Tensor,
+    tangents: tuple[Tensor, Tensor, Tensor],
+    label: Tensor | None = None,
+    guidance: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """v_{s,u}(x; t, x_t) and its derivative in (s, u, x) along `tangents = (ds, du, dx)`; both `(B, *shape)`.
+
+    Args:
+        model: a `MetaFlowMap`.
+        tangents: `(B,)`, `(B,)` and `(B, *shape)`.
+        backend: a name in `BACKENDS`. With "explicit", and "auto" where the network supports it,
+            the derivative has no graph.
+    """
+    s, u = as_times(s, x), as_times(u, x)
+    ds, du, dx = tangents
+    tangents = (as_times(ds, x), as_times(du, x), dx)
+    return get_backend(backend)(model, (s, u, x), tangents, (t, x_t, label, guidance))

@@ -5,8 +5,8 @@ from torch import nn
 
 from mfm_lightning.interpolant import expand
 from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.objectives.teachers import OracleTeacher
 from mfm_lightning.oracles import GaussianMixture
-from mfm_lightning.teachers import OracleTeacher
 
 MEAN, VARIANCE = (1.0, -0.5), 0.3
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from mfm_lightning.prepare_command import main
+from mfm_lightning.commands.prepare_latents import main
 from tests import latent_data, processes
 from tests.tiny_rewards import tiny_rewards
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from mfm_lightning.data import LatentShards
-from mfm_lightning.data.latent_index import INDEX, LatentIndex, Shard
-from mfm_lightning.data.shard_writer import PARTS, finished, write_shard, write_text
+from mfm_lightning.data.latents.index import INDEX, LatentIndex, Shard
+from mfm_lightning.data.latents.shard_writer import PARTS, finished, write_shard, write_text
 
 STATE_SHAPE = (4, 2, 2)
 COUNTS = [5, 1, 9, 0, 3, 6, 2, 10, 4]  # of uneven shards, 40 in all

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "parity_data"
 ARCHITECTURE = {
     "input_size": 8,
     "patch_size": 2,

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from mfm_lightning.cli import run
+from mfm_lightning.commands.main import run
 
 
 @contextmanager

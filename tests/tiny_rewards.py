@@ -59,7 +59,7 @@ def clip_folder(folder: Path, seed: int = 0) -> Path:
 
 def image_reward_file(folder: Path, seed: int = 0) -> Path:
     """The package's class; with a vocabulary beside the weights."""
-    from rewards.image_reward import build_model
+    from mfm_rewards.image_reward import build_model
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
@@ -77,7 +77,7 @@ def image_reward_file(folder: Path, seed: int = 0) -> Path:
 
 def tiny_rewards(folder: Path) -> dict[str, dict]:
     """Options of each preference reward, whose files are written to a folder."""
-    from rewards.aesthetic import aesthetic_head
+    from mfm_rewards.aesthetic import aesthetic_head
 
     folder.mkdir(parents=True, exist_ok=True)
     clip = str(clip_folder(folder / "clip"))

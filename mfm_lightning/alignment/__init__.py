@@ -14,7 +14,7 @@ from mfm_lightning.alignment.methods import (
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.search import search, search_times
 from mfm_lightning.alignment.smc import feynman_kac, twisted_smc
-from mfm_lightning.alignment.steer import steer, time_grid
+from mfm_lightning.alignment.steering import steer, time_grid
 
 __all__ = [
     "AlignmentMethod",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from mfm_lightning.alignment.result import AlignmentResult, Run
-from mfm_lightning.models import randn
+from mfm_lightning.alignment.target import Target
+from mfm_lightning.interpolant import randn
 from mfm_lightning.samplers import sample_ode
-from mfm_lightning.target import Target
 
 
 @torch.no_grad()

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.best_of_n import best_of_n
+from mfm_lightning.alignment.posteriors import Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.search import SELECTIONS, search, search_times
 from mfm_lightning.alignment.smc import TRANSITIONS, check_particles, feynman_kac, twisted_smc
-from mfm_lightning.alignment.steer import DYNAMICS, steer, time_grid
+from mfm_lightning.alignment.steering import DYNAMICS, steer, time_grid
+from mfm_lightning.alignment.target import Target, require_gradient
+from mfm_lightning.alignment.values import DenoisedValue, DPSGradient, DrawGradient, GradientEstimator, ValueEstimator
 from mfm_lightning.checkpoints import load_model
-from mfm_lightning.models import MetaFlowMap, randn
-from mfm_lightning.posteriors import Posterior
+from mfm_lightning.interpolant import randn
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import sample_ode
-from mfm_lightning.target import Target, require_gradient
-from mfm_lightning.values import DenoisedValue, DPSGradient, DrawGradient, GradientEstimator, ValueEstimator
-from rewards import Reward
+from mfm_rewards import Reward
 
 
 class AlignmentMethod(ABC):

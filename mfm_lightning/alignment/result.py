@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_lightning.nfe import Meter
-from mfm_lightning.target import Target
-from rewards import RewardError
+from mfm_lightning.alignment.nfe import Meter
+from mfm_lightning.alignment.target import Target
+from mfm_rewards import RewardError
 
 
 @dataclass

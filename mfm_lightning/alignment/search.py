@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
-from mfm_lightning.interpolant import as_times, expand, interpolate
-from mfm_lightning.models import randn
-from mfm_lightning.posteriors import FlowMapPosterior, Posterior
-from mfm_lightning.target import Target
+from mfm_lightning.alignment.target import Target
+from mfm_lightning.interpolant import as_times, expand, interpolate, randn
 
 SELECTIONS = ("overall", "per_particle")
 

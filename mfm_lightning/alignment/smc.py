@@ -14,13 +14,18 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.posteriors import GlassPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
-from mfm_lightning.alignment.steer import time_grid
-from mfm_lightning.interpolant import as_times, diffusion, expand, score
-from mfm_lightning.models import randn
-from mfm_lightning.posteriors import GlassPosterior, Posterior
-from mfm_lightning.target import Target
-from mfm_lightning.values import DPSGradient, Estimate, GradientEstimator, ValueEstimator, effective_sample_size
+from mfm_lightning.alignment.steering import time_grid
+from mfm_lightning.alignment.target import Target
+from mfm_lightning.alignment.values import (
+    DPSGradient,
+    Estimate,
+    GradientEstimator,
+    ValueEstimator,
+    effective_sample_size,
+)
+from mfm_lightning.interpolant import as_times, diffusion, expand, randn, score
 
 TRANSITIONS = ("sde", "glass")
 KEEP = ("sample", "best", "all")

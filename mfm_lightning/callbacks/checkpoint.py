@@ -17,8 +17,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from mfm_lightning.distributed import gather_ranks
-from mfm_lightning.whole_files import clear_partials, mend, whole_file
+from mfm_lightning.utils.atomic import clear_partials, mend, whole_file
+from mfm_lightning.utils.distributed import gather_ranks
 
 log = logging.getLogger(__name__)
 

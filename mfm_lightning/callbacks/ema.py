@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mfm_lightning.sharding import like, reshard, whole
+from mfm_lightning.training.sharding import like, reshard, whole
 
 
 class EMA(L.Callback):

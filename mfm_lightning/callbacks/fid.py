@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from mfm_lightning.decoders import Decoder, PixelDecoder
-from mfm_lightning.distributed import gather_ranks
-from mfm_lightning.images import to_uint8
 from mfm_lightning.metrics.fid import Statistics, reference_statistics
 from mfm_lightning.metrics.inception import Inception, InceptionFeatures, find_inception_weights
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule, own_gradients
+from mfm_lightning.networks.decoders import Decoder, PixelDecoder
 from mfm_lightning.sampling import ModelSampler, SamplePlan
 from mfm_lightning.sampling.model_sampler import BY_MODEL
+from mfm_lightning.utils.distributed import gather_ranks
+from mfm_lightning.utils.images import to_uint8
 
 
 class SampleFID(L.Callback):

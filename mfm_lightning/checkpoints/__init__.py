@@ -18,7 +18,7 @@ from mfm_lightning.checkpoints.released import (
     strip_prefixes,
     to_released_names,
 )
-from rewards.weights import CheckpointError, find_file, load_state_dict
+from mfm_rewards.weights import CheckpointError, find_file, load_state_dict
 
 __all__ = [
     "PREFIXES",

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from mfm_lightning.networks.dit import SIZES
-from rewards.weights import CheckpointError, num_blocks
+from mfm_rewards.weights import CheckpointError, num_blocks
 
 _BY_SHAPE = {(size["hidden_size"], size["depth"]): size for size in SIZES.values()}
 

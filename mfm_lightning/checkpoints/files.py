@@ -1,4 +1,4 @@
-"""Our own safetensors files, in and out; any file of plain tensors is read by `rewards.weights`."""
+"""Our own safetensors files, in and out; any file of plain tensors is read by `mfm_rewards.weights`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import NETWORKS, VALUE_NETWORKS
-from mfm_lightning.whole_files import whole_file
-from rewards.weights import CheckpointError, load_into
+from mfm_lightning.utils.atomic import whole_file
+from mfm_rewards.weights import CheckpointError, load_into
 
 
 def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> Path:

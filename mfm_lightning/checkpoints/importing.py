@@ -26,8 +26,8 @@ from mfm_lightning.checkpoints.released import (
 )
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
-from mfm_lightning.whole_files import whole_file
-from rewards.weights import CheckpointError, find_file, load_into, load_state_dict
+from mfm_lightning.utils.atomic import whole_file
+from mfm_rewards.weights import CheckpointError, find_file, load_into, load_state_dict
 
 log = logging.getLogger(__name__)
 _CONFIG = "mfm_lightning_config"  # in the metadata of an exported file: what shapes do not tell

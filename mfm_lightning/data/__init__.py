@@ -1,7 +1,7 @@
 """DataModules."""
 
 from mfm_lightning.data.base import ArrayDataModule, StepDataModule
-from mfm_lightning.data.digits import DigitsDataModule
+from mfm_lightning.data.digits import DigitsClassifier, DigitsDataModule
 from mfm_lightning.data.gaussian_mixture import GaussianMixtureDataModule
 from mfm_lightning.data.latents import LatentShards
 from mfm_lightning.data.noise import NoiseDataModule
@@ -9,6 +9,7 @@ from mfm_lightning.data.off_policy import OffPolicyDataModule
 
 __all__ = [
     "ArrayDataModule",
+    "DigitsClassifier",
     "DigitsDataModule",
     "GaussianMixtureDataModule",
     "LatentShards",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from mfm_lightning.data.base import ArrayDataModule
 from mfm_lightning.data.stream import shuffled_batch
+from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 
 
 class DigitsDataModule(ArrayDataModule):
@@ -39,3 +42,23 @@ class DigitsDataModule(ArrayDataModule):
     def decode(self, x: Tensor) -> Tensor:
         """States in [-1, 1] to images in [0, 1]."""
         return (x.float() / 2 + 0.5).clamp(0, 1)
+
+
+class DigitsClassifier(SmallClassifier):
+    """`SmallClassifier` of scikit-learn's digits, trained when it is made (a few seconds, the same for a seed).
+
+    As `classifier: {class_path: mfm_lightning.data.DigitsClassifier}` it serves rewards. Its default seed
+    is not that of the evaluation's classifier, so that a reward is not measured by the network that gave it.
+    """
+
+    def __init__(self, seed: int = 1, steps: int = 600) -> None:
+        super().__init__(1, 8, 10)
+        self.load_state_dict(_trained_on_digits(seed, steps))
+
+
+@cache
+def _trained_on_digits(seed: int, steps: int) -> dict[str, Tensor]:
+    data = DigitsDataModule()
+    data.setup()
+    images, labels = data.splits["train"]
+    return train_classifier(data.decode(images), labels, data.num_classes, steps, seed).state_dict()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfm_lightning.data.base import StepDataModule, generator
 from mfm_lightning.data.stream import BatchStream
-from mfm_lightning.distributed import gather_ranks, own
+from mfm_lightning.utils.distributed import gather_ranks, own
 
 
 class OffPolicyDataModule(L.LightningDataModule):

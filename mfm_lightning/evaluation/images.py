@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfm_lightning.evaluation.base import Evaluation, track, write_table
-from mfm_lightning.figures import image_grid
+from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.classifier import accuracy, train_classifier
 from mfm_lightning.metrics.distances import frechet_distance
 from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
+from mfm_lightning.utils.console import track, write_table
+from mfm_lightning.utils.figures import image_grid
 
 
 class ImageEvaluation(Evaluation):

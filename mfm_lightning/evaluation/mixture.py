@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.checkpoints import load_model
-from mfm_lightning.evaluation.base import Evaluation, track, write_table
+from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.distances import sliced_wasserstein
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import sample_posterior_glass
+from mfm_lightning.utils.console import track, write_table
 
 log = logging.getLogger(__name__)
 

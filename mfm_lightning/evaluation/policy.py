@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.methods import AlignmentMethod
-from mfm_lightning.evaluation.base import Evaluation, track, write_table
-from mfm_lightning.figures import before_after, scatter
+from mfm_lightning.alignment.target import require_gradient
+from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 from mfm_lightning.metrics.distances import frechet_distance, mean_pairwise_distance, sliced_wasserstein
 from mfm_lightning.oracles import GaussianMixture, require_linear_gaussian
-from mfm_lightning.target import require_gradient
-from rewards import build, evaluate
+from mfm_lightning.utils.console import track, write_table
+from mfm_lightning.utils.figures import before_after, scatter
+from mfm_rewards import build, evaluate
 
 
 class PolicyEvaluation(Evaluation):

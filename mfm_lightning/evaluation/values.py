@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfm_lightning.evaluation.base import Evaluation, track, write_table
+from mfm_lightning.alignment.nfe import Meter
+from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior, RolloutPosterior
+from mfm_lightning.alignment.target import Target
+from mfm_lightning.alignment.values import DenoisedValue, estimate_value
+from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import as_times, interpolate
-from mfm_lightning.nfe import Meter
 from mfm_lightning.oracles import require_linear_gaussian
-from mfm_lightning.posteriors import FlowMapPosterior, GlassPosterior, Posterior, RolloutPosterior
-from mfm_lightning.target import Target
-from mfm_lightning.values import DenoisedValue, estimate_value
+from mfm_lightning.utils.console import track, write_table
 
 log = logging.getLogger(__name__)
 

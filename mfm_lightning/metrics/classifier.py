@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,28 +27,6 @@ class SmallClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body(images))
-
-
-class DigitsClassifier(SmallClassifier):
-    """`SmallClassifier` of scikit-learn's digits, trained when it is made (a few seconds, the same for a seed).
-
-    As `classifier: {class_path: mfm_lightning.metrics.classifier.DigitsClassifier}` it serves rewards. Its default seed
-    is not that of the evaluation's classifier, so that a reward is not measured by the network that gave it.
-    """
-
-    def __init__(self, seed: int = 1, steps: int = 600) -> None:
-        super().__init__(1, 8, 10)
-        self.load_state_dict(_trained_on_digits(seed, steps))
-
-
-@cache
-def _trained_on_digits(seed: int, steps: int) -> dict[str, Tensor]:
-    from mfm_lightning.data.digits import DigitsDataModule
-
-    data = DigitsDataModule()
-    data.setup()
-    images, labels = data.splits["train"]
-    return train_classifier(data.decode(images), labels, data.num_classes, steps, seed).state_dict()
 
 
 def train_classifier(

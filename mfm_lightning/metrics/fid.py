@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.checkpoints import fingerprint
-from mfm_lightning.evaluation.base import progress_bar
-from mfm_lightning.images import ImageSet
 from mfm_lightning.metrics.inception import Inception
-from mfm_lightning.whole_files import whole_file
+from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.console import progress_bar
+from mfm_lightning.utils.images import ImageSet
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import CheckpointError, load_state_dict
-from mfm_lightning.images import to_uint8
+from mfm_lightning.utils.images import to_uint8
 
 log = logging.getLogger(__name__)
 FEATURES = (64, 192, 768, 2048)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mfm_lightning.alignment.methods import AlignmentMethod, Steering
 from mfm_lightning.alignment.result import AlignmentResult
-from mfm_lightning.figures import before_after, scatter
+from mfm_lightning.alignment.target import TargetSettings
 from mfm_lightning.modules.base import check_batch, own_gradients
 from mfm_lightning.samplers import sample_ode
-from mfm_lightning.target import TargetSettings
-from rewards import RewardError
+from mfm_lightning.utils.figures import before_after, scatter
+from mfm_rewards import RewardError
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import CheckpointError
-from mfm_lightning.distributed import gather_ranks, own
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.modules.optimization import Optimization
-from mfm_lightning.sharding import gathered, shard
+from mfm_lightning.training.sharding import gathered, shard
+from mfm_lightning.utils.distributed import gather_ranks, own
 
 
 class NonFiniteLossError(RuntimeError):

@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
+from mfm_lightning.alignment.target import TargetSettings, require_gradient
+from mfm_lightning.alignment.values import effective_sample_size
 from mfm_lightning.checkpoints import fingerprint, load_model
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import diffusion, interpolate
-from mfm_lightning.models import MetaFlowMap, randn
+from mfm_lightning.interpolant import diffusion, interpolate, randn
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
@@ -25,10 +28,7 @@ from mfm_lightning.objectives.finetuning import (
     tilt_by_reward_gradient,
     tilt_without_gradient,
 )
-from mfm_lightning.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.samplers import sample_ode
-from mfm_lightning.target import TargetSettings, require_gradient
-from mfm_lightning.values import effective_sample_size
 
 
 @dataclass
@@ -114,7 +114,7 @@ class RewardFinetuning(TrainingModule):
                 f"{model.state_shape} and {model.num_classes}: they must agree"
             )
         if len(model.state_shape) == 3 and target.decoder is None:
-            raise ValueError("rewards see images: set target.decoder (mfm_lightning.decoders.PixelDecoder for pixels)")
+            raise ValueError("rewards see images: set target.decoder (mfm_lightning.networks.PixelDecoder for pixels)")
         self.target.check_labels(all_labelled=class_dropout == 0)
         if num_draws < 1 or not 0 <= class_dropout <= 1:
             raise ValueError(f"num_draws {num_draws} must be at least 1 and class_dropout {class_dropout} in [0, 1]")

@@ -14,7 +14,7 @@ from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.execution import Execution
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import Objective
-from mfm_lightning.teachers import ModelTeacher, Teacher
+from mfm_lightning.objectives.teachers import ModelTeacher, Teacher
 
 
 class MFMPretraining(TrainingModule):

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
+from mfm_lightning.alignment.target import TargetSettings
+from mfm_lightning.alignment.values import log_mean_exp
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import interpolate
-from mfm_lightning.models import randn
+from mfm_lightning.interpolant import interpolate, randn
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import ConditionTimes
 from mfm_lightning.objectives.value import amortised_value_loss
-from mfm_lightning.posteriors import FlowMapPosterior, Posterior
-from mfm_lightning.target import TargetSettings
-from mfm_lightning.values import log_mean_exp
 
 
 class ValueEstimation(TrainingModule):

@@ -1,5 +1,6 @@
-"""Networks for the average velocity v_{s,u}(x; t, x_t), and for the amortised value V(t, x_t)."""
+"""Networks for the average velocity v_{s,u}(x; t, x_t), and for the amortised value V(t, x_t); decoders of states."""
 
+from mfm_lightning.networks.decoders import Decoder, IdentityDecoder, PixelDecoder, VAEDecoder
 from mfm_lightning.networks.dit import DiT, architecture
 from mfm_lightning.networks.mlp import MLP
 from mfm_lightning.networks.value import ValueDiT, ValueMLP
@@ -7,4 +8,16 @@ from mfm_lightning.networks.value import ValueDiT, ValueMLP
 NETWORKS = {"DiT": DiT, "MLP": MLP}
 VALUE_NETWORKS = {"ValueDiT": ValueDiT, "ValueMLP": ValueMLP}
 
-__all__ = ["MLP", "NETWORKS", "VALUE_NETWORKS", "DiT", "ValueDiT", "ValueMLP", "architecture"]
+__all__ = [
+    "MLP",
+    "NETWORKS",
+    "VALUE_NETWORKS",
+    "Decoder",
+    "DiT",
+    "IdentityDecoder",
+    "PixelDecoder",
+    "VAEDecoder",
+    "ValueDiT",
+    "ValueMLP",
+    "architecture",
+]

@@ -2,16 +2,21 @@
 
 from mfm_lightning.objectives.objective import Objective, WeightedTerm, adaptive_loss, squared_error
 from mfm_lightning.objectives.pairs import ConditionTimes, InnerSample, InnerTimes, Pair, PairSampler
+from mfm_lightning.objectives.teachers import CheckpointTeacher, ModelTeacher, OracleTeacher, Teacher
 from mfm_lightning.objectives.terms import TERMS
 
 __all__ = [
     "TERMS",
+    "CheckpointTeacher",
     "ConditionTimes",
     "InnerSample",
     "InnerTimes",
+    "ModelTeacher",
     "Objective",
+    "OracleTeacher",
     "Pair",
     "PairSampler",
+    "Teacher",
     "WeightedTerm",
     "adaptive_loss",
     "squared_error",

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.posteriors import Posterior
+from mfm_lightning.alignment.target import Target
 from mfm_lightning.interpolant import expand
-from mfm_lightning.posteriors import Posterior
-from mfm_lightning.target import Target
 
 GRADIENTS = ("reward", "free")
 MAX_LOG_WEIGHT = 12.0  # e^{r-c} ends here; reached only while the normaliser c is still far too low

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.objectives.pairs import InnerSample, InnerTimes, Pair, PairSampler
+from mfm_lightning.objectives.teachers import Teacher, teacher_velocity
 from mfm_lightning.objectives.terms import TERMS, Consistency, Term
 from mfm_lightning.tangents import get_backend
-from mfm_lightning.teachers import Teacher, teacher_velocity
 
 
 @dataclass

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.interpolant import expand
-from mfm_lightning.models import MetaFlowMap, velocity_and_jvp
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.objectives.pairs import InnerSample, Pair
-from mfm_lightning.teachers import Teacher, teacher_velocity
+from mfm_lightning.objectives.teachers import Teacher, teacher_velocity
+from mfm_lightning.tangents import velocity_and_jvp
 
 
 class Term(Protocol):

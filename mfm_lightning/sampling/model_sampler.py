@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mfm_lightning.models import MetaFlowMap, randn
+from mfm_lightning.interpolant import randn
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import METHODS, sample_ode, sample_refinement
 
 KINDS = ("refinement", "ode", "flow_map")

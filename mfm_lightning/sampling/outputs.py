@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.sampling.plan import SamplePlan
-from mfm_lightning.whole_files import clear_partials, whole_file
+from mfm_lightning.utils.atomic import clear_partials, whole_file
 
 SETTINGS = "samples.json"
 

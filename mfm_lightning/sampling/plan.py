@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfm_lightning.distributed import Process
+from mfm_lightning.utils.distributed import Process
 
 
 @dataclass(frozen=True)

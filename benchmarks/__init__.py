@@ -1,1 +1,0 @@
-"""Suites that measure the package; each is run as `python -m benchmarks.NAME`."""

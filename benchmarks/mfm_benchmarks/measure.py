@@ -1,0 +1,80 @@
+"""The harness: runs a method and measures it from outside, the same way for all of them."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from mfm_benchmarks.suite import Outcome
+from mfm_lightning.alignment import AlignmentMethod
+from mfm_lightning.alignment.nfe import Meter
+from mfm_lightning.alignment.target import Target
+
+SHOWN = 16  # images kept of each run
+
+
+def noise(num: int, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """`(num, *shape)`: the noise that every method begins from."""
+    return torch.randn(num, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def measure(
+    method: AlignmentMethod, target: Target, x0: Tensor, seed: int, batch_size: int | None = None, quality=None
+) -> Outcome:
+    """Samples of a method, with what they cost and what they are worth.
+
+    NFE are what went through the target's counter, seconds are wall time, and rewards are those of the decoded images,
+    whatever the method says of itself. Judging is not counted.
+
+    Args:
+        x0: noise `(B, *shape)`.
+        seed: of the method's own noise.
+        batch_size: samples at once; all where None.
+        quality: features to keep.
+
+    Returns:
+        numbers: `network` and `reward` evaluations a sample, `nfe` their sum, `seconds` for all samples; tensors:
+        `rewards` `(B,)`, `states`, `images` (the first few), and `features` `(B, F)` with a quality.
+    """
+    meter, seconds, states = Meter(), 0.0, []
+    for i, rows in enumerate(torch.arange(len(x0)).split(batch_size or len(x0))):
+        part = target.take(rows)
+        part.meter = meter
+        begin = clock(x0.device)
+        result = method(part, x0[rows], torch.Generator().manual_seed(1_000_003 * (seed + 1) + i))
+        seconds += clock(x0.device) - begin
+        if len(result.states) != len(rows):
+            raise ValueError(f"{len(result.states)} samples for {len(rows)}: a suite compares one for each noise")
+        states.append(result.states)
+    outcome = judge(target, torch.cat(states), quality)
+    network, reward = meter.network / len(x0), meter.reward / len(x0)
+    outcome.numbers = {"network": network, "reward": reward, "nfe": network + reward, "seconds": seconds}
+    return outcome
+
+
+@torch.no_grad()
+def judge(target: Target, states: Tensor, quality=None, batch_size: int = 512) -> Outcome:
+    """Rewards, images and features of finished states."""
+    rewards, shown, features = [], [], []
+    for rows in torch.arange(len(states)).split(batch_size):
+        part = target.take(rows)
+        chosen = states[rows]
+        images = part.decoder(chosen)
+        rewards.append(part.plain_rewards(chosen).cpu())
+        if sum(map(len, shown)) < SHOWN:
+            shown.append(images[:SHOWN].cpu())
+        if quality is not None:
+            features.append(quality.features(images))
+    tensors = {"rewards": torch.cat(rewards), "states": states.cpu().clone(), "images": torch.cat(shown)[:SHOWN]}
+    if quality is not None:
+        tensors["features"] = torch.cat(features)
+    return Outcome({}, tensors)

@@ -1,0 +1,136 @@
+"""The model that a suite's methods all run on, with its decoder and conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfm_benchmarks.fitting import Fit, FitSettings
+from mfm_benchmarks.measure import noise
+from mfm_benchmarks.spec import Spec, build
+from mfm_lightning.alignment.target import LoadedTarget, Target, TargetSettings
+from mfm_lightning.checkpoints import fingerprint
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
+from mfm_rewards import Reward, RewardError
+
+
+@dataclass
+class ModelSettings:
+    """A Meta Flow Map, which contains the base flow of all methods.
+
+    Args:
+        file: its `model.safetensors`.
+        fits: jobs that make it where it is not there, in order.
+        decoder: states to images, `{class_path: ..., init_args: {...}}`; the states themselves where None.
+        labels: classes of the samples, in turn; None for no class.
+        guidance: class-guidance scale.
+        prompts, class_names: as in `TargetSettings`.
+
+    Raises:
+        ValueError: for no labels, or guidance without them.
+    """
+
+    file: str
+    fits: list[FitSettings] = field(default_factory=list)
+    decoder: Spec | None = None
+    labels: list[int] | None = None
+    guidance: float | None = None
+    prompts: str | list[str] | None = None
+    class_names: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and (not self.labels or min(self.labels) < 0):
+            raise ValueError(f"model.labels {self.labels}: expected at least one class, from 0")
+        if self.guidance is not None and self.labels is None:
+            raise ValueError("model.guidance: there is nothing to guide to without model.labels")
+
+    @cached_property
+    def built_decoder(self) -> Decoder:
+        """The decoder; raises ValueError if its settings do not fit."""
+        return IdentityDecoder() if self.decoder is None else build(Decoder, self.decoder.value, "model.decoder")
+
+    def jobs(self) -> list[Fit]:
+        """The jobs that make it; none where it is there already."""
+        return [] if Path(self.file).is_file() else [fit.job() for fit in self.fits]
+
+    def missing(self) -> list[str]:
+        """What is not there and no job makes."""
+        found = self.built_decoder.missing()
+        if not Path(self.file).is_file() and not any(fit.file == self.file for fit in self.fits):
+            found.append(
+                f"model.file: no model at {self.file}: give a model.safetensors, or jobs that make it as model.fits"
+            )
+        return found
+
+
+class Subject:
+    """`ModelSettings`, loaded once for all rewards."""
+
+    def __init__(self, settings: ModelSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+        self.identity = {
+            "model": fingerprint(settings.file),
+            "decoder": repr(settings.built_decoder),
+            "labels": settings.labels,
+            "guidance": settings.guidance,
+            "prompts": settings.prompts,
+            "class_names": settings.class_names,
+        }
+        self._model: MetaFlowMap | None = None
+
+    def load(self, reward: Reward | dict[str, Any] | str) -> LoadedTarget:
+        """The target of a reward (built, or as `mfm_rewards.build` takes it), on the same model; raises as
+        `TargetSettings.load`."""
+        s = self.settings
+        settings = TargetSettings(
+            s.file, reward, s.built_decoder, guidance=s.guidance, prompts=s.prompts, class_names=s.class_names
+        )
+        loaded = settings.load(self._model)
+        self._model = loaded.model
+        if s.labels is not None and max(s.labels) >= loaded.model.num_classes:
+            raise ValueError(f"model.labels {s.labels}: the model has {loaded.model.num_classes} classes, from 0")
+        if s.guidance is not None and not any(abs(s.guidance - g) < 1e-6 for g in (1.0, *loaded.model.guidance_scales)):
+            raise ValueError(f"model.guidance {s.guidance}: the model knows {[1.0, *loaded.model.guidance_scales]}")
+        loaded.to(self.device)
+        loaded.check_labels(s.labels is not None)
+        return loaded
+
+    @property
+    def model(self) -> MetaFlowMap:
+        """Loaded with the first reward."""
+        return self._model
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self._model.state_shape
+
+    def target(self, loaded: LoadedTarget, num: int, scale: float = 1.0) -> Target:
+        """For `num` samples, with the reward multiplied by `scale`."""
+        target = loaded(self.labels(num))
+        target.reward_scale = scale
+        return target
+
+    @torch.no_grad()
+    def probe(self, loaded: LoadedTarget) -> list[str]:
+        """The reward at a few states, rounded: results of a reward whose code has changed since are not taken.
+
+        A reward that fails here fails again in each of its runs, and is reported there.
+        """
+        states = noise(4, self.state_shape, 12345, self.device)
+        try:
+            return [f"{value:.4g}" for value in self.target(loaded, 4).plain_rewards(states).tolist()]
+        except (RewardError, RuntimeError) as error:
+            return [str(error)]
+
+    def labels(self, num: int) -> Tensor | None:
+        """`(num,)`."""
+        if self.settings.labels is None:
+            return None
+        labels = torch.tensor(self.settings.labels, device=self.device)
+        return labels.repeat(-(-num // len(labels)))[:num]

@@ -1,0 +1,150 @@
+"""Features in which sets of images are compared with real ones; they show when a reward was bought by leaving them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import lightning as L
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mfm_lightning.metrics.classifier import train_classifier
+from mfm_lightning.metrics.inception import Inception, find_inception_weights
+from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.console import track
+from mfm_lightning.utils.images import ImageSet
+
+
+class Quality(ABC):
+    """Features of images `(B, C, H, W)` in [0, 1], and those of real images."""
+
+    def missing(self) -> list[str]:
+        """Files that are not there, each with what would be right."""
+        return []
+
+    @abstractmethod
+    def prepare(self, device: torch.device) -> None:
+        """Load or train what it takes."""
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """`(B, F)`, on the CPU."""
+
+    @property
+    @abstractmethod
+    def real(self) -> Tensor:
+        """`(M, F)`, on the CPU."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, object]:
+        """What the features depend on."""
+
+
+class ClassifierQuality(Quality):
+    """The last hidden layer of a small classifier, trained here on the data's training split; not the classifier that
+    gives rewards (its seed is another).
+
+    Args:
+        data: a DataModule with splits and `decode`.
+        seed, steps: of the training.
+    """
+
+    def __init__(self, data: L.LightningDataModule, seed: int = 0, steps: int = 600) -> None:
+        self.data, self.seed, self.steps = data, seed, steps
+
+    def prepare(self, device: torch.device) -> None:
+        self.data.setup("test")
+        images, labels = self.data.splits["train"]
+        images = self.data.decode(images)
+        self.classifier = train_classifier(images, labels, self.data.num_classes, self.steps, self.seed)
+        self._real = self.features(images)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        return torch.cat([self.classifier.features_module()(part) for part in images.cpu().split(512)])
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """The most probable class of each image, `(B,)`."""
+        return self.classifier(images.cpu()).argmax(dim=1)
+
+    @property
+    def real(self) -> Tensor:
+        return self._real
+
+    @property
+    def identity(self) -> dict[str, object]:
+        steps = {} if self.steps == 600 else {"steps": self.steps}
+        return {"classifier": type(self.data).__name__, "seed": self.seed, **steps}
+
+
+class InceptionQuality(Quality):
+    """Features of FID's Inception network.
+
+    Args:
+        weights: of torch-fidelity's Inception, `weights-inception-2015-12-05-6726825d.pth`.
+        reference: real images: a folder of them, of one size (their features are computed once, and kept beside it as
+            `FOLDER.inception_v3_F.safetensors`), or a `.safetensors` file with `features` `(M, F)`.
+        num_features: 2048 for FID; 768, 192 or 64 of earlier layers for small sets.
+        batch_size: images at once.
+    """
+
+    def __init__(self, weights: str, reference: str, num_features: int = 2048, batch_size: int = 64) -> None:
+        if num_features not in (2048, 768, 192, 64):
+            raise ValueError(f"num_features {num_features}: expected 2048, 768, 192 or 64")
+        self.weights, self.reference = weights, reference
+        self.num_features, self.batch_size = num_features, batch_size
+
+    def missing(self) -> list[str]:
+        found = []
+        try:
+            find_inception_weights(self.weights)
+        except (FileNotFoundError, ImportError) as error:
+            found.append(f"quality.weights: {error}")
+        if not Path(self.reference).exists():
+            found.append(
+                f"quality.reference: no real images at {self.reference}; give a folder of images, or a .safetensors "
+                f"file with 'features' (M, {self.num_features})"
+            )
+        return found
+
+    def prepare(self, device: torch.device) -> None:
+        self.network = Inception(find_inception_weights(self.weights), self.num_features).to(device)
+        path = Path(self.reference)
+        if path.is_dir():
+            path = path.with_name(f"{path.name}.inception_v3_{self.num_features}.safetensors")
+            if not path.is_file():
+                with whole_file(path) as partial:
+                    save_file({"features": self._of_folder()}, partial)
+        features = load_file(path).get("features")
+        if features is None or features.shape[1:] != (self.num_features,):
+            raise ValueError(f"{path}: expected a tensor 'features' of shape (M, {self.num_features})")
+        self._real = features.float()
+
+    def _of_folder(self) -> Tensor:
+        images = ImageSet(self.reference)
+        if (images.number or 0) < 2:
+            raise FileNotFoundError(f"quality.reference: {images.number} image files in {self.reference}")
+        starts = range(0, images.number, self.batch_size)
+        batches = zip(
+            track(starts, describe=lambda start: f"features of real images, from {start}"),
+            images.batches(self.batch_size),
+            strict=True,
+        )
+        return torch.cat([self.features(batch) for _, batch in batches])
+
+    def features(self, images: Tensor) -> Tensor:
+        device = next(self.network.parameters()).device
+        found = [self.network(part.to(device))[0] for part in images.split(self.batch_size)]
+        return torch.cat(found).float().cpu()
+
+    @property
+    def real(self) -> Tensor:
+        return self._real
+
+    @property
+    def identity(self) -> dict[str, object]:
+        return {"inception": self.num_features, "reference": [self.reference, len(self._real), float(self._real.sum())]}

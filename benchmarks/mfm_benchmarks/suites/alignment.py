@@ -1,0 +1,253 @@
+"""Reward against cost: steering, search and what they must beat, on one model, for any rewards."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mfm_benchmarks import bootstrap
+from mfm_benchmarks.blocks import Block, Text
+from mfm_benchmarks.bootstrap import RealFeatures
+from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.measure import measure, noise
+from mfm_benchmarks.methods import MethodSettings, Point, job, points
+from mfm_benchmarks.models import ModelSettings, Subject
+from mfm_benchmarks.parts.best_of_n import BestOfNPool
+from mfm_benchmarks.parts.reward_report import BEST, Entry, RewardReport
+from mfm_benchmarks.quality import Quality
+from mfm_benchmarks.spec import Spec, plain
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_lightning.alignment.target import LoadedTarget, Target
+from mfm_rewards import Reward, RewardError, build
+
+
+@dataclass
+class RewardSettings:
+    """A reward of the comparison.
+
+    Args:
+        reward: a registered name, `{name: ..., options}` or `{class_path: ..., init_args: ...}`.
+        scale: its multiplier at lambda = 1.
+    """
+
+    reward: Spec | str
+    scale: float = 1.0
+
+    @property
+    def plain(self) -> dict[str, Any] | str:
+        """What `mfm_rewards.build` takes."""
+        return plain(self.reward)
+
+
+class AlignmentSuite(Suite):
+    """Rewards of single aligned samples against evaluations and seconds, with the Fréchet distance beside them.
+
+    Args:
+        model: what all methods run on.
+        rewards: by the names of the report.
+        methods: by the names of the report.
+        best_of_n: the baseline that the headline is about.
+        scales: lambda, factors of the rewards' own multipliers.
+        num_samples: samples of a run and seed, one for each noise.
+        seeds: of the noise; all methods take the same.
+        quality: features for the Fréchet distance; without, there is none.
+        frechet_limit: the headline takes settings whose Fréchet distance is at most so many times Best-of-N's.
+        batch_size: samples of a method at once.
+    """
+
+    name = "alignment"
+    title = "Reward against cost"
+    about = (
+        "Alignment at inference time: the mean reward that each method reaches, by what it costs in evaluations of "
+        "networks and rewards (NFE; a backward counts as one more), in seconds and in distance to the data."
+    )
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        rewards: dict[str, RewardSettings],
+        methods: dict[str, MethodSettings],
+        best_of_n: BestOfNPool | None = None,
+        scales: list[float] = (1.0, 2.5, 5.0),
+        num_samples: int = 128,
+        seeds: list[int] = (0,),
+        quality: Quality | None = None,
+        frechet_limit: float = 1.5,
+        batch_size: int | None = None,
+    ) -> None:
+        self.model, self.rewards, self.methods = model, dict(rewards), dict(methods)
+        self.best_of_n, self.scales = best_of_n or BestOfNPool(), list(scales)
+        self.num_samples, self.seeds, self.quality = num_samples, list(seeds), quality
+        self.frechet_limit, self.batch_size = frechet_limit, batch_size
+        self._skipped: dict[str, str] = {}
+        if not self.rewards or not self.scales or not self.seeds or num_samples < 2:
+            raise ValueError("a comparison needs at least one reward, one scale, one seed and two samples")
+        if any(reward.scale <= 0 for reward in self.rewards.values()) or any(scale <= 0 for scale in self.scales):
+            raise ValueError("scales must be above 0; the registered reward `negate` turns a reward round")
+        if BEST in self.methods:
+            raise ValueError(f"a method cannot be called {BEST}: that is the baseline's name")
+        for name, method in self.methods.items():
+            if unknown := set(method.rewards or ()) - set(self.rewards):
+                raise ValueError(
+                    f"method {name!r}: {', '.join(unknown)} is none of the rewards {', '.join(self.rewards)}"
+                )
+        self._points = [point for name, method in self.methods.items() for point in points(name, method)]
+
+    # what is run
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return self._skipped
+
+    def shrink(self) -> None:
+        self.num_samples, self.seeds, self.scales = min(self.num_samples, 32), self.seeds[:1], self.scales[:1]
+        self.rewards = dict(itertools.islice(self.rewards.items(), 2))
+        self.best_of_n.shrink()
+        for name in [name for name, method in self.methods.items() if method.fit]:
+            self._skipped[name] = "needs training for each reward, which --quick has no time for"
+        kept = {}
+        for point in self._points:
+            if point.fit is None:
+                kept.setdefault(point.method, []).append(point)
+        self._points = [p for line in kept.values() for p in ([line[0], line[-1]] if len(line) > 2 else line)]
+
+    def missing(self) -> list[str]:
+        self._methods = {point: point.build() for point in self._points if point.fit is None}
+        self._rewards: dict[str, Reward] = {}
+        found = [*self.model.missing(), *(self.quality.missing() if self.quality else ())]
+        for name, settings in self.rewards.items():
+            try:
+                self._rewards[name] = build(settings.plain)
+            except RewardError as error:
+                found.append(f"rewards, {name}: {error}")
+        return found
+
+    def fits(self) -> list[Fit]:
+        return self.model.jobs()
+
+    def prepare(self) -> None:
+        self._subject = Subject(self.model, self.device)
+        self._loaded: dict[str, LoadedTarget] = {n: self._subject.load(reward) for n, reward in self._rewards.items()}
+        if self.quality is not None:
+            self.quality.prepare(self.device)
+        quality = self.quality and self.quality.identity
+        self._identity = {**self._subject.identity, "samples": self.num_samples, "quality": quality}
+        if self.batch_size is not None:  # each batch has random numbers of its own
+            self._identity["batch_size"] = self.batch_size
+        self._probes = {name: self._subject.probe(loaded) for name, loaded in self._loaded.items()}
+
+    def cells(self) -> Sequence[Cell]:
+        self._runs: dict[tuple[Point, str, float | None], list[Cell]] = {}
+        self._best: dict[str, list[Cell]] = {name: [] for name in self.rewards}
+        found = []
+        for seed in self.seeds:
+            pool = tuple(
+                self.best_of_n.cells(self._any_target, self.num_samples, seed, {**self._identity, "quality": None})
+            )
+            self._best |= {
+                reward: [*self._best[reward], self._best_cell(seed, reward, pool)] for reward in self.rewards
+            }
+            found += [*pool, *(cells[-1] for cells in self._best.values())]
+        for reward, point in itertools.product(self.rewards, self._points):
+            wanted = self.methods[point.method].rewards
+            if (wanted is not None and reward not in wanted) or not self._suits(point, reward):
+                continue
+            method = self._methods.get(point)
+            scales = self.scales if method is None or method.uses_reward_scale else [None]
+            for scale in scales:
+                cells = [self._run_cell(seed, reward, scale, point) for seed in self.seeds]
+                self._runs[point, reward, scale] = cells
+                found += cells
+        return found
+
+    def _suits(self, point: Point, reward: str) -> bool:
+        try:
+            if point in self._methods:
+                self._methods[point].check(self._loaded[reward].reward)
+        except RewardError as error:
+            self._skipped[f"{point.method}, {reward}"] = str(error)
+            return False
+        return True
+
+    def _any_target(self) -> Target:
+        """Samples of the base flow do not depend on the reward."""
+        return self._subject.target(next(iter(self._loaded.values())), self.num_samples)
+
+    def _best_cell(self, seed: int, reward: str, pool: tuple[Cell, ...]) -> Cell:
+        identity = {**self._identity, "seed": seed, "numbers": self.best_of_n.numbers, "steps": self.best_of_n.steps}
+        identity["reward"] = [self.rewards[reward].plain, self._probes[reward]]
+
+        def compute(*blocks: Outcome) -> Outcome:
+            target = self._subject.target(self._loaded[reward], self.num_samples)
+            return self.best_of_n.choose(target, blocks, self.quality)
+
+        return Cell(f"{BEST}, {reward}, seed {seed}", identity, compute, pool)
+
+    def _run_cell(self, seed: int, reward: str, scale: float | None, point: Point) -> Cell:
+        words = "" if scale is None else f", λ = {scale:g}"
+        factor = self.rewards[reward].scale * (1.0 if scale is None else scale)
+        fit = self._job(point, reward, factor)
+        identity = {
+            **self._identity, "seed": seed, "scale": scale, "method": point.settings,
+            "reward": [self.rewards[reward].plain, self.rewards[reward].scale, self._probes[reward]],
+            "fit": fit and fit.identity(),
+        }  # fmt: skip
+        name = f"{point.name}, {reward}{words}, seed {seed}"
+        return Cell(name, identity, lambda: self._run(seed, reward, factor, point, fit), fit=fit)
+
+    def _run(self, seed: int, reward: str, factor: float, point: Point, fit: Fit | None) -> Outcome:
+        method = self._methods.get(point)
+        if fit is not None:
+            method = point.build(fit.file)
+            method.check(self._loaded[reward].reward)
+        target = self._subject.target(self._loaded[reward], self.num_samples, factor)
+        x0 = noise(self.num_samples, self._subject.state_shape, seed, self.device)
+        outcome = measure(method, target, x0, seed, self.batch_size, self.quality)
+        if fit is not None:
+            outcome.numbers["fit_seconds"] = fit.seconds()
+        return outcome
+
+    def _job(self, point: Point, reward: str, factor: float) -> Fit | None:
+        if point.fit is None:
+            return None
+        folder = self.output / "models" / f"{point.method}_{reward}_{factor:g}".replace(" ", "_").replace(",", "")
+        return job(point.fit, folder, self.model, self.rewards[reward].plain, factor)
+
+    # what is made of it
+
+    def report(self, results: Results) -> Sequence[Block]:
+        self._real = RealFeatures(self.quality.real) if self.quality is not None else None
+        entries = {reward: list(self._entries(reward, results)) for reward in self.rewards}
+        entries = {reward: found for reward, found in entries.items() if found}
+        if not entries:
+            return [Text("No result", ["Every run failed; the messages are above."])]
+        samples = f"{self.num_samples} samples of each of {len(self.seeds)} seed(s)."
+        candidates, ours = f"candidates of {self.best_of_n.steps} Euler steps", next(iter(self.methods), "")
+        return RewardReport(entries, self.scales, ours, samples, candidates, self.frechet_limit).blocks()
+
+    def _entries(self, reward: str, results: Results) -> Iterator[Entry]:
+        B = self.num_samples
+        if (outcomes := results.all(self._best[reward])) is not None:
+            for k, n in enumerate(outcomes[0].numbers["N"]):
+                parts = [{key: value[k] for key, value in o.tensors.items()} for o in outcomes]
+                cost = [sum(o.numbers[key][k] for o in outcomes) / len(outcomes) for key in ("nfe", "seconds")]
+                yield self._entry(BEST, f"N {n}", None, cost[0], cost[1] / B, parts)
+        for (point, name, scale), cells in self._runs.items():
+            if name != reward or (outcomes := results.all(cells)) is None:
+                continue
+            nfe, seconds = (sum(o.numbers[key] for o in outcomes) / len(outcomes) for key in ("nfe", "seconds"))
+            entry = self._entry(point.method, point.label, scale, nfe, seconds / B, [o.tensors for o in outcomes])
+            entry.fit_seconds = outcomes[0].numbers.get("fit_seconds")
+            yield entry
+
+    def _entry(self, method, label, scale, nfe, seconds, parts: list[dict[str, Tensor]]) -> Entry:
+        reward = bootstrap.mean([bootstrap.mean_of(part["rewards"]) for part in parts])
+        diversity = bootstrap.mean([bootstrap.pairwise_distance(part["states"]) for part in parts])
+        frechet = None
+        if self._real is not None:
+            frechet = bootstrap.mean([bootstrap.frechet(part["features"], self._real) for part in parts])
+        return Entry(method, label, scale, nfe, seconds, reward, frechet, diversity, parts[0]["images"])

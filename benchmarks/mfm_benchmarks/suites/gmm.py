@@ -1,0 +1,288 @@
+"""The paper's mixture (7.1.1, F.1): how close steered samples come to the exact tilted distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfm_benchmarks import bootstrap, plots
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
+from mfm_benchmarks.bootstrap import Measured, rounded
+from mfm_benchmarks.claims import change, verdict
+from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.measure import clock, noise
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_lightning.alignment import AlignmentMethod, FeynmanKac, Steering, TimeGrid, TwistedSMC
+from mfm_lightning.alignment.nfe import Meter
+from mfm_lightning.alignment.posteriors import GlassPosterior
+from mfm_lightning.alignment.target import Target
+from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree, ExactGradient
+from mfm_lightning.checkpoints import fingerprint, load_model
+from mfm_lightning.data import GaussianMixtureDataModule
+from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
+
+Key = tuple[str, int]  # name, and draws (0: none)
+DEFAULT_MODEL = "outputs/gmm/mfm/model.safetensors"
+DISTANCES = ("W2", "MMD")
+EXACT, FLOOR = "exact gradient", "exact samples (floor)"
+OURS = ("MFM-G, ODE", "MFM-G, SDE", "MFM-GF, ODE", "MFM-GF, SDE")
+PARTICLES = ("SMC-TDS", f"{EXACT}, SMC-TDS", "FK, SDE", "FK, GLASS")
+
+
+class MixtureSuite(Suite):
+    """Sliced W2 and MMD to the exact tilted mixture, by posterior draws N.
+
+    Base drift and draws are the trained Meta Flow Map's for all methods but the exact gradient, which shows what
+    discretisation alone costs. The paper takes 4,096 samples, 1,000 steps and 20 seeds; these settings are for a CPU.
+
+    Args:
+        model: the Meta Flow Map; fitted by `fit_config` where it is the default and not there.
+        draws: N of MFM-G and MFM-GF.
+        num_samples: samples of a run and seed that are judged.
+        num_reference: exact samples that they are judged against, a multiple of `num_samples`.
+        seeds: of all noise.
+        steps, power: of the ODE and SDE, t = u^power; above 1 the grid is finer near noise, where the SDE is stiff.
+        particles: of the particle methods, of which `num_samples` are judged.
+        glass_steps: Euler steps of a GLASS transition; transitions: how many of them.
+        max_diffusion: clamp of sigma^2/2 near t=0.
+        max_rows: draws in memory at once.
+    """
+
+    name = "gmm"
+    title = "Mixture with an exact answer"
+    about = (
+        "The paper's three Gaussians and its linear-Gaussian reward, whose tilted distribution is known: how close "
+        "each method's samples come to it, by the number of posterior draws N at a step."
+    )
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        fit_config: str = "configs/gmm/mfm.yaml",
+        draws: list[int] = (1, 2, 4, 8, 16, 32, 64, 128),
+        num_samples: int = 256,
+        num_reference: int = 4096,
+        seeds: list[int] = (0, 1, 2),
+        steps: int = 100,
+        power: float = 1.5,
+        particles: int = 4096,
+        glass_steps: int = 4,
+        transitions: int = 20,
+        max_diffusion: float = 25.0,
+        max_rows: int = 2048,
+    ) -> None:
+        if num_reference % num_samples or num_reference < num_samples or particles < num_samples:
+            raise ValueError(
+                f"num_reference {num_reference} must be a multiple of num_samples {num_samples}, and particles "
+                f"{particles} at least as many"
+            )
+        self.model, self.fit_config, self.draws, self.seeds = model, fit_config, sorted(draws), list(seeds)
+        self.num_samples, self.num_reference, self.steps, self.particles = num_samples, num_reference, steps, particles
+        self.glass_steps, self.transitions, self.power = glass_steps, transitions, power
+        self.max_diffusion, self.max_rows = max_diffusion, max_rows
+        self._fit = Fit(fit_config, model)
+        if not self.draws or not self.seeds or self.draws[0] < 1:
+            raise ValueError("draws and seeds need at least one number each, draws from 1")
+
+    def shrink(self) -> None:
+        self.draws, self.seeds = [n for n in self.draws if n <= 16] or self.draws[:1], self.seeds[:1]
+        self.num_samples, self.steps = min(128, self.num_samples), min(50, self.steps)
+        self.num_reference = self.num_samples * max(1, self.num_reference // self.num_samples)
+        self.particles = min(512, self.particles)
+        if not self._fit.is_done():  # a model of a few seconds, in a place of its own
+            self.model = str(self.output / "models" / "model.safetensors")
+            options = {"trainer.default_root_dir": str(self.output / "models"), "trainer.logger": False}
+            steps = {"trainer.max_steps": 1500, "trainer.val_check_interval": 1500, "trainer.limit_val_batches": 0}
+            self._fit = Fit(self.fit_config, self.model, options | steps)
+
+    def missing(self) -> list[str]:
+        if Path(self.model).is_file() or self.model == DEFAULT_MODEL or self.model.startswith(str(self.output)):
+            return []
+        return [f"model: no model at {self.model}; only {DEFAULT_MODEL} is fitted here"]
+
+    def fits(self) -> list[Fit]:
+        return [self._fit]
+
+    def prepare(self) -> None:
+        self._oracle = GaussianMixtureDataModule().oracle
+        self._reward = LinearGaussianLikelihood([1.2, -0.8], -1.0, 0.2)
+        self._exact = self._oracle.tilted(self._reward)
+        model = load_model(self.model).requires_grad_(False).to(self.device)
+        self._target, self._exact_target = Target(model, self._reward), Target(self._oracle, self._reward)
+
+    def _methods(self) -> dict[Key, AlignmentMethod]:
+        grid, found = TimeGrid(self.steps, power=self.power), {}
+        for dynamics in ("ode", "sde"):
+
+            def steering(estimator, dynamics=dynamics) -> Steering:
+                return Steering(estimator, grid, dynamics, max_diffusion=self.max_diffusion)
+
+            words = dynamics.upper()
+            for n in self.draws:
+                found[f"MFM-G, {words}", n] = steering(DrawGradient(n, max_rows=self.max_rows))
+                if n > 1:
+                    found[f"MFM-GF, {words}", n] = steering(DrawGradientFree(n, max_rows=self.max_rows))
+            found[f"DPS, {words}", 0] = steering(DPSGradient())
+            found[f"{EXACT}, {words}", 0] = steering(ExactGradient(self._oracle))
+        smc = {"num_particles": self.particles, "keep": "all", "max_diffusion": self.max_diffusion}
+        found["SMC-TDS", 0] = TwistedSMC(DPSGradient(self.max_rows), grid=grid, clip=3.0, **smc)
+        found["FK, SDE", 0] = FeynmanKac(grid=grid, **smc)
+        # with the exact drift, value and gradient: what particles alone cost
+        found[f"{EXACT}, SMC-TDS", 0] = TwistedSMC(ExactGradient(self._oracle), grid=grid, **smc)
+        glass = {"transition": "glass", "posterior": GlassPosterior(self.glass_steps)}
+        found["FK, GLASS", 0] = FeynmanKac(grid=TimeGrid(self.transitions), **smc, **glass)
+        return found
+
+    def cells(self) -> Sequence[Cell]:
+        self._cells: dict[Key, list[Cell]] = {}
+        shared = {
+            "model": fingerprint(self.model), "samples": self.num_samples, "reference": self.num_reference,
+            "steps": self.steps, "power": self.power, "clamp": self.max_diffusion,
+        }  # fmt: skip
+        smc = {"particles": self.particles, "transitions": self.transitions, "glass": self.glass_steps}
+        methods: dict[Key, AlignmentMethod | None] = {(FLOOR, 0): None, **self._methods()}
+        for (name, n), method in methods.items():
+            for seed in self.seeds:
+                identity = {**shared, "seed": seed, **(smc if name in PARTICLES else {})}
+                words = f", N = {n}" if n else ""
+                cell = Cell(f"{name}{words}, seed {seed}", identity, self._work(name, method, seed))
+                self._cells.setdefault((name, n), []).append(cell)
+        # seed by seed, so that an interrupted run has whole comparisons
+        return [cells[i] for i in range(len(self.seeds)) for cells in self._cells.values()]
+
+    def _work(self, name: str, method: AlignmentMethod | None, seed: int) -> Callable[[], Outcome]:
+        def compute() -> Outcome:
+            generator = torch.Generator().manual_seed(seed)
+            reference, again = (
+                self._exact.sample(self.num_reference, generator),
+                self._exact.sample(self.num_samples, generator),
+            )
+            numbers: dict[str, Any] = {"nfe": 0.0, "seconds": 0.0}
+            states = again
+            if method is not None:
+                target = self._exact_target if name.startswith(EXACT) else self._target
+                target.meter = Meter()
+                x0 = noise(
+                    1 if isinstance(method, FeynmanKac | TwistedSMC) else self.num_samples, (2,), seed, self.device
+                )
+                begin = clock(self.device)
+                found = method(target, x0, torch.Generator().manual_seed(1000 + seed)).states
+                numbers = {"nfe": target.meter.total / len(found), "seconds": clock(self.device) - begin}
+                chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[: self.num_samples]
+                states = found.cpu() if len(found) == self.num_samples else found[chosen].cpu()
+            w2 = bootstrap.sliced_wasserstein(states, reference)
+            mmd = bootstrap.maximum_mean_discrepancy(states, reference)
+            numbers |= {"W2": w2.value, "MMD": mmd.value}
+            return Outcome(numbers, {"states": states, "W2": w2.replicates, "MMD": mmd.replicates})
+
+        return compute
+
+    def report(self, results: Results) -> Sequence[Block]:
+        done = {key: parts for key, cells in self._cells.items() if (parts := results.all(cells)) is not None}
+        if not done:
+            return [Text("No result", ["Every run failed; the messages are above."])]
+        found = {key: {what: _over_seeds(key[0], what, parts) for what in DISTANCES} for key, parts in done.items()}
+        caption = (
+            f"{self.num_samples} samples against {self.num_reference} exact ones, {len(self.seeds)} seed(s), "
+            f"{self.steps} steps; the floor is exact samples against others."
+        )
+        below = " Unbiased, so it can be below zero; linear below 0.001."
+        w2, mmd = self._plot(found, "W2", "sliced W2", "log"), self._plot(found, "MMD", "MMD", "symlog")
+        clouds = "One seed; contours hold 50, 90 and 99 % of the exact tilted distribution, grey is the base mixture."
+        return [
+            *self._headline(found),
+            Picture("w2", "Sliced W2 to the exact tilted distribution", w2, caption),
+            Picture("mmd", "MMD to the exact tilted distribution", mmd, caption + below),
+            Picture("samples", "Samples against the exact density", self._clouds(done), clouds),
+            self._claims(found),
+            Table("distances", "All results", self._rows(done, found), caption),
+        ]
+
+    def _rows(self, done: dict[Key, list[Outcome]], found: dict[Key, dict[str, Measured]]) -> list[dict[str, Any]]:
+        rows = []
+        for (name, n), parts in done.items():
+            row: dict[str, Any] = {"method": name, "N": n or None}
+            for what in DISTANCES:
+                values = torch.tensor([o.numbers[what] for o in parts])
+                row |= {
+                    what: found[name, n][what],
+                    f"{what} std of seeds": float(values.std()) if len(parts) > 1 else None,
+                }
+            num = self.particles if name in PARTICLES else self.num_samples
+            seconds = sum(o.numbers["seconds"] for o in parts) / len(parts) / num
+            rows.append({**row, "NFE a sample": round(parts[0].numbers["nfe"]), "seconds a sample": seconds})
+        return rows
+
+    def _headline(self, found: dict[Key, dict[str, Measured]]) -> list[Block]:
+        items = []
+        for name in OURS:
+            mine = _by_draws(found, name, "W2")
+            if mine:
+                items.append(_large(mine[max(mine)], f"sliced W2 of {name}, with N = {max(mine)}"))
+        if (FLOOR, 0) in found:
+            items.append(_large(found[FLOOR, 0]["W2"], "of exact samples: the floor"))
+        return [Headline(items)]
+
+    def _plot(self, found, what: str, words: str, yscale: str):
+        panels: dict[str, dict[str, Any]] = {}
+        for dynamics in ("ODE", "SDE"):
+            lines: dict[str, Any] = {}
+            for method in ("MFM-G", "MFM-GF"):
+                lines[method] = list(_by_draws(found, f"{method}, {dynamics}", what).items())
+            for name in (f"DPS, {dynamics}", f"{EXACT}, {dynamics}", *PARTICLES, FLOOR):
+                if (name, 0) in found:
+                    shown = name if name in PARTICLES else name.removesuffix(f", {dynamics}")
+                    lines[shown] = found[name, 0][what]
+            panels[dynamics] = lines
+        figure = plots.lines(panels, "posterior draws N", words, yscale=yscale, size=(5.2, 5.0))
+        if yscale == "symlog":
+            for axis in figure.axes:
+                axis.set_yscale("symlog", linthresh=1e-3)
+        return figure
+
+    def _clouds(self, done: dict[Key, list[Outcome]]):
+        most = max(self.draws)
+        some = (self.draws[0], self.draws[len(self.draws) // 2])
+        wanted = [key for key in done if key[1] in (0, most) or (key[0] == "MFM-G, ODE" and key[1] in some)]
+        panels = {f"{name}, N = {n}" if n else name: done[name, n][0].tensors["states"] for name, n in wanted}
+
+        def density(points: Tensor) -> Tensor:
+            return self._exact.log_prob(1.0, points)
+
+        return plots.clouds(
+            panels,
+            density,
+            self._exact.sample(20000, torch.Generator().manual_seed(5)),
+            self._oracle.sample(1500, torch.Generator().manual_seed(6)),
+        )
+
+    def _claims(self, found: dict[Key, dict[str, Measured]]) -> Claims:
+        lines = []
+        for name in OURS:
+            mine = _by_draws(found, name, "W2")
+            if len(mine) < 2:
+                continue
+            lines.append(change(name, "W2", mine))
+            others = {other: value["W2"] for (other, _), value in found.items() if not other.startswith("MFM")}
+            lines.append(f"{name}, N = {max(mine)}: W2 is {verdict(mine[max(mine)], others)}.")
+        return Claims("What the intervals say", lines)
+
+
+def _by_draws(found: dict[Key, dict[str, Measured]], name: str, what: str) -> dict[int, Measured]:
+    """A method's numbers by N."""
+    return {n: value[what] for (other, n), value in found.items() if other == name}
+
+
+def _over_seeds(name: str, what: str, parts: list[Outcome]) -> Measured:
+    """Samples of a run are independent, and resampled; particles of one population are not: there only runs count."""
+    if name in PARTICLES:
+        return bootstrap.of_runs([o.numbers[what] for o in parts], seed=PARTICLES.index(name))
+    return bootstrap.mean([Measured(o.numbers[what], o.tensors[what]) for o in parts])
+
+
+def _large(number: Measured, words: str) -> tuple[str, str]:
+    return rounded(number.value), f"({rounded(number.low)} to {rounded(number.high)}) {words}"

@@ -1,0 +1,1 @@
+"""The command `mfm` and its tools, one file a command."""

@@ -1,0 +1,225 @@
+"""`mfm rewards`: list the rewards, show one, score images with one, or check that one keeps to what methods rely on."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich import get_console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+import mfm_rewards
+from mfm_lightning.utils.devices import find_device
+from mfm_lightning.utils.images import SUFFIXES
+from mfm_rewards import RewardError
+from mfm_rewards.prompts import PLACEHOLDER, class_prompts, load_class_names
+from mfm_rewards.protocol import device_of
+from mfm_rewards.registry import factory
+from mfm_rewards.testing import Conformance, check_reward, smooth_images
+
+
+def main(args: Sequence[str]) -> None:
+    """Entry point of the subcommand.
+
+    Raises:
+        RewardError: for an unknown reward, options that do not fit, missing weights or a missing prompt.
+        FileNotFoundError: if the folder holds no images, or there is no file of prompts.
+        SystemExit: with status 1, if a checked reward fails.
+    """
+    parser = argparse.ArgumentParser(prog="mfm rewards", description="List the rewards, show, check or use one.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--show", metavar="NAME", help="what it measures, its options, its weights and how to get them")
+    what.add_argument("--score", metavar="NAME", help="score the images of a folder with it")
+    what.add_argument("--check", metavar="NAME", help="run the conformance checks of mfm_rewards.testing on it")
+    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of images (--score, --check)")
+    parser.add_argument("--prompt", help=f"text for rewards that need one; {PLACEHOLDER} stands for the label's name")
+    parser.add_argument(
+        "--prompts", metavar="FILE", type=Path, help='JSON of a text for each image, {"name.png": "..."}'
+    )
+    parser.add_argument("--label", type=int, help="class for rewards that need one")
+    parser.add_argument("--class-names", metavar="FILE", help="names by label; ImageNet's where left out")
+    parser.add_argument("--device", default="auto", help="such as cuda or cpu; a GPU where there is one")
+    parser.add_argument(
+        "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the reward, value as YAML"
+    )
+    options = parser.parse_args(args)
+    settings = dict(_option(text) for text in options.option)
+    if options.show:
+        get_console().print(describe(options.show))
+        return
+    if not options.score and not options.check:
+        get_console().print(listing())
+        return
+    reward = mfm_rewards.build(options.score or options.check, **settings)
+    reward = reward.to(find_device(options.device)).eval().requires_grad_(False)
+    if options.score and options.images is None:
+        parser.error("--score needs --images DIR")
+    if options.prompts is not None and options.images is None:
+        parser.error("--prompts FILE names the images of --images DIR")
+    prompts = _prompts(options)
+    if options.check:
+        show_checks(check(reward, options.images, prompts, options.label))
+        return
+    scores = score_folder(reward, options.images, prompts, options.label)
+    table = Table("image", options.score)
+    for name, score in sorted(scores.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{score:.5g}")
+    get_console().print(table)
+
+
+def listing() -> Table:
+    """All rewards, with what they need, whether they have a gradient, and the memory they are expected to take."""
+    table = Table(row_styles=["", "dim"])
+    for column in ("name", "needs", "gradient", "memory", "what it is"):
+        table.add_column(column, no_wrap=column in ("name", "needs"))
+    for name, description in mfm_rewards.available().items():
+        made = factory(name)
+        # what an installed package's reward needs is not known before it is imported
+        needs = getattr(made, "needs", ("images",))[1:]
+        card = getattr(made, "card", None)
+        gradient = "yes" if getattr(made, "differentiable", True) else "no"
+        table.add_row(name, ", ".join(needs), gradient, card.memory if card else "", escape(description))
+    return table
+
+
+def describe(name: str) -> Table:
+    """A reward's description, weights and options."""
+    made = factory(name)
+    table = Table(show_header=False, box=None)
+    table.add_row(name, escape(inspect.getdoc(made) or ""))
+    if (card := getattr(made, "card", None)) is not None:
+        for field in ("measures", "values", "memory", "licence", "source", "fetch"):
+            table.add_row(field, escape(getattr(card, field)))
+    for parameter in inspect.signature(made).parameters.values():
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        kind = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
+        table.add_row("option", f"{parameter.name}{kind}{default}")
+    return table
+
+
+def check(
+    reward: mfm_rewards.Reward,
+    folder: Path | None,
+    prompts: str | Callable[[str], str] | None,
+    label: int | None,
+) -> Conformance:
+    """The conformance checks on a folder's images, all of one size, or on random ones.
+
+    Args:
+        prompts, label: as in `score_folder`; the checks' own where None.
+    """
+    if folder is None:
+        images = smooth_images(4)
+        names = [""] * len(images)
+    else:
+        images, names = _batch(folder)
+    device = device_of(reward)
+    texts = None if prompts is None else [_prompt(prompts, name) for name in names]
+    labels = None if label is None else torch.full((len(names),), label, device=device)
+    return check_reward(reward, images.to(device), texts, labels)
+
+
+def show_checks(result: Conformance) -> None:
+    """Print the outcome; SystemExit with status 1 if anything failed."""
+    table = Table("check", "outcome", "found", title=result.reward)
+    for check in result.checks:
+        table.add_row(check.name, check.outcome, check.found)
+    get_console().print(table)
+    if result.failures:
+        raise SystemExit(1)
+
+
+def score_folder(
+    reward: mfm_rewards.Reward,
+    folder: Path,
+    prompts: str | Callable[[str], str] | None = None,
+    label: int | None = None,
+) -> dict[str, float]:
+    """The reward of each image in a folder, by file name; images may differ in size.
+
+    Args:
+        prompts: one for all, or what gives one for a file's name.
+    """
+    device, scores = device_of(reward), {}
+    for path in _paths(folder):
+        prompt = _prompt(prompts, path.name)
+        try:
+            with torch.no_grad():
+                value = mfm_rewards.evaluate(
+                    reward, load_image(path)[None].to(device), [prompt] if prompt is not None else None,
+                    torch.tensor([label], device=device) if label is not None else None,
+                )  # fmt: skip
+        except RewardError as error:
+            raise RewardError(f"{path}: {error}") from error
+        scores[path.name] = value.item()
+    return scores
+
+
+def _paths(folder: Path) -> list[Path]:
+    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
+    return paths
+
+
+def _batch(folder: Path) -> tuple[Tensor, list[str]]:
+    """A folder's images, which must have one shape, and their files' names."""
+    paths = _paths(folder)
+    images = [load_image(path) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.shape != images[0].shape:
+            raise RewardError(
+                f"{path} has shape {tuple(image.shape)}, {paths[0]} {tuple(images[0].shape)}: the checks take a batch "
+                "of one size"
+            )
+    return torch.stack(images), [path.name for path in paths]
+
+
+def _prompt(prompts: str | Callable[[str], str] | None, name: str) -> str | None:
+    return prompts(name) if callable(prompts) else prompts
+
+
+def _prompts(options: argparse.Namespace) -> str | Callable[[str], str] | None:
+    """What the command line says about prompts."""
+    if options.prompts is not None:
+        if not options.prompts.is_file():
+            raise FileNotFoundError(f"no prompts at {options.prompts}")
+        try:
+            given: Any = json.loads(options.prompts.read_text())
+        except json.JSONDecodeError as error:
+            raise RewardError(f"{options.prompts} is no JSON: {error}") from error
+        if not isinstance(given, dict):
+            raise RewardError(f'{options.prompts} must be an object of a text for each file, {{"name.png": "..."}}')
+        if absent := [p.name for p in _paths(options.images) if p.name not in given]:
+            raise RewardError(f"{options.prompts} has no prompt for {len(absent)} images, first {absent[0]}")
+        return given.__getitem__
+    if options.prompt is None or PLACEHOLDER not in options.prompt:
+        return options.prompt
+    names = load_class_names(options.class_names)
+    if options.label is None or not 0 <= options.label < len(names):
+        raise RewardError(f"a prompt with {PLACEHOLDER} needs --label, in 0..{len(names) - 1}")
+    return class_prompts(options.prompt, names)[options.label]
+
+
+def load_image(path: Path) -> Tensor:
+    """An image file as `(C, H, W)` in [0, 1]; grey files have one channel, others three."""
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    with Image.open(path) as image:
+        return to_tensor(image if image.mode == "L" else image.convert("RGB"))
+
+
+def _option(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RewardError(f"option {text!r} must be KEY=VALUE")
+    return key, yaml.safe_load(value)

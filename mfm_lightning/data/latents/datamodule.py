@@ -1,0 +1,273 @@
+"""Sharded latents as a DataModule."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfm_lightning.data.base import StepDataModule
+from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
+from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard
+from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
+from mfm_lightning.data.latents.urls import join, local_path
+from mfm_lightning.networks.decoders import Decoder
+
+log = logging.getLogger(__name__)
+
+
+class LatentShards(StepDataModule):
+    """Latents `(C, H, W)` drawn from the VAE moments that `mfm prepare-latents` wrote, scaled, with their labels.
+
+    Guaranteed:
+
+    - In training each sample comes at most once an epoch, on one rank and in one worker, whatever their numbers. An
+      epoch has `N // (W B)` batches of B on each of W ranks, for any sizes of shards and any `num_workers`; what is
+      left of the N samples is another part in each epoch.
+    - A batch depends on its step, the seed, the rank, and on the numbers of ranks and workers, batch size and buffer:
+      a run that was stopped and resumed sees the batches that it would have seen. With another number of ranks or
+      workers the order is another one (and a warning says so).
+    - In validation and test all ranks have the same number of batches of equal sizes, which together hold every sample:
+      once, but for up to W - 1 that two ranks see, where W does not divide their number. Draws are the same each time.
+
+    Args:
+        folder: of the shards and their index.json: a path, or a URL that webdataset opens; for `pipe:` a command with
+            `{name}` in place of a file's name.
+        batch_size: training batch on each device.
+        num_workers: processes that read, for each device; 0: the training process itself.
+        shuffle_buffer: samples that are shuffled with each other in each worker; with shards in a new order each epoch.
+            They are held in memory: 35 KB each for latents of 4 x 32 x 32.
+        flip: take the mirror image's moments for half of the samples.
+        classes: labels that are kept (the others are not renamed); all where None.
+        val_folder: shards for validation and test; where None, the last `val_shards` of `folder`.
+        val_shards: shards held out where there is no `val_folder`; 0: no validation.
+        few_shards: with fewer shards than ranks: "split" shares them out in parts, "error" refuses, "resample" draws
+            shards for each rank with replacement (also where there is not one batch for each rank).
+        corrupt: "raise" at a sample that is damaged or missing, or "skip" it: the next good one takes its place, so
+            that batches stay as long; `skipped` counts them.
+        scale: factor of the latents; the VAE's own (0.18215 for SD's) where None.
+        decoder: for pictures, from latents to images.
+        allow_pipe: run the command of a `pipe:` folder.
+        seed: of order and draws.
+
+    Raises:
+        FileNotFoundError: without an index, or a shard.
+        LatentIndexError: for an index without shards, with labels outside its classes, or with other sizes than the
+            files' (a truncated shard); for a `val_folder` of another shape, other classes, VAE or scale.
+        ValueError: for settings out of range, or too few samples or shards.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        batch_size: int = 256,
+        num_workers: int = 4,
+        shuffle_buffer: int = 2048,
+        flip: bool = True,
+        classes: list[int] | None = None,
+        val_folder: str | None = None,
+        val_shards: int = 1,
+        few_shards: FewShards = "split",
+        corrupt: Corrupt = "raise",
+        scale: float | None = None,
+        decoder: Decoder | None = None,
+        allow_pipe: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed)
+        if num_workers < 0 or shuffle_buffer < 1 or val_shards < 0:
+            raise ValueError(
+                f"num_workers {num_workers} and val_shards {val_shards} must be at least 0, shuffle_buffer "
+                f"{shuffle_buffer} at least 1"
+            )
+        if classes is not None and (not classes or min(classes) < 0):
+            raise ValueError(f"classes {classes} must be labels from 0 on, or left out")
+        for name, value, allowed in (
+            ("few_shards", few_shards, ("split", "error", "resample")), ("corrupt", corrupt, ("raise", "skip")),
+        ):  # fmt: skip
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
+        self.folder, self.val_folder, self.val_shards = str(folder), val_folder and str(val_folder), val_shards
+        self.num_workers, self.classes, self.few_shards = num_workers, classes, few_shards
+        self.decoder, self._given_scale = decoder, scale
+        self.reading = Reading(flip, 0.0, shuffle_buffer, corrupt, allow_pipe)
+        self._parts: dict[str, tuple[str, LatentIndex]] | None = None
+        self._streams: list[LatentStream] = []
+        self._random_access: LatentStream | None = None
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.index.state_shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.index.num_classes
+
+    @property
+    def index(self) -> LatentIndex:
+        """Of the training shards."""
+        return self._part("train")[1]
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt samples skipped by this process and its workers so far."""
+        return sum(int(stream.skipped.sum()) for stream in self._streams)
+
+    def _part(self, split: str) -> tuple[str, LatentIndex]:
+        """Folder and shards of "train" or "val"; an index without shards where there is no validation."""
+        if self._parts is None:
+            index = LatentIndex.load(self.folder, self.reading.allow_pipe)
+            self.reading.scale = index.scale if self._given_scale is None else self._given_scale
+            if self.classes is not None and max(self.classes) >= index.num_classes:
+                raise ValueError(f"classes {self.classes}: the shards have labels 0..{index.num_classes - 1}")
+            if self.val_folder is not None:
+                val = self.val_folder, LatentIndex.load(self.val_folder, self.reading.allow_pipe)
+                self._check_like_training(index, val[1])
+            else:
+                kept = len(index.shards) - self.val_shards
+                if kept < 1:
+                    raise ValueError(
+                        f"val_shards {self.val_shards} of the {len(index.shards)} in {self.folder} leave none to train "
+                        "on: lower it, give a val_folder, or prepare smaller shards"
+                    )
+                val = self.folder, _with(index, index.shards[kept:])
+                index = _with(index, index.shards[:kept])
+            self._parts = {"train": (self.folder, index), "val": val}
+        return self._parts[split]
+
+    def _check_like_training(self, index: LatentIndex, val: LatentIndex) -> None:
+        """Raise LatentIndexError unless one network takes both, and one scale (where none was given) fits both."""
+        if (val.state_shape, val.num_classes) != (index.state_shape, index.num_classes):
+            raise LatentIndexError(
+                f"{self.val_folder} has latents {val.state_shape} of {val.num_classes} classes, "
+                f"{self.folder} {index.state_shape} of {index.num_classes}"
+            )
+        ours, theirs = (str(i.made_with.get("vae_sha256", "")) for i in (index, val))
+        if ours and theirs and ours != theirs:  # shards that were made by other means may not say
+            raise LatentIndexError(
+                f"{self.val_folder} was made with another VAE (sha256 {theirs[:12]}) than {self.folder} ({ours[:12]}): "
+                "prepare both with the same"
+            )
+        if self._given_scale is None and val.scale != index.scale:
+            raise LatentIndexError(
+                f"{self.val_folder} has latents to be scaled by {val.scale}, {self.folder} by {index.scale}: prepare "
+                "both with the same VAE, or give the scale"
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        splits = ("train", "val") if stage in (None, "fit") else ("val",)
+        for folder, index in map(self._part, splits):
+            problems = missing_or_truncated(folder, index)
+            if problems and self.reading.corrupt == "raise":
+                kind = FileNotFoundError if "is missing" in problems[0] else LatentIndexError
+                raise kind(f"{len(problems)} of {len(index.shards)} shards cannot be used: {'; '.join(problems[:5])}")
+            for problem in problems[:5]:
+                log.warning("corrupt samples are skipped: %s", problem)
+
+    def teardown(self, stage: str) -> None:
+        if self.skipped:
+            log.warning("%d corrupt samples were skipped", self.skipped)
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def loader(
+        self,
+        split: str = "train",
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        length: int | None = None,
+        num_workers: int | None = None,
+    ) -> LatentLoader:
+        """Batches `start..length-1` of a rank; one epoch where `length` is None.
+
+        Args:
+            split: "train" or "val".
+            num_workers: other than this DataModule's.
+        """
+        workers = self.num_workers if num_workers is None else num_workers
+        return LatentLoader(self._stream(split, rank, world_size, workers, start, length), workers)
+
+    def _stream(self, split: str, rank: int, world_size: int, lanes: int, start: int, length: int | None):
+        folder, index = self._part(split)
+        rows = [_kept(shard, self.classes) for shard in index.shards]
+        plan = EpochPlan(
+            [len(r) for r in rows], self.batch_size, rank, world_size, lanes, self.seed, split == "train",
+            self.few_shards,
+        )  # fmt: skip
+        self._streams.append(LatentStream(index, folder, rows, plan, self.reading, start, length))
+        return self._streams[-1]
+
+    def train_dataloader(self) -> LatentLoader:
+        start, length = self.steps()
+        return self.loader("train", *self._rank(), start=start, length=length)
+
+    def val_dataloader(self) -> LatentLoader | list:
+        return self.loader("val", *self._rank()) if self._part("val")[1].shards else []
+
+    def test_dataloader(self) -> LatentLoader | list:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> LatentLoader | list:
+        return self.val_dataloader()
+
+    def train_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The training batch of a step, read by this process (for `OffPolicyDataModule`)."""
+        if self._random_access is None:
+            self._random_access = self._stream("train", *self._rank(), 1, 0, None)
+        return self._random_access.batch(step)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents to images in [0, 1], by the decoder; as they are without one."""
+        if self.decoder is None:
+            return x
+        with torch.no_grad():
+            return self.decoder(x)
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of batches depends on, to say so where a resumed run has another one."""
+        return {
+            "samples": self.index.samples, "seed": self.seed, "batch_size": self.batch_size,
+            "num_workers": self.num_workers, "shuffle_buffer": self.reading.shuffle_buffer, "flip": self.reading.flip,
+            "classes": self.classes, "few_shards": self.few_shards, "world_size": self._rank()[1],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        ours = self.state_dict()
+        changed = [f"{key} {state[key]} to {ours[key]}" for key in ours if state.get(key, ours[key]) != ours[key]]
+        if changed:
+            log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
+
+
+def missing_or_truncated(folder: str, index: LatentIndex) -> list[str]:
+    """What is wrong with local shards at a glance; a URL's are not looked at."""
+    problems = []
+    for shard in index.shards:
+        path = local_path(join(folder, shard.name))
+        if path is None:
+            return []
+        if shard.samples and not path.is_file():
+            problems.append(f"{path} is missing")
+        elif shard.samples and (size := path.stat().st_size) != shard.bytes:
+            problems.append(f"{path} has {size:,} bytes, the index says {shard.bytes:,}: truncated or another file")
+    return problems
+
+
+def _kept(shard: Shard, classes: list[int] | None) -> np.ndarray:
+    if classes is None:
+        return np.arange(shard.samples)
+    return np.flatnonzero(np.isin(shard.labels, classes))
+
+
+def _with(index: LatentIndex, shards: list[Shard]) -> LatentIndex:
+    return LatentIndex(index.state_shape, index.num_classes, index.scale, shards, index.made_with)

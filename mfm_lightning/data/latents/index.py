@@ -1,0 +1,190 @@
+"""What a folder of latent shards holds: its index, and the layout of a shard.
+
+A shard is a tar that webdataset reads: of each sample `KEY.cls` (the label in ASCII) and `KEY.npy`, float16
+`(2, 2, C, H, W)`: [of the image, of its mirror image] x [mean, standard deviation] of the VAE's posterior. All samples
+of a folder have the same size, so that in a shard sample i begins at byte i * stride.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mfm_lightning.data.latents.urls import check_url, join, local_path, open_url
+
+INDEX, CLASSES = "index.json", "classes.json"
+VERSION = 1
+_BLOCK = 512  # of a tar: headers and contents take whole ones
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # no folder, no URL: an index cannot point outside
+
+
+class LatentIndexError(ValueError):
+    """An index that cannot be read, or does not fit its shards."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in a sample's bytes.
+
+    Args:
+        state_shape: `(C, H, W)` of a latent.
+    """
+
+    state_shape: tuple[int, ...]
+
+    @property
+    def moments_shape(self) -> tuple[int, ...]:
+        return (2, 2, *self.state_shape)
+
+    @property
+    def npy_header(self) -> bytes:
+        stream = io.BytesIO()
+        header = {"descr": "<f2", "fortran_order": False, "shape": self.moments_shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        return stream.getvalue()
+
+    @property
+    def label_at(self) -> int:
+        return _BLOCK
+
+    @property
+    def npy_at(self) -> int:
+        return 3 * _BLOCK
+
+    @property
+    def moments_at(self) -> int:
+        return self.npy_at + len(self.npy_header)
+
+    @property
+    def moments_bytes(self) -> int:
+        return 2 * prod(self.moments_shape)
+
+    @property
+    def header_at(self) -> tuple[int, int]:
+        """Of the two tar headers."""
+        return 0, 2 * _BLOCK
+
+    @property
+    def stride(self) -> int:
+        """Bytes of a sample in its shard."""
+        content = len(self.npy_header) + self.moments_bytes
+        return self.npy_at + -(-content // _BLOCK) * _BLOCK
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its file name, size, sha256 and the labels of its samples in order, `(samples,)` int64."""
+
+    name: str
+    bytes: int
+    sha256: str
+    labels: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        return len(self.labels)
+
+    def as_dict(self) -> dict[str, Any]:
+        labels = self.labels.tolist()
+        return {
+            "name": self.name, "samples": self.samples, "bytes": self.bytes, "sha256": self.sha256, "labels": labels,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> Shard:
+        labels = np.asarray(found["labels"], dtype=np.int64)
+        if not _NAME.fullmatch(found["name"]):
+            raise LatentIndexError(f"shard name {found['name']!r} is no plain file name")
+        if len(labels) != found["samples"] or labels.ndim != 1:
+            raise LatentIndexError(f"{found['name']} has {found['samples']} samples, but {len(labels)} labels")
+        return cls(found["name"], int(found["bytes"]), found["sha256"], labels)
+
+
+@dataclass
+class LatentIndex:
+    """All shards of a folder, and what they were made with.
+
+    Args:
+        state_shape: `(C, H, W)` of a latent.
+        num_classes: labels are below it.
+        scale: the VAE's factor of latents (0.18215 for SD's).
+        shards: in the order of their names.
+        made_with: image size, VAE and so on.
+        broken: keys of the input that were left out, for they could not be read.
+    """
+
+    state_shape: tuple[int, ...]
+    num_classes: int
+    scale: float
+    shards: Sequence[Shard]
+    made_with: dict[str, Any] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.state_shape)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def text(self) -> str:
+        """As JSON, one line a shard."""
+        head = {
+            "format": "mfm-latents", "version": VERSION, "state_shape": list(self.state_shape),
+            "num_classes": self.num_classes, "samples": self.samples, "scale": self.scale,
+            "made_with": self.made_with, "broken": self.broken,
+        }  # fmt: skip
+        shards = ",\n".join(json.dumps(shard.as_dict(), separators=(",", ":")) for shard in self.shards)
+        return f'{json.dumps(head, indent=1)[:-2]},\n "shards": [\n{shards}\n]}}\n'
+
+    @classmethod
+    def load(cls, folder: str | Path, allow_pipe: bool = False) -> LatentIndex:
+        """The index of a folder, local or a URL.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            LatentIndexError: if it cannot be read, has no shards, or labels outside its classes.
+        """
+        url = join(str(folder), INDEX)
+        path = local_path(url)
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"no {INDEX} in {folder}: prepare the shards with mfm prepare-latents")
+        check_url(url, allow_pipe)
+        try:
+            with open_url(url, allow_pipe) as stream:
+                found = json.loads(stream.read())
+            if (found["format"], found["version"]) != ("mfm-latents", VERSION):
+                raise LatentIndexError(f"format {found['format']} {found['version']}, not mfm-latents {VERSION}")
+            shards = [Shard.from_dict(shard) for shard in found["shards"]]
+            index = cls(
+                tuple(found["state_shape"]), found["num_classes"], found["scale"], shards, found["made_with"],
+                found["broken"],
+            )  # fmt: skip
+        except OSError as error:
+            raise FileNotFoundError(f"{url} cannot be read: {error}") from error
+        except LatentIndexError as error:
+            raise LatentIndexError(f"{url}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:  # also bad JSON
+            raise LatentIndexError(f"{url} is no index of latent shards: {type(error).__name__}: {error}") from error
+        if not index.samples:
+            raise LatentIndexError(f"{url} lists no shards with samples: prepare them with mfm prepare-latents")
+        index.check_labels(index.num_classes)
+        return index
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raise LatentIndexError, naming a shard, unless all labels are in 0..num_classes-1."""
+        for shard in self.shards:
+            if shard.samples and (shard.labels.min() < 0 or shard.labels.max() >= num_classes):
+                raise LatentIndexError(
+                    f"labels {shard.labels.min()}..{shard.labels.max()} in {shard.name}, outside "
+                    f"0..{num_classes - 1} of {num_classes} classes"
+                )

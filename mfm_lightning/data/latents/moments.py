@@ -1,0 +1,84 @@
+"""Images to the moments of a VAE's posterior."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfm_lightning.networks.decoders import load_vae
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MomentEncoder:
+    """A frozen AutoencoderKL of diffusers: pixels to mean and standard deviation, of the image and its mirror image.
+
+    Args:
+        path: a folder that `AutoencoderKL.from_pretrained` reads, or a Hugging Face id.
+        device: that it runs on.
+        precision: "fp32", or autocast to "bf16" or "fp16".
+        allow_download: fetch the weights where they are not there.
+
+    Raises:
+        FileNotFoundError: if the weights are not there.
+        ImportError: without the extra `imagenet`.
+        ValueError: for a VAE whose latents are shifted, or an unknown precision.
+    """
+
+    def __init__(
+        self,
+        path: str = "stabilityai/sd-vae-ft-mse",
+        device: torch.device | str = "cpu",
+        precision: str = "fp32",
+        allow_download: bool = False,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        self.device, self.precision = torch.device(device), precision
+        self.vae = load_vae(path, allow_download).to(self.device)
+        config = self.vae.config
+        self.scale, self.factor = float(config.scaling_factor), 2 ** (len(config.block_out_channels) - 1)
+        self.channels = int(config.latent_channels)
+
+    def state_shape(self, image_size: int) -> tuple[int, int, int]:
+        """`(C, H, W)` of the latents of square images.
+
+        Raises:
+            ValueError: if the size is no multiple of the VAE's factor.
+        """
+        if image_size < 1 or image_size % self.factor:
+            raise ValueError(f"image size {image_size} must be a multiple of {self.factor}, the VAE's factor")
+        return self.channels, image_size // self.factor, image_size // self.factor
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of the weights, equal on every machine."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """`(B, S, S, 3)` uint8 to `(B, 2, 2, C, H, W)` float16: [image, mirror image] x [mean, std].
+
+        Raises:
+            FloatingPointError: if a moment is not finite in float16.
+        """
+        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        moments = torch.stack([self._encode(x), self._encode(x.flip(-1))], dim=1).half()
+        if not torch.isfinite(moments).all():
+            raise FloatingPointError(f"the VAE's moments are not finite in float16 (precision {self.precision})")
+        return moments.cpu().numpy()
+
+    def _encode(self, x: Tensor) -> Tensor:
+        dtype = PRECISIONS[self.precision]
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            posterior = self.vae.encode(x).latent_dist
+        return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1)

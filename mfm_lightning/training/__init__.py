@@ -1,0 +1,1 @@
+"""Sharded training: weights, gradients and optimiser state over several devices."""

@@ -1,0 +1,71 @@
+"""The LAION aesthetic score: how beautiful an image is, whatever it shows."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mfm_rewards.clip import CLIPReward
+from mfm_rewards.pretrained import Card
+from mfm_rewards.registry import register
+from mfm_rewards.weights import find_file, load_into, load_state_dict
+
+
+@register("aesthetic")
+class Aesthetic(CLIPReward):
+    """Rating by a small head on CLIP ViT-L/14's image features: LAION's improved aesthetic predictor, sac+logos+ava1.
+
+    Args:
+        head: file of the head's weights, or `org/name/file`.
+        weights, and the rest: as `mfm_rewards.clip.CLIPReward`.
+    """
+
+    card = Card(
+        measures="how beautiful the image is, by human ratings",
+        values="4 to 7, of 1 to 10",
+        licence="Apache-2.0 (head), MIT (CLIP)",
+        source="Schuhmann 2022, christophschuhmann/improved-aesthetic-predictor",
+        fetch="hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth; "
+        "hf download openai/clip-vit-large-patch14 config.json model.safetensors",
+        parameters=305,
+        activations=0.43,
+    )
+    needs = ("images",)
+    fit = "crop"
+    default_weights = "openai/clip-vit-large-patch14"
+    default_act = "quick_gelu"
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
+        hidden_act: str | None = None,
+        allow_download: bool = False,
+        precision: str = "fp32",
+        checkpoint_activations: bool = False,
+        compile: bool = False,
+        max_rows: int = 64,
+    ) -> None:
+        path = find_file(head, allow_download)
+        super().__init__(
+            weights, hidden_act=hidden_act, allow_download=allow_download, precision=precision,
+            checkpoint_activations=checkpoint_activations, compile=compile, max_rows=max_rows,
+        )  # fmt: skip
+        self.head = aesthetic_head(self.clip.config.projection_dim)
+        state = {name.removeprefix("layers."): v.float() for name, v in load_state_dict(path).items()}
+        load_into(self.head, state, set(self.head.state_dict()), path, "aesthetic head")
+        self.head.eval().requires_grad_(False)
+
+    def score(self, pixels: Tensor) -> Tensor:
+        features = self.image_features(pixels)
+        return self.head(features.to(self.head[0].weight.dtype)).squeeze(-1)
+
+
+def aesthetic_head(width: int = 768) -> nn.Sequential:
+    """The head, with the layers of the released weights; there are no nonlinearities in it."""
+    layers = []
+    for features, dropout in ((1024, 0.2), (128, 0.2), (64, 0.1), (16, None), (1, None)):
+        layers.append(nn.Linear(width, features))
+        if dropout is not None:
+            layers.append(nn.Dropout(dropout))
+        width = features
+    return nn.Sequential(*layers)

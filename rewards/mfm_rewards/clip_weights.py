@@ -1,0 +1,145 @@
+"""CLIP's weights, of transformers' names or those of openai/CLIP and open_clip, as a transformers model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfm_rewards.weights import CheckpointError, find_file, find_folder, load_into, load_state_dict, num_blocks
+
+_WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16}  # vision towers H, g and bigG; all other towers have 64 channels a head
+
+
+def load_clip(
+    weights: str, hidden_act: str | None = None, default_act: str = "gelu", allow_download: bool = False
+) -> tuple[nn.Module, Path]:
+    """A `transformers.CLIPModel` in float32, and the folder its weights are in.
+
+    Args:
+        weights: see `mfm_rewards.clip.CLIPReward`.
+        hidden_act: activation, whatever a config says.
+        default_act: that of weights that come without a config.
+
+    Raises:
+        FileNotFoundError: if they are not there; CheckpointError: if they are not CLIP's; ImportError: without
+            transformers.
+    """
+    try:
+        from transformers import CLIPConfig, CLIPModel
+    except ImportError as error:
+        raise ImportError(f"CLIP needs transformers ({error}): pip install 'mfm-lightning[clip]'") from error
+
+    path = _weights_file(weights, allow_download)
+    state, renamed = transformers_names(load_state_dict(path), path)
+    # a config beside weights of other names is that of something else
+    content = None if renamed else _config_beside(path)
+    config = CLIPConfig.from_dict(content or infer_config(state, default_act, path))
+    if hidden_act is not None:
+        config.vision_config.hidden_act = config.text_config.hidden_act = hidden_act
+    with torch.device("meta"):  # nothing is drawn at random for weights that are replaced
+        model = CLIPModel(config)
+    load_into(model, state, set(model.state_dict()), path, "CLIP", assign=True)
+    for tower in (model.vision_model, model.text_model):  # not among the weights
+        positions = torch.arange(tower.embeddings.position_ids.shape[1]).unsqueeze(0)
+        tower.embeddings.register_buffer("position_ids", positions, persistent=False)
+    return model, path.parent
+
+
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    file = path.parent / "config.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    return content if "vision_config" in content else None
+
+
+def _weights_file(weights: str, allow_download: bool) -> Path:
+    """The file of weights: given, or in the folder that is given."""
+    of_a_file = Path(weights).is_file() or (not Path(weights).is_dir() and weights.removeprefix("hf:").count("/") > 1)
+    if of_a_file or Path(weights).suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        return find_file(weights, allow_download)
+    needed = ["config.json", "model.safetensors|pytorch_model.bin"]
+    folder = find_folder(weights, needed, ["vocab.json", "merges.txt"], allow_download, what="CLIP model")
+    return next(p for name in needed[1].split("|") if (p := folder / name).is_file())
+
+
+_RENAMED = [
+    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+]
+_IGNORED = re.compile(r"position_ids$|^(input_resolution|context_length|vocab_size|attn_mask)$")
+
+
+def transformers_names(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Weights by transformers' names, in float32, and whether they had openai/CLIP's and open_clip's before.
+
+    Raises:
+        CheckpointError: if they have neither.
+    """
+    state = {name.removeprefix("module."): v for name, v in state.items()}
+    state = {name: v.float() for name, v in state.items() if not _IGNORED.search(name)}
+    if "vision_model.embeddings.patch_embedding.weight" in state:
+        return state, False
+    if "visual.conv1.weight" not in state or "visual.proj" not in state:
+        raise CheckpointError(
+            f"{path} holds no CLIP with a vision transformer: neither visual.conv1.weight (openai/CLIP, open_clip) nor "
+            f"vision_model.embeddings.patch_embedding.weight (transformers) among {sorted(state)[:3]}"
+        )
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if match := re.search(r"\.attn\.in_proj_(weight|bias)$", name):
+            for kind, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[f"{name[: match.start()]}.self_attn.{kind}_proj.{match[1]}"] = part
+        else:
+            # their projections are matrices to multiply with from the right
+            renamed[name] = value.T if name in ("visual_projection.weight", "text_projection.weight") else value
+    return {name: value.contiguous() for name, value in renamed.items()}, True
+
+
+def infer_config(state: dict[str, Tensor], hidden_act: str, path: str | Path = "the weights") -> dict[str, Any]:
+    """The content of a CLIP's config.json, from the shapes of weights with transformers' names.
+
+    Raises:
+        CheckpointError: if a weight that tells a size is missing.
+    """
+
+    def tower(name: str) -> dict[str, Any]:
+        depth = num_blocks(state, f"{name}.encoder.layers.")
+        intermediate, width = state[f"{name}.encoder.layers.0.mlp.fc1.weight"].shape
+        wide = _WIDE_HEADS if name == "vision_model" else {}
+        heads = wide.get(width, max(1, width // 64))
+        sizes = {"hidden_size": width, "intermediate_size": intermediate, "num_attention_heads": heads}
+        return {**sizes, "num_hidden_layers": depth, "hidden_act": hidden_act, "projection_dim": projected}
+
+    try:
+        projected = len(state["visual_projection.weight"])
+        patch = state["vision_model.embeddings.patch_embedding.weight"].shape[-1]
+        patches = len(state["vision_model.embeddings.position_embedding.weight"]) - 1
+        vocabulary = len(state["text_model.embeddings.token_embedding.weight"])
+        length = len(state["text_model.embeddings.position_embedding.weight"])
+        vision = {**tower("vision_model"), "patch_size": patch, "image_size": math.isqrt(patches) * patch}
+        text = {**tower("text_model"), "vocab_size": vocabulary, "max_position_embeddings": length}
+    except KeyError as error:
+        raise CheckpointError(f"{path} has no {error.args[0]}: not a whole CLIP") from error
+    tokens = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": 0}
+    return {"vision_config": vision, "text_config": {**text, **tokens}, "projection_dim": projected}

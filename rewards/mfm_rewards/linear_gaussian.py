@@ -1,0 +1,155 @@
+"""The log-likelihood of a noisy linear measurement: the reward of inverse problems (paper, F.1).
+
+The measurement may be any matrix, or one of the operators below on images: inpainting, super-resolution, blur, colour
+removal. Each is a function of the image, so that no matrix is ever formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfm_rewards.protocol import Reward
+from mfm_rewards.registry import register
+
+
+@register("linear_gaussian")
+class LinearGaussianLikelihood(Reward):
+    """r(x1) = log N(y; A x1, noise_std^2 I), for any matrix A.
+
+    Args:
+        operator: A, `(M, D)` or `(D,)`; D is the number of values of one image (or state).
+        observation: y, `(M,)` or a number.
+        noise_std: standard deviation of the measurement noise, positive.
+    """
+
+    def __init__(self, operator: Sequence, observation: float | Sequence, noise_std: float) -> None:
+        super().__init__()
+        self.noise_std = _positive(noise_std)
+        self.register_buffer("operator", torch.atleast_2d(torch.as_tensor(operator, dtype=torch.float32)))
+        self.register_buffer("observation", torch.atleast_1d(torch.as_tensor(observation, dtype=torch.float32)))
+        if len(self.operator) != len(self.observation):
+            raise ValueError(f"{len(self.operator)} measurements but {len(self.observation)} observations")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.flatten(1)
+        if x.shape[1] != self.operator.shape[1]:
+            raise ValueError(f"images of {x.shape[1]} values, but the operator takes {self.operator.shape[1]}")
+        return _log_normal(self.observation.to(x) - x @ self.operator.to(x).T, self.noise_std)
+
+
+class _ImageMeasurement(Reward):
+    """Base of the likelihoods below: `measure` is the linear operator A, `(B, C, H, W) -> (B, ...)`.
+
+    Args:
+        observation: y, as `measure` gives it for one image, without the batch dimension; or the path of a `.pt` or
+            `.safetensors` (tensor "observation") file with it.
+    """
+
+    def __init__(self, observation: Tensor | Sequence | str, noise_std: float) -> None:
+        super().__init__()
+        self.noise_std = _positive(noise_std)
+        self.register_buffer("observation", _tensor(observation))
+
+    def measure(self, images: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must implement measure(images)")
+
+    def forward(self, images: Tensor) -> Tensor:
+        measured = self.measure(images)
+        if measured.shape[1:] != self.observation.shape:
+            raise ValueError(
+                f"the measurement of an image has shape {tuple(measured.shape[1:])}, the observation "
+                f"{tuple(self.observation.shape)}"
+            )
+        return _log_normal((self.observation.to(measured) - measured).flatten(1), self.noise_std)
+
+
+@register("inpainting")
+class Inpainting(_ImageMeasurement):
+    """Likelihood of the pixels seen through a mask, `(H, W)` or `(C, H, W)` of ones (seen) and zeros."""
+
+    def __init__(self, observation, mask: Tensor | Sequence | str, noise_std: float = 0.1) -> None:
+        super().__init__(observation, noise_std)
+        self.register_buffer("mask", _tensor(mask, "mask"))
+        if not ((self.mask == 0) | (self.mask == 1)).all() or not self.mask.any():
+            raise ValueError("a mask must hold ones (seen) and zeros, and at least one one")
+        self.register_buffer("seen", self.mask.expand_as(self.observation).bool())
+        self.observation = self.observation * self.mask
+
+    def measure(self, images: Tensor) -> Tensor:
+        return images * self.mask.to(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != self.observation.shape:
+            raise ValueError(f"images of shape {tuple(images.shape[1:])}, observed {tuple(self.observation.shape)}")
+        return _log_normal((self.observation.to(images) - images)[:, self.seen], self.noise_std)
+
+
+@register("super_resolution")
+class SuperResolution(_ImageMeasurement):
+    """Likelihood of the image averaged over blocks of `factor` x `factor` pixels."""
+
+    def __init__(self, observation, factor: int, noise_std: float = 0.1) -> None:
+        super().__init__(observation, noise_std)
+        if factor < 1:
+            raise ValueError(f"factor {factor} must be at least 1")
+        self.factor = factor
+
+    def measure(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, self.factor)
+
+
+@register("blur")
+class Blur(_ImageMeasurement):
+    """Likelihood of the image blurred by a Gaussian of `blur_std` pixels, edges replicated."""
+
+    def __init__(self, observation, blur_std: float, noise_std: float = 0.1) -> None:
+        super().__init__(observation, noise_std)
+        radius = max(1, math.ceil(3 * _positive(blur_std)))
+        kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / blur_std) ** 2)
+        self.register_buffer("kernel", kernel / kernel.sum())
+
+    def measure(self, images: Tensor) -> Tensor:
+        channels, radius = images.shape[1], len(self.kernel) // 2
+        kernel = self.kernel.to(images).expand(channels, 1, -1)
+        padded = F.pad(images, (radius,) * 4, mode="replicate")
+        with torch.autocast(images.device.type, enabled=False):  # a likelihood of small noise is lost in 16 bits
+            rows = F.conv2d(padded, kernel[:, :, None, :], groups=channels)
+            return F.conv2d(rows, kernel[:, :, :, None], groups=channels)
+
+
+@register("colour_removal")
+class ColourRemoval(_ImageMeasurement):
+    """Likelihood of the image's grey version, the mean over channels: colourisation as an inverse problem."""
+
+    def __init__(self, observation, noise_std: float = 0.1) -> None:
+        super().__init__(observation, noise_std)
+
+    def measure(self, images: Tensor) -> Tensor:
+        return images.mean(dim=1, keepdim=True)
+
+
+def _log_normal(residual: Tensor, std: float) -> Tensor:
+    constant = residual.shape[1] * math.log(std * math.sqrt(2 * math.pi))
+    return -0.5 * (residual / std).square().sum(dim=1) - constant
+
+
+def _positive(std: float) -> float:
+    if not std > 0:
+        raise ValueError(f"standard deviation {std} must be positive")
+    return std
+
+
+def _tensor(value: Tensor | Sequence | str, key: str = "observation") -> Tensor:
+    if isinstance(value, str):
+        if value.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            value = load_file(value)[key]
+        else:
+            value = torch.load(value, map_location="cpu", weights_only=True)
+    return torch.as_tensor(value, dtype=torch.float32)

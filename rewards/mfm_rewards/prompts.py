@@ -1,0 +1,96 @@
+"""Prompts: class names, templates with a class name, and what a model makes of a prompt, computed once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PLACEHOLDER = "{class}"
+
+
+def imagenet_classes() -> list[str]:
+    """Names of the 1,000 ImageNet classes by label; `data/imagenet_classes.txt` says where they are from."""
+    return _lines(files("mfm_rewards").joinpath("data/imagenet_classes.txt").read_text(encoding="utf-8"))
+
+
+def load_class_names(path: str | Path | None = None) -> list[str]:
+    """Names by label: a text file, one a line (lines from a # on are comments), or a JSON list or `{label: name}`;
+    ImageNet's where None.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is not of that kind, or labels are missing.
+    """
+    if path is None:
+        return imagenet_classes()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no class names at {path}")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        names = _lines(text)
+    else:
+        try:
+            content = json.loads(text)
+            names = content if isinstance(content, list) else [content[str(i)] for i in range(len(content))]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no list of names, and no object of names by label 0, 1, ...: {error}"
+            ) from error
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{path} holds no class names: expected one a line, or a JSON list of strings")
+    return names
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def class_prompts(template: str, names: Sequence[str]) -> list[str]:
+    """A template such as "a photograph of a {class}.", once for each name.
+
+    Raises:
+        ValueError: if it has no {class}.
+    """
+    if PLACEHOLDER not in template:
+        raise ValueError(f"the template {template!r} has no {PLACEHOLDER}")
+    return [template.replace(PLACEHOLDER, name) for name in names]
+
+
+class PromptCache:
+    """What `encode` makes of prompts, each encoded once.
+
+    Args:
+        encode: N prompts to `(N, ...)`; called without gradients.
+        max_size: prompts kept; more are encoded again.
+        max_rows: prompts encoded at once.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Tensor], max_size: int = 8192, max_rows: int = 64) -> None:
+        self.encode, self.max_size, self.max_rows = encode, max_size, max_rows
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """`(B, ...)` of B prompts."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._known]
+        if len(self._known) + len(new) > self.max_size:
+            self._known.clear()
+            new = list(dict.fromkeys(prompts))
+        # outside inference mode, whose tensors no gradient may be taken through later
+        with torch.inference_mode(False), torch.no_grad():
+            for i in range(0, len(new), self.max_rows):
+                part = new[i : i + self.max_rows]
+                self._known.update(zip(part, self.encode(part).unbind(), strict=True))
+        return torch.stack([self._known[p] for p in prompts])
+
+    def clear(self) -> None:
+        """Forget all, as after a move to another device."""
+        self._known.clear()
+
+    def __len__(self) -> int:
+        return len(self._known)

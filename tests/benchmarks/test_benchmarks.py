@@ -1,0 +1,414 @@
+"""Benchmark suites as a user runs them, on tiny models: cells, resuming, failures, reports, bad input."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from mfm_benchmarks.command import load_suite
+from mfm_benchmarks.quality import Quality
+from mfm_benchmarks.runner import compute
+from mfm_benchmarks.store import Store
+from mfm_benchmarks.suite import Cell, Outcome, Suite, suites
+from mfm_lightning.checkpoints import save_model
+from mfm_lightning.commands.main import main
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks import MLP, DiT
+from tests.latent_data import small_vae
+from tests.tiny_rewards import tiny_rewards
+
+ROOT = Path(__file__).parents[2]
+
+
+def model(network):
+    torch.manual_seed(0)
+    for tensor in (*network.buffers(), *network.parameters()):
+        torch.nn.init.normal_(tensor, std=0.1)
+    return MetaFlowMap(network)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a digits model where the documentation has it."""
+    save_model(
+        model(DiT(8, 4, 1, 16, 2, 2, 1, num_classes=10, guidance_scales=())),
+        _folder(tmp_path / "outputs/digits/mfm") / "model.safetensors",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def _folder(path):
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def benchmark(*args):
+    main(["benchmark", *map(str, args)])
+
+
+def rows(folder, name):
+    with open(folder / "report" / f"{name}.csv") as file:
+        return list(csv.DictReader(file))
+
+
+# cells and the store
+
+
+class Counting(Suite):
+    """Two cells and one that needs both."""
+
+    def __init__(self, stop_at=None, fail=False, version=1):
+        self.ran, self.stop_at, self.fail, self.version = [], stop_at, fail, version
+
+    def prepare(self):
+        pass
+
+    def cells(self):
+        def work(name, value):
+            def compute(*needed):
+                if name == self.stop_at:
+                    raise KeyboardInterrupt
+                if self.fail and name == "second":
+                    raise ValueError("no luck")
+                self.ran.append(name)
+                total = value + sum(float(o.tensors["x"][0]) for o in needed)
+                return Outcome({"total": total}, {"x": torch.full((2,), float(total))})
+
+            return compute
+
+        first = Cell("first", {"version": 1}, work("first", 1))
+        second = Cell("second", {"version": self.version}, work("second", 10))
+        return [first, second, Cell("both", {"of": 2}, work("both", 100), (first, second))]
+
+    def report(self, results):
+        return []
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    store = Store(tmp_path)
+    stopped = Counting(stop_at="both")
+    with pytest.raises(KeyboardInterrupt):
+        compute(stopped, store)
+    assert stopped.ran == ["first", "second"]
+    again = Counting()
+    results, seconds = compute(again, store)
+    assert again.ran == ["both"]
+    assert seconds > 0
+    assert [results[cell].numbers["total"] for cell in again.cells()] == [1, 10, 111]
+    # another identity is another result, and half a file is none
+    store.path(again.cells()[0]).write_text('{"numbers": {}')
+    changed = Counting(version=2)
+    compute(changed, store)
+    assert changed.ran == ["first", "second"]
+    fresh = Counting(version=2)
+    compute(fresh, store, fresh=True)
+    assert fresh.ran == ["first", "second", "both"]
+
+
+def test_a_failure_is_noted_and_the_others_go_on(tmp_path):
+    suite = Counting(fail=True)
+    results, _ = compute(suite, Store(tmp_path))
+    assert suite.ran == ["first"]
+    assert results.failures == {"second": "ValueError: no luck", "both": "needs second, which failed"}
+    mended = Counting()
+    results, _ = compute(mended, Store(tmp_path))
+    assert mended.ran == ["second", "both"]
+    assert not results.failures
+
+
+# a comparison of the user's own, as the documentation has it
+
+
+def documented(kind):
+    blocks = re.findall(rf"```{kind}\n(.*?)```", (ROOT / "docs/benchmarks.md").read_text(), re.S)
+    assert len(blocks) == 1
+    return blocks[0]
+
+
+def test_the_documented_comparison_runs_and_its_costs_are_the_papers(workplace, capsys):
+    (workplace / "my_rewards.py").write_text(documented("python"))
+    (workplace / "compare.yaml").write_text(documented("yaml"))
+    args = ("alignment", "--config", "compare.yaml", "--num_samples", 6, "--best_of_n.steps", 4)
+    benchmark(*args)
+    folder = workplace / "outputs/benchmarks/compare"
+    assert "Report: outputs/benchmarks/compare/report/index.html" in capsys.readouterr().out
+    found = {(r["method"], r["setting"], r["λ"]): r for r in rows(folder, "results")}
+    # K steps, N draws: Best-of-N (K+1) N, MFM-G K + 4 N K, with GLASS draws of S steps K + 2 N K (S + 1) (F.3.5)
+    nfe = {key: int(row["NFE"]) for key, row in found.items()}
+    assert nfe["Best-of-N", "N 100", "any"] == 5 * 100
+    assert nfe["MFM-G", "steps 25", "2.5"] == 25 + 4 * 25
+    assert nfe["GLASS-G", "steps 10", "1"] == 10 + 2 * 10 * (4 + 1)
+    assert float(found["Best-of-N", "N 10", "any"]["mean reward"]) >= float(
+        found["Best-of-N", "N 1", "any"]["mean reward"]
+    )
+    # what is kept for one N is not that of another
+    assert found["Best-of-N", "N 100", "any"]["diversity"] != found["Best-of-N", "N 1", "any"]["diversity"]
+    for row in found.values():
+        assert float(row["mean reward low"]) <= float(row["mean reward"]) <= float(row["mean reward high"])
+    # larger lambda, larger reward: the gradient is the reward's
+    assert float(found["MFM-G", "steps 25", "2.5"]["mean reward"]) > float(
+        found["MFM-G", "steps 25", "1"]["mean reward"]
+    )
+    page = (folder / "report/index.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert "http" not in re.sub(r"data:[^\"]*", "", page)
+    environment = json.loads((folder / "report/environment.json").read_text())
+    assert environment["environment"]["command"].startswith("mfm benchmark alignment --config compare.yaml")
+    for name in ("reward_nfe", "reward_seconds", "samples_top_heavy"):
+        assert (folder / f"report/{name}.png").stat().st_size > 5000
+        assert (folder / f"report/{name}.svg").read_text().startswith("<?xml")
+
+    # again: nothing is computed, the numbers are the same
+    before, stamps = rows(folder, "results"), {p: p.stat().st_mtime_ns for p in (folder / "results").iterdir()}
+    benchmark(*args)
+    assert rows(folder, "results") == before
+    assert {p: p.stat().st_mtime_ns for p in (folder / "results").iterdir()} == stamps
+
+    # changed code of the reward is noticed, though its name is the same
+    settings = {"model": {"file": "outputs/digits/mfm/model.safetensors"}, "rewards": {"r": {"reward": "brightness"}}}
+    probes = []
+    for scale in (1.0, 2.0):
+        settings["rewards"]["r"] = {"reward": {"name": "scale", "reward": "brightness", "factor": scale}}
+        (workplace / "probe.yaml").write_text(yaml.safe_dump({**settings, "methods": {}}))
+        suite, _ = load_suite("alignment", Path("probe.yaml"))
+        assert suite.missing() == []
+        suite.prepare()
+        probes.append(suite._probes)
+    assert probes[0] != probes[1]
+
+
+def test_failures_and_what_is_left_out_are_on_the_page(workplace):
+    (workplace / "bad_rewards.py").write_text(
+        "def broken(images):\n    raise RuntimeError('the scorer is down')\n\n\n"
+        "def late(images):\n    r = images.mean(dim=(1, 2, 3))\n"
+        "    return r if not images.requires_grad else r * float('nan')\n"
+    )
+    steering = {"class_path": "Steering", "init_args": {"grid": {"steps": 3}}}
+    settings = {
+        "model": {
+            "file": "outputs/digits/mfm/model.safetensors",
+            "decoder": {"class_path": "mfm_lightning.networks.PixelDecoder"},
+        },
+        "rewards": {
+            "down": {"reward": {"class_path": "bad_rewards.broken"}},
+            "late": {"reward": {"class_path": "bad_rewards.late"}},
+            "bytes": {"reward": "jpeg_compressibility"},
+            "good": {"reward": "brightness", "scale": 10.0},
+        },
+        "scales": [1.0],
+        "num_samples": 4,
+        "best_of_n": {"numbers": [1, 4], "steps": 3},
+        "methods": {
+            "MFM-G": {"method": steering},
+            "Search": {"method": {"class_path": "Search", "init_args": {"steps": 2}}},
+        },
+    }
+    (workplace / "mixed.yaml").write_text(yaml.safe_dump(settings))
+    benchmark("alignment", "--config", "mixed.yaml", "--output", "out")
+    record = json.loads((workplace / "out/report/environment.json").read_text())
+    assert any("down" in name and "the scorer is down" in message for name, message in record["failures"].items())
+    assert "step 1 of 3" in record["failures"]["MFM-G, late, λ = 1, seed 0"]
+    assert "is not differentiable" in record["skipped"]["MFM-G, bytes"]
+    page = (workplace / "out/report/index.html").read_text()
+    assert "the scorer is down" in page
+    assert "Left out on purpose" in page
+    kept = {(r["reward"], r["method"]) for r in rows(workplace / "out", "results")}
+    assert {("good", "MFM-G"), ("good", "Search"), ("bytes", "Search"), ("late", "Search")} <= kept
+    assert not any(reward == "down" for reward, _ in kept)
+
+
+def test_trained_methods_are_fitted_for_each_multiplier(workplace):
+    shutil.copytree(ROOT / "configs", workplace / "configs")
+    small = {
+        "trainer.max_steps": 2, "trainer.val_check_interval": 10000, "trainer.limit_val_batches": 0,
+        "trainer.accelerator": "cpu", "trainer.enable_progress_bar": False, "trainer.callbacks": [
+            {"class_path": "mfm_lightning.callbacks.ExportModel"}],
+        "data.init_args.data.init_args.batch_size": 8,
+        "data.init_args.buffer_size": 8, "data.init_args.ode_steps": 2,
+    }  # fmt: skip
+    settings = {
+        "model": {
+            "file": "outputs/digits/mfm/model.safetensors",
+            "decoder": {"class_path": "mfm_lightning.networks.PixelDecoder"},
+        },
+        "rewards": {"brightness": {"reward": "brightness", "scale": 10.0}},
+        "scales": [1.0, 2.0],
+        "num_samples": 4,
+        "best_of_n": {"numbers": [1], "steps": 3},
+        "methods": {
+            "policy": {
+                "method": {"class_path": "PolicySampling", "init_args": {"policy": "FITTED"}},
+                "sweep": {"steps": [2, 3]},
+                "fit": {"config": "configs/digits/finetune.yaml", "options": small},
+            }
+        },
+    }
+    (workplace / "fit.yaml").write_text(yaml.safe_dump(settings))
+    benchmark("alignment", "--config", "fit.yaml", "--output", "out")
+    files = sorted(p.parent.name for p in (workplace / "out/models").rglob("model.safetensors"))
+    assert files == ["policy_brightness_10", "policy_brightness_20"]
+    found = [r for r in rows(workplace / "out", "results") if r["method"] == "policy"]
+    assert [(r["λ"], r["NFE"]) for r in found] == [("1", "2"), ("2", "2"), ("1", "3"), ("2", "3")]
+    assert all(float(r["training seconds"]) > 0 for r in found)
+
+
+# the other suites
+
+
+def test_gmm_suite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(model(MLP(2, 16, 1)), tmp_path / "model.safetensors")
+    args = ("--draws", "[1,2]", "--num_samples", 64, "--num_reference", 256, "--seeds", "[0,1]", "--steps", 6)
+    benchmark("gmm", "--model", "model.safetensors", *args, "--particles", 64, "--output", "out")
+    found = {(r["method"], r["N"]): r for r in rows(tmp_path / "out", "distances")}
+    assert int(found["MFM-G, ODE", "2"]["NFE a sample"]) == 6 + 4 * 2 * 6
+    assert int(found["MFM-GF, SDE", "2"]["NFE a sample"]) == 6 + 2 * 2 * 6
+    assert int(found["DPS, ODE", ""]["NFE a sample"]) == 4 * 6
+    floor = found.pop(("exact samples (floor)", ""))
+    assert float(floor["MMD low"]) < 0 < float(floor["MMD high"])
+    # nothing that a random model draws is nearer than exact samples
+    assert all(float(r["W2"]) > float(floor["W2"]) for (name, _), r in found.items() if "exact" not in name)
+    assert all(float(r["W2 std of seeds"]) > 0 for r in found.values())
+
+
+def test_digits_suite(workplace):
+    settings = yaml.safe_load((ROOT / "configs/benchmarks/digits.yaml").read_text())
+    part = {
+        "num_states": 4,
+        "num_draws": 8,
+        "model_steps": [1],
+        "glass_steps": [1, 2],
+        "times": [0.3],
+        "rollout_steps": 4,
+    }
+    settings |= {"posterior": part, "value": part}
+    settings["frequencies"] = {"draws": [1, 2], "particles": [2], "num_samples": 16, "steps": 4}
+    settings["quality"]["init_args"]["steps"] = 5
+    settings["reward"]["classifier"]["init_args"] = {"steps": 5}
+    (workplace / "digits.yaml").write_text(yaml.safe_dump(settings))
+    benchmark("digits", "--config", "digits.yaml", "--output", "out")
+    shares = {(r["method"], r["draws or particles"]): r for r in rows(workplace / "out", "class_frequencies")}
+    assert int(shares["MFM-G", "2"]["NFE"]) == 4 + 4 * 2 * 4
+    assert sum(map(int, shares["DPS", ""]["class shares in %"].split())) == pytest.approx(100, abs=3)
+    draws = {r["draws"]: float(r["sliced W2"]) for r in rows(workplace / "out", "posterior_recovery")}
+    assert set(draws) == {"MFM 1", "GLASS 1", "GLASS 2", "SDE rollouts again (floor)"}
+    values = {r["estimator"]: r for r in rows(workplace / "out", "value_estimates")}
+    assert int(values["GLASS 2"]["NFE"]) == 8 * (2 + 1)
+    assert int(values["DPS point estimate"]["NFE"]) == 2
+
+
+class TinyQuality(Quality):
+    """Colour means, in place of Inception."""
+
+    def prepare(self, device):
+        self._real = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+
+    def features(self, images):
+        return images.mean(dim=(2, 3)).cpu()
+
+    @property
+    def real(self):
+        return self._real
+
+    @property
+    def identity(self):
+        return {"tiny": 1}
+
+
+def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    with pytest.raises(SystemExit, match="imagenet256 cannot run") as error:
+        benchmark("imagenet256")
+    files = ["model.file", "decoder.path", "quality.weights", "quality.reference", "fid.weights", "fid.reference"]
+    for what in (*files, "rewards, HPSv2", "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"):
+        assert what in str(error.value)
+    small_vae(tmp_path / "checkpoints/sd-vae-ft-mse", blocks=2)
+    network = DiT(8, 4, 4, 16, 2, 2, 1, num_classes=1000, guidance_scales=(2.5,))
+    save_model(model(network), _folder(tmp_path / "checkpoints/imagenet256") / "mfm_xl2.safetensors")
+    settings = yaml.safe_load((tmp_path / "configs/benchmarks/imagenet256.yaml").read_text())
+    settings["quality"] = settings["fid"] = {"class_path": "tests.test_benchmarks.TinyQuality"}
+    zoo = tiny_rewards(tmp_path / "rewards")
+    for reward in settings["rewards"].values():  # the config's own, but for their size
+        reward["reward"] = {"name": reward["reward"], **zoo[reward["reward"]]}
+    settings |= {"num_samples": 4, "scales": [1.0], "best_of_n": {"numbers": [1, 3], "steps": 2}}
+    settings["samples"] = {"num_samples": 20, "steps": [1, 2], "batch_size": 8, "chunk": 12}
+    for name, method in settings["methods"].items():
+        arguments = method["method"]["init_args"]
+        if "grid" in arguments:
+            arguments["grid"]["steps"] = 2
+        else:
+            arguments["steps"] = 2
+        method["sweep"] = {key: values[:1] for key, values in method.get("sweep", {}).items()}
+        assert name
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    benchmark("imagenet256", "--config", "small.yaml", "--output", "out")
+    quality = rows(tmp_path / "out", "sample_quality")
+    assert [(r["steps"], r["samples"]) for r in quality] == [("1", "20"), ("2", "20")]
+    assert {r["method"] for r in rows(tmp_path / "out", "results")} == {"Best-of-N", *settings["methods"]}
+    assert not json.loads((tmp_path / "out/report/environment.json").read_text())["failures"]
+
+
+# bad input
+
+
+def test_bad_settings_are_refused_before_any_work(workplace):
+    base = {"model": {"file": "outputs/digits/mfm/model.safetensors"}, "rewards": {"b": {"reward": "brightness"}}}
+    good = {"class_path": "Steering"}
+    cases = [
+        (
+            {"methods": {"M": {"method": {"class_path": "Steerin"}}}},
+            r"unknown class 'Steerin': did you mean 'Steering'",
+        ),
+        (
+            {"methods": {"M": {"method": {"class_path": "Steering", "init_args": {"power": 3}}}}},
+            r"method 'M' cannot be built",
+        ),
+        ({"methods": {"M": {"method": good, "sweep": {"clip": [1], "strength": [1, 2]}}}}, "the same number of values"),
+        ({"methods": {"M": {"method": good, "rewards": ["c"]}}}, "c is none of the rewards b"),
+        ({"methods": {}, "rewards": {"b": {"reward": "brightnes"}}}, "did you mean 'brightness'"),
+        ({"methods": {}, "model": {"file": "nowhere.safetensors"}}, "no model at nowhere.safetensors"),
+        ({"methods": {}, "best_of_n": {"numbers": [3, 1]}}, "smallest first"),
+        ({"methods": {}, "samples": 3}, "settings of the suite alignment do not fit"),
+    ]
+    for change, message in cases:
+        (workplace / "bad.yaml").write_text(yaml.safe_dump({**base, **change}))
+        with pytest.raises(SystemExit, match=message):
+            benchmark("alignment", "--config", "bad.yaml")
+        assert not (workplace / "outputs/benchmarks").exists()
+    for args, message in (
+        (("alignmen",), "unknown suite 'alignmen': did you mean 'alignment'"),
+        (("alignment", "--config", "none.yaml"), "no config at none.yaml"),
+        (("nowhere.Suite",), "cannot be imported"),
+        (("gmm", "--device", "toaster"), "device 'toaster' cannot be used here"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            benchmark(*args)
+
+
+def test_every_suite_has_a_config_that_fits_it():
+    assert {"gmm", "digits", "alignment", "imagenet256"} <= set(suites())
+    for name, kind in suites().items():
+        suite, settings = load_suite(name, ROOT / f"configs/benchmarks/{name}.yaml")
+        assert isinstance(suite, kind)
+        assert settings
+        suite.shrink()
+
+
+def test_features_of_a_folder_of_real_images_are_kept(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    from mfm_benchmarks.quality import InceptionQuality
+
+    save_file({"features": torch.randn(5, 2048)}, tmp_path / "reference.safetensors")
+    quality = InceptionQuality(str(tmp_path / "weights.pth"), str(tmp_path / "reference.safetensors"))
+    assert [line.split(":")[0] for line in quality.missing()] == ["quality.weights"]
+    assert len(InceptionQuality(str(tmp_path / "w"), str(tmp_path / "none")).missing()) == 2

@@ -1,0 +1,102 @@
+"""The planner against what real steps allocate and compute."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mfm_benchmarks.parts.training_steps import Training, Variant
+from mfm_benchmarks.timing import count_flops, peak_bytes
+from mfm_lightning.commands.plan import MODULE, main, plan_config
+from mfm_lightning.commands.planning import plan_training
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.modules import Execution
+from mfm_lightning.networks import DiT
+from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm
+
+NETWORK = {"input_size": 16, "hidden_size": 64, "depth": 4, "num_heads": 4, "encoder_depth": 2, "num_classes": 10}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_and_operations_are_those_of_a_real_step(precision, checkpointed):
+    """Memory within 5 % (the real peak has some of the gradients), operations within 5 % (whose labels are dropped)."""
+    with FakeTensorMode() as fake:
+        network = DiT(**NETWORK)
+    objective = Objective(pairs=PairSampler(guidance_scale=2.5), share_inner=True)
+    execution = Execution(checkpoint_activations=checkpointed)
+    plan = plan_training(network, objective, 32, bf16=precision == "bf16", execution=execution, fake=fake)
+    training, variant = Training(NETWORK, 32, precision, torch.device("cpu")), Variant("", checkpoint=checkpointed)
+    training.restore()
+    real = peak_bytes(lambda: training.backward(variant), torch.device("cpu"))
+    gradients = 4 * sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+    assert plan.parameters == gradients // 4
+    assert real - gradients < 1.05 * plan.activations
+    assert plan.activations < 1.05 * real
+    assert plan.flops == pytest.approx(count_flops(lambda: training.backward(variant)), rel=0.05)
+
+
+def test_guidance_of_the_data_by_the_model_itself_is_counted():
+    """Operations within 5 % of real steps of the from-data objectives, whose guidance takes two more passes."""
+    torch.manual_seed(0)
+    pairs = PairSampler(guidance_scale=2.5)
+    for names in (["flow_matching"], ["data_diagonal", "mean_flow"]):
+        objective = Objective([WeightedTerm(name) for name in names], pairs=pairs)
+        with FakeTensorMode() as fake:
+            network = DiT(**NETWORK)
+        plan = plan_training(network, objective, 64, bf16=False, fake=fake)
+        model, x, label = MetaFlowMap(DiT(**NETWORK)), torch.randn(64, 4, 16, 16), torch.randint(10, (64,))
+        real = count_flops(lambda: objective(model, None, x, label)["loss"].backward())  # noqa: B023
+        assert plan.flops == pytest.approx(real, rel=0.05), names
+
+
+PRETRAINING = [p for p in sorted(Path("configs").glob("*/*.yaml")) if MODULE in p.read_text()]
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=str)
+def test_every_config_can_be_planned(path, tmp_path):
+    config = yaml.safe_load(path.read_text())
+    network = config["model"]["init_args"]["network"]["init_args"]
+    if "encoder_depth" in network:  # of two blocks, for time
+        network |= {"depth": 2, "encoder_depth": 1}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
+    plan = plan_config(tmp_path / "job.yaml")
+    assert plan.activations > 0
+    # a forward and a backward pass of each weight of the blocks, at least
+    assert plan.flops > 4 * plan.batch_size * plan.accumulate * plan.largest
+    assert (plan.teacher > 0) == ("teacher:" in path.read_text())
+
+
+def test_sharding_divides_what_is_trained():
+    plan = plan_config("configs/imagenet256/mfm_b2.yaml", devices=16, batch_size=1)
+    assert plan.parameters == pytest.approx(134.65e6, rel=1e-4)  # the release's
+    replicated, sharded = plan.memory(False), plan.memory(True)
+    for name in ("weights", "gradients", "optimiser's moments", "EMA"):
+        assert sharded[name] == pytest.approx(replicated[name] / 16)
+    assert sharded["activations"] == replicated["activations"]
+
+
+def test_command_and_its_errors(capsys, tmp_path):
+    main(["--config", "configs/digits/mfm.yaml", "--devices", "4", "--memory", "0.05"])
+    printed = capsys.readouterr().out
+    assert "1.51 M trained parameters" in printed
+    assert "1,024 samples on 4 devices" in printed
+    assert "too much" in printed
+    with pytest.raises(ValueError, match=r"trains mfm_lightning\.modules\.RewardAlignment: mfm plan knows"):
+        main(["--config", "configs/digits/steer.yaml"])
+    text = Path("configs/digits/mfm.yaml").read_text().replace("hidden_size: 128", "hidden_sise: 128")
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match="hidden_sise"):
+        main(["--config", str(tmp_path / "bad.yaml")])
+    for text, message in (
+        ("", r"bad\.yaml holds no config"),
+        ("model: [", r"bad\.yaml is no YAML"),
+        (f"model: {{class_path: {MODULE}}}", r"bad\.yaml: model\.init_args has no network"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            main(["--config", str(tmp_path / "bad.yaml")])
+    with pytest.raises(FileNotFoundError, match=r"no config at nowhere\.yaml"):
+        main(["--config", "nowhere.yaml"])

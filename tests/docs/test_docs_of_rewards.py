@@ -1,0 +1,41 @@
+"""docs/rewards.md says of each pretrained reward what its card says, and its examples run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import mfm_rewards
+from mfm_rewards.testing import check_reward
+
+TEXT = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
+PRETRAINED = [n for n in mfm_rewards.available() if getattr(mfm_rewards.registry.factory(n), "card", None) is not None]
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_the_tables_are_the_cards(name):
+    card = mfm_rewards.registry.factory(name).card
+    rows = [line for line in TEXT.splitlines() if line.startswith(f"| `{name}`")]
+    assert len(rows) == 2
+    for value in (card.measures, card.values, card.memory, card.licence, card.source):
+        assert f"| {value} |" in rows[0]
+    assert f"`{card.fetch}`" in rows[1]
+
+
+def test_every_reward_is_in_the_tables():
+    ours = [n for n in mfm_rewards.available() if mfm_rewards.registry.factory(n).__module__.startswith("mfm_rewards.")]
+    assert not [name for name in ours if f"`{name}`" not in TEXT]
+
+
+def test_the_examples_run():
+    before, scope = dict(mfm_rewards.registry._FACTORIES), {}
+    try:
+        for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+            exec(code, scope)
+        scope["test_warmth"]()
+        check_reward(mfm_rewards.build("likes_red", scale=2.0)).raise_for_failures()
+    finally:
+        mfm_rewards.registry._FACTORIES.clear()
+        mfm_rewards.registry._FACTORIES.update(before)

@@ -1,0 +1,150 @@
+"""Objectives on a flow map known in closed form, and at the ends of every time."""
+
+import pytest
+import torch
+
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks import MLP, DiT
+from mfm_lightning.objectives import TERMS, ConditionTimes, InnerTimes, Objective, Pair, PairSampler, WeightedTerm
+from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
+from mfm_lightning.objectives.terms import Consistency, guided_data_velocity
+from tests.closed_form import MEAN, VARIANCE, gaussian_model, gaussian_teacher
+
+EXACT = ["semigroup", "lagrangian_self", "lagrangian_teacher", "eulerian_self", "eulerian_teacher"]
+CONSISTENCY = [name for name, term in TERMS.items() if issubclass(term, Consistency)]
+
+
+def gaussian_pair(num: int, dtype=torch.float64) -> Pair:
+    x1 = torch.tensor(MEAN, dtype=dtype) + VARIANCE**0.5 * torch.randn(num, 2, dtype=dtype)
+    t = torch.rand(num, dtype=dtype) * 0.95
+    x_t = (1 - t)[:, None] * torch.randn_like(x1) + t[:, None] * x1
+    return Pair(x1, t, x_t, torch.zeros(num, dtype=torch.long), torch.ones(num, dtype=dtype))
+
+
+def residual_at(name, model, teacher, pair: Pair, s, u):
+    inner = pair.inner(s, u)
+    inner.teacher_velocity = teacher_velocity(teacher, s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance)
+    return TERMS[name]().residual(model, teacher, pair, inner)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_residual_vanishes_on_the_exact_flow_map(name):
+    torch.manual_seed(0)
+    pair = gaussian_pair(500)
+    times = torch.rand(2, 500, dtype=torch.float64).sort(dim=0).values
+    residual = residual_at(name, gaussian_model(), gaussian_teacher(), pair, *times)
+    assert residual.abs().max() < 1e-9
+
+
+def test_residual_detects_a_wrong_flow_map():
+    torch.manual_seed(0)
+    pair, model = gaussian_pair(500), gaussian_model()
+    with torch.no_grad():
+        model.network.one.fill_(1.1)
+    times = torch.rand(2, 500, dtype=torch.float64).sort(dim=0).values
+    for name in EXACT:
+        residual = residual_at(name, model, gaussian_teacher(), pair, *times)
+        assert residual.abs().mean() > 1e-3, name
+
+
+@pytest.mark.parametrize("name", ["data_diagonal", "flow_matching", "mean_flow", "distilled_diagonal"])
+def test_residual_vanishes_on_average_given_the_state(name):
+    # E[residual] = E[residual * x_t] = 0; 4 z-tests at 4.5 standard errors: false-alarm rate below 3e-5.
+    torch.manual_seed(0)
+    pair = gaussian_pair(100_000)
+    residual = Objective().residual(TERMS[name](), gaussian_model(), gaussian_teacher(), pair).detach()
+    # flow matching has a condition of its own, so pair.x_t tells about x1 there
+    for weighted in (residual,) if name == "flow_matching" else (residual, residual * pair.x_t):
+        z = weighted.mean(0) / (weighted.std(0) / len(weighted) ** 0.5 + 1e-9)
+        assert z.abs().max() < 4.5, f"{name}: z = {z.tolist()}"
+
+
+def perturbed(model: MetaFlowMap) -> MetaFlowMap:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("name", CONSISTENCY)
+@pytest.mark.parametrize(("s", "u"), [(0.3, 0.3), (0.0, 1.0), (0.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize("t", [0.0, 0.5, 1 - 1e-6])
+def test_gradient_is_finite_at_the_ends(name, s, u, t):
+    torch.manual_seed(0)
+    make = lambda: perturbed(MetaFlowMap(DiT(4, 2, 1, 16, 2, 2, 1, num_classes=3, guidance_scales=(2.5,))))  # noqa: E731
+    model, teacher, B = make(), ModelTeacher(make(), omega=0.6), 4
+    x1 = torch.randn(B, 1, 4, 4)
+    times = torch.full((B,), t)
+    x_t = (1 - t) * torch.randn_like(x1) + t * x1
+    pair = Pair(x1, times, x_t, torch.tensor([0, 1, 2, 3]), torch.tensor([2.5, 2.5, 2.5, 1.0]))
+    residual_at(name, model, teacher, pair, torch.full((B,), s), torch.full((B,), u)).square().sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("network", [MLP(2, 32, 2), DiT(4, 2, 1, 16, 2, 2, 1, num_classes=3)])
+def test_initialisation_ignores_the_condition(network):
+    torch.manual_seed(0)
+    for p in network.parameters():  # a network whose output layer is not zero any more
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.1)
+    network.reset_condition()
+    model, x = MetaFlowMap(network), torch.randn(8, *network.state_shape)
+    s, u = torch.rand(2, 8).sort(dim=0).values
+    with torch.no_grad():
+        reference = model.velocity(s, u, x, 0.0, torch.zeros_like(x))
+        assert reference.abs().max() > 0
+        assert torch.equal(model.velocity(s, u, x, torch.rand(8), torch.randn_like(x)), reference)
+
+
+def test_pairs_are_pure_noise_at_time_zero_and_drop_classes():
+    torch.manual_seed(0)
+    sampler = PairSampler(ConditionTimes(power=2.0, zero_rate=0.1), class_dropout=0.2, guidance_scale=2.5)
+    pair = sampler.sample(torch.full((20_000, 1), 7.0), torch.zeros(20_000, dtype=torch.long), num_classes=3)
+    assert abs((pair.t == 0).float().mean() - 0.1) < 4.5 * (0.09 / 20_000) ** 0.5
+    assert abs(pair.x_t[pair.t == 0].mean()) < 4.5 / (0.1 * 20_000) ** 0.5 * 1.2
+    assert abs((pair.label == 3).float().mean() - 0.2) < 4.5 * (0.16 / 20_000) ** 0.5
+    assert torch.equal(pair.guidance == 1, pair.label == 3)
+    assert PairSampler().sample(torch.zeros(4, 1), None, num_classes=3).guidance is None
+
+
+def test_guidance_of_the_data_calls_the_model_once_whatever_was_dropped():
+    """Under FSDP a rank that left the call out, for all of its labels were dropped, would make the others hang."""
+    torch.manual_seed(0)
+    network, called = MLP(2, 16, 1, num_classes=3, guidance_scales=(2.5,)), []
+    network.register_forward_hook(lambda *_: called.append(1))
+    model, x = MetaFlowMap(network), torch.randn(6, 2)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    sampler = PairSampler(class_dropout=0.0, guidance_scale=2.5)
+    for label, moved in ((torch.full((6,), 3), False), (torch.tensor([0, 3, 1, 3, 2, 3]), True)):
+        pair = sampler.sample(x, label, 3)
+        inner, plain = pair.inner(torch.rand(6)), label == 3
+        target = guided_data_velocity(model, pair, inner)
+        difference = (target - (pair.x1 - inner.eps)).abs().amax(dim=1)
+        assert torch.equal(difference[plain], torch.zeros(int(plain.sum())))
+        assert bool((difference[~plain] > 0).all())
+        assert (len(called), bool((difference > 0).any())) == (1, moved)
+        called.clear()
+    pair = PairSampler().sample(x, label, 3)
+    guided_data_velocity(model, pair, pair.inner(torch.rand(6)))
+    assert not called
+
+
+def test_annealing_and_start_step():
+    assert torch.equal(*InnerTimes(annealing_steps=10).two(64, torch.device("cpu"), step=0))
+    objective = Objective([WeightedTerm("data_diagonal"), WeightedTerm("mean_flow", start_step=5)])
+    model, x = MetaFlowMap(MLP(2, 16, 1)), torch.randn(4, 2)
+    assert "mean_flow" not in objective(model, None, x, None, step=4)
+    assert "mean_flow" in objective(model, None, x, None, step=5)
+
+
+@pytest.mark.parametrize("bad", [{"terms": []}, {"terms": [{"name": "eulerian"}]}, {"backend": "magic"}])
+def test_unknown_names_are_refused(bad):
+    if bad.get("terms"):
+        with pytest.raises(ValueError, match=r"unknown objective 'eulerian': expected one of .*eulerian_teacher"):
+            WeightedTerm(**bad["terms"][0])
+    else:
+        with pytest.raises(ValueError, match=r"at least one term|unknown tangent backend 'magic'"):
+            Objective(**bad)
