@@ -1,3 +1,23 @@
-"""mfm-lightning: Meta Flow Maps (ICML 2026, arXiv 2601.14430) for scalable reward alignment."""
+"""mfm-lightning: Meta Flow Maps (ICML 2026, arXiv 2601.14430) for scalable reward alignment of image generators.
+
+    from mfm_lightning import Steering, Target, load_model
+
+The names are those of `__init__.pyi`; each is imported from its room when it is first used.
+
+- models: MetaFlowMap, load_model, save_model, load_value, import_checkpoint, export_checkpoint, velocity_and_jvp, DiT, MLP
+- what is aligned to what: Target, Conditions, decoders (PixelDecoder, VAEDecoder, IdentityDecoder)
+- methods: Steering, Search, BestOfN, FeynmanKac, TwistedSMC, PolicySampling, and their functions steer, search, best_of_n
+- estimators of the value: DrawValue, DrawGradient, DrawGradientFree, DPSGradient, NetworkGradient, ExactGradient
+- posteriors: FlowMapPosterior, GlassPosterior, RolloutPosterior, OraclePosterior
+- samplers: sample_ode, sample_sde, sample_refinement, sample_posterior_glass, glass_velocity
+- oracles: GaussianMixture, EmpiricalDistribution
+- training: MFMPretraining, ValueEstimation, RewardFinetuning, RewardAlignment, Objective, teachers, EMA
+- data: DigitsDataModule, GaussianMixtureDataModule, LatentShards, NoiseDataModule, OffPolicyDataModule
+"""
+
+import lazy_loader
 
 from mfm_lightning._version import __version__ as __version__
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]

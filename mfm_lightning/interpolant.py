@@ -10,8 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Times = float | Tensor  # a number in [0, 1] for all states, or one for each, `(B,)`
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all rows, one for each, or torch's own
 
-def as_times(t: float | Tensor, x: Tensor) -> Tensor:
+
+def as_times(t: Times, x: Tensor) -> Tensor:
     """Times for a batch of states: a number or `(B,)` tensor -> `(B,)`, on x's device, at least float32.
 
     Raises:
@@ -58,9 +61,7 @@ def diffusion(t: Tensor, max_value: float = 25.0) -> Tensor:
     return ((1 - t) / t.clamp_min(torch.finfo(t.dtype).tiny)).clamp(0.0, max_value)
 
 
-def randn(
-    shape: Sequence[int], like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
-) -> Tensor:
+def randn(shape: Sequence[int], like: Tensor, generator: Generators = None) -> Tensor:
     """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices).
 
     Args:

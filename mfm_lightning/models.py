@@ -5,22 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mfm_lightning.interpolant import as_times, expand, randn
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import Times, as_times, expand, randn
 from mfm_lightning.tangents import velocity_and_jvp
 
 __all__ = ["MetaFlowMap", "velocity_and_jvp"]
+
+Pair = tuple[Tensor, Tensor]
 
 
 class MetaFlowMap(nn.Module):
     """Average velocity, flow map, base drift and posterior draws of one network.
 
     Everywhere: inner times `s <= u` and outer time `t` are `(B,)` or numbers in [0, 1]; inner state `x` and outer state
-    `x_t` are `(B, *shape)`; `label` is `(B,)` long, a number, or None for the null label; `guidance` is the
-    class-guidance scale fed to the network: `(B,)`, a number, or None for none (1).
+    `x_t` are `(B, *shape)`; `conditions` have a row for each state or one for all, and `label=`, `guidance=` make them:
+    a number or `(B,)`. What is not given is the network's null condition, without guidance.
 
     Args:
         network: a network of `mfm_lightning.networks`, or any module with their `forward`, `state_shape`,
-            `num_classes` and `guidance_scales`.
+            `num_classes`, `guidance_scales` and `null_conditions`.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -41,44 +44,117 @@ class MetaFlowMap(nn.Module):
         return tuple(self.network.guidance_scales)
 
     @property
+    def null_conditions(self) -> Conditions:
+        """What the network takes for no condition at all, one row."""
+        return self.network.null_conditions
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def forward(self, s, u, x: Tensor, t, x_t: Tensor, label=None, guidance=None, tangents=None):
+    def check(self, conditions: Conditions) -> Conditions:
+        """The conditions, if the network knows their labels and guidance scales.
+
+        Only what lies on the CPU is looked at: elsewhere a look would make the device wait.
+
+        Raises:
+            ValueError: for a label outside 0..num_classes, or an unknown guidance scale.
+        """
+        label, guidance = (
+            None if value is None or value.device.type != "cpu" else value
+            for value in (conditions.label, conditions.guidance)
+        )
+        if label is not None and len(label) and not 0 <= int(label.min()) <= int(label.max()) <= self.num_classes:
+            raise ValueError(
+                f"labels in {int(label.min())}..{int(label.max())} must lie in 0..{self.num_classes} "
+                f"({self.num_classes} is the null label)"
+            )
+        known = [1.0, *self.guidance_scales]
+        for scale in () if guidance is None else guidance.unique().tolist():
+            if not any(abs(scale - g) < 1e-6 for g in known):
+                raise ValueError(f"guidance {scale:g} is not a scale that this network knows: {known}")
+        return conditions
+
+    def forward(
+        self,
+        s: Times,
+        u: Times,
+        x: Tensor,
+        t: Times,
+        x_t: Tensor,
+        conditions: Conditions | None = None,
+        tangents: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor | Pair:
         """v_{s,u}(x; t, x_t), `(B, *shape)`; with `tangents` (see `velocity_and_jvp`) also its derivative, for networks
         that propagate tangents themselves.
 
         Raises:
-            ValueError: if a state's shape, a label's type or a guidance scale does not fit the network.
+            ValueError: if a state's shape, or the number of conditions, does not fit.
         """
-        self._check(x, x_t)
+        if tuple(x.shape[1:]) != self.state_shape or x_t.shape != x.shape:
+            raise ValueError(
+                f"states of shape {tuple(x.shape)} and conditions of shape {tuple(x_t.shape)}: "
+                f"this network takes (B, {', '.join(map(str, self.state_shape))}) for both"
+            )
         s, u, t = (as_times(time, x) for time in (s, u, t))
-        condition = (t, x_t, self._labels(label, x), self._guidance(guidance, x))
-        return self.network(s, u, x, *condition, **({} if tangents is None else {"tangents": tangents}))
+        conditions = (conditions or Conditions()).filled(self.null_conditions).expand(len(x), x.device)
+        return self.network(s, u, x, t, x_t, conditions, **({} if tangents is None else {"tangents": tangents}))
 
-    def velocity(self, s, u, x: Tensor, t, x_t: Tensor, label=None, guidance=None) -> Tensor:
+    def velocity(
+        self,
+        s: Times,
+        u: Times,
+        x: Tensor,
+        t: Times,
+        x_t: Tensor,
+        conditions: Conditions | None = None,
+        *,
+        label: Tensor | int | None = None,
+        guidance: Tensor | float | None = None,
+    ) -> Tensor:
         """Average velocity v_{s,u}(x; t, x_t), `(B, *shape)`."""
-        return self(s, u, x, t, x_t, label, guidance)
+        return self(s, u, x, t, x_t, self._conditions(conditions, label, guidance))
 
-    def flow_map(self, s, u, x: Tensor, t, x_t: Tensor, label=None, guidance=None) -> Tensor:
+    def flow_map(
+        self,
+        s: Times,
+        u: Times,
+        x: Tensor,
+        t: Times,
+        x_t: Tensor,
+        conditions: Conditions | None = None,
+        *,
+        label: Tensor | int | None = None,
+        guidance: Tensor | float | None = None,
+    ) -> Tensor:
         """X_{s,u}(x; t, x_t) = x + (u-s) v_{s,u}(x; t, x_t), `(B, *shape)`."""
-        velocity = self(s, u, x, t, x_t, label, guidance)
+        velocity = self(s, u, x, t, x_t, self._conditions(conditions, label, guidance))
         return x + expand(as_times(u, x) - as_times(s, x), x) * velocity
 
-    def drift(self, t, x: Tensor, label=None, guidance=None) -> Tensor:
+    def drift(
+        self,
+        t: Times,
+        x: Tensor,
+        conditions: Conditions | None = None,
+        *,
+        label: Tensor | int | None = None,
+        guidance: Tensor | float | None = None,
+    ) -> Tensor:
         """The base flow that every MFM contains: b_t(x) = v_{t,t}(x; 0, 0), `(B, *shape)`."""
-        return self(t, t, x, 0.0, torch.zeros_like(x), label, guidance)
+        return self(t, t, x, 0.0, torch.zeros_like(x), self._conditions(conditions, label, guidance))
 
     def sample_posterior(
         self,
         x_t: Tensor,
-        t,
+        t: Times,
         num_samples: int = 1,
         steps: int = 1,
         noise: Tensor | None = None,
-        label=None,
-        guidance=None,
+        conditions: Conditions | None = None,
         generator: torch.Generator | None = None,
+        *,
+        label: Tensor | int | None = None,
+        guidance: Tensor | float | None = None,
     ) -> Tensor:
         """Draws from p_{1|t}(. | x_t) by `steps` flow-map steps on a uniform inner grid, `(B, N, *shape)`.
 
@@ -86,6 +162,9 @@ class MetaFlowMap(nn.Module):
 
         Args:
             noise: inner noise eps, `(B, N, *shape)`; drawn from `generator` where None.
+
+        Raises:
+            ValueError: for no steps or samples, or noise of another shape.
         """
         if steps < 1 or num_samples < 1:
             raise ValueError(f"steps ({steps}) and num_samples ({num_samples}) must be at least 1")
@@ -96,36 +175,16 @@ class MetaFlowMap(nn.Module):
                 f"noise of shape {tuple(noise.shape)} for states of shape {tuple(x_t.shape)}: "
                 f"expected (B, N, *shape) = ({len(x_t)}, N, {', '.join(map(str, x_t.shape[1:]))})"
             )
-        N = noise.shape[1]
-
-        def repeat(value):
-            return value.repeat_interleave(N, dim=0) if isinstance(value, Tensor) and value.dim() else value
-
-        outer, time, label, guidance = repeat(x_t), repeat(as_times(t, x_t)), repeat(label), repeat(guidance)
-        x = noise.flatten(0, 1)
+        x, N = noise.flatten(0, 1), noise.shape[1]
+        outer, time = x_t.repeat_interleave(N, dim=0), as_times(t, x_t).repeat_interleave(N)
+        drawn = self._conditions(conditions, label, guidance).expand(len(x), x.device)
         for k in range(steps):
-            x = self.flow_map(k / steps, (k + 1) / steps, x, time, outer, label, guidance)
+            x = self.flow_map(k / steps, (k + 1) / steps, x, time, outer, drawn)
         return x.reshape(noise.shape)
 
-    def _check(self, x: Tensor, x_t: Tensor) -> None:
-        if tuple(x.shape[1:]) != self.state_shape or x_t.shape != x.shape:
-            raise ValueError(
-                f"states of shape {tuple(x.shape)} and conditions of shape {tuple(x_t.shape)}: "
-                f"this network takes (B, {', '.join(map(str, self.state_shape))}) for both"
-            )
-
-    def _labels(self, label, x: Tensor) -> Tensor:
-        if label is None:
-            label = self.num_classes
-        label = torch.as_tensor(label, device=x.device)
-        if label.is_floating_point():
-            raise ValueError(f"labels of type {label.dtype}: expected integers in 0..{self.num_classes}")
-        return label.long().expand(len(x))
-
-    def _guidance(self, guidance, x: Tensor) -> Tensor:
-        if guidance is None:
-            guidance = 1.0
-        known = (1.0, *self.network.guidance_scales)
-        if not isinstance(guidance, Tensor) and not any(abs(guidance - g) < 1e-6 for g in known):
-            raise ValueError(f"guidance {guidance} is not a scale that this network knows: {list(known)}")
-        return as_times(guidance, x)
+    def _conditions(
+        self, conditions: Conditions | None, label: Tensor | int | None, guidance: Tensor | float | None
+    ) -> Conditions:
+        """Those of a call; given whole, they have been checked by who made them."""
+        given = Conditions.of(conditions, label=label, guidance=guidance)
+        return given if given is conditions else self.check(given)

@@ -1,19 +1,34 @@
-"""Distributions whose flow, posterior and value are known in closed form (DESIGN, section 4).
+"""Distributions whose flow, posterior and value are known in closed form (docs/design.md).
 
 Both classes have the same four methods. They are the ground truth in tests, validate rewards and samplers, and stand in
-for a teacher. Labels are optional everywhere; None, or the null label `num_classes`, means all of the distribution.
+for a teacher. Conditions are optional everywhere; without a label, or with the null label `num_classes`, all of the
+distribution is meant. An oracle knows nothing of guidance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mfm_lightning.interpolant import as_times, expand
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import Times, as_times, expand
 
 Reward = Callable[[Tensor], Tensor]
+
+
+class LinearGaussian(Protocol):
+    """A reward log N(y; A x1, noise_std^2 I), of which a mixture knows value and tilt.
+
+    Attributes:
+        operator: A, `(M, D)`; observation: y, `(M,)`; noise_std: positive.
+    """
+
+    operator: Tensor
+    observation: Tensor
+    noise_std: float
 
 
 class GaussianMixture:
@@ -57,11 +72,11 @@ class GaussianMixture:
         z = torch.randn(num, self.means.shape[1], generator=generator, dtype=torch.float64)
         return (self.means[k] + torch.einsum("bij,bj->bi", self.axes[k], self.variances[k].sqrt() * z)).float()
 
-    def log_prob(self, t: Tensor | float, x: Tensor) -> Tensor:
+    def log_prob(self, t: Times, x: Tensor) -> Tensor:
         """log p_t(x) of the noisy state I_t, `(B,)`, at x `(B, D)`."""
         return self._posterior(as_times(t, x), x)[0].logsumexp(dim=1)
 
-    def drift(self, t: Tensor | float, x: Tensor, label: Tensor | None = None, guidance=None) -> Tensor:
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
         """b_t(x) = E[x1 - x0 | I_t = x], `(B, D)`; finite on all of [0, 1]."""
         t = as_times(t, x)
         log_joint, noisy, centred = self._posterior(t, x)
@@ -71,7 +86,12 @@ class GaussianMixture:
         return (log_joint.softmax(dim=1)[..., None] * component).sum(dim=1)
 
     def sample_posterior(
-        self, x_t: Tensor, t: Tensor | float, num_samples: int = 1, label=None, generator: torch.Generator | None = None
+        self,
+        x_t: Tensor,
+        t: Times,
+        num_samples: int = 1,
+        conditions: Conditions | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Exact draws from p_{1|t}(. | x_t), `(B, N, D)`."""
         log_joint, means, variances = self._posterior_moments(as_times(t, x_t), x_t)
@@ -81,7 +101,7 @@ class GaussianMixture:
         spread = torch.einsum("bnij,bnj->bni", self.axes.to(x_t)[k], variances[rows, k].sqrt() * z)
         return means[rows, k] + spread
 
-    def value(self, x: Tensor, t: Tensor | float, reward, label=None) -> Tensor:
+    def value(self, x: Tensor, t: Times, reward: LinearGaussian, conditions: Conditions | None = None) -> Tensor:
         """V_t(x) = log E[exp r(X1) | I_t = x], `(B,)`, for a linear-Gaussian likelihood reward.
 
         Args:
@@ -101,13 +121,15 @@ class GaussianMixture:
         normal = torch.distributions.MultivariateNormal(means @ A.T, evidence)
         return (log_joint.log_softmax(dim=1) + normal.log_prob(y)).logsumexp(dim=1)
 
-    def value_gradient(self, x: Tensor, t: Tensor | float, reward, label=None) -> Tensor:
+    def value_gradient(
+        self, x: Tensor, t: Times, reward: LinearGaussian, conditions: Conditions | None = None
+    ) -> Tensor:
         """grad_x V_t(x), `(B, D)`: the derivative of the closed form."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(self.value(x, t, reward).sum(), x)[0]
 
-    def tilted(self, reward) -> GaussianMixture:
+    def tilted(self, reward: LinearGaussian) -> GaussianMixture:
         """p(x1) e^{r(x1)} / Z, again a mixture, for a linear-Gaussian likelihood reward (as in `value`).
 
         Raises:
@@ -138,7 +160,7 @@ class GaussianMixture:
         return log_joint, self.means.to(x) + gain, (1 - time) ** 2 * lam / noisy
 
 
-def require_linear_gaussian(reward) -> None:
+def require_linear_gaussian(reward: object) -> None:
     """Raise TypeError unless the reward is a linear-Gaussian likelihood, for which a mixture has closed forms."""
     if not all(hasattr(reward, name) for name in ("operator", "observation", "noise_std")):
         raise TypeError(
@@ -192,34 +214,39 @@ class EmpiricalDistribution:
         """`(num, *shape)` points drawn with replacement."""
         return self.points[torch.randint(len(self.points), (num,), generator=generator)]
 
-    def drift(self, t: Tensor | float, x: Tensor, label: Tensor | None = None, guidance=None) -> Tensor:
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
         """b_t(x) = (E[x1 | I_t = x] - x) / (1-t), `(B, *shape)`."""
         t = as_times(t, x)
-        means = [w.softmax(1) @ self._flat for w in self._log_weights(t, x, label)]
+        means = [w.softmax(1) @ self._flat for w in self._log_weights(t, x, conditions)]
         noise = expand((1 - t).clamp_min(self.min_noise), x)
         return (torch.cat(means).reshape(x.shape) - x) / noise
 
     def sample_posterior(
-        self, x_t: Tensor, t: Tensor | float, num_samples: int = 1, label=None, generator: torch.Generator | None = None
+        self,
+        x_t: Tensor,
+        t: Times,
+        num_samples: int = 1,
+        conditions: Conditions | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`."""
-        weights = self._log_weights(as_times(t, x_t), x_t, label)
+        weights = self._log_weights(as_times(t, x_t), x_t, conditions)
         drawn = [torch.multinomial(w.softmax(1), num_samples, replacement=True, generator=generator) for w in weights]
         return self.points[torch.cat(drawn)]
 
-    def value(self, x: Tensor, t: Tensor | float, reward: Reward, label=None) -> Tensor:
+    def value(self, x: Tensor, t: Times, reward: Reward, conditions: Conditions | None = None) -> Tensor:
         """V_t(x) = log E[exp r(X1) | I_t = x], `(B,)`, for any reward `(M, *shape) -> (M,)`."""
         r = self._rewards(reward)
-        weights = self._log_weights(as_times(t, x), x, label)
+        weights = self._log_weights(as_times(t, x), x, conditions)
         return torch.cat([(w.log_softmax(1) + r).logsumexp(1) for w in weights])
 
-    def value_gradient(self, x: Tensor, t: Tensor | float, reward: Reward, label=None) -> Tensor:
+    def value_gradient(self, x: Tensor, t: Times, reward: Reward, conditions: Conditions | None = None) -> Tensor:
         """grad_x V_t(x) = t/(1-t)^2 (E'[x1 | x] - E[x1 | x]), E' under weights times e^r; `(B, *shape)`.
 
         The reward's gradient is not needed.
         """
         t, r = as_times(t, x), self._rewards(reward)
-        weights = self._log_weights(t, x, label)
+        weights = self._log_weights(t, x, conditions)
         shift = torch.cat([((w + r).softmax(1) - w.softmax(1)) @ self._flat for w in weights]).reshape(x.shape)
         return expand(t / (1 - t).clamp_min(self.min_noise) ** 2, x) * shift
 
@@ -227,9 +254,14 @@ class EmpiricalDistribution:
     def _rewards(self, reward: Reward, batch: int = 1024) -> Tensor:
         return torch.cat([reward(p) for p in self.points.split(batch)])
 
-    def _log_weights(self, t: Tensor, x: Tensor, label: Tensor | None):
+    @property
+    def null_conditions(self) -> Conditions:
+        """All of the distribution, one row."""
+        return Conditions(label=self.num_classes)
+
+    def _log_weights(self, t: Tensor, x: Tensor, conditions: Conditions | None) -> Iterator[Tensor]:
         """Batch by batch, log p(x | x1 = point) up to a constant of the state, `(b, M)`."""
-        label = torch.as_tensor(self.num_classes if label is None else label, device=x.device).expand(len(x))
+        label = (conditions or Conditions()).filled(self.null_conditions).expand(len(x), x.device).label
         rows = max(1, self.max_elements // len(self.points))
         for time, state, wanted in zip(t.split(rows), x.flatten(1).split(rows), label.split(rows), strict=True):
             time = time[:, None]

@@ -8,15 +8,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.glass import BaseDrift, glass_velocity
-from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate, randn, score
+from mfm_lightning.interpolant import Generators, Times, as_times, diffusion, expand, interpolate, randn, score
 from mfm_lightning.models import MetaFlowMap
 
 Callback = Callable[[int, Tensor], None]
 METHODS = ("euler", "heun")
 
 
-def integrate(velocity: BaseDrift, x: Tensor, times: Tensor | Sequence[float], method: str = "euler", callback=None):
+def integrate(
+    velocity: BaseDrift,
+    x: Tensor,
+    times: Tensor | Sequence[float],
+    method: str = "euler",
+    callback: Callback | None = None,
+) -> Tensor:
     """Solve dx/dt = velocity(t, x) over the grid `times`.
 
     Args:
@@ -42,7 +49,9 @@ def integrate(velocity: BaseDrift, x: Tensor, times: Tensor | Sequence[float], m
     return x
 
 
-def sample_ode(drift: BaseDrift, x0: Tensor, steps: int = 100, method: str = "euler", callback=None) -> Tensor:
+def sample_ode(
+    drift: BaseDrift, x0: Tensor, steps: int = 100, method: str = "euler", callback: Callback | None = None
+) -> Tensor:
     """Base flow dx = b_t(x) dt from noise `x0` `(B, *shape)` at t=0 to data at t=1, on a uniform grid."""
     return integrate(drift, x0, torch.linspace(0, 1, steps + 1), method, callback)
 
@@ -78,7 +87,7 @@ def sample_sde(
 def sample_posterior_glass(
     base_drift: BaseDrift,
     x_t: Tensor,
-    t: Tensor | float,
+    t: Times,
     num_samples: int = 1,
     steps: int = 16,
     method: str = "euler",
@@ -107,9 +116,8 @@ def sample_refinement(
     model: MetaFlowMap,
     x0: Tensor,
     steps: int = 4,
-    label: Tensor | None = None,
-    guidance: Tensor | float | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    conditions: Conditions | None = None,
+    generator: Generators = None,
     times: Sequence[float] | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -118,6 +126,7 @@ def sample_refinement(
     Args:
         x0: noise `(B, *shape)`, the state at t_0 = 0.
         steps: K; one step is a one-step sample.
+        conditions: as the model takes them.
         generator: of the inner and the renoising noise: one, or one for each row.
         times: t_0 = 0 < ... < t_{K-1} < 1; uniform where None.
 
@@ -127,10 +136,10 @@ def sample_refinement(
     if steps < 1 and times is None:
         raise ValueError(f"steps ({steps}) must be at least 1")
     times = [k / steps for k in range(steps)] if times is None else list(times)
-    x = x0
+    x, conditions = x0, (conditions or Conditions()).expand(len(x0), x0.device)
     for k, t in enumerate(times):
         eps = randn(x.shape, x, generator)
-        x1 = model.flow_map(0.0, 1.0, eps, t, x, label, guidance)
+        x1 = model.flow_map(0.0, 1.0, eps, t, x, conditions)
         if callback:
             callback(k, x1)
         if k + 1 < len(times):

@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mfm_lightning.interpolant import as_times, expand
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import Times, as_times, expand
 
 Inner = tuple[Tensor, Tensor, Tensor]
-Backend = Callable[[nn.Module, Inner, Inner, tuple], tuple[Tensor, Tensor]]
+Condition = tuple[Times, Tensor, Conditions]  # t, x_t and the rest
+Backend = Callable[[nn.Module, Inner, Inner, Condition], tuple[Tensor, Tensor]]
 
 
-def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: Condition) -> tuple[Tensor, Tensor]:
     """v_{s,u}(x) and its derivative along `tangents = (ds, du, dx)`, by torch.func.jvp (the reference).
 
     Args:
-        model: called as `model(s, u, x, t, x_t, label, guidance)`.
+        model: called as `model(s, u, x, t, x_t, conditions)`.
         inner: s, u, x.
-        condition: t, x_t, label, guidance.
+        condition: t, x_t, conditions.
 
     Raises:
         ValueError: if the network's blocks are checkpointed, or the model is sharded, which torch.func.jvp cannot
@@ -44,7 +45,7 @@ def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[
         return torch.func.jvp(velocity, inner, tangents)
 
 
-def explicit(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def explicit(model: nn.Module, inner: Inner, tangents: Inner, condition: Condition) -> tuple[Tensor, Tensor]:
     """The same by the network's own rules (`networks.dual`), layer by layer; the derivative has no graph.
 
     Raises:
@@ -57,9 +58,7 @@ def explicit(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[A
     return model(*inner, *condition, tangents=tangents)
 
 
-def finite_difference(
-    model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
+def finite_difference(model: nn.Module, inner: Inner, tangents: Inner, condition: Condition) -> tuple[Tensor, Tensor]:
     """The same by central differences along the direction, for networks that no other backend can take: two more
     evaluations, without a graph.
 
@@ -80,7 +79,7 @@ def finite_difference(
         return value, (above - below) / expand(2 * h, value)
 
 
-def auto(model: nn.Module, inner: Inner, tangents: Inner, condition: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def auto(model: nn.Module, inner: Inner, tangents: Inner, condition: Condition) -> tuple[Tensor, Tensor]:
     """`explicit` where the network has rules, else `functorch`."""
     return (explicit if has_rules(model) else functorch)(model, inner, tangents, condition)
 
@@ -116,25 +115,29 @@ def get_backend(name: str) -> Backend:
 
 def velocity_and_jvp(
     model: nn.Module,
-    s: Tensor,
-    u: Tensor,
+    s: Times,
+    u: Times,
     x: Tensor,
-    t: Tensor,
+    t: Times,
     x_t: Tensor,
-    tangents: tuple[Tensor, Tensor, Tensor],
-    label: Tensor | None = None,
-    guidance: Tensor | None = None,
+    tangents: Inner,
+    conditions: Conditions | None = None,
     backend: str = "auto",
+    *,
+    label: Tensor | int | None = None,
+    guidance: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """v_{s,u}(x; t, x_t) and its derivative in (s, u, x) along `tangents = (ds, du, dx)`; both `(B, *shape)`.
 
     Args:
         model: a `MetaFlowMap`.
         tangents: `(B,)`, `(B,)` and `(B, *shape)`.
-        backend: a name in `BACKENDS`. With "explicit", and "auto" where the network supports it,
-            the derivative has no graph.
+        conditions: as the model takes them; `label=` and `guidance=` make them.
+        backend: a name in `BACKENDS`. With "explicit", and "auto" where the network supports it, the derivative has no
+            graph.
     """
     s, u = as_times(s, x), as_times(u, x)
     ds, du, dx = tangents
     tangents = (as_times(ds, x), as_times(du, x), dx)
-    return get_backend(backend)(model, (s, u, x), tangents, (t, x_t, label, guidance))
+    conditions = Conditions.of(conditions, label=label, guidance=guidance)
+    return get_backend(backend)(model, (s, u, x), tangents, (t, x_t, conditions))

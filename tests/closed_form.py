@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import expand
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.objectives.teachers import OracleTeacher
@@ -20,12 +21,13 @@ class GaussianNetwork(nn.Module):
     """
 
     state_shape, num_classes, guidance_scales = (2,), 0, ()
+    null_conditions = Conditions(label=0, guidance=1.0)
 
     def __init__(self):
         super().__init__()
         self.one = nn.Parameter(torch.ones(()))
 
-    def forward(self, s, u, x, t, x_t, label, guidance):
+    def forward(self, s, u, x, t, x_t, conditions):
         s, u, t = (expand(time, x) for time in (s, u, t))
         k = (1 - t) ** 2 + VARIANCE * t**2
         v = VARIANCE * (1 - t) ** 2 / k

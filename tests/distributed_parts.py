@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from mfm_lightning.callbacks import EMA
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.data.base import ArrayDataModule
 from mfm_lightning.modules import MFMPretraining
 from mfm_lightning.modules.execution import Execution
@@ -43,13 +44,13 @@ class StepPretraining(MFMPretraining):
         super().on_train_start()
         self.parts = []  # the losses of an accumulating step
 
-    def losses(self, x1, label, training):
+    def losses(self, x1, conditions, training):
         step = self.global_step if training else -1
         everything, labels = global_batch(step)
         rows = torch.tensor([int((everything == x).flatten(1).all(1).nonzero()[0]) for x in x1.cpu()])
         with torch.random.fork_rng([]):
             torch.manual_seed(step % 1000)
-            pair = self.objective.pairs.sample(everything, labels, self.num_classes)
+            pair = self.objective.pairs.sample(everything, Conditions(label=labels), self.model.null_conditions)
             inner = pair.inner(*torch.rand(2, GLOBAL_BATCH).sort(dim=0).values)
         pair, inner, total = pair.take(rows), inner.take(rows), 0.0
         for term in self.objective.built_terms:
@@ -67,10 +68,10 @@ class StepPretraining(MFMPretraining):
 class InterruptedPretraining(StepPretraining):
     """Ctrl-C on the last rank alone, within step 3."""
 
-    def losses(self, x1, label, training):
+    def losses(self, x1, conditions, training):
         if training and self.global_step == 3 and not self.parts and self.global_rank == self.trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return super().losses(x1, label, training)
+        return super().losses(x1, conditions, training)
 
 
 class CompiledPretraining(StepPretraining):
@@ -110,7 +111,7 @@ class CheckedEMA(EMA):
 class FailingPretraining(StepPretraining):
     """Fails on the last rank at step 2."""
 
-    def losses(self, x1, label, training):
+    def losses(self, x1, conditions, training):
         if self.global_step == 2 and self.global_rank == self.trainer.world_size - 1:
             raise RuntimeError("this rank has died")
-        return super().losses(x1, label, training)
+        return super().losses(x1, conditions, training)

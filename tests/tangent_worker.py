@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
 from mfm_lightning.objectives import InnerSample, Pair
@@ -45,7 +46,7 @@ def samples(dtype: torch.dtype) -> tuple[Pair, InnerSample]:
     s, u = torch.rand(2, 8, dtype=dtype).sort(dim=0).values
     x1, x_t, velocity = torch.randn(3, 8, 2, 8, 8, dtype=dtype)
     label, guidance = torch.arange(8) % 6, torch.tensor([2.5, 1.0], dtype=dtype).repeat(4)
-    pair = Pair(x1, torch.rand(8, dtype=dtype), x_t, label, guidance)
+    pair = Pair(x1, torch.rand(8, dtype=dtype), x_t, Conditions(label=label, guidance=guidance))
     inner = pair.inner(s, u)
     inner.teacher_velocity = velocity
     return pair, inner

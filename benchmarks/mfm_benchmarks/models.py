@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mfm_benchmarks.fitting import Fit, FitSettings
 from mfm_benchmarks.measure import noise
 from mfm_benchmarks.spec import Spec, build
 from mfm_lightning.alignment.target import LoadedTarget, Target, TargetSettings
 from mfm_lightning.checkpoints import fingerprint
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
 from mfm_rewards import Reward, RewardError
@@ -95,8 +95,6 @@ class Subject:
         self._model = loaded.model
         if s.labels is not None and max(s.labels) >= loaded.model.num_classes:
             raise ValueError(f"model.labels {s.labels}: the model has {loaded.model.num_classes} classes, from 0")
-        if s.guidance is not None and not any(abs(s.guidance - g) < 1e-6 for g in (1.0, *loaded.model.guidance_scales)):
-            raise ValueError(f"model.guidance {s.guidance}: the model knows {[1.0, *loaded.model.guidance_scales]}")
         loaded.to(self.device)
         loaded.check_labels(s.labels is not None)
         return loaded
@@ -112,7 +110,7 @@ class Subject:
 
     def target(self, loaded: LoadedTarget, num: int, scale: float = 1.0) -> Target:
         """For `num` samples, with the reward multiplied by `scale`."""
-        target = loaded(self.labels(num))
+        target = loaded(self.conditions(num))
         target.reward_scale = scale
         return target
 
@@ -128,9 +126,9 @@ class Subject:
         except (RewardError, RuntimeError) as error:
             return [str(error)]
 
-    def labels(self, num: int) -> Tensor | None:
-        """`(num,)`."""
+    def conditions(self, num: int) -> Conditions:
+        """The classes of `num` samples, in turn."""
         if self.settings.labels is None:
-            return None
+            return Conditions()
         labels = torch.tensor(self.settings.labels, device=self.device)
-        return labels.repeat(-(-num // len(labels)))[:num]
+        return Conditions(label=labels.repeat(-(-num // len(labels)))[:num])

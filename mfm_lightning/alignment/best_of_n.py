@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from mfm_lightning.alignment.method import AlignmentMethod, positive
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.interpolant import randn
 from mfm_lightning.samplers import sample_ode
 
 
-@torch.no_grad()
-def best_of_n(
-    target: Target,
-    num_samples: int,
-    num_candidates: int,
-    steps: int = 100,
-    max_rows: int = 1024,
-    keep_at: tuple[int, ...] = (),
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> AlignmentResult:
-    """The best of `num_candidates` ODE samples of the base flow, for each of `num_samples`.
+@dataclass
+class BestOfN(AlignmentMethod):
+    """The best of N ODE samples of the base flow, for each sample.
 
-    Candidates are generated and judged in batches of at most `max_rows`, and only the best so far is kept: memory
-    does not grow with N.
+    Candidates are generated and judged in batches of at most `max_rows`, and only the best so far is kept: memory does
+    not grow with N.
 
     Args:
+        num_candidates: N, at least 1.
         steps: Euler steps of a candidate.
-        keep_at: numbers of candidates at which the mean best reward is noted in the trace.
-        generator: of the noise.
+        max_rows: candidates at once.
+        keep_at: numbers of candidates at which the mean best reward is noted in the trace, besides N.
+
+    Raises:
+        ValueError: for a number below 1.
     """
-    if num_samples < 1 or num_candidates < 1 or max_rows < 1:
-        raise ValueError(
-            f"num_samples ({num_samples}), num_candidates ({num_candidates}) and max_rows ({max_rows}) must be >= 1"
-        )
-    run = Run(target, "best_of_n", num_candidates=num_candidates, steps=steps)
-    shape = target.state_shape
-    best = torch.zeros(num_samples, *shape, device=device)
-    best_reward = torch.full((num_samples,), -torch.inf, device=device)
-    rows = min(num_samples, max_rows)
-    stops = {n for n in keep_at if n < num_candidates} | {num_candidates}
-    done = 0
-    while done < num_candidates:
-        n = min(max(1, max_rows // num_samples), min(s for s in stops if s > done) - done)
-        for begin in range(0, num_samples, rows):
-            chunk = slice(begin, begin + rows)
-            part, size = target.take(chunk), len(best[chunk])
-            noise = randn((size * n, *shape), best, generator)
-            x = sample_ode(part.drift, noise, steps)
-            with run.step(done, num_candidates, 1.0, best):
-                rewards, which = part.rewards(x).reshape(size, n).max(dim=1)
-            x = x.reshape(size, n, *shape)[torch.arange(size, device=x.device), which]
+
+    num_candidates: int = 100
+    steps: int = 100
+    max_rows: int = 1024
+    keep_at: tuple[int, ...] = ()
+    uses_reward_scale = False
+
+    def __post_init__(self) -> None:
+        positive(num_candidates=self.num_candidates, steps=self.steps, max_rows=self.max_rows)
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        return best_of_n(target, x0, self, generator)
+
+
+@torch.no_grad()
+def best_of_n(
+    target: Target, x0: Tensor, method: BestOfN | None = None, generator: torch.Generator | None = None
+) -> AlignmentResult:
+    """The best candidate of each sample; what a `BestOfN` does when it is called.
+
+    Args:
+        x0: `(B, *shape)`; only its shape, type and device count: the candidates' noise is drawn here.
+        method: the settings; `BestOfN()` where None.
+        generator: of the noise.
+
+    Raises:
+        RewardError: as `AlignmentMethod`.
+    """
+    method = method or BestOfN()
+    N, B, shape, target = method.num_candidates, len(x0), x0.shape[1:], target.expand(x0)
+    run = Run(target, "best_of_n", num_candidates=N, steps=method.steps)
+    best, best_reward = torch.zeros_like(x0), x0.new_full((B,), -torch.inf, dtype=torch.float32)
+    stops, done = {n for n in method.keep_at if n < N} | {N}, 0
+    while done < N:
+        n = min(max(1, method.max_rows // B), min(stop for stop in stops if stop > done) - done)
+        for chunk in torch.arange(B, device=x0.device).split(min(B, method.max_rows)):
+            part = target.take(chunk)
+            x = sample_ode(part.drift, randn((len(chunk) * n, *shape), x0, generator), method.steps)
+            with run.step(done, N, 1.0, best):
+                rewards, which = part.rewards(x).reshape(-1, n).max(dim=1)
+            x = x.reshape(-1, n, *shape)[torch.arange(len(chunk), device=x.device), which]
             better = rewards > best_reward[chunk]
-            best[chunk][better], best_reward[chunk][better] = x[better], rewards[better]
+            best[chunk[better]], best_reward[chunk[better]] = x[better], rewards[better]
         done += n
         if done in stops:
             run.note(1.0, candidates=done, best_reward=best_reward / target.reward_scale)

@@ -3,65 +3,96 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.interpolant import as_times
-from mfm_lightning.samplers import sample_posterior_glass, sample_sde
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import Times, as_times
+from mfm_lightning.samplers import METHODS, sample_posterior_glass, sample_sde
+
+
+class Oracle(Protocol):
+    """A distribution that draws from its exact posterior (`mfm_lightning.oracles`)."""
+
+    def sample_posterior(
+        self,
+        x_t: Tensor,
+        t: Times,
+        num_samples: int = 1,
+        conditions: Conditions | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor: ...
 
 
 class Posterior(ABC):
     """Draws x1 `(B, N, *shape)` from p_{1|t}(. | x_t), given the inner noise `(B, N, *shape)`."""
 
     @abstractmethod
-    def __call__(self, target: Target, t: Tensor | float, x_t: Tensor, noise: Tensor) -> Tensor: ...
-
-    def with_drift(self, target: Target, t: Tensor, x_t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The draws, and b_t(x_t) where it comes with them."""
-        return self(target, t, x_t, noise), None
+    def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor: ...
 
 
 class FlowMapPosterior(Posterior):
-    """`steps` steps of the Meta Flow Map; differentiable in x_t."""
+    """`steps` steps of the Meta Flow Map; differentiable in x_t.
+
+    Args:
+        steps: flow-map steps of a draw, on a uniform inner grid, at least 1.
+
+    Raises:
+        ValueError: for no steps.
+    """
 
     def __init__(self, steps: int = 1) -> None:
         if steps < 1:
             raise ValueError(f"steps ({steps}) must be at least 1")
         self.steps = steps
 
-    def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
-        N, x = noise.shape[1], noise.flatten(0, 1)
-        outer, time = x_t.repeat_interleave(N, dim=0), as_times(t, x_t).repeat_interleave(N)
+    def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
+        x, N = noise.flatten(0, 1), noise.shape[1]
+        outer, time, drawn = x_t.repeat_interleave(N, dim=0), as_times(t, x_t).repeat_interleave(N), target.expand(x)
         for k in range(self.steps):
-            x = target.flow_map(k / self.steps, (k + 1) / self.steps, x, time, outer)
+            x = drawn.flow_map(k / self.steps, (k + 1) / self.steps, x, time, outer)
         return x.reshape(noise.shape)
-
-    def with_drift(self, target: Target, t: Tensor, x_t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.steps > 1 or not target.drifts_itself:
-            return super().with_drift(target, t, x_t, noise)
-        return target.draws_with_drift(noise, t, x_t)
 
 
 class GlassPosterior(Posterior):
-    """`steps` steps of the GLASS ODE on the target's base drift (Eq. 32); differentiable in x_t if the drift is."""
+    """`steps` steps of the GLASS ODE on the target's base drift (Eq. 32); differentiable in x_t if the drift is.
+
+    Args:
+        steps: steps of a draw, at least 1.
+        method: "euler", or "heun" (two evaluations a step).
+
+    Raises:
+        ValueError: for no steps, or an unknown method.
+    """
 
     def __init__(self, steps: int = 8, method: str = "euler") -> None:
+        if steps < 1:
+            raise ValueError(f"steps ({steps}) must be at least 1")
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
         self.steps, self.method = steps, method
 
-    def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
-        return sample_posterior_glass(target.drift, x_t, t, steps=self.steps, method=self.method, noise=noise)
+    def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
+        drift = target.expand(noise.flatten(0, 1)).drift
+        return sample_posterior_glass(drift, x_t, t, steps=self.steps, method=self.method, noise=noise)
 
 
 class OraclePosterior(Posterior):
-    """Exact draws of an oracle, which has noise of its own; not differentiable."""
+    """Exact draws of an oracle, which has noise of its own; not differentiable.
 
-    def __init__(self, oracle, generator: torch.Generator | None = None) -> None:
+    Args:
+        oracle: a distribution of `mfm_lightning.oracles`.
+        generator: of the draws.
+    """
+
+    def __init__(self, oracle: Oracle, generator: torch.Generator | None = None) -> None:
         self.oracle, self.generator = oracle, generator
 
-    def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
-        return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.labels(x_t), self.generator)
+    def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
+        return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.expand(x_t).conditions, self.generator)
 
 
 class RolloutPosterior(Posterior):
@@ -70,9 +101,12 @@ class RolloutPosterior(Posterior):
     Its noise is its own: the inner noise it is given only says how many draws are wanted.
 
     Args:
-        steps: steps between t and 1.
+        steps: steps between t and 1, at least 1.
         max_diffusion: clamp of sigma^2/2 near t=0.
         generator: of the noise.
+
+    Raises:
+        ValueError: for no steps; when called, for states at different times.
     """
 
     def __init__(self, steps: int = 200, max_diffusion: float = 25.0, generator: torch.Generator | None = None) -> None:
@@ -80,10 +114,11 @@ class RolloutPosterior(Posterior):
             raise ValueError(f"steps ({steps}) must be at least 1")
         self.steps, self.max_diffusion, self.generator = steps, max_diffusion, generator
 
-    def __call__(self, target: Target, t, x_t: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
         t = torch.as_tensor(t)
         start = float(t.flatten()[0])
         if not (t == start).all():
             raise ValueError("rollouts of a batch start at one time: give one t for all states")
         x = x_t.repeat_interleave(noise.shape[1], dim=0)
-        return sample_sde(target.drift, x, self.steps, start, self.max_diffusion, self.generator).reshape(noise.shape)
+        drift = target.expand(x).drift
+        return sample_sde(drift, x, self.steps, start, self.max_diffusion, self.generator).reshape(noise.shape)

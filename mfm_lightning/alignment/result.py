@@ -83,8 +83,8 @@ class Run:
     its attribute `states`.
     """
 
-    def __init__(self, target: Target, method: str, **settings: Any) -> None:
-        self.target, self.method = target, {"name": method, **settings}
+    def __init__(self, target: Target, name: str, **settings: Any) -> None:
+        self.target, self.method = target, {"name": name, **settings}
         self.trace: list[dict[str, float]] = []
         self._before = replace(target.meter)
         self._begin = time.monotonic()

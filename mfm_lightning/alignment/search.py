@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.method import AlignmentMethod, one_of, positive, with_particles
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
@@ -13,57 +16,76 @@ from mfm_lightning.interpolant import as_times, expand, interpolate, randn
 SELECTIONS = ("overall", "per_particle")
 
 
-def search_times(steps: int, power: float = 2.5) -> Tensor:
-    """t_0 = 0 < ... < t_{K-1} < 1: linspace^power without its end."""
-    if steps < 1:
-        raise ValueError(f"steps ({steps}) must be at least 1")
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:-1] ** power
-
-
-@torch.no_grad()
-def search(
-    target: Target,
-    x0: Tensor,
-    num_particles: int = 8,
-    num_draws: int = 4,
-    times: Tensor | None = None,
-    selection: str = "overall",
-    stochastic: bool = True,
-    posterior: Posterior | None = None,
-    generator: torch.Generator | None = None,
-) -> AlignmentResult:
-    """M particles a sample; at each time N posterior draws each, of which the best moves on.
+@dataclass
+class Search(AlignmentMethod):
+    """MFM-Search (Algorithm 4): M particles a sample; at each time N posterior draws each, of which the best moves on.
 
     Args:
-        x0: noise `(B*M, *shape)`, particles of a sample next to each other.
-        num_particles: M; num_draws: N.
-        times: t_0 < ... < t_{K-1} < 1; 10 of `search_times` where None.
+        num_particles: M, at least 1.
+        num_draws: N, at least 1.
+        steps: times at which is looked ahead, at least 1: t_0 = 0 < ... < t_{K-1} < 1.
+        power: the times are linspace^power.
         selection: "overall" renoises the best of a sample's M*N draws to all its particles, "per_particle" each
             particle's own best.
         stochastic: renoise with fresh noise; else with the noise that leads from the chosen draw to the particle's
             present state.
-        posterior: source of draws; one step of the flow map where None.
+        posterior: source of the draws; one step of the flow map by default.
 
-    Returns:
-        The best draw of each sample seen at any time, `(B, *shape)`.
+    Raises:
+        ValueError: for an unknown selection, or a number out of range.
     """
-    if selection not in SELECTIONS:
-        raise ValueError(f"unknown selection {selection!r}: expected one of {', '.join(SELECTIONS)}")
-    if num_particles < 1 or num_draws < 1 or len(x0) % num_particles:
-        raise ValueError(
-            f"{len(x0)} states for {num_particles} particles a sample with {num_draws} draws: give B*M states, N >= 1"
-        )
-    posterior, shape = posterior or FlowMapPosterior(), x0.shape[1:]
-    times = (search_times(10) if times is None else torch.as_tensor(times, dtype=torch.float64)).tolist()
-    M, N, B = num_particles, num_draws, len(x0) // num_particles
-    run = Run(target, "search", particles=M, draws=N, steps=len(times), selection=selection, stochastic=stochastic)
-    best, best_reward, x = x0[::M].clone(), x0.new_full((B,), -torch.inf, dtype=torch.float32), x0
+
+    num_particles: int = 8
+    num_draws: int = 4
+    steps: int = 10
+    power: float = 2.5
+    selection: str = "overall"
+    stochastic: bool = True
+    posterior: Posterior = field(default_factory=FlowMapPosterior)
+    uses_reward_scale = False
+
+    def __post_init__(self) -> None:
+        one_of("selection", self.selection, SELECTIONS)
+        positive(num_particles=self.num_particles, num_draws=self.num_draws, steps=self.steps)
+
+    @property
+    def times(self) -> list[float]:
+        """t_0 = 0 < ... < t_{K-1} < 1: linspace^power without its end."""
+        return (torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)[:-1] ** self.power).tolist()
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        return search(target, x0, self, generator)
+
+
+@torch.no_grad()
+def search(
+    target: Target, x0: Tensor, method: Search | None = None, generator: torch.Generator | None = None
+) -> AlignmentResult:
+    """The best draw of each sample seen at any time; what a `Search` does when it is called.
+
+    Args:
+        x0: noise `(B, *shape)` of each sample's first particle; the others' is drawn.
+        method: the settings; `Search()` where None.
+        generator: of all noise but x0.
+
+    Raises:
+        RewardError: as `AlignmentMethod`.
+    """
+    method = method or Search()
+    times, M, N, B, shape = method.times, method.num_particles, method.num_draws, len(x0), x0.shape[1:]
+    x = with_particles(x0, M, generator)
+    target = target.expand(x)
+    run = Run(
+        target, "search", particles=M, draws=N, steps=len(times), selection=method.selection,
+        stochastic=method.stochastic,
+    )  # fmt: skip
+    best, best_reward = x0.clone(), x0.new_full((B,), -torch.inf, dtype=torch.float32)
+    rows, particles = torch.arange(B, device=x.device), torch.arange(M, device=x.device)
     for k, now in enumerate(times):
         with run.step(k, len(times), now, best):
-            x1 = posterior(target, now, x, randn((len(x), N, *shape), x, generator))
+            x1 = method.posterior(target, now, x, randn((len(x), N, *shape), x, generator))
             r = target.rewards(x1.flatten(0, 1)).reshape(B, M, N)
         x1 = x1.reshape(B, M, N, *shape)
-        rows, particles = torch.arange(B, device=x.device), torch.arange(M, device=x.device)
         own = x1[rows[:, None], particles, r.argmax(dim=2)]  # (B, M, *shape)
         top, which = r.flatten(1).max(dim=1)
         overall = x1.flatten(1, 2)[rows, which]
@@ -71,9 +93,8 @@ def search(
         best[better], best_reward[better] = overall[better], top[better]
         run.note(now, best_reward=best_reward / target.reward_scale, mean_reward=r / target.reward_scale)
         if k + 1 < len(times):
-            chosen = overall[:, None].expand(B, M, *shape) if selection == "overall" else own
-            chosen, t = chosen.reshape(x.shape), as_times(now, x)
-            fresh = stochastic or now == 1
-            noise = randn(x.shape, x, generator) if fresh else (x - expand(t, x) * chosen) / (1 - expand(t, x))
+            chosen = overall[:, None].expand(B, M, *shape) if method.selection == "overall" else own
+            chosen, t = chosen.reshape(x.shape), expand(as_times(now, x), x)
+            noise = randn(x.shape, x, generator) if method.stochastic else (x - t * chosen) / (1 - t)
             x = interpolate(as_times(times[k + 1], x), noise, chosen)
     return run.finish(best)

@@ -7,28 +7,31 @@ the discretised base process, whatever the estimate of the value; how many it ta
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from abc import abstractmethod
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, one_of, positive, with_particles
 from mfm_lightning.alignment.posteriors import GlassPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
-from mfm_lightning.alignment.steering import time_grid
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import (
+    DenoisedValue,
     DPSGradient,
     Estimate,
     GradientEstimator,
     ValueEstimator,
     effective_sample_size,
+    log_mean_exp,
 )
 from mfm_lightning.interpolant import as_times, diffusion, expand, randn, score
 
 TRANSITIONS = ("sde", "glass")
 KEEP = ("sample", "best", "all")
+Moved = tuple[Tensor, Tensor]  # the next states `(B*M, *shape)`, and log p/q of each move `(B*M,)`
 
 
 def systematic_resample(log_weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -57,184 +60,268 @@ def bridge(now: float, then: float, x: Tensor, x1: Tensor) -> tuple[Tensor, floa
     return mean, (1 - then) ** 2 * gap / total
 
 
-def check_particles(num_particles: int, ess_threshold: float, keep: str) -> None:
-    """Raise ValueError if one of these is out of range."""
-    if num_particles < 1:
-        raise ValueError(f"num_particles {num_particles} must be at least 1")
-    if not 0 <= ess_threshold <= 1:
-        raise ValueError(f"ess_threshold {ess_threshold} must be in [0, 1]")
-    if keep not in KEEP:
-        raise ValueError(f"unknown keep {keep!r}: expected one of {', '.join(KEEP)}")
-
-
-@torch.no_grad()
-def feynman_kac(
-    target: Target,
-    x0: Tensor,
-    value: ValueEstimator,
-    num_particles: int = 8,
-    times: Tensor | Sequence[float] | None = None,
-    transition: str = "sde",
-    posterior: Posterior | None = None,
-    ess_threshold: float = 0.5,
-    keep: str = "sample",
-    max_diffusion: float = 25.0,
-    generator: torch.Generator | None = None,
-) -> AlignmentResult:
-    """Feynman-Kac steering: M particles a sample move by the base process, weighted by the change of their value.
-
-    Needs no gradient, so it takes black-box rewards (with a value estimator that takes them).
+@dataclass(kw_only=True)
+class ParticleMethod(AlignmentMethod):
+    """M particles a sample, which move, are weighted by the change of their value, and resampled.
 
     Args:
-        x0: noise `(B*M, *shape)`, particles of a sample next to each other; the states at the first time.
-        value: estimator of V at a state. In the last step the reward itself is taken.
-        num_particles: M.
-        times: grid; 100 uniform steps from 0.01 to 1 where None.
-        transition: "sde": Euler-Maruyama steps of the base SDE, the last one without noise; "glass": exact transitions
-            p(x_t' | x_t), a posterior draw x1 and then the Gaussian p(x_t' | x_t, x1), for few, large steps.
-        posterior: draws for the latter; 4 GLASS steps where None.
+        num_particles: M, at least 1. A sample's first particle starts at its x0.
+        grid: times of the steps, which end at 1; 100 uniform ones from 0.01 by default.
         ess_threshold: a sample's particles are resampled (systematically) where their effective number falls below
             this share of M. 0: never; 1: at each step.
         keep: what is returned of each sample: "sample", one particle drawn by weight; "best", the one of highest
             reward (biased upwards); "all", M particles, resampled by weight, `(B*M, *shape)`.
         max_diffusion: clamp of sigma^2/2 near t=0.
-        generator: of all noise.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    num_particles: int = 8
+    grid: TimeGrid = field(default_factory=TimeGrid)
+    ess_threshold: float = 0.5
+    keep: str = "sample"
+    max_diffusion: float = 25.0
+
+    def __post_init__(self) -> None:
+        positive(num_particles=self.num_particles)
+        one_of("keep", self.keep, KEEP)
+        if not 0 <= self.ess_threshold <= 1:
+            raise ValueError(f"ess_threshold {self.ess_threshold} must be in [0, 1]")
+        if self.grid.end != 1:
+            raise ValueError(f"the grid of a particle method must end at 1, got {self.grid.end}")
+
+    @property
+    @abstractmethod
+    def estimate(self) -> ValueEstimator:
+        """What weighs a state. In the last step the reward itself is taken."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Name and settings of its own, for the result."""
+
+    @abstractmethod
+    def move(
+        self,
+        target: Target,
+        now: float,
+        then: float,
+        x: Tensor,
+        estimate: Estimate,
+        generator: torch.Generator | None = None,
+    ) -> Moved:
+        """One step of all particles."""
+
+    @property
+    def needs_reward_gradient(self) -> bool:
+        return self.estimate.needs_reward_gradient
+
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        return sequential_monte_carlo(target, x0, self, generator)
+
+
+@dataclass
+class FeynmanKac(ParticleMethod):
+    """Feynman-Kac steering: particles move by the base process, weighted by the change of their value.
+
+    Needs no gradient, so it takes black-box rewards (with a value estimator that takes them).
+
+    Args:
+        num_particles: M, at least 1. A sample's first particle starts at its x0.
+        grid: times of the steps, which end at 1; 100 uniform ones from 0.01 by default.
+        ess_threshold: a sample's particles are resampled (systematically) where their effective number falls below
+            this share of M. 0: never; 1: at each step.
+        keep: what is returned of each sample: "sample", one particle drawn by weight; "best", the one of highest
+            reward (biased upwards); "all", M particles, resampled by weight, `(B*M, *shape)`.
+        max_diffusion: clamp of sigma^2/2 near t=0.
+        value: estimator of V at a state; the reward of the denoised state by default.
+        transition: "sde": Euler-Maruyama steps of the base SDE, the last one without noise; "glass": exact transitions
+            p(x_t' | x_t), a posterior draw x1 and then the Gaussian p(x_t' | x_t, x1), for few, large steps.
+        posterior: draws for the latter; 4 GLASS steps by default.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    value: ValueEstimator = field(default_factory=DenoisedValue)
+    transition: str = "sde"
+    posterior: Posterior = field(default_factory=lambda: GlassPosterior(4))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("transition", self.transition, TRANSITIONS)
+
+    @property
+    def estimate(self) -> ValueEstimator:
+        return self.value
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "feynman_kac", "value": type(self.value).__name__, "transition": self.transition}
+
+    def move(
+        self,
+        target: Target,
+        now: float,
+        then: float,
+        x: Tensor,
+        estimate: Estimate,
+        generator: torch.Generator | None = None,
+    ) -> Moved:
+        if self.transition == "sde":
+            return sde_step(target, now, then, x, estimate, self.max_diffusion, generator=generator)
+        x1 = self.posterior(target, now, x, randn((len(x), 1, *x.shape[1:]), x, generator))[:, 0]
+        mean, variance = bridge(now, then, x, x1)
+        return mean + variance**0.5 * randn(x.shape, x, generator), x.new_zeros(len(x))
+
+
+@dataclass
+class TwistedSMC(ParticleMethod):
+    """Twisted SMC (TDS): particles move by the steered SDE; weights make up for what is wrong with it.
+
+    Args:
+        num_particles: M, at least 1. A sample's first particle starts at its x0.
+        grid: times of the steps, which end at 1; 100 uniform ones from 0.01 by default.
+        ess_threshold: a sample's particles are resampled (systematically) where their effective number falls below
+            this share of M. 0: never; 1: at each step.
+        keep: what is returned of each sample: "sample", one particle drawn by weight; "best", the one of highest
+            reward (biased upwards); "all", M particles, resampled by weight, `(B*M, *shape)`.
+        max_diffusion: clamp of sigma^2/2 near t=0.
+        estimator: of V and its gradient; DPS by default, as in TDS.
+        strength: factor of the proposal's steering; the weights account for it.
+        clip: largest norm of a step's steering, in standard deviations of the step's noise times sqrt(dimension); None
+            for no limit.
+
+    Raises:
+        ValueError: for a setting out of range.
+    """
+
+    estimator: GradientEstimator = field(default_factory=DPSGradient)
+    strength: float = 1.0
+    clip: float | None = None
+
+    @property
+    def estimate(self) -> ValueEstimator:
+        return self.estimator
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "twisted_smc", "estimator": type(self.estimator).__name__, "strength": self.strength}
+
+    def move(
+        self,
+        target: Target,
+        now: float,
+        then: float,
+        x: Tensor,
+        estimate: Estimate,
+        generator: torch.Generator | None = None,
+    ) -> Moved:
+        return sde_step(target, now, then, x, estimate, self.max_diffusion, self.strength, self.clip, generator)
+
+
+def sde_step(
+    target: Target,
+    now: float,
+    then: float,
+    x: Tensor,
+    estimate: Estimate,
+    max_diffusion: float = 25.0,
+    strength: float = 0.0,
+    clip: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Moved:
+    """An Euler-Maruyama step, steered where the estimate has a gradient; the one to 1 has no noise.
+
+    Args:
+        x: states at time `now`, `(B*M, *shape)`.
+        strength, clip: as in `TwistedSMC`.
+    """
+    t, dt = as_times(now, x), then - now
+    b = target.drift(t, x) if estimate.drift is None else estimate.drift
+    half = diffusion(t, max_diffusion)
+    mean = x + dt * (b + expand(half, x) * score(t, x, b))
+    if then >= 1:  # without noise there is nothing to weigh a twist against
+        return mean, x.new_zeros(len(x))
+    noise, deviation = randn(x.shape, x, generator), expand((2 * half * dt).sqrt(), x)
+    if not strength or estimate.gradient is None:
+        return mean + deviation * noise, x.new_zeros(len(x))
+    shift = strength * deviation * estimate.gradient  # in standard deviations of the step
+    if clip is not None:
+        largest = clip * x[0].numel() ** 0.5
+        shift = shift * (largest / expand(shift.flatten(1).norm(dim=1), x).clamp_min(1e-20)).clamp_max(1.0)
+    # N(x'; mean, s^2) / N(x'; mean + s shift, s^2) at x' = mean + s (shift + noise)
+    log_ratio = -(shift * noise + shift.square() / 2).flatten(1).sum(dim=1)
+    return mean + deviation * (shift + noise), log_ratio
+
+
+@torch.no_grad()
+def sequential_monte_carlo(
+    target: Target, x0: Tensor, method: ParticleMethod, generator: torch.Generator | None = None
+) -> AlignmentResult:
+    """Weigh, resample and move; what a particle method does when it is called.
+
+    Args:
+        x0: noise `(B, *shape)` of each sample's first particle; the others' is drawn.
+        generator: of all noise but x0.
 
     Returns:
         The trace has the mean effective number of particles and of resamplings; `log_normaliser` `(B,)` estimates
         log E[e^r] (its exponential without bias, for the discretised base process).
 
     Raises:
-        ValueError: for an unknown transition or `keep`, a threshold outside [0, 1], or particles that do not divide x0.
-        RewardError: where the reward fails, with the step, and the states so far as the error's `states`.
+        RewardError: as `AlignmentMethod`.
     """
-    if transition not in TRANSITIONS:
-        raise ValueError(f"unknown transition {transition!r}: expected one of {', '.join(TRANSITIONS)}")
-    settings = {"value": type(value).__name__, "transition": transition}
-    move = _Glass(posterior or GlassPosterior(4)) if transition == "glass" else _SDE(max_diffusion)
-    return _run("feynman_kac", settings, target, x0, value, move, num_particles, times, ess_threshold, keep, generator)
-
-
-@torch.no_grad()
-def twisted_smc(
-    target: Target,
-    x0: Tensor,
-    estimator: GradientEstimator | None = None,
-    num_particles: int = 8,
-    times: Tensor | Sequence[float] | None = None,
-    strength: float = 1.0,
-    clip: float | None = None,
-    ess_threshold: float = 0.5,
-    keep: str = "sample",
-    max_diffusion: float = 25.0,
-    generator: torch.Generator | None = None,
-) -> AlignmentResult:
-    """Twisted SMC (TDS): M particles a sample move by the steered SDE; weights make up for what is wrong with it.
-
-    Args:
-        estimator: of V and its gradient; DPS where None, as in TDS.
-        strength: factor of the proposal's steering; the weights account for it.
-        clip: largest norm of a step's steering, in standard deviations of the step's noise times sqrt(dimension).
-        others: as `feynman_kac`.
-
-    Raises:
-        RewardError: before any work if the estimator needs a gradient that the reward has not got.
-    """
-    estimator = estimator or DPSGradient()
-    if estimator.needs_reward_gradient:
-        target.require_gradient(f"twisted SMC with {type(estimator).__name__}")
-    settings = {"estimator": type(estimator).__name__, "strength": strength}
-    move = _SDE(max_diffusion, strength, clip)
-    return _run(
-        "twisted_smc", settings, target, x0, estimator, move, num_particles, times, ess_threshold, keep, generator
-    )
-
-
-class _SDE:
-    """Euler-Maruyama steps, steered where the estimate has a gradient; gives log p/q of each."""
-
-    def __init__(self, max_diffusion: float, strength: float = 0.0, clip: float | None = None) -> None:
-        self.max_diffusion, self.strength, self.clip = max_diffusion, strength, clip
-
-    def __call__(self, target: Target, now: float, then: float, x: Tensor, estimate: Estimate, generator):
-        t, dt = as_times(now, x), then - now
-        b = target.drift(t, x) if estimate.drift is None else estimate.drift
-        half = diffusion(t, self.max_diffusion)
-        mean = x + dt * (b + expand(half, x) * score(t, x, b))
-        if then >= 1:  # without noise there is nothing to weigh a twist against
-            return mean, x.new_zeros(len(x))
-        noise, deviation = randn(x.shape, x, generator), expand((2 * half * dt).sqrt(), x)
-        if not self.strength or estimate.gradient is None:
-            return mean + deviation * noise, x.new_zeros(len(x))
-        shift = self.strength * deviation * estimate.gradient  # in standard deviations of the step
-        if self.clip is not None:
-            largest = self.clip * x[0].numel() ** 0.5
-            shift = shift * (largest / expand(shift.flatten(1).norm(dim=1), x).clamp_min(1e-20)).clamp_max(1.0)
-        # N(x'; mean, s^2) / N(x'; mean + s shift, s^2) at x' = mean + s (shift + noise)
-        log_ratio = -(shift * noise + shift.square() / 2).flatten(1).sum(dim=1)
-        return mean + deviation * (shift + noise), log_ratio
-
-
-class _Glass:
-    """Exact transitions by a posterior draw and the Gaussian bridge to it."""
-
-    def __init__(self, posterior: Posterior) -> None:
-        self.posterior = posterior
-
-    def __call__(self, target: Target, now: float, then: float, x: Tensor, estimate: Estimate, generator):
-        x1 = self.posterior(target, now, x, randn((len(x), 1, *x.shape[1:]), x, generator))[:, 0]
-        mean, variance = bridge(now, then, x, x1)
-        return mean + variance**0.5 * randn(x.shape, x, generator), x.new_zeros(len(x))
-
-
-def _run(
-    name, settings, target, x0, value, move, num_particles, times, ess_threshold, keep, generator
-) -> AlignmentResult:
-    check_particles(num_particles, ess_threshold, keep)
-    if len(x0) % num_particles:
-        raise ValueError(f"{len(x0)} states for {num_particles} particles a sample: give B*M states")
-    times = torch.as_tensor(time_grid(100) if times is None else times, dtype=torch.float64).tolist()
-    if len(times) < 2 or any(b <= a for a, b in itertools.pairwise(times)) or times[-1] != 1:
-        raise ValueError(f"times must be increasing numbers that end at 1, got {times[:3]}...{times[-1]}")
-    M, K, shape = num_particles, len(times) - 1, x0.shape[1:]
-    run = Run(target, name, particles=M, steps=K, ess_threshold=ess_threshold, keep=keep, **settings)
-    x, rows = x0, torch.arange(len(x0) // M, device=x0.device)[:, None]
-    with run.step(0, K, times[0], x):
-        estimate = value(target, times[0], x, generator)
-    log_weights, log_normaliser = estimate.value.reshape(-1, M), 0.0
-    for k, (now, then) in enumerate(itertools.pairwise(times)):
+    method.check(target.reward)
+    M, B, pairs = method.num_particles, len(x0), method.grid.pairs
+    x = with_particles(x0, M, generator)
+    target, value, K = target.expand(x), method.estimate, len(pairs)
+    described = {"particles": M, "steps": K, "ess_threshold": method.ess_threshold, "keep": method.keep}
+    run = Run(target, **{**method.describe(), **described})
+    with run.step(0, K, pairs[0][0], x):
+        estimate = value(target, pairs[0][0], x, generator)
+    log_weights, log_normaliser = estimate.value.reshape(B, M), x.new_zeros(B, dtype=torch.float32)
+    for k, (now, then) in enumerate(pairs):
         ess = effective_sample_size(log_weights)
-        poor = ess < ess_threshold * M * (1 + 1e-6)
+        poor = ess < method.ess_threshold * M * (1 + 1e-6)
         run.note(now, value=estimate.value, ess=ess, resampled=poor)
         if poor.any():
-            index = torch.where(
-                poor[:, None], systematic_resample(log_weights, generator), torch.arange(M, device=x.device)
-            )
-            flat = (rows * M + index).flatten()
+            flat = _resampled(log_weights, poor, generator)
             x, estimate = x[flat], _take(estimate, flat)
-            mean = log_weights.logsumexp(dim=1, keepdim=True) - torch.tensor(M).log()
-            log_normaliser = log_normaliser + torch.where(poor, mean[:, 0], 0.0)
+            log_normaliser = log_normaliser + torch.where(poor, log_mean_exp(log_weights), 0.0)
             log_weights = torch.where(poor[:, None], 0.0, log_weights)
         before = estimate.value
-        x, log_ratio = move(target, now, then, x, estimate, generator)
+        x, log_ratio = method.move(target, now, then, x, estimate, generator)
         with run.step(k, K, then, x):
             if then < 1:
                 estimate = value(target, then, x, generator)
             else:
                 reward = target.rewards(x)
                 estimate = Estimate(None, reward, torch.ones_like(reward))
-        log_weights = log_weights + (estimate.value - before + log_ratio).reshape(-1, M)
-    log_normaliser = log_normaliser + log_weights.logsumexp(dim=1) - torch.tensor(M).log()
+        log_weights = log_weights + (estimate.value - before + log_ratio).reshape(B, M)
     run.note(1.0, value=estimate.value, ess=effective_sample_size(log_weights))
+    kept = _kept(method.keep, log_weights, estimate.value.reshape(B, M), generator)
+    chosen = x.reshape(B, M, *x0.shape[1:])[torch.arange(B, device=x.device)[:, None], kept].flatten(0, 1)
+    return run.finish(chosen, log_normaliser + log_mean_exp(log_weights))
+
+
+def _resampled(log_weights: Tensor, poor: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Which of all particles goes on in each one's place, `(B*M,)`; they stay where a sample's are not poor."""
+    B, M = log_weights.shape
+    stay = torch.arange(M, device=log_weights.device)
+    index = torch.where(poor[:, None], systematic_resample(log_weights, generator), stay)
+    return (torch.arange(B, device=log_weights.device)[:, None] * M + index).flatten()
+
+
+def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Which particles of each sample are returned, `(B, 1 or M)`."""
     if keep == "best":
-        index = estimate.value.reshape(-1, M).argmax(dim=1, keepdim=True)
-    else:
-        index = systematic_resample(log_weights, generator)
-        if keep == "sample":  # a random one of the resampled, which has the weights' distribution
-            device = generator.device if generator is not None else x.device
-            pick = torch.randint(M, (len(index), 1), generator=generator, device=device).to(x.device)
-            index = index.gather(1, pick)
-    return run.finish(x.reshape(-1, M, *shape)[rows, index].flatten(0, 1), log_normaliser)
+        return rewards.argmax(dim=1, keepdim=True)
+    index = systematic_resample(log_weights, generator)
+    if keep == "all":
+        return index
+    # a random one of the resampled, which has the weights' distribution
+    device = generator.device if generator is not None else log_weights.device
+    pick = torch.randint(index.shape[1], (len(index), 1), generator=generator, device=device).to(index.device)
+    return index.gather(1, pick)
 
 
 def _take(estimate: Estimate, index: Tensor) -> Estimate:

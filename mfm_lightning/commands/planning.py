@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import Times
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.execution import Execution
-from mfm_lightning.objectives import InnerSample, Objective, Pair, squared_error
+from mfm_lightning.objectives import InnerSample, Objective, Pair, Teacher, squared_error
 
 FLOAT = 4  # bytes: weights, gradients, optimiser state and EMA are float32, under bf16-mixed as well
 
@@ -116,7 +118,7 @@ def plan_training(
 def _step(model: MetaFlowMap, objective: Objective, batch_size: int, bf16: bool) -> None:
     x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
     label = torch.zeros(batch_size, dtype=torch.long)
-    pair, total = Pair(x, s, x, label), 0.0
+    pair, total = Pair(x, s, x, Conditions(label=label)), 0.0
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)
@@ -125,11 +127,14 @@ def _step(model: MetaFlowMap, objective: Objective, batch_size: int, bf16: bool)
     total.backward()
 
 
-class _NoTeacher:
+class _NoTeacher(Teacher):
     """Drifts of no content, for terms that ask a teacher themselves."""
 
-    def drift(self, t, x: Tensor, label=None, guidance=None) -> Tensor:
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
         return torch.empty_like(x)
+
+    def to(self, device: torch.device) -> Teacher:
+        return self
 
 
 def _teacher_rows(objective: Objective) -> float:

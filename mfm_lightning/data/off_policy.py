@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.data.base import StepDataModule, generator
 from mfm_lightning.data.stream import BatchStream
 from mfm_lightning.utils.distributed import gather_ranks, own
@@ -47,7 +48,7 @@ class OffPolicyDataModule(L.LightningDataModule):
         self.data, self.policy_share, self.buffer_size = data, policy_share, buffer_size
         self.refresh_every, self.ode_steps = refresh_every, ode_steps
         self.state_shape, self.num_classes = tuple(data.state_shape), data.num_classes
-        self._buffer: tuple[Tensor, Tensor] | None = None
+        self._buffer: tuple[Tensor, Conditions] | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Splits, decoding and an oracle are the other DataModule's."""
@@ -66,18 +67,19 @@ class OffPolicyDataModule(L.LightningDataModule):
         stream = self.data.train_dataloader()
         return BatchStream(self.train_batch, stream.length, stream.start)
 
-    def train_batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def train_batch(self, step: int) -> tuple[Tensor, Any]:
         """The training batch of a step; renews the buffer where it is due."""
-        x, label = self.data.train_batch(step)
+        x, given = self.data.train_batch(step)
         k = round(self.policy_share * len(x))
         if not k:
-            return x, label
+            return x, given
         seed = self.data.rank_seed() * 1_000_003 + step
         if self._buffer is None or step % (self.refresh_every * self.trainer.accumulate_grad_batches) == 0:
             self._buffer = self._sample(step, generator(seed))
         pick = torch.randint(self.buffer_size, (k,), generator=generator(seed + 1))
-        samples, labels = self._buffer
-        return torch.cat([samples[pick], x[k:]]), torch.cat([labels[pick], label[k:]])
+        samples, made_for = self._buffer
+        mixed = made_for.take(pick).cat(Conditions.of_batch(given).take(slice(k, None)))
+        return torch.cat([samples[pick], x[k:]]), mixed.as_batch()
 
     def val_dataloader(self):
         return self.data.val_dataloader()
@@ -91,25 +93,26 @@ class OffPolicyDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         # the order of `train_batch`, which this process reads, does not depend on workers
         data = {key: value for key, value in self.data.state_dict().items() if key != "num_workers"}
-        return {"buffers": gather_ranks(self._buffer), "data": data}
+        buffer = self._buffer and (self._buffer[0], self._buffer[1].as_batch())  # plain tensors, for the checkpoint
+        return {"buffers": gather_ranks(buffer), "data": data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._buffer = own(state["buffers"])
+        buffer = own(state["buffers"])
+        self._buffer = buffer and (buffer[0], Conditions.of_batch(buffer[1]))
         self.data.load_state_dict(state.get("data", {}))  # older checkpoints have none
 
-    def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Conditions]:
         module = self.trainer.lightning_module
         if not hasattr(module, "sample_policy"):
             raise ValueError(f"{type(module).__name__} has no policy to sample: set policy_share to 0")
-        labels: list[Tensor] = []
-        for later in range(step, step + self.buffer_size):  # classes as frequent as in the data's batches
-            labels.append(self.data.train_batch(later)[1])
-            if sum(map(len, labels)) >= self.buffer_size:
-                break
-        label = torch.cat(labels)[: self.buffer_size]
+        given, later = Conditions.of_batch(self.data.train_batch(step)[1]), step
+        while given.num_rows < self.buffer_size:  # classes as frequent as in the data's batches
+            later += 1
+            given = given.cat(Conditions.of_batch(self.data.train_batch(later)[1]))
+        given = given.take(slice(self.buffer_size))
         x0 = torch.randn(self.buffer_size, *self.state_shape, generator=noise)
         samples = [  # in batches of the size that training takes
-            module.sample_policy(x.to(module.device), y.to(module.device), self.ode_steps).float().cpu()
-            for x, y in zip(x0.split(self.data.batch_size), label.split(self.data.batch_size), strict=True)
+            module.sample_policy(x0[rows].to(module.device), given.take(rows).to(module.device), self.ode_steps)
+            for rows in torch.arange(self.buffer_size).split(self.data.batch_size)
         ]
-        return torch.cat(samples), label
+        return torch.cat([x.float().cpu() for x in samples]), given

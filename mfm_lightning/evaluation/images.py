@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.classifier import accuracy, train_classifier
@@ -70,19 +71,21 @@ class ImageEvaluation(Evaluation):
         held_out = frechet_distance(classifier.features_module(), classifier.num_features, real, reference)
         rows = [_row("held-out real digits", "", "", held_out, test_accuracy)]
 
+        given = Conditions(label=label)
+
         def ode() -> Tensor:
-            return sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps)
+            return sample_ode(lambda t, x: base(t, x, given), noise, self.ode_steps)
 
         def refinement(steps: int) -> Tensor:
-            return sample_refinement(model, noise, steps, label, generator=self._generator(2))
+            return sample_refinement(model, noise, steps, given, generator=self._generator(2))
 
         def posterior(t: float, steps: int | None) -> Tensor:
             """One-step draws, or by so many steps of the GLASS ODE; both from the same noise."""
             x_t = interpolate(torch.full((len(x1),), t, device=x1.device), noise, x1)
             eps = torch.randn(x1[:, None].shape, generator=self._generator(3)).to(x1)
             if steps is None:
-                return model.sample_posterior(x_t, t, noise=eps, label=label)[:, 0]
-            return sample_posterior_glass(lambda t, x: base(t, x, label), x_t, t, steps=steps, noise=eps)[:, 0]
+                return model.sample_posterior(x_t, t, noise=eps, conditions=given)[:, 0]
+            return sample_posterior_glass(lambda t, x: base(t, x, given), x_t, t, steps=steps, noise=eps)[:, 0]
 
         jobs = [(f"base flow, ODE {self.ode_steps}", "", self.ode_steps, ode)]
         jobs += [(f"MFM, refinement {k}", "", k, partial(refinement, k)) for k in self.refinement_steps]
@@ -102,14 +105,14 @@ class ImageEvaluation(Evaluation):
     def draw(self, module, folder: Path) -> None:
         data, model, base = module.trainer.datamodule, module.model, _base(module)
         per_class = 10
-        label = torch.arange(data.num_classes).repeat_interleave(per_class).to(module.device)
-        noise = torch.randn(len(label), *model.state_shape, generator=self._generator()).to(module.device)
+        given = Conditions(label=torch.arange(data.num_classes)).repeat(per_class).to(module.device)
+        noise = torch.randn(given.num_rows, *model.state_shape, generator=self._generator()).to(module.device)
         if self.refinement_steps:
             k = max(self.refinement_steps)
-            samples = sample_refinement(model, noise, k, label, generator=self._generator(1))
+            samples = sample_refinement(model, noise, k, given, generator=self._generator(1))
             title = f"{k}-step refinement, one class a row"
         else:
-            samples = sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps)
+            samples = sample_ode(lambda t, x: base(t, x, given), noise, self.ode_steps)
             title = f"base flow, {self.ode_steps}-step ODE, one class a row"
         rows = data.decode(samples.cpu()).reshape(data.num_classes, per_class, *model.state_shape)
         image_grid(rows, folder / "samples.png", title)
@@ -132,20 +135,22 @@ class ImageEvaluation(Evaluation):
     @torch.no_grad()
     def predict(self, module, batch, batch_idx: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        x1, label = batch
+        x1, given = batch[0], Conditions.of_batch(batch[1])
         generator = self._generator(100 + batch_idx)
         noise = torch.randn(x1.shape, generator=generator).to(x1)
         base = _base(module)
-        result = {"x1": x1.cpu(), "label": label.cpu()}
-        result["samples/ode"] = sample_ode(lambda t, x: base(t, x, label), noise, self.ode_steps).cpu()
+        result = {"x1": x1.cpu()} | ({} if given.label is None else {"label": given.label.cpu()})
+        result["samples/ode"] = sample_ode(lambda t, x: base(t, x, given), noise, self.ode_steps).cpu()
         for k in self.refinement_steps:
             result[f"samples/refinement_{k}"] = sample_refinement(
-                module.model, noise, k, label, generator=generator
+                module.model, noise, k, given, generator=generator
             ).cpu()
         for t in self.times:
             x_t = interpolate(torch.full((len(x1),), t, device=x1.device), noise, x1)
             result[f"x_t/t={t}"] = x_t.cpu()
-            result[f"draws/t={t}"] = module.model.sample_posterior(x_t, t, 8, label=label, generator=generator).cpu()
+            result[f"draws/t={t}"] = module.model.sample_posterior(
+                x_t, t, 8, conditions=given, generator=generator
+            ).cpu()
         torch.save(result, folder / f"batch_{batch_idx:04d}.pt")
 
     def _generator(self, offset: int = 0) -> torch.Generator:
@@ -154,7 +159,7 @@ class ImageEvaluation(Evaluation):
 
 def _base(module):
     source = module.teacher if module.teacher is not None else module.model
-    return lambda t, x, label: source.drift(t, x, label)
+    return source.drift
 
 
 def _row(samples: str, t, evaluations, frechet: float, agreement: float) -> dict:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_lightning.alignment.methods import AlignmentMethod
-from mfm_lightning.alignment.target import require_gradient
+from mfm_lightning.alignment.method import AlignmentMethod
+from mfm_lightning.alignment.target import Target, require_gradient
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
@@ -71,18 +72,18 @@ class PolicyEvaluation(Evaluation):
     @torch.no_grad()
     def measure(self, module, folder: Path) -> None:
         testing = module.trainer.testing
-        noise, label = self._noise(module)
-        target = module.target(label)
+        noise, given = self._noise(module)
+        target = module.target(given)
 
         def row(states: Tensor) -> dict[str, float]:
-            return self._row(target, states, label, module.trainer.datamodule)
+            return self._row(target, states, module.trainer.datamodule)
 
         def base() -> dict[str, float]:
             if self._base_row is None:  # the base flow and its noise stay as they are
-                self._base_row = row(module.sample_base(noise, label, self.ode_steps))
+                self._base_row = row(module.sample_base(noise, given, self.ode_steps))
             return self._base_row
 
-        jobs = {"base flow": base, "policy": lambda: row(module.sample_policy(noise, label, self.ode_steps))}
+        jobs = {"base flow": base, "policy": lambda: row(module.sample_policy(noise, given, self.ode_steps))}
         if self.steering is not None and testing:
             generator = torch.Generator().manual_seed(self.seed)
             jobs["steering"] = lambda: row(self.steering(target, noise, generator).states)
@@ -95,13 +96,14 @@ class PolicyEvaluation(Evaluation):
         title = f"{len(noise)} ODE samples of {self.ode_steps} steps, the same noise for all"
         write_table(rows, title, folder, "policy", show=testing)
 
-    def _row(self, target, states: Tensor, label: Tensor, data) -> dict[str, float]:
+    def _row(self, target: Target, states: Tensor, data) -> dict[str, float]:
         """What a table says of samples."""
         images, reward = target.decoder(states), target.plain_rewards(states)
+        given = target.conditions.expand(len(states), images.device)
         row = {"reward": reward.mean().item(), "standard error": _standard_error(reward)}
         for name, held_out in self.held_out.items():
-            row[name] = evaluate(held_out.to(images.device), images, target.prompts_of(states), label).mean().item()
-        return row | (self._likeness(data, images.cpu(), label.cpu()) if self.likeness else {})
+            row[name] = evaluate(held_out.to(images.device), images, given.prompts, given.label).mean().item()
+        return row | (self._likeness(data, images.cpu(), given.label.cpu()) if self.likeness else {})
 
     def _likeness(self, data, images: Tensor, label: Tensor) -> dict[str, float]:
         if self._classifier is None:
@@ -115,14 +117,14 @@ class PolicyEvaluation(Evaluation):
 
     @torch.no_grad()
     def draw(self, module, folder: Path) -> None:
-        noise, label = self._noise(module)
+        noise, given = self._noise(module)
         pick = torch.arange(len(noise))
         if self.num_samples is None:  # they come class by class: one of each class before a second
             pick = pick.reshape(-1, self.samples_per_class).T.flatten()
         pick = pick[: self.pictures]
-        noise, label = noise[pick], label[pick]
-        target = module.target(label)
-        before, after = (sample(noise, label, self.ode_steps) for sample in (module.sample_base, module.sample_policy))
+        noise, given = noise[pick], given.take(pick)
+        target = module.target(given)
+        before, after = (sample(noise, given, self.ode_steps) for sample in (module.sample_base, module.sample_policy))
         scores = tuple(target.plain_rewards(x).cpu() for x in (before, after))
         title = "base flow (upper of each pair) and policy from the same noise (lower), with rewards"
         columns = min(10, max(1, module.num_classes))
@@ -135,7 +137,7 @@ class PolicyEvaluation(Evaluation):
             columns,
         )
 
-    def _noise(self, module) -> tuple[Tensor, Tensor]:
+    def _noise(self, module) -> tuple[Tensor, Conditions]:
         """Class by class, `samples_per_class` each; or `num_samples` of shuffled classes."""
         generator = torch.Generator().manual_seed(self.seed)
         if self.num_samples is None:
@@ -144,7 +146,7 @@ class PolicyEvaluation(Evaluation):
             label = torch.randperm(max(1, module.num_classes), generator=generator)
             label = label.repeat(-(-self.num_samples // len(label)))[: self.num_samples]
         noise = torch.randn(len(label), *module.state_shape, generator=generator)
-        return noise.to(module.device), label.to(module.device)
+        return noise.to(module.device), Conditions(label=label).to(module.device)
 
 
 class TiltedMixtureEvaluation(Evaluation):
@@ -179,7 +181,7 @@ class TiltedMixtureEvaluation(Evaluation):
 
     @torch.no_grad()
     def measure(self, module, folder: Path) -> None:
-        oracle, target = module.trainer.datamodule.oracle, module.target(None)
+        oracle, target = module.trainer.datamodule.oracle, module.target()
         exact, testing = oracle.tilted(target.reward), module.trainer.testing
         distances: dict[str, list[float]] = {"exact (floor)": [], "base flow": [], "policy": []}
         for repeat in track(range(self.repeats if testing else 1), describe=lambda i: f"samples {i + 1}"):
@@ -227,7 +229,7 @@ class TiltedMixtureEvaluation(Evaluation):
 
     @torch.no_grad()
     def draw(self, module, folder: Path) -> None:
-        oracle, target = module.trainer.datamodule.oracle, module.target(None)
+        oracle, target = module.trainer.datamodule.oracle, module.target()
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(2000, *module.state_shape, generator=generator).to(module.device)
         samples = {

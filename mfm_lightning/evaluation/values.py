@@ -14,7 +14,8 @@ from torch import Tensor
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.alignment.values import DenoisedValue, estimate_value
+from mfm_lightning.alignment.values import DenoisedValue, DrawValue, Estimate, ValueEstimator
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import as_times, interpolate
 from mfm_lightning.oracles import require_linear_gaussian
@@ -94,7 +95,7 @@ class ValueEvaluation(Evaluation):
     def measure(self, module, folder: Path) -> None:
         exact = self._is_exact(module)
         x1, label = self._states(module)
-        target = module.target(label if self.use_labels else None)
+        target = module.target(Conditions(label=label) if self.use_labels else None)
         network = module.network if _is_trained(module) else None
         if network is None:
             log.info("the amortised network is not trained (fit it, and give --ckpt_path): it is not in the table")
@@ -108,7 +109,7 @@ class ValueEvaluation(Evaluation):
             elif name == "reference":
                 reference = self._from_draws(RolloutPosterior(self.rollout_steps, generator=self._generator(2)))(
                     target, t, x, self._generator(3)
-                )[0]
+                ).value
             else:
                 evaluations, draws, estimate = estimators[name]
                 generator = self._generator(4)
@@ -117,7 +118,7 @@ class ValueEvaluation(Evaluation):
                 target.meter = Meter()
                 found = [estimate(target, t, x, generator) for _ in range(repeats)]
                 nfe = target.meter.total / (len(x) * repeats)
-                values, ess = torch.stack([v for v, _ in found]), torch.stack([e for _, e in found]).mean().item()
+                values, ess = torch.stack([e.value for e in found]), torch.stack([e.ess for e in found]).mean().item()
                 self._values[t, name] = (values.cpu(), reference.cpu())
                 self._rows.append(_row(t, name, evaluations, draws, nfe, values.cpu(), reference.cpu(), ess, self.seed))
         for row in self._rows:
@@ -150,31 +151,27 @@ class ValueEvaluation(Evaluation):
         pick = torch.randperm(len(x1), generator=self._generator())[: self.num_states]
         return x1[pick].to(module.device), label[pick].to(module.device)
 
-    def _estimators(self, network) -> dict[str, tuple[int, int, Callable[..., tuple[Tensor, Tensor]]]]:
-        """By name: network evaluations of a draw, number of draws, and the estimate `(V, ESS)`, both `(B,)`."""
+    def _estimators(self, network) -> dict[str, tuple[int, int, Callable[..., Estimate]]]:
+        """By name: network evaluations of a draw, number of draws, and the estimator."""
         N = self.num_draws
         found = {f"MFM {k}": (k, N, self._from_draws(FlowMapPosterior(k))) for k in self.model_steps}
         found |= {f"GLASS {k}": (k, N, self._from_draws(GlassPosterior(k))) for k in self.glass_steps}
         rollouts = RolloutPosterior(self.rollout_steps, generator=self._generator(5))
         estimate = self._from_draws(rollouts, self.rollout_draws)
         found[f"SDE {self.rollout_steps}"] = (self.rollout_steps, self.rollout_draws, estimate)
-        found["DPS point"] = (1, 1, _denoised)
+        found["DPS point"] = (1, 1, DenoisedValue())
         if network is not None:
 
-            def amortised(target: Target, t: float, x: Tensor, generator) -> tuple[Tensor, Tensor]:
-                value = target.meter.counted("network", network)(as_times(t, x), x, target.labels(x))
-                return value, torch.ones_like(value)
+            def amortised(target: Target, t: float, x: Tensor, generator: torch.Generator) -> Estimate:
+                given = target.expand(x).conditions
+                value = target.meter.counted("network", network)(as_times(t, x), x, given)
+                return Estimate(None, value, torch.ones_like(value))
 
             found["network"] = (1, 1, amortised)
         return found
 
-    def _from_draws(self, posterior: Posterior, num_draws: int | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
-        num_draws = num_draws or self.num_draws
-
-        def estimate(target: Target, t: float, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            return estimate_value(target, t, x, num_draws, posterior, max_rows=self.max_rows, generator=generator)
-
-        return estimate
+    def _from_draws(self, posterior: Posterior, num_draws: int | None = None) -> ValueEstimator:
+        return DrawValue(num_draws or self.num_draws, posterior, max_rows=self.max_rows)
 
     def _generator(self, offset: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self.seed + offset)
@@ -226,11 +223,6 @@ class ValueEvaluation(Evaluation):
                 if i == R - 1:
                     axis.set_xlabel("reference", fontsize=8)
         _save(figure, path)
-
-
-def _denoised(target: Target, t: float, x: Tensor, generator) -> tuple[Tensor, Tensor]:
-    estimate = DenoisedValue()(target, t, x)
-    return estimate.value, estimate.ess
 
 
 def _is_trained(module) -> bool:

@@ -11,11 +11,14 @@ import lightning as L
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from mfm_lightning.alignment.methods import AlignmentMethod, Steering
+from mfm_lightning.alignment.method import AlignmentMethod
 from mfm_lightning.alignment.result import AlignmentResult
+from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import TargetSettings
-from mfm_lightning.modules.base import check_batch, own_gradients
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.modules.base import Batch, check_batch, own_gradients
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.utils.figures import before_after, scatter
 from mfm_rewards import RewardError
@@ -78,14 +81,17 @@ class RewardAlignment(L.LightningModule):
         check_batch(batch, self.target.model.state_shape, self.target.model.num_classes)
         return batch
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> AlignmentResult:
+    def predict_step(self, batch: Batch, batch_idx: int) -> AlignmentResult:
         with own_gradients():
-            return self._align(*[part.clone() for part in batch], batch_idx)
+            x0, given = pytree.tree_map_only(Tensor, Tensor.clone, tuple(batch))
+            return self._align(x0, Conditions.of_batch(given), batch_idx)
 
-    def _align(self, x0: Tensor, label: Tensor, batch_idx: int) -> AlignmentResult:
+    def _align(self, x0: Tensor, conditions: Conditions, batch_idx: int) -> AlignmentResult:
         # the states of all ranks' batches have numbers of their own
         number = batch_idx * self.trainer.world_size + self.global_rank
-        target = self.target(None if bool((label == self.target.model.num_classes).all()) else label)
+        if bool(conditions.is_null(self.target.model.null_conditions).all()):
+            conditions = Conditions(prompts=conditions.prompts)
+        target = self.target(conditions)
         before = sample_ode(target.drift, x0, self.base_steps)
         images = target.decoder(before)
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,23 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from mfm_lightning.checkpoints import CheckpointError
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.training.sharding import gathered, shard
 from mfm_lightning.utils.distributed import gather_ranks, own
+
+Batch = tuple[Tensor, Any]  # x1 and labels, or a dictionary of conditions
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite; training stops before the step is taken."""
 
 
-class TrainingModule(L.LightningModule):
+class TrainingModule(L.LightningModule, ABC):
     """Base class: trains the parameters that require a gradient, and stores nothing else.
 
     A subclass sets `state_shape` and `num_classes`, and implements `losses`, `trained` (the module that is trained, and
@@ -50,19 +55,19 @@ class TrainingModule(L.LightningModule):
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
 
-    def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
-        """The loss under "loss", and what else is logged, of data `(B, *shape)` with labels `(B,)`."""
-        raise TypeError(f"{type(self).__name__} must implement losses(x1, label, training)")
+    @abstractmethod
+    def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
+        """The loss under "loss", and what else is logged, of data `(B, *shape)` with their conditions."""
 
     @property
+    @abstractmethod
     def trained(self) -> nn.Module:
         """The module that is trained, by calls of it."""
-        raise TypeError(f"{type(self).__name__} must say what it trains")
 
     @property
+    @abstractmethod
     def exported(self) -> nn.Module:
         """The trained network."""
-        raise TypeError(f"{type(self).__name__} must say what it exports")
 
     @property
     def frozen(self) -> dict[str, Any]:
@@ -105,10 +110,11 @@ class TrainingModule(L.LightningModule):
             torch.manual_seed(torch.initial_seed() + 7919 * self.global_rank + self.global_step)
         self._resumed = None
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        losses = self.losses(*batch, training=True)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        x1, given = batch
+        losses = self.losses(x1, Conditions.of_batch(given), training=True)
         if not torch.isfinite(losses["loss"]):
-            raise NonFiniteLossError(_describe(self.global_step, losses, batch[0]))
+            raise NonFiniteLossError(_describe(self.global_step, losses, x1))
         self.log("train/loss", losses["loss"], prog_bar=True)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # the steps that the loggers take
             for name in (name for name in losses if name != "loss"):
@@ -123,10 +129,10 @@ class TrainingModule(L.LightningModule):
 
     # -- validation, test ----------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_losses("val", batch, batch_idx)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_losses("test", batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
@@ -163,14 +169,15 @@ class TrainingModule(L.LightningModule):
                 self.evaluation.measure(self, folder)
             self.evaluation.draw(self, folder)
 
-    def _log_losses(self, stage: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def _log_losses(self, stage: str, batch: Batch, batch_idx: int) -> None:
         # the same noise each time, and training's is not touched
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), own_gradients():
             torch.default_generator.manual_seed(batch_idx)
             if devices:
                 torch.cuda.manual_seed(batch_idx)
-            losses = self.losses(*[part.clone() for part in batch], training=False)
+            x1, given = pytree.tree_map_only(Tensor, Tensor.clone, tuple(batch))
+            losses = self.losses(x1, Conditions.of_batch(given), training=False)
         self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -200,15 +207,24 @@ def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> N
     """Refuse a batch that the model cannot be trained on.
 
     Raises:
-        ValueError: if it is not `(x1 (B, *state_shape) float, label (B,) integers in 0..num_classes)`.
+        ValueError: if it is not `(x1 (B, *state_shape) float, label (B,) integers in 0..num_classes)`, or has another
+            number of rows in a dictionary of conditions in place of the label.
     """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError(f"a batch must be (x1, label), got {type(batch).__name__}")
-    x1, label = batch
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ValueError(f"a batch must be (x1, label) or (x1, {{conditions}}), got {type(batch).__name__}")
+    x1, given = batch
     if tuple(x1.shape[1:]) != tuple(state_shape) or not x1.is_floating_point():
         raise ValueError(
             f"batch of {x1.dtype} {tuple(x1.shape)}: expected float (B, {', '.join(map(str, state_shape))})"
         )
+    label = given.get("label") if isinstance(given, Mapping) else given
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            if len(value) != len(x1):
+                raise ValueError(f"{len(value)} rows of {name} in a batch of {len(x1)}")
+        Conditions.of_batch(given)  # names and dimensions
+    if label is None:
+        return
     if label.shape != (len(x1),) or label.is_floating_point():
         raise ValueError(f"labels of {label.dtype} {tuple(label.shape)}: expected integers ({len(x1)},)")
     low, high = int(label.min()), int(label.max())

@@ -9,11 +9,12 @@ from torch import nn
 
 @dataclass
 class Execution:
-    """What a config says about it.
+    """How a network is executed.
 
-    compile: `torch.compile`, block by block (blocks are alike: one is compiled for all). CPUs need a C++ compiler.
-    checkpoint_activations: keep the input of each block only, and compute the rest again in the backward pass: less
-        memory for one more forward pass.
+    Args:
+        compile: `torch.compile`, block by block (blocks are alike: one is compiled for all). CPUs need a C++ compiler.
+        checkpoint_activations: keep the input of each block only, and compute the rest again in the backward pass: less
+            memory for one more forward pass.
     """
 
     compile: bool = False

@@ -14,13 +14,14 @@ from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import TargetSettings, require_gradient
 from mfm_lightning.alignment.values import effective_sample_size
 from mfm_lightning.checkpoints import fingerprint, load_model
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import diffusion, interpolate, randn
+from mfm_lightning.interpolant import diffusion, randn
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.modules.base import Batch, TrainingModule
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
-from mfm_lightning.objectives import ConditionTimes
+from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.objectives.finetuning import (
     GRADIENTS,
     Tilt,
@@ -33,8 +34,16 @@ from mfm_lightning.samplers import sample_ode
 
 @dataclass
 class DiffusionSchedule:
-    """sigma^2/2 of the objective: (1-t)/t, clamped at `max_value` (Eq. 14), or a `constant` (the release: 100, as its
-    sigma^2 = 200; the fixed point is then b + constant grad V, no longer the tilted distribution's flow)."""
+    """sigma^2/2 of the objective: (1-t)/t, clamped (Eq. 14), or a constant.
+
+    Args:
+        max_value: the clamp, positive.
+        constant: taken in place of (1-t)/t (the release: 100, as its sigma^2 = 200); the fixed point is then
+            b + constant grad V, no longer the tilted distribution's flow. None for (1-t)/t.
+
+    Raises:
+        ValueError: unless both are positive.
+    """
 
     max_value: float = 25.0
     constant: float | None = None
@@ -51,7 +60,10 @@ class DiffusionSchedule:
 class LowRank:
     """Low-rank adapters (peft): trained instead of the weights, and merged into them on export.
 
-    rank, alpha: of the adapters; modules: ends of the names of the linear layers that get one.
+    Args:
+        rank: of the adapters.
+        alpha: their scale is alpha / rank.
+        modules: ends of the names of the linear layers that get one.
     """
 
     rank: int = 8
@@ -177,56 +189,64 @@ class RewardFinetuning(TrainingModule):
             frozen |= {name for name, _ in self.policy.named_buffers(prefix="policy")}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
 
-    def sample_policy(self, noise: Tensor, label: Tensor | None, steps: int = 50) -> Tensor:
+    def sample_policy(self, noise: Tensor, conditions: Conditions | None = None, steps: int = 50) -> Tensor:
         """Euler samples of the policy's ODE from noise `(B, *shape)`."""
-        return self._sample(self.policy, noise, label, steps)
+        return self._sample(self.policy, noise, conditions, steps)
 
-    def sample_base(self, noise: Tensor, label: Tensor | None, steps: int = 50) -> Tensor:
+    def sample_base(self, noise: Tensor, conditions: Conditions | None = None, steps: int = 50) -> Tensor:
         """Euler samples of the base flow's ODE from noise `(B, *shape)`."""
-        return self._sample(self.base, noise, label, steps)
+        return self._sample(self.base, noise, conditions, steps)
 
     @torch.no_grad()
-    def _sample(self, flow: MetaFlowMap, noise: Tensor, label: Tensor | None, steps: int) -> Tensor:
-        target = self.target(label, flow)
+    def _sample(self, flow: MetaFlowMap, noise: Tensor, conditions: Conditions | None, steps: int) -> Tensor:
+        target = self.target(conditions, flow).expand(noise)
         return sample_ode(target.drift, noise, steps)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Write samples of base and policy for a batch's labels, from the same noise, to `predict/`."""
-        x1, label = batch
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Write samples of base and policy for a batch's conditions, from the same noise, to `predict/`."""
+        x1, conditions = batch[0], Conditions.of_batch(batch[1])
         number = batch_idx * self.trainer.world_size + self.global_rank
         noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(number)).to(x1)
-        samples = {"base": self.sample_base(noise, label), "policy": self.sample_policy(noise, label), "label": label}
+        samples = {"base": self.sample_base(noise, conditions), "policy": self.sample_policy(noise, conditions)}
+        if conditions.label is not None:
+            samples["label"] = conditions.label
         folder = self.folder / "predict"
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.cpu().contiguous() for k, v in samples.items()}, folder / f"batch_{number:04d}.safetensors")
 
-    def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
-        label = torch.where(torch.rand(len(x1), device=x1.device) < self.class_dropout, self.num_classes, label)
-        t = self.times.sample(len(x1), x1.device)
-        x = interpolate(t, torch.randn_like(x1), x1)
-        target, half = self.target(label), self.half_diffusion(t)
+    def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
+        pair = noised(x1, conditions, self.times, self.class_dropout, self.target.model.null_conditions)
+        half, label = self.half_diffusion(pair.t), self._classes(pair)
         with torch.no_grad():
-            base = self.target(label, self.base).drift(t, x)
-        tilt = self._tilt(target, t, x, label, base)
+            base = self.target(pair.conditions, self.base).drift(pair.t, pair.x_t)
+        tilt = self._tilt(pair, label, base)
         if training:
             rewards, labels = self.all_gather((tilt.rewards, label[:, None].expand_as(tilt.rewards).contiguous()))
             self._seen.append((rewards.flatten(), labels.flatten()))
-        policy = self.target(label, self.policy).drift(t, x)
+        policy = self.target(pair.conditions, self.policy).drift(pair.t, pair.x_t)
         terms = finetuning_target(base, policy, tilt, half)
         error = (policy - sum(terms)).float().flatten(1).square().sum(dim=1)
         return {"loss": error.mean(), **self._account(label, half, base, policy.detach(), tilt, terms)}
 
-    def _tilt(self, target, t: Tensor, x: Tensor, label: Tensor, base: Tensor) -> Tilt:
+    def _classes(self, pair: Pair) -> Tensor:
+        """What the normaliser tells samples apart by, `(B,)`: their labels; all are null where there are none."""
+        label = pair.conditions.label
+        return pair.t.new_full(pair.t.shape, self.num_classes, dtype=torch.long) if label is None else label
+
+    def _tilt(self, pair: Pair, label: Tensor, base: Tensor) -> Tilt:
         def log_normaliser(rewards: Tensor) -> Tensor:
             return self.normaliser(rewards, label)
 
+        t, x, target = pair.t, pair.x_t, self.target(pair.conditions)
         noise = randn((len(x), self.num_draws, *x.shape[1:]), x)
         if self.gradient == "reward":
             return tilt_by_reward_gradient(target, t, x, noise, self.posterior, log_normaliser)
         return tilt_without_gradient(target, t, x, noise, self.posterior, log_normaliser, base)
 
     @torch.no_grad()
-    def _account(self, label, half: Tensor, base: Tensor, policy: Tensor, tilt: Tilt, terms) -> dict[str, Tensor]:
+    def _account(
+        self, label: Tensor, half: Tensor, base: Tensor, policy: Tensor, tilt: Tilt, terms: tuple[Tensor, ...]
+    ) -> dict[str, Tensor]:
         scale = self.target.settings.reward_scale
         norms = torch.stack([term.flatten(1).norm(dim=1).mean() for term in terms])
         change = (policy - base).flatten(1).square().sum(dim=1)

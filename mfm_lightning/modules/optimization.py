@@ -16,14 +16,18 @@ FUSED = ("adamw",)  # three times faster on CPU; torch has no fused RAdam
 
 @dataclass
 class Optimization:
-    """Defaults are the paper's for Meta Flow Maps (Table 5).
+    """The optimiser and its learning rate; defaults are the paper's for Meta Flow Maps (Table 5).
 
-    optimizer: "radam" or "adamw".
-    learning_rate, betas, weight_decay: of the optimiser.
-    warmup_steps: linear warm-up of the learning rate.
-    final_learning_rate: reached at the last step by a cosine; None: constant after the warm-up, as in the paper.
+    Args:
+        optimizer: "radam" or "adamw".
+        learning_rate: after the warm-up.
+        betas: decay rates of the optimiser's moments.
+        weight_decay: of the optimiser.
+        warmup_steps: linear warm-up of the learning rate.
+        final_learning_rate: reached at the last step by a cosine; None: constant after the warm-up, as in the paper.
 
-    Raises, on construction, ValueError for an unknown optimiser.
+    Raises:
+        ValueError: for an unknown optimiser.
     """
 
     optimizer: str = "radam"

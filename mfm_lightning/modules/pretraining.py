@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import CheckpointError, load_model
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.modules.base import Batch, TrainingModule
 from mfm_lightning.modules.execution import Execution
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import Objective
@@ -31,8 +32,8 @@ class MFMPretraining(TrainingModule):
         execution: compilation and activation checkpointing, of the network; the teacher is compiled with it.
 
     Raises:
-        ValueError: for a distilled term without a teacher, a teacher of another shape, or an execution that the
-            network does not know.
+        ValueError: for a distilled term without a teacher, a teacher of another shape, or a guidance scale or an
+            execution that the network does not know.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class MFMPretraining(TrainingModule):
             )
         if initial is not None:
             _initialise(self.model, initial)
+        self.model.check(Conditions(guidance=objective.pairs.guidance_scale))
         self.objective, self.teacher = objective, teacher
         if objective.base_flow_only:
             self.exported_kind = "base_flow"
@@ -80,10 +82,10 @@ class MFMPretraining(TrainingModule):
         if self.teacher is not None:
             self.teacher.to(device)
 
-    def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
-        return self.objective(self.model, self.teacher, x1, label, self.global_step)
+    def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
+        return self.objective(self.model, self.teacher, x1, conditions, self.global_step)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
         if self.evaluation is None:
             raise ValueError("predict needs model.evaluation, which says what to draw")
         self.evaluation.predict(self, batch, batch_idx, self.folder / "predict")

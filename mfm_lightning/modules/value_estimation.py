@@ -1,4 +1,4 @@
-"""Value estimation: measures estimators of V (`mfm test`), and fits an amortised V_phi(t, x_t, label) (`mfm fit`)."""
+"""Value estimation: measures estimators of V (`mfm test`), fits an amortised V_phi(t, x_t, conditions) (`mfm fit`)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import TargetSettings
 from mfm_lightning.alignment.values import log_mean_exp
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import interpolate, randn
+from mfm_lightning.interpolant import randn
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.optimization import Optimization
-from mfm_lightning.objectives import ConditionTimes
+from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.objectives.value import amortised_value_loss
 
 
@@ -85,13 +86,14 @@ class ValueEstimation(TrainingModule):
             "there is nothing to predict: mfm test measures values, mfm predict with RewardAlignment steers"
         )
 
-    def losses(self, x1: Tensor, label: Tensor, training: bool) -> dict[str, Tensor]:
-        state, rewards = self._states_and_rewards(x1, label)
+    def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
+        pair = noised(x1, conditions, self.times, self.class_dropout, self.network.null_conditions)
+        rewards = self._rewards(pair)
         if training and not self._levelled and self.global_step == 0:
             # start at the level of the rewards: e^{r - V} is then near 1
             self.network.set_level(log_mean_exp(self.all_gather(rewards).flatten()))
         self._levelled = self._levelled or training
-        value = self.network(*state)
+        value = self.network(pair.t, pair.x_t, pair.conditions)
         gap = (rewards - value.detach()[:, None]).clamp_max(20.0)
         return {
             "loss": amortised_value_loss(value, rewards).mean(),
@@ -100,12 +102,10 @@ class ValueEstimation(TrainingModule):
         }
 
     @torch.no_grad()
-    def _states_and_rewards(self, x1: Tensor, label: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """(t, x_t, label) of a batch, and the rewards `(B, N)` of draws from their posteriors."""
-        label = torch.where(torch.rand(len(x1), device=x1.device) < self.class_dropout, self.num_classes, label)
-        t = self.times.sample(len(x1), x1.device)
-        x_t = interpolate(t, torch.randn_like(x1), x1)
-        target = self.target(label)
-        noise = randn((len(x1), self.num_draws, *x1.shape[1:]), x1)
-        draws = self.posterior(target, t, x_t, noise)
-        return (t, x_t, label), target.rewards(draws.flatten(0, 1)).reshape(len(x1), self.num_draws)
+    def _rewards(self, pair: Pair) -> Tensor:
+        """Rewards `(B, N)` of draws from the states' posteriors."""
+        x_t = pair.x_t
+        noise = randn((len(x_t), self.num_draws, *x_t.shape[1:]), x_t)
+        target = self.target(pair.conditions)
+        draws = self.posterior(target, pair.t, x_t, noise)
+        return target.rewards(draws.flatten(0, 1)).reshape(len(x_t), self.num_draws)

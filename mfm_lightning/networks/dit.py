@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.networks.dual import (
     Dual,
     add,
@@ -216,6 +217,11 @@ class DiT(nn.Module):
         """The parts that hold most of the work, all alike: what is compiled, checkpointed and sharded one by one."""
         return list(self.blocks)
 
+    @property
+    def null_conditions(self) -> Conditions:
+        """What stands for no class and no guidance, one row."""
+        return Conditions(label=self.num_classes, guidance=1.0)
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -249,14 +255,14 @@ class DiT(nn.Module):
         x: Tensor,
         t: Tensor,
         x_t: Tensor,
-        label: Tensor,
-        guidance: Tensor,
+        conditions: Conditions,
         tangents: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, C, H, W)`, `label` `(B,)` long, `guidance` `(B,)` scales.
+        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, C, H, W)`, conditions with label and guidance of B rows.
 
         With `tangents` (ds, du, dx) also its derivative along them, without a graph.
         """
+        label, guidance = conditions.label, conditions.guidance
         s, u, x = (Dual(*pair) for pair in zip((s, u, x), tangents or (None,) * 3, strict=True))
         if self.flip_time:
             s, u = (Dual(1 - time.value, None if time.tangent is None else -time.tangent) for time in (s, u))

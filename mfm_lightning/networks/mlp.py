@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.networks.dual import Dual, add, concatenate, linear, silu
 from mfm_lightning.networks.embeddings import TimeFeatures, nearest_scale
 
@@ -56,6 +57,11 @@ class MLP(nn.Module):
         nn.init.zeros_(self.output.bias)
         self.reset_condition()
 
+    @property
+    def null_conditions(self) -> Conditions:
+        """What stands for no class and no guidance, one row."""
+        return Conditions(label=self.num_classes, guidance=1.0)
+
     def reset_condition(self) -> None:
         """Make the network ignore (t, x_t) and guidance exactly, until trained."""
         nn.init.zeros_(self.condition[2].weight)
@@ -69,11 +75,10 @@ class MLP(nn.Module):
         x: Tensor,
         t: Tensor,
         x_t: Tensor,
-        label: Tensor,
-        guidance: Tensor,
+        conditions: Conditions,
         tangents: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, dim)`, `label` `(B,)` long, `guidance` `(B,)` scales.
+        """v_{s,u}(x; t, x_t): times `(B,)`, states `(B, dim)`, conditions with label and guidance of B rows.
 
         With `tangents` (ds, du, dx) also its derivative along them, without a graph.
         """
@@ -81,8 +86,8 @@ class MLP(nn.Module):
         features = self.time_features
         first, _, second = self.condition
         condition = linear(second, silu(linear(first, concatenate(Dual(x_t), features(Dual(t))))))
-        index = nearest_scale(guidance, self.guidance_scales)
-        embeddings = Dual(self.label_embedding(label) + self.guidance_embedding(index))
+        index = nearest_scale(conditions.guidance, self.guidance_scales)
+        embeddings = Dual(self.label_embedding(conditions.label) + self.guidance_embedding(index))
         h = add(linear(self.input, concatenate(x, features(s), features(u))), condition, embeddings)
         for first, second in self.blocks:
             h = add(h, linear(second, silu(linear(first, silu(h)))))

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.networks.dit import AdaLN, Block, PatchEmbedding
 from mfm_lightning.networks.dual import Dual, add, layer_norm, modulate
 from mfm_lightning.networks.embeddings import TimeEmbedding, TimeFeatures, sincos_positions
 
 
-class _ValueNetwork(nn.Module):
+class ValueNetwork(nn.Module, ABC):
     """Base: the call with defaults, and the level at which an untrained network starts."""
 
+    state_shape: tuple[int, ...]
     num_classes: int
     output: nn.Linear
 
-    def forward(self, t: Tensor, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """V_phi `(B,)` at times `(B,)` and states `(B, *shape)`; `label` `(B,)`, None for the null label."""
-        if label is None:
-            label = torch.full((len(x),), self.num_classes, device=x.device)
-        return self.value(t, x, label.long()).float()
+    @property
+    def null_conditions(self) -> Conditions:
+        """What stands for no class, one row."""
+        return Conditions(label=self.num_classes)
 
-    def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must implement value(t, x, label) -> (B,)")
+    def forward(self, t: Tensor, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """V_phi `(B,)` at times `(B,)` and states `(B, *shape)`; without a label, for the null label."""
+        conditions = (conditions or Conditions()).filled(self.null_conditions).expand(len(x), x.device)
+        return self.value(t, x, conditions).float()
+
+    @abstractmethod
+    def value(self, t: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
+        """The same with a label for each state."""
 
     @torch.no_grad()
     def set_level(self, level: Tensor | float) -> None:
@@ -35,7 +43,7 @@ class _ValueNetwork(nn.Module):
         self.output.bias.fill_(float(level))
 
 
-class ValueDiT(_ValueNetwork):
+class ValueDiT(ValueNetwork):
     """A DiT on images or latents whose tokens are averaged to one number; conditioned on t and the label.
 
     Args:
@@ -80,8 +88,8 @@ class ValueDiT(_ValueNetwork):
         """As in `DiT`."""
         return list(self.blocks)
 
-    def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
-        condition = add(self.time_embedding(Dual(t)), Dual(self.label_embedding(label)))
+    def value(self, t: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
+        condition = add(self.time_embedding(Dual(t)), Dual(self.label_embedding(conditions.label)))
         tokens = add(self.x_embedder(Dual(x)), Dual(self.pos_embed))
         for block in self.blocks:
             tokens = block(tokens, condition)
@@ -89,7 +97,7 @@ class ValueDiT(_ValueNetwork):
         return self.output(tokens.value.mean(dim=1)).squeeze(1)
 
 
-class ValueMLP(_ValueNetwork):
+class ValueMLP(ValueNetwork):
     """A residual MLP on vectors, conditioned on t and the label.
 
     Args:
@@ -113,8 +121,10 @@ class ValueMLP(_ValueNetwork):
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.set_level(0.0)
 
-    def value(self, t: Tensor, x: Tensor, label: Tensor) -> Tensor:
-        h = self.input(torch.cat([x, self.time_features(Dual(t)).value], dim=1)) + self.label_embedding(label)
+    def value(self, t: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
+        h = self.input(torch.cat([x, self.time_features(Dual(t)).value], dim=1)) + self.label_embedding(
+            conditions.label
+        )
         for block in self.blocks:
             h = h + block(h)
         return self.output(F.silu(h)).squeeze(1)

@@ -1,7 +1,7 @@
 """Training objectives of Meta Flow Maps (paper, section 5)."""
 
 from mfm_lightning.objectives.objective import Objective, WeightedTerm, adaptive_loss, squared_error
-from mfm_lightning.objectives.pairs import ConditionTimes, InnerSample, InnerTimes, Pair, PairSampler
+from mfm_lightning.objectives.pairs import ConditionTimes, InnerSample, InnerTimes, Pair, PairSampler, noised
 from mfm_lightning.objectives.teachers import CheckpointTeacher, ModelTeacher, OracleTeacher, Teacher
 from mfm_lightning.objectives.terms import TERMS
 
@@ -19,5 +19,6 @@ __all__ = [
     "Teacher",
     "WeightedTerm",
     "adaptive_loss",
+    "noised",
     "squared_error",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.objectives.pairs import InnerSample, InnerTimes, Pair, PairSampler
 from mfm_lightning.objectives.teachers import Teacher, teacher_velocity
@@ -18,10 +19,15 @@ from mfm_lightning.tangents import get_backend
 class WeightedTerm:
     """A term of the objective by name, and how much it counts.
 
-    name: a key of `mfm_lightning.objectives.TERMS`.
-    p, c: adaptive weight 1 / (|residual|^2 + c)^p (Eq. 73); p = 0 for none.
-    weight: factor of the term.
-    start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
+    Args:
+        name: a key of `mfm_lightning.objectives.TERMS`.
+        p: power of the adaptive weight 1 / (|residual|^2 + c)^p (Eq. 73); 0 for none.
+        c: of the adaptive weight, positive.
+        weight: factor of the term.
+        start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
+
+    Raises:
+        ValueError: for an unknown name.
     """
 
     name: str
@@ -49,16 +55,19 @@ def adaptive_loss(error: Tensor, p: float, c: float = 0.01) -> Tensor:
 class Objective:
     """A sum of weighted terms on pairs drawn from data.
 
-    terms: the terms and their weights.
-    pairs, inner_times: how samples are drawn.
-    backend: how tangents are computed, a name in `mfm_lightning.tangents.BACKENDS`.
-    share_inner: all terms look at one inner sample, so that the teacher is evaluated once for the diagonal and the
-        consistency term. The diagonal's times are then those of the consistency term, the smaller of two draws.
+    Args:
+        terms: the terms and their weights.
+        pairs: how noisy states are drawn from data.
+        inner_times: how inner times are drawn.
+        backend: how tangents are computed, a name in `mfm_lightning.tangents.BACKENDS`.
+        share_inner: all terms look at one inner sample, so that the teacher is evaluated once for the diagonal and the
+            consistency term. The diagonal's times are then those of the consistency term, the smaller of two draws.
 
     Attributes:
         built_terms: the objects that `terms` name, in their order.
 
-    Raises, on construction, ValueError for an unknown term, distribution or tangent backend.
+    Raises:
+        ValueError: for no term, or an unknown tangent backend.
     """
 
     terms: list[WeightedTerm] = field(
@@ -75,8 +84,9 @@ class Objective:
         get_backend(self.backend)
         self.built_terms = [self._build(term.name) for term in self.terms]
 
-    def _build(self, name: str):
-        return TERMS[name](self.backend) if issubclass(TERMS[name], Consistency) else TERMS[name]()
+    def _build(self, name: str) -> Term:
+        kind = TERMS[name]
+        return kind(self.backend) if issubclass(kind, Consistency) else kind()
 
     @property
     def needs_teacher(self) -> list[str]:
@@ -89,16 +99,16 @@ class Objective:
         return all(term.name == "flow_matching" for term in self.terms)
 
     def __call__(
-        self, model: MetaFlowMap, teacher: Teacher | None, x1: Tensor, label: Tensor | None, step: int = 0
+        self, model: MetaFlowMap, teacher: Teacher | None, x1: Tensor, conditions: Conditions, step: int = 0
     ) -> dict[str, Tensor]:
         """Loss of each active term and their weighted sum under "loss"; `error/NAME` is the plain squared error.
 
         Args:
             x1: data `(B, *shape)`.
-            label: `(B,)` or None.
+            conditions: of the data, a row for each sample or one for all.
             step: training step, for warm-up and annealing.
         """
-        pair = self.pairs.sample(x1, label, model.num_classes)
+        pair = self.pairs.sample(x1, conditions, model.null_conditions)
         results: dict[str, Tensor] = {}
         total = torch.zeros((), device=x1.device)
         shared = self._draw(pair, two=True, step=step) if self.share_inner else None
@@ -113,16 +123,22 @@ class Objective:
         return {"loss": total, **results}
 
     def residual(
-        self, term: Term, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, step: int = 0, shared=None
+        self,
+        term: Term,
+        model: MetaFlowMap,
+        teacher: Teacher | None,
+        pair: Pair,
+        step: int = 0,
+        shared: InnerSample | None = None,
     ) -> Tensor:
         """A term's residual `(B, *shape)` on an inner sample of its own, or on one that is `shared`."""
         own = term.condition(pair)
         # a term that looks at other conditions has nothing to share
         inner = shared if shared is not None and own is pair else self._draw(own, isinstance(term, Consistency), step)
         if term.teacher_at_start and inner.teacher_velocity is None:
-            inner.teacher_velocity = teacher_velocity(
-                teacher, inner.s, inner.x, own.t, own.x_t, own.label, own.guidance
-            )
+            if teacher is None:
+                raise ValueError("this objective needs a teacher")
+            inner.teacher_velocity = teacher_velocity(teacher, inner.s, inner.x, own.t, own.x_t, own.conditions)
         return term(model, teacher, own, inner)
 
     def _draw(self, pair: Pair, two: bool, step: int) -> InnerSample:

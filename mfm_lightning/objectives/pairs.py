@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import interpolate
 
 
@@ -15,20 +15,22 @@ from mfm_lightning.interpolant import interpolate
 class Pair:
     """Data and the noisy state made from it.
 
-    x1: clean data `(B, *shape)`; t, x_t: outer time `(B,)` and state, pure noise at t = 0; label: `(B,)` with some
-    dropped to the null label; guidance: `(B,)` scale, 1 where the label is dropped; None where nothing is guided.
+    Attributes:
+        x1: clean data `(B, *shape)`.
+        t: outer time `(B,)`.
+        x_t: outer state `(B, *shape)`, pure noise at t = 0.
+        conditions: with a row for each sample, some of them null; guidance 1 where they are, None where nothing is
+            guided.
     """
 
     x1: Tensor
     t: Tensor
     x_t: Tensor
-    label: Tensor
-    guidance: Tensor | None = None
+    conditions: Conditions
 
     def take(self, rows: slice) -> Pair:
         """Some of the samples."""
-        guidance = None if self.guidance is None else self.guidance[rows]
-        return Pair(self.x1[rows], self.t[rows], self.x_t[rows], self.label[rows], guidance)
+        return Pair(self.x1[rows], self.t[rows], self.x_t[rows], self.conditions.take(rows))
 
     def inner(self, s: Tensor, u: Tensor | None = None, num_equal: int = 0) -> InnerSample:
         """An inner sample at times s <= u `(B,)` with fresh noise; u = s where None."""
@@ -40,9 +42,13 @@ class Pair:
 class InnerSample:
     """Where a term looks at the flow of a pair's posterior.
 
-    s, u: inner times `(B,)`, s <= u; eps: inner noise; x: the inner interpolant (1-s) eps + s x1, `(B, *shape)`;
-    num_equal: the first so many have u = s; teacher_velocity: the teacher's GLASS velocity at (s, x), once a term asked
-    for it.
+    Attributes:
+        s: inner time `(B,)`.
+        u: inner time `(B,)`, s <= u.
+        eps: inner noise `(B, *shape)`.
+        x: the inner interpolant (1-s) eps + s x1, `(B, *shape)`.
+        num_equal: the first so many samples have u = s.
+        teacher_velocity: the teacher's GLASS velocity at (s, x), once a term asked for it.
     """
 
     s: Tensor
@@ -52,6 +58,13 @@ class InnerSample:
     num_equal: int = 0
     teacher_velocity: Tensor | None = None
 
+    @property
+    def at_start(self) -> Tensor:
+        """The teacher's velocity, which a term asked for."""
+        if self.teacher_velocity is None:
+            raise ValueError("the teacher's velocity is not in the inner sample: the term must set teacher_at_start")
+        return self.teacher_velocity
+
     def take(self, rows: slice) -> InnerSample:
         """Some of the samples, all counted as u > s."""
         velocity = None if self.teacher_velocity is None else self.teacher_velocity[rows]
@@ -60,9 +73,14 @@ class InnerSample:
 
 @dataclass
 class ConditionTimes:
-    """Outer times t = U^power, and 0 with probability `zero_rate` (release: 2 and 0.1).
+    """Outer times t = U^power, U uniform in (0, 1), and some times 0.
 
-    With power 0 every time is 0: training of the base flow alone.
+    Args:
+        power: 2 in the release; above 1: more times near noise. With 0 every time is 0: the base flow alone is trained.
+        zero_rate: probability of t = 0, in [0, 1]; 0.1 in the release.
+
+    Raises:
+        ValueError: for a number out of range.
     """
 
     power: float = 2.0
@@ -82,11 +100,17 @@ class ConditionTimes:
 class InnerTimes:
     """Inner times s <= u: two draws, sorted.
 
-    distribution: "uniform", or "logit_normal" (sigmoid of N(mean, std^2)).
-    annealing_steps: over so many steps the gap u - s grows from 0 to what was drawn (0: none, as in the release).
-    equal_rate: share of each batch, its first samples, with u = s, where a consistency term is the diagonal's (the
-        share of r = t of Mean Flows, arXiv 2505.13447): one consistency term then trains both parts at less than the
-        cost of one.
+    Args:
+        distribution: "uniform", or "logit_normal" (sigmoid of N(mean, std^2)).
+        mean: of the logit-normal distribution.
+        std: of the logit-normal distribution.
+        annealing_steps: over so many steps the gap u - s grows from 0 to what was drawn (0: none, as in the release).
+        equal_rate: share of each batch, its first samples, with u = s, where a consistency term is the diagonal's (the
+            share of r = t of Mean Flows, arXiv 2505.13447): one consistency term then trains both parts at less than
+            the cost of one.
+
+    Raises:
+        ValueError: for an unknown distribution, or a rate outside [0, 1].
     """
 
     distribution: str = "uniform"
@@ -122,15 +146,42 @@ class InnerTimes:
         return s, u
 
 
+def noised(
+    x1: Tensor,
+    conditions: Conditions,
+    times: ConditionTimes,
+    class_dropout: float,
+    null: Conditions,
+) -> Pair:
+    """Training states of data `(B, *shape)`: outer times are drawn, some conditions dropped to null, noise is mixed in.
+
+    Args:
+        conditions: as they came with the data; what is missing becomes null.
+        times: of the states.
+        class_dropout: probability that a sample's conditions are dropped.
+        null: the network's null condition.
+    """
+    B = len(x1)
+    t = times.sample(B, x1.device)
+    dropped = torch.rand(B, device=x1.device) < class_dropout
+    conditions = conditions.filled(replace(null, guidance=None)).drop(dropped, null)
+    return Pair(x1, t, interpolate(t, torch.randn_like(x1), x1), conditions)
+
+
 @dataclass
 class PairSampler:
     """Draws a `Pair` from data: condition times, class dropout and the guidance scale.
 
-    class_dropout: probability that a label becomes the null label.
-    guidance_scale: class-guidance scale, always on unless the label is dropped (release: 2.5); 1 for none.
+    Args:
+        condition_times: outer times.
+        class_dropout: probability that a sample's conditions become null, in [0, 1].
+        guidance_scale: guidance scale, always on unless the conditions are dropped (release: 2.5); 1 for none.
+
+    Raises:
+        ValueError: for a number out of range.
     """
 
-    condition_times: ConditionTimes = dataclasses.field(default_factory=ConditionTimes)
+    condition_times: ConditionTimes = field(default_factory=ConditionTimes)
     class_dropout: float = 0.2
     guidance_scale: float = 1.0
 
@@ -140,12 +191,14 @@ class PairSampler:
                 f"class_dropout {self.class_dropout} must be in [0, 1] and guidance_scale {self.guidance_scale} >= 1"
             )
 
-    def sample(self, x1: Tensor, label: Tensor | None, num_classes: int) -> Pair:
-        """A pair for data `(B, *shape)` and labels `(B,)` or None."""
-        B = len(x1)
-        t = self.condition_times.sample(B, x1.device)
-        label = torch.full((B,), num_classes, device=x1.device) if label is None else label
-        dropped = torch.rand(B, device=x1.device) < self.class_dropout
-        label = torch.where(dropped, num_classes, label)
-        guidance = None if self.guidance_scale == 1 else torch.where(label == num_classes, 1.0, self.guidance_scale)
-        return Pair(x1, t, interpolate(t, torch.randn_like(x1), x1), label, guidance)
+    def sample(self, x1: Tensor, conditions: Conditions, null: Conditions) -> Pair:
+        """A pair for data `(B, *shape)` and its conditions.
+
+        Args:
+            null: the network's null condition.
+        """
+        pair = noised(x1, conditions, self.condition_times, self.class_dropout, null)
+        if self.guidance_scale == 1:
+            return pair
+        scale = torch.where(pair.conditions.is_null(null), 1.0, self.guidance_scale)
+        return replace(pair, conditions=replace(pair.conditions, guidance=scale))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mfm_lightning.checkpoints import fingerprint, load_model
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.glass import glass_velocity
-from mfm_lightning.interpolant import as_times, expand
+from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
 
@@ -22,18 +24,20 @@ class Teacher(ABC):
     state_shape: tuple[int, ...]
 
     @abstractmethod
-    def drift(self, t: Tensor, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
-        """Class-guided b_t(x), `(B, *shape)`; `guidance` 1 or None: conditional, no guidance."""
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """Guided b_t(x), `(B, *shape)`; with a guidance scale of 1, or none: conditional, no guidance."""
 
     @abstractmethod
     def to(self, device: torch.device) -> Teacher:
         """Move what is frozen to a device."""
 
 
-def teacher_velocity(teacher: Teacher, s, x_s: Tensor, t, x_t: Tensor, label=None, guidance=None) -> Tensor:
+def teacher_velocity(
+    teacher: Teacher, s: Times, x_s: Tensor, t: Times, x_t: Tensor, conditions: Conditions | None = None
+) -> Tensor:
     """GLASS velocity (Eq. 32) of a teacher's guided drift. Drift and velocity are affine in each other, with the same
-    coefficients for every label, so guiding the one guides the other."""
-    return glass_velocity(lambda time, x: teacher.drift(time, x, label, guidance), s, x_s, t, x_t)
+    coefficients for all conditions, so guiding the one guides the other."""
+    return glass_velocity(lambda time, x: teacher.drift(time, x, conditions), s, x_s, t, x_t)
 
 
 class ModelTeacher(Teacher):
@@ -70,26 +74,25 @@ class ModelTeacher(Teacher):
         return self
 
     @torch.no_grad()
-    def drift(self, t, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
-        if label is None:
-            return self._plain(t, x)
-        t, null = as_times(t, x), self.model.num_classes
-        label = torch.as_tensor(label, device=x.device).expand(len(x))
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        t, null = as_times(t, x), self.model.null_conditions
+        given = (conditions or Conditions()).filled(null).expand(len(x), x.device)
         # g = 1 asks for the conditional drift as it is without model guidance
-        scale = as_times(1.0 if guidance is None else guidance, x) * (1 - self.omega)
-        # at a scale of 1 the unconditional drift cancels, and without a label the two are one
-        pairs = ((label != null) & ((scale - 1).abs() > 1e-6)).nonzero().flatten()
-        labels = torch.cat([label, torch.full_like(pairs, null)])
-        drifts = self._plain(torch.cat([t, t[pairs]]), torch.cat([x, x[pairs]]), labels)
+        scale = as_times(given.guidance, x) * (1 - self.omega)
+        # at a scale of 1 the unconditional drift cancels, and without a condition the two are one
+        pairs = (~given.is_null(null) & ((scale - 1).abs() > 1e-6)).nonzero().flatten()
+        plain = replace(given, guidance=None, prompts=None)
+        dropped = plain.take(pairs).drop(torch.ones_like(pairs, dtype=torch.bool), null)
+        drifts = self._plain(torch.cat([t, t[pairs]]), torch.cat([x, x[pairs]]), plain.cat(dropped))
         drift, unconditional = drifts[: len(x)], drifts[len(x) :]
         more = expand(scale[pairs] - 1, x) * (drift[pairs] - unconditional)
         return drift.index_add(0, pairs, more.to(drift.dtype))
 
-    def _plain(self, t, x: Tensor, label: Tensor | None = None) -> Tensor:
+    def _plain(self, t: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
         if self.precision == "same":
-            return self.model.drift(t, x, label)
+            return self.model.drift(t, x, conditions)
         with torch.autocast(x.device.type, torch.bfloat16):
-            return self.model.drift(t, x, label).to(x.dtype)
+            return self.model.drift(t, x, conditions).to(x.dtype)
 
 
 class CheckpointTeacher(ModelTeacher):
@@ -124,8 +127,10 @@ class OracleTeacher(Teacher):
         return self
 
     @torch.no_grad()
-    def drift(self, t, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
-        if label is None or guidance is None or self.oracle.num_classes == 0:
-            return self.oracle.drift(t, x, label)
-        conditional, unconditional = self.oracle.drift(t, x, label), self.oracle.drift(t, x)
-        return unconditional + expand(as_times(guidance, x), x) * (conditional - unconditional)
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        conditional = self.oracle.drift(t, x, conditions)
+        if conditions is None or conditions.label is None or conditions.guidance is None or not self.oracle.num_classes:
+            return conditional
+        unconditional = self.oracle.drift(t, x)
+        scale = as_times(conditions.expand(len(x), x.device).guidance, x)
+        return unconditional + expand(scale, x) * (conditional - unconditional)

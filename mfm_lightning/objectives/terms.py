@@ -6,8 +6,7 @@ business. `sg` is the stop-gradient: targets are computed without a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -19,67 +18,65 @@ from mfm_lightning.objectives.teachers import Teacher, teacher_velocity
 from mfm_lightning.tangents import velocity_and_jvp
 
 
-class Term(Protocol):
+class Term(ABC):
     """A part of the objective.
 
-    needs_teacher: raise before training where there is none. teacher_at_start: the teacher's velocity at (s, x) must be
-    in the inner sample, where terms that look at the same sample share it. guides_data: it guides the data's velocity
-    by the model itself.
+    Attributes:
+        needs_teacher: refused before training where there is none.
+        teacher_at_start: the teacher's velocity at (s, x) must be in the inner sample, where terms that look at the
+            same sample share it.
+        guides_data: it guides the data's velocity by the model itself.
     """
 
-    needs_teacher: bool
-    teacher_at_start: bool
-    guides_data: bool
+    needs_teacher: bool = False
+    teacher_at_start: bool = False
+    guides_data: bool = False
 
     def condition(self, pair: Pair) -> Pair:
         """What the term is conditioned on."""
+        return pair
 
+    @abstractmethod
     def __call__(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         """The residual, `(B, *shape)`."""
 
 
 def guided_data_velocity(model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
     """x1 - eps + (1 - 1/g) sg(v_cond - v_uncond): the data's velocity with model guidance (Eq. 69), `(B, *shape)`."""
-    target = pair.x1 - inner.eps
-    if pair.guidance is None:
+    target, guidance = pair.x1 - inner.eps, pair.conditions.guidance
+    if guidance is None:
         return target
-    guided = (pair.guidance > 1).nonzero().flatten()
+    guided = (guidance > 1).nonzero().flatten()
     if not len(guided):  # one row with a factor of 0: under FSDP all ranks must call the model alike
         guided = guided.new_zeros(1)
-    s, x, t, x_t, label, guidance = (
-        value[guided] for value in (inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance)
-    )
-    labels = torch.cat([label, torch.full_like(label, model.num_classes)])
-    scales = torch.cat([guidance, torch.ones_like(guidance)])
+    s, x, t, x_t = (value[guided] for value in (inner.s, inner.x, pair.t, pair.x_t))
+    with_, without = pair.conditions.take(guided), torch.ones_like(guided, dtype=torch.bool)
     with torch.no_grad():
         twice = [torch.cat([value, value]) for value in (s, s, x, t, x_t)]
-        conditional, unconditional = model.velocity(*twice, labels, scales).chunk(2)
-        shift = expand(1 - 1 / guidance, x) * (conditional - unconditional)
+        both = with_.cat(with_.drop(without, model.null_conditions))
+        conditional, unconditional = model.velocity(*twice, both).chunk(2)
+        shift = expand(1 - 1 / guidance[guided], x) * (conditional - unconditional)
         return target.index_add(0, guided, shift.to(target.dtype))
 
 
-class DataDiagonal:
+class DataDiagonal(Term):
     """v_{s,s} regresses on x1 - eps, with model guidance where the pair has a scale above 1."""
 
-    needs_teacher = teacher_at_start = False
     guides_data = True
-
-    def condition(self, pair: Pair) -> Pair:
-        return pair
 
     def target(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
         return guided_data_velocity(model, pair, inner)
 
-    def __call__(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+    def __call__(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         target = self.target(model, pair, inner)
-        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance) - target
+        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions) - target
 
 
 class FlowMatching(DataDiagonal):
     """The base flow: v_{s,s}(I_s; 0, x_0) regresses on x1 - eps. The condition is pure noise, to be ignored."""
 
     def condition(self, pair: Pair) -> Pair:
-        return Pair(pair.x1, torch.zeros_like(pair.t), torch.randn_like(pair.x1), pair.label, pair.guidance)
+        return Pair(pair.x1, torch.zeros_like(pair.t), torch.randn_like(pair.x1), pair.conditions)
 
 
 class DistilledDiagonal(DataDiagonal):
@@ -89,25 +86,20 @@ class DistilledDiagonal(DataDiagonal):
     guides_data = False
 
     def target(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
-        return inner.teacher_velocity
+        return inner.at_start
 
 
-class Consistency:
+class Consistency(Term):
     """Base of the consistency terms.
 
     Args:
         backend: how tangents are computed, a name in `mfm_lightning.tangents.BACKENDS`.
     """
 
-    needs_teacher = teacher_at_start = guides_data = False
-
     def __init__(self, backend: str = "auto") -> None:
         self.backend = backend
 
-    def condition(self, pair: Pair) -> Pair:
-        return pair
-
-    def __call__(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+    def __call__(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         k, parts = inner.num_equal, []
         if k:
             parts.append(self.diagonal(model, teacher, pair.take(slice(k)), inner.take(slice(k))))
@@ -116,21 +108,21 @@ class Consistency:
             parts.append(self.residual(model, teacher, pair.take(rest), inner.take(rest)))
         return torch.cat(parts)
 
-    def diagonal(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+    def diagonal(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         """The residual at u = s; a term that needs no tangent there says so."""
         return self.residual(model, teacher, pair, inner)
 
-    def residual(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
-        """v_{s,u}(x) - sg(target) of an inner sample."""
-        raise TypeError(f"{type(self).__name__} is a base class: use one of the named consistency terms")
+    @abstractmethod
+    def residual(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
+        """v_{s,u}(x) - sg(target) of an inner sample, `(B, *shape)`."""
 
 
 class Semigroup(Consistency):
     """v_{s,u} = gamma v_{s,w} + (1-gamma) v_{w,u}(X_{s,w}),  w = s + gamma (u-s),  gamma ~ U(0, 1)."""
 
-    def residual(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+    def residual(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         s, u, x = inner.s, inner.u, inner.x
-        condition = (pair.t, pair.x_t, pair.label, pair.guidance)
+        condition = (pair.t, pair.x_t, pair.conditions)
         gamma = torch.rand_like(s)
         w = s + gamma * (u - s)
         with torch.no_grad():
@@ -143,12 +135,13 @@ class Semigroup(Consistency):
 class _Lagrangian(Consistency):
     """d/du X_{s,u}(x) = v_{u,u}(X_{s,u}(x)), as v_{s,u} = sg(v_{u,u}(X_{s,u}) - (u-s) d/du v_{s,u})."""
 
-    def residual(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+    @abstractmethod
+    def end_velocity(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, u: Tensor, x: Tensor) -> Tensor: ...
+
+    def residual(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         s, u, x = inner.s, inner.u, inner.x
-        v, dv = velocity_and_jvp(
-            model, s, u, x, pair.t, pair.x_t, (torch.zeros_like(s), torch.ones_like(u), torch.zeros_like(x)),
-            pair.label, pair.guidance, self.backend,
-        )  # fmt: skip
+        along_u = (torch.zeros_like(s), torch.ones_like(u), torch.zeros_like(x))
+        v, dv = velocity_and_jvp(model, s, u, x, pair.t, pair.x_t, along_u, pair.conditions, self.backend)
         gap = expand(u - s, x)
         with torch.no_grad():
             target = self.end_velocity(model, teacher, pair, u, x + gap * v) - gap * dv
@@ -156,63 +149,70 @@ class _Lagrangian(Consistency):
 
 
 class LagrangianSelf(_Lagrangian):
-    __doc__ = _Lagrangian.__doc__ + " The right side is the student's own diagonal."
+    """d/du X_{s,u}(x) = v_{u,u}(X_{s,u}(x)), the right side from the student's own diagonal."""
 
-    def end_velocity(self, model, teacher, pair, u, x) -> Tensor:
-        return model.velocity(u, u, x, pair.t, pair.x_t, pair.label, pair.guidance)
+    def end_velocity(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, u: Tensor, x: Tensor) -> Tensor:
+        return model.velocity(u, u, x, pair.t, pair.x_t, pair.conditions)
 
 
 class LagrangianTeacher(_Lagrangian):
-    __doc__ = _Lagrangian.__doc__ + " The right side is the teacher's GLASS velocity."
+    """d/du X_{s,u}(x) = v_{u,u}(X_{s,u}(x)), the right side from the teacher's GLASS velocity."""
+
     needs_teacher = True
 
-    def end_velocity(self, model, teacher, pair, u, x) -> Tensor:
-        return teacher_velocity(teacher, u, x, pair.t, pair.x_t, pair.label, pair.guidance)
+    def end_velocity(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, u: Tensor, x: Tensor) -> Tensor:
+        if teacher is None:
+            raise ValueError("lagrangian_teacher needs a teacher")
+        return teacher_velocity(teacher, u, x, pair.t, pair.x_t, pair.conditions)
 
 
 class _Eulerian(Consistency):
     """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s the velocity at the start."""
 
-    def residual(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+    @abstractmethod
+    def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor: ...
+
+    def residual(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         s, u, x = inner.s, inner.u, inner.x
         with torch.no_grad():
             start = self.start_velocity(model, pair, inner)
-        v, dv = velocity_and_jvp(
-            model, s, u, x, pair.t, pair.x_t, (torch.ones_like(s), torch.zeros_like(u), start),
-            pair.label, pair.guidance, self.backend,
-        )  # fmt: skip
+        along_s = (torch.ones_like(s), torch.zeros_like(u), start)
+        v, dv = velocity_and_jvp(model, s, u, x, pair.t, pair.x_t, along_s, pair.conditions, self.backend)
         return v - (start + expand(u - s, x) * dv).detach()
 
-    def diagonal(self, model, teacher, pair: Pair, inner: InnerSample) -> Tensor:
+    def diagonal(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         with torch.no_grad():
             start = self.start_velocity(model, pair, inner)
-        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance) - start
+        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions) - start
 
 
 class EulerianSelf(_Eulerian):
-    __doc__ = _Eulerian.__doc__ + " From the student's own diagonal."
+    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s from the student's own diagonal."""
 
-    def start_velocity(self, model, pair: Pair, inner: InnerSample) -> Tensor:
-        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance)
+    def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
+        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions)
 
 
 class EulerianTeacher(_Eulerian):
-    __doc__ = _Eulerian.__doc__ + " From the teacher by GLASS."
+    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s from the teacher by GLASS."""
+
     needs_teacher = teacher_at_start = True
 
-    def start_velocity(self, model, pair: Pair, inner: InnerSample) -> Tensor:
-        return inner.teacher_velocity
+    def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
+        return inner.at_start
 
 
 class MeanFlow(_Eulerian):
-    __doc__ = _Eulerian.__doc__ + " From the data: x1 - eps, with model guidance (Eq. 69)."
+    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s = x1 - eps of the data, with model guidance
+    (Eq. 69)."""
+
     guides_data = True
 
-    def start_velocity(self, model, pair: Pair, inner: InnerSample) -> Tensor:
+    def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
         return guided_data_velocity(model, pair, inner)
 
 
-TERMS: dict[str, Callable[..., Term]] = {
+TERMS: dict[str, type[Term]] = {
     "flow_matching": FlowMatching,
     "data_diagonal": DataDiagonal,
     "distilled_diagonal": DistilledDiagonal,

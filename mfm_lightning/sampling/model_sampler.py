@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import randn
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import METHODS, sample_ode, sample_refinement
@@ -48,25 +49,18 @@ class ModelSampler:
 
     def check(self, model: MetaFlowMap, labels: Sequence[int]) -> None:
         """Raise ValueError, before any work, if the model does not know the guidance scale or a label."""
-        known = (1.0, *model.guidance_scales)
-        if self.guidance is not None and not any(abs(self.guidance - g) < 1e-6 for g in known):
-            raise ValueError(f"guidance {self.guidance} is not a scale that this network knows: {list(known)}")
-        if min(labels) < 0 or max(labels) > model.num_classes:
-            raise ValueError(
-                f"labels in {min(labels)}..{max(labels)} must lie in 0..{model.num_classes} "
-                f"({model.num_classes} is the null label)"
-            )
+        model.check(Conditions(label=torch.tensor(labels), guidance=self.guidance))
 
     @torch.no_grad()
     def __call__(self, model: MetaFlowMap, label: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Samples `(B, *shape)`, float32, of labels `(B,)`, each from its own generator."""
         device = model.device
-        label = label.to(device)
+        given = Conditions(label=label, guidance=self.guidance).expand(len(label), device)
         x0 = randn((len(label), *model.state_shape), torch.empty(0, device=device), generators)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             if self.kind == "refinement":
-                return sample_refinement(model, x0, self.steps, label, self.guidance, generators)
+                return sample_refinement(model, x0, self.steps, given, generators)
             if self.kind == "flow_map":
-                zero, conditions = torch.zeros_like(x0), {"label": label, "guidance": self.guidance}
-                return model.sample_posterior(zero, 0.0, steps=self.steps, noise=x0[:, None], **conditions)[:, 0]
-            return sample_ode(lambda t, x: model.drift(t, x, label, self.guidance), x0, self.steps, self.method)
+                zero = torch.zeros_like(x0)
+                return model.sample_posterior(zero, 0.0, 1, self.steps, x0[:, None], given)[:, 0]
+            return sample_ode(lambda t, x: model.drift(t, x, given), x0, self.steps, self.method)

@@ -5,16 +5,15 @@ import math
 import pytest
 import torch
 
-from mfm_lightning.alignment import best_of_n, search, search_times, steer, time_grid
+from mfm_lightning.alignment import BestOfN, Search, Steering, TimeGrid
 from mfm_lightning.alignment.posteriors import GlassPosterior, OraclePosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import (
     DPSGradient,
     DrawGradient,
     DrawGradientFree,
+    DrawValue,
     effective_sample_size,
-    estimate_value,
-    gradient_estimator,
 )
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP
@@ -106,9 +105,6 @@ def test_differentiated_glass_rollouts_reach_the_exact_gradient():
 def test_chunks_and_constants_change_nothing(model, noise, kind):
     target = Target(model, LinearGaussianLikelihood([1.2, -0.8], -1.0, 1.0))
     whole = kind(8)(target, 0.4, noise, seeded())
-    if kind is DrawGradientFree:  # one call of the network for draws and drift
-        torch.testing.assert_close(whole.drift, model.drift(0.4, noise))
-        assert kind(8)(target.with_drift(MIXTURE.drift), 0.4, noise, seeded()).drift is None
     for max_rows in (1, 3, 8, 17):
         part = kind(8, max_rows=max_rows)(target, 0.4, noise, seeded())
         torch.testing.assert_close(part.gradient, whole.gradient, rtol=1e-4, atol=1e-5)
@@ -127,25 +123,25 @@ def test_effective_sample_size():
 
 @pytest.mark.parametrize("dynamics", ["ode", "sde"])
 def test_no_strength_and_no_reward_are_the_base_sampler(model, noise, dynamics):
-    times, reward = time_grid(5), LinearGaussianLikelihood([1.2, -0.8], -1.0, 1.0)
-    base = steer(Target(model, reward), noise, DrawGradient(2), times, dynamics, strength=0.0, generator=seeded())
+    grid, reward = TimeGrid(5), LinearGaussianLikelihood([1.2, -0.8], -1.0, 1.0)
+    base = Steering(DrawGradient(2), grid, dynamics, strength=0.0)(Target(model, reward), noise, seeded())
     assert base.nfe.total == 5 * len(noise)
     if dynamics == "ode":
         flat = Target(model, lambda x: x.flatten(1).sum(1) * 0 + 3.0)
         for estimator in (DrawGradient(2), DrawGradientFree(2), DPSGradient()):
             for renormalise in (False, True):
-                found = steer(flat, noise, estimator, times, renormalise=renormalise, generator=seeded())
+                found = Steering(estimator, grid, renormalise=renormalise)(flat, noise, seeded())
                 torch.testing.assert_close(found.states, base.states)
 
 
 def test_nfe_is_counted_as_in_the_paper(model, noise):
     target, K, N, B = Target(model, LIKELIHOOD), 5, 4, len(noise)
-    times = time_grid(K)
-    assert steer(target, noise, DrawGradientFree(N), times).nfe.total == B * (K + 2 * N * K)
-    assert steer(target, noise, DrawGradient(N), times).nfe.total == B * (K + 4 * N * K)
-    assert steer(target, noise, DPSGradient(), times).nfe.total == B * 4 * K
-    assert search(target, noise, 3, N, search_times(K)).nfe.total == (B // 3) * 2 * 3 * N * K
-    assert best_of_n(target, B, N, K, max_rows=7).nfe.total == B * (K + 1) * N
+    grid = TimeGrid(K)
+    assert Steering(DrawGradientFree(N), grid)(target, noise).nfe.total == B * (K + 2 * N * K)
+    assert Steering(DrawGradient(N), grid)(target, noise).nfe.total == B * (K + 4 * N * K)
+    assert Steering(DPSGradient(), grid)(target, noise).nfe.total == B * 4 * K
+    assert Search(3, N, K)(target, noise).nfe.total == B * 2 * 3 * N * K
+    assert BestOfN(N, K, max_rows=7)(target, noise).nfe.total == B * (K + 1) * N
 
 
 def test_steering_reaches_the_tilted_mixture():
@@ -153,10 +149,8 @@ def test_steering_reaches_the_tilted_mixture():
     from mfm_lightning.alignment.values import ExactGradient
 
     reward = LinearGaussianLikelihood([1.2, -0.8], -1.0, 0.5)
-    x = steer(
-        Target(MIXTURE, reward), torch.randn(4096, 2, generator=seeded()), ExactGradient(MIXTURE),
-        time_grid(400, 0.002), "sde", max_diffusion=500.0, generator=seeded(1),
-    ).states  # fmt: skip
+    method = Steering(ExactGradient(MIXTURE), TimeGrid(400, 0.002), "sde", max_diffusion=500.0)
+    x = method(Target(MIXTURE, reward), torch.randn(4096, 2, generator=seeded()), seeded(1)).states
     points = MIXTURE.sample(400_000, seeded(2))
     w = reward(points).softmax(0)
     mean, second = w @ points, (w[:, None] * points).T @ points
@@ -167,7 +161,7 @@ def test_steering_reaches_the_tilted_mixture():
 
 def test_best_of_n_streams_and_keeps_the_best(model):
     target = Target(model, LIKELIHOOD)
-    result = best_of_n(target, 4, 16, 3, max_rows=9, keep_at=(4,), generator=seeded())
+    result = BestOfN(16, 3, max_rows=9, keep_at=(4,))(target, torch.zeros(4, 2), seeded())
     x = torch.cat([torch.randn(8, 2, generator=(g := seeded()))] + [torch.randn(8, 2, generator=g) for _ in range(7)])
     rewards = LIKELIHOOD(sample_ode(lambda t, x: model.drift(t, x), x, 3)).reshape(8, 4, 2)
     torch.testing.assert_close(result.rewards, rewards.permute(1, 0, 2).flatten(1).max(dim=1).values)
@@ -178,20 +172,21 @@ def test_best_of_n_streams_and_keeps_the_best(model):
 @pytest.mark.parametrize("selection", ["overall", "per_particle"])
 @pytest.mark.parametrize("stochastic", [True, False])
 def test_search_works_with_a_black_box(model, noise, selection, stochastic):
-    result = search(Target(model, BlackBox()), noise, 3, 4, search_times(4), selection, stochastic, generator=seeded())
-    first = search(Target(model, BlackBox()), noise, 3, 4, search_times(1), generator=seeded())
-    assert result.states.shape == (2, 2)
+    search = Search(3, 4, 4, selection=selection, stochastic=stochastic)
+    result = search(Target(model, BlackBox()), noise, seeded())
+    first = Search(3, 4, 1)(Target(model, BlackBox()), noise, seeded())
+    assert result.states.shape == (6, 2)
     assert (result.rewards >= first.rewards).all()  # it starts with the same draws
     assert result.trace[-1]["best_reward"] == pytest.approx(result.rewards.mean().item())
 
 
 def test_black_boxes_and_failures_are_refused_clearly(model, noise):
-    for name in ("mfm_g", "glass_g", "dps"):
+    for estimator in (DrawGradient(), DrawGradient(posterior=GlassPosterior(1)), DPSGradient()):
         target = Target(model, BlackBox())
         with pytest.raises(RewardError, match="not differentiable"):
-            steer(target, noise, gradient_estimator(name), time_grid(3))
+            Steering(estimator, TimeGrid(3))(target, noise)
         assert target.meter.total == 0
-    assert steer(Target(model, BlackBox()), noise, gradient_estimator("mfm_gf", 4), time_grid(3)).rewards.shape == (6,)
+    assert Steering(DrawGradientFree(4), TimeGrid(3))(Target(model, BlackBox()), noise).rewards.shape == (6,)
     calls = []
 
     def fails_later(x):
@@ -199,21 +194,21 @@ def test_black_boxes_and_failures_are_refused_clearly(model, noise):
         return x[:, 0] * (float("nan") if len(calls) > 2 else 1.0)
 
     with pytest.raises(RewardError, match=r"step 3 of 4 .*'fails_later'.* indices 0, 1") as caught:
-        steer(Target(model, fails_later), noise, DrawGradientFree(2), time_grid(4))
+        Steering(DrawGradientFree(2), TimeGrid(4))(Target(model, fails_later), noise)
     assert caught.value.states.shape == noise.shape
     assert caught.value.states.isfinite().all()
     with pytest.raises(RewardError, match="needs prompts"):
         Target(model, lambda images, prompts: images)
-    with pytest.raises(ValueError, match="unknown gradient estimator"):
-        gradient_estimator("mfm")
     with pytest.raises(ValueError, match="at least 2"):
-        gradient_estimator("mfm_gf", 1)
+        DrawGradientFree(1)
+    with pytest.raises(ValueError, match="a time grid needs"):
+        TimeGrid(0)
 
 
 def test_value_estimate_and_decoder(model, noise):
-    value, ess = estimate_value(Target(model, lambda x: x[:, 0] * 0 + 2.0), 0.3, noise, 8, antithetic=True)
-    torch.testing.assert_close(value, torch.full((6,), 2.0))
-    torch.testing.assert_close(ess, torch.full((6,), 8.0))
+    found = DrawValue(8, antithetic=True)(Target(model, lambda x: x[:, 0] * 0 + 2.0), 0.3, noise)
+    torch.testing.assert_close(found.value, torch.full((6,), 2.0))
+    torch.testing.assert_close(found.ess, torch.full((6,), 8.0))
     assert PixelDecoder()(torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0])).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
 
 

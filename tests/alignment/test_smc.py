@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from mfm_lightning.alignment import feynman_kac, time_grid, twisted_smc
+from mfm_lightning.alignment import FeynmanKac, TimeGrid, TwistedSMC
 from mfm_lightning.alignment.posteriors import OraclePosterior
 from mfm_lightning.alignment.smc import bridge, systematic_resample
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import (
-    DenoisedValue,
     DPSGradient,
     DrawGradient,
     DrawGradientFree,
@@ -71,25 +70,20 @@ def test_the_bridge_has_the_interpolants_marginals(now, then):
 
 METHODS = {
     # GLASS transitions with exact draws have no discretisation error: few steps do
-    "glass": lambda target, x0: feynman_kac(
-        target, x0, DenoisedValue(), 128, time_grid(20, 0.0), "glass", OraclePosterior(MIXTURE, seeded(9)),
-        generator=seeded(3),
+    "glass": FeynmanKac(
+        grid=TimeGrid(20, 0.0), transition="glass", posterior=OraclePosterior(MIXTURE, seeded(9)), num_particles=128
     ),
-    "sde": lambda target, x0: feynman_kac(target, x0, DenoisedValue(), 128, time_grid(150), generator=seeded(3)),
-    "draws": lambda target, x0: feynman_kac(
-        target, x0, DrawValue(4, OraclePosterior(MIXTURE, seeded(8))), 128, time_grid(150), generator=seeded(3)
-    ),
-    "tds": lambda target, x0: twisted_smc(target, x0, DPSGradient(), 128, time_grid(150), clip=1, generator=seeded(3)),
-    "optimal twist": lambda target, x0: twisted_smc(
-        target, x0, ExactGradient(MIXTURE), 128, time_grid(150), generator=seeded(3)
-    ),
-}  # fmt: skip
+    "sde": FeynmanKac(grid=TimeGrid(150), num_particles=128),
+    "draws": FeynmanKac(DrawValue(4, OraclePosterior(MIXTURE, seeded(8))), grid=TimeGrid(150), num_particles=128),
+    "tds": TwistedSMC(DPSGradient(), clip=1, grid=TimeGrid(150), num_particles=128),
+    "optimal twist": TwistedSMC(ExactGradient(MIXTURE), grid=TimeGrid(150), num_particles=128),
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_normaliser_is_estimated_without_bias(method):
     B = 16
-    result = METHODS[method](Target(MIXTURE, MILD), torch.randn(B * 128, 2, generator=seeded(2)))
+    result = METHODS[method](Target(MIXTURE, MILD), torch.randn(B, 2, generator=seeded(2)), seeded(3))
     assert result.states.shape == (B, 2)
     assert result.log_normaliser.shape == (B,)
     ratio = (result.log_normaliser - log_normaliser()).exp()
@@ -103,12 +97,9 @@ def test_the_normaliser_is_estimated_without_bias(method):
 
 @pytest.mark.parametrize(("method", "reward"), [("sde", MILD), ("tds", LIKELIHOOD)], ids=["sde", "tds"])
 def test_4096_particles_sample_the_tilted_mixture(method, reward):
-    target, x0 = Target(MIXTURE, reward), torch.randn(4096, 2, generator=seeded(4))
-    options = dict(num_particles=4096, times=time_grid(200), keep="all", generator=seeded(5))
-    if method == "sde":
-        result = feynman_kac(target, x0, DenoisedValue(), **options)
-    else:
-        result = twisted_smc(target, x0, ExactGradient(MIXTURE), **options)
+    options = dict(num_particles=4096, grid=TimeGrid(200), keep="all")
+    smc = FeynmanKac(**options) if method == "sde" else TwistedSMC(ExactGradient(MIXTURE), **options)
+    result = smc(Target(MIXTURE, reward), torch.randn(1, 2, generator=seeded(4)), seeded(5))
     exact = [tilted(4096, reward, seed) for seed in (10, 20)]
     distance = [float(sliced_wasserstein(x, exact[1], 128, seeded(6))) for x in (result.states, exact[0])]
     base = float(sliced_wasserstein(MIXTURE.sample(4096, seeded(7)), exact[1], 128, seeded(6)))
@@ -122,9 +113,8 @@ def test_a_constant_reward_leaves_the_base_process_alone():
         def forward(self, x):
             return torch.full((len(x),), 1.5)
 
-    x0 = torch.randn(64, 2, generator=seeded())
-    target = Target(MIXTURE, Constant())
-    result = feynman_kac(target, x0, DenoisedValue(), 16, time_grid(10), generator=seeded(1))
+    x0, smc = torch.randn(4, 2, generator=seeded()), FeynmanKac(num_particles=16, grid=TimeGrid(10))
+    result = smc(Target(MIXTURE, Constant()), x0, seeded(1))
     assert torch.allclose(result.log_normaliser, torch.full((4,), 1.5), atol=1e-6)
     assert all(step.get("resampled", 0) == 0 for step in result.trace)
     assert result.nfe.network == 64 * 10
@@ -138,28 +128,28 @@ def test_what_does_not_fit_is_refused():
         def forward(self, x):
             return x.detach()[:, 0].round()
 
-    x0 = torch.randn(8, 2, generator=seeded())
+    x0, small = torch.randn(2, 2, generator=seeded()), FeynmanKac(num_particles=4, grid=TimeGrid(5), keep="best")
     target = Target(MIXTURE, BlackBox())
     with pytest.raises(RewardError, match="not differentiable"):
-        twisted_smc(target, x0)
+        TwistedSMC()(target, x0)
     assert target.meter.total == 0
-    assert feynman_kac(target, x0, DenoisedValue(), 4, time_grid(5), keep="best").states.shape == (2, 2)
+    assert small(target, x0).states.shape == (2, 2)
     for options, message in (
         ({"transition": "ode"}, "sde, glass"),
         ({"keep": "most"}, "sample, best, all"),
         ({"ess_threshold": 2.0}, r"\[0, 1\]"),
-        ({"num_particles": 3}, "B\\*M"),
-        ({"times": [0.1, 0.5]}, "end at 1"),
+        ({"num_particles": 0}, "at least 1"),
+        ({"grid": TimeGrid(2, 0.1, 0.5)}, "end at 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            feynman_kac(target, x0, DenoisedValue(), **options)
+            FeynmanKac(**options)
 
     class Broken(Reward):
         def forward(self, x):
             return torch.where(torch.arange(len(x)) == 5, torch.nan, x[:, 0])
 
     with pytest.raises(RewardError, match=r"feynman_kac, step 1 of 5.*5") as failure:
-        feynman_kac(Target(MIXTURE, Broken()), x0, DenoisedValue(), 4, time_grid(5))
+        FeynmanKac(num_particles=4, grid=TimeGrid(5))(Target(MIXTURE, Broken()), x0)
     assert failure.value.states.shape == (8, 2)
 
 

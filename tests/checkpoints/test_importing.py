@@ -47,7 +47,7 @@ def check_parity(model, source: str) -> None:
         else:
             s = 1 - data["t"]
             u = 1 - data["r"] if source == "dmf" else s
-            found = model.velocity(s, u, data["x"], 0.0, torch.zeros_like(data["x"]), data["label"])
+            found = model.velocity(s, u, data["x"], 0.0, torch.zeros_like(data["x"]), label=data["label"])
             expected = -data["velocity"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -93,7 +93,7 @@ def test_of_a_2c_head_the_velocity_is_kept(released, caplog):
     data = load_file(DATA / "official_sit.safetensors")
     with torch.no_grad():
         drift = import_checkpoint(path, "sit", flip_time=False, **NOT_IN_SHAPES).drift(
-            data["case.t"], data["case.x"], data["case.label"]
+            data["case.t"], data["case.x"], label=data["case.label"]
         )
     torch.testing.assert_close(drift, data["case.velocity"], atol=1e-5, rtol=0)
 

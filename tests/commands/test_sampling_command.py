@@ -161,7 +161,7 @@ def test_samplers_are_the_functions_they_name(model):
     )
     ode = ModelSampler("ode", 3, "heun", 2.5)(model, label, plan.generators(range(4)))
     with torch.no_grad():
-        assert torch.equal(ode, sample_ode(lambda t, x: model.drift(t, x, label, 2.5), x0, 3, "heun"))
+        assert torch.equal(ode, sample_ode(lambda t, x: model.drift(t, x, label=label, guidance=2.5), x0, 3, "heun"))
         step = ModelSampler("flow_map", 1)(model, label, plan.generators(range(4)))
         assert torch.equal(step, model.flow_map(0.0, 1.0, x0, 0.0, torch.zeros_like(x0), label))
     exact = ModelSampler("refinement", 2)(model, label, plan.generators(range(4)))

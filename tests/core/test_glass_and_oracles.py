@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.glass import glass_velocity
 from mfm_lightning.interpolant import diffusion, interpolate, score
 from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
@@ -122,15 +123,16 @@ def test_empirical_against_brute_force():
     reward = lambda x: x.flatten(1).pow(3).sum(1)  # noqa: E731
     x, t = torch.randn(7, 1, 2, 2, dtype=torch.float64).requires_grad_(), 0.6
     wanted = torch.tensor([0, 1, 2, 3, 3, 0, 1])  # 3: the null label
+    given = Conditions(label=wanted)
     logits = -(x[:, None] - t * points).flatten(2).square().sum(2) / (2 * (1 - t) ** 2)
     logits = logits.masked_fill((wanted[:, None] != 3) & (label != wanted[:, None]), -math.inf)
     mean = torch.einsum("bm,mchw->bchw", logits.softmax(1), points)
     value = (logits.log_softmax(1) + reward(points)).logsumexp(1)
-    torch.testing.assert_close(data.drift(t, x, wanted), (mean - x) / (1 - t))
-    torch.testing.assert_close(data.value(x, t, reward, wanted), value)
+    torch.testing.assert_close(data.drift(t, x, given), (mean - x) / (1 - t))
+    torch.testing.assert_close(data.value(x, t, reward, given), value)
     gradient = torch.autograd.grad(value.sum(), x)[0]
-    torch.testing.assert_close(data.value_gradient(x.detach(), t, reward, wanted), gradient)
-    draws = data.sample_posterior(x.detach(), t, 2000, wanted)
+    torch.testing.assert_close(data.value_gradient(x.detach(), t, reward, given), gradient)
+    draws = data.sample_posterior(x.detach(), t, 2000, given)
     assert abs((draws[3].mean(0) - mean[3]).abs().max()) < 4.5 * points.std() / 2000**0.5 * 2
 
 

@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import Execution
 from mfm_lightning.networks import MLP, DiT, dual
@@ -35,7 +37,8 @@ def inputs(model, B=6):
     s, u = torch.rand(2, B, dtype=torch.float64).sort(dim=0).values
     x, x_t, dx = (torch.randn(B, *model.state_shape, dtype=torch.float64) for _ in range(3))
     t, label = torch.rand(B, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 5, 5])
-    return (s, u, x), (torch.rand_like(s), torch.rand_like(s), dx), (t, x_t, label, torch.tensor([2.5] * 4 + [1.0] * 2))
+    given = Conditions(label=label, guidance=torch.tensor([2.5] * 4 + [1.0] * 2))
+    return (s, u, x), (torch.rand_like(s), torch.rand_like(s), dx), (t, x_t, given)
 
 
 RULES = {
@@ -85,8 +88,8 @@ def test_each_rule_equals_functorch(rule, moving):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-3), (torch.float64, 1e-7)])
 def test_finite_differences_err_as_documented(model, dtype, tolerance):
     model = model.to(dtype)
-    inner, tangents, condition = (
-        tuple(v.to(dtype) if v.is_floating_point() else v for v in part) for part in inputs(model)
+    inner, tangents, condition = pytree.tree_map_only(
+        torch.Tensor, lambda v: v.to(dtype) if v.is_floating_point() else v, inputs(model)
     )
     arguments = (model, *inner, *condition[:2], tangents, *condition[2:])
     value, found = velocity_and_jvp(*arguments, backend="finite_difference")
@@ -97,9 +100,9 @@ def test_finite_differences_err_as_documented(model, dtype, tolerance):
 
 
 def test_rules_equal_functorch(model):
-    inner, tangents, (t, x_t, label, guidance) = inputs(model)
+    inner, tangents, (t, x_t, given) = inputs(model)
     found = {
-        backend: velocity_and_jvp(model, *inner, t, x_t, tangents, label, guidance, backend)
+        backend: velocity_and_jvp(model, *inner, t, x_t, tangents, given, backend)
         for backend in ("explicit", "functorch")
     }
     for ours, reference in zip(found["explicit"], found["functorch"], strict=True):
@@ -117,7 +120,7 @@ def test_losses_and_gradients_equal_functorch(model, name):
         torch.manual_seed(1)
         objective = Objective([WeightedTerm(name)], PairSampler(guidance_scale=2.5), backend=backend)
         model.zero_grad()
-        loss = objective(model, teacher, x1, label)["loss"]
+        loss = objective(model, teacher, x1, Conditions(label=label))["loss"]
         loss.backward()
         found[backend] = [loss.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]]
     assert len(found["explicit"]) == len(found["functorch"]) > 5
@@ -141,8 +144,8 @@ def test_attention_in_chunks(monkeypatch):
 def test_bf16_autocast_stays_near_float32(model):
     """3 % of the largest entry: bf16 has 8 bits, and errors of the layers add up."""
     model = model.float()
-    inner, tangents, condition = (
-        tuple(v.float() if v.is_floating_point() else v for v in part) for part in inputs(model)
+    inner, tangents, condition = pytree.tree_map_only(
+        torch.Tensor, lambda v: v.float() if v.is_floating_point() else v, inputs(model)
     )
     exact = velocity_and_jvp(model, *inner, *condition[:2], tangents, *condition[2:])
     with torch.autocast("cpu", torch.bfloat16):
@@ -164,7 +167,7 @@ def test_auto_falls_back_and_explicit_says_why():
 def batch(model, B=8):
     generator = torch.Generator().manual_seed(3)
     x1 = torch.randn(B, *model.state_shape, generator=generator)
-    return x1.to(next(model.parameters())), torch.arange(B) % 5
+    return x1.to(next(model.parameters())), Conditions(label=torch.arange(B) % 5)
 
 
 def loss_and_gradients(model, objective, teacher=None):
@@ -185,10 +188,10 @@ def test_teacher_pairs_rows_only_where_guidance_needs_it(omega):
     label = torch.tensor([0, 1, 2, 5, 5, 3])  # 5 is the null label
     guidance = torch.tensor([2.5, 1.0, 1 / (1 - omega), 1.0, 1.0, 4.0], dtype=torch.float64)
     scale = (guidance * (1 - omega))[:, None, None, None]
-    conditional, unconditional = model.drift(t, x, label), model.drift(t, x)
+    conditional, unconditional = model.drift(t, x, label=label), model.drift(t, x)
     rows = []
     model.network.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    found = ModelTeacher(model, omega).drift(t, x, label, guidance)
+    found = ModelTeacher(model, omega).drift(t, x, Conditions(label=label, guidance=guidance))
     torch.testing.assert_close(found, unconditional + scale * (conditional - unconditional))
     assert rows == [6 + 2]  # of scales 2.5 and 4; or, where 2.5 (1 - omega) is 1, of 1 and 4
 
@@ -207,14 +210,12 @@ def test_shared_sample_has_one_teacher_evaluation_and_the_same_gradients(model):
 
     model.zero_grad()
     torch.manual_seed(1)
-    x1, label = batch(model)
-    pair = shared.pairs.sample(x1, label, model.num_classes)
+    x1, given = batch(model)
+    pair = shared.pairs.sample(x1, given, model.null_conditions)
     inner = pair.inner(*shared.inner_times.two(len(x1), x1.device))
     loss = 0.0
     for settings, term in zip(terms, (TERMS[t.name]() for t in terms), strict=True):
-        inner.teacher_velocity = teacher_velocity(
-            teacher, inner.s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance
-        )
+        inner.teacher_velocity = teacher_velocity(teacher, inner.s, inner.x, pair.t, pair.x_t, pair.conditions)
         term.backend = "functorch"
         error = squared_error(term(model, teacher, pair, inner))
         loss = loss + settings.weight * adaptive_loss(error, settings.p, settings.c).mean()

@@ -171,9 +171,9 @@ def test_adapters_are_all_that_is_trained_and_saved(tmp_path, images):
         assert torch.equal(whole.state_dict()[name], resumed.state_dict()[name])
     x, t = torch.randn(5, 1, 8, 8), torch.rand(5)
     path = save_model(MetaFlowMap(whole.exported), tmp_path / "merged.safetensors")
-    wanted = whole.policy.drift(t, x, 3)
-    torch.testing.assert_close(load_model(path).drift(t, x, 3), wanted, rtol=1e-4, atol=1e-5)
-    assert (wanted - whole.base.drift(t, x, 3)).abs().max() > 1e-3
+    wanted = whole.policy.drift(t, x, label=3)
+    torch.testing.assert_close(load_model(path).drift(t, x, label=3), wanted, rtol=1e-4, atol=1e-5)
+    assert (wanted - whole.base.drift(t, x, label=3)).abs().max() > 1e-3
     with pytest.raises(ValueError, match="no linear layer of DiT ends in 'query'"):
         RewardFinetuning(TargetSettings(images, "brightness", PixelDecoder()), adapters=LowRank(modules=("query",)))
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mfm_lightning.alignment import steer, time_grid
+from mfm_lightning.alignment import Steering, TimeGrid
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DPSGradient
 from mfm_lightning.checkpoints import import_checkpoint, to_released_names
@@ -70,10 +70,10 @@ def test_import_equals_the_source_and_ignores_the_condition(source, tmp_path):
     x, label, s = data["case.x"], data["case.label"], 1 - data["case.t"]
     u = 1 - data["case.r"] if source == "dmf" else s
     with torch.no_grad():
-        at_zero = model.velocity(s, u, x, 0.0, torch.zeros_like(x), label)
+        at_zero = model.velocity(s, u, x, 0.0, torch.zeros_like(x), label=label)
         # those projects predict x0 - x1 with t = 1 for noise
         torch.testing.assert_close(at_zero, -data["case.velocity"], atol=1e-5, rtol=0)
-        conditioned = model.velocity(s, u, x, 0.7, torch.randn_like(x), label, guidance=2.5)
+        conditioned = model.velocity(s, u, x, 0.7, torch.randn_like(x), label=label, guidance=2.5)
     assert torch.equal(conditioned, at_zero)
 
 
@@ -106,8 +106,7 @@ def test_steered_ode(mfm, kind, renormalise):
     vector, label, scale = data["steer.reward_vector"], data["case.label"], data["case.cfg_scale"]
     target = Target(model, lambda x: x.flatten(1) @ vector, label=label, guidance=scale)
     strength = 1.0 if kind == "dps" else 0.0
-    result = steer(
-        target, data["steer.x0"], DPSGradient(), time_grid(8, 0.01), strength=strength, renormalise=renormalise
-    )
+    method = Steering(DPSGradient(), TimeGrid(8, 0.01), strength=strength, renormalise=renormalise)
+    result = method(target, data["steer.x0"])
     expected = data[f"steer.ode_{kind}_renorm{int(renormalise)}_8steps"]
     torch.testing.assert_close(result.states, expected, atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.objectives import TERMS, ConditionTimes, InnerTimes, Objective, Pair, PairSampler, WeightedTerm
@@ -18,12 +19,12 @@ def gaussian_pair(num: int, dtype=torch.float64) -> Pair:
     x1 = torch.tensor(MEAN, dtype=dtype) + VARIANCE**0.5 * torch.randn(num, 2, dtype=dtype)
     t = torch.rand(num, dtype=dtype) * 0.95
     x_t = (1 - t)[:, None] * torch.randn_like(x1) + t[:, None] * x1
-    return Pair(x1, t, x_t, torch.zeros(num, dtype=torch.long), torch.ones(num, dtype=dtype))
+    return Pair(x1, t, x_t, Conditions(label=torch.zeros(num, dtype=torch.long), guidance=torch.ones(num, dtype=dtype)))
 
 
 def residual_at(name, model, teacher, pair: Pair, s, u):
     inner = pair.inner(s, u)
-    inner.teacher_velocity = teacher_velocity(teacher, s, inner.x, pair.t, pair.x_t, pair.label, pair.guidance)
+    inner.teacher_velocity = teacher_velocity(teacher, s, inner.x, pair.t, pair.x_t, pair.conditions)
     return TERMS[name]().residual(model, teacher, pair, inner)
 
 
@@ -76,7 +77,8 @@ def test_gradient_is_finite_at_the_ends(name, s, u, t):
     x1 = torch.randn(B, 1, 4, 4)
     times = torch.full((B,), t)
     x_t = (1 - t) * torch.randn_like(x1) + t * x1
-    pair = Pair(x1, times, x_t, torch.tensor([0, 1, 2, 3]), torch.tensor([2.5, 2.5, 2.5, 1.0]))
+    given = Conditions(label=torch.tensor([0, 1, 2, 3]), guidance=torch.tensor([2.5, 2.5, 2.5, 1.0]))
+    pair = Pair(x1, times, x_t, given)
     residual_at(name, model, teacher, pair, torch.full((B,), s), torch.full((B,), u)).square().sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
@@ -101,12 +103,17 @@ def test_initialisation_ignores_the_condition(network):
 def test_pairs_are_pure_noise_at_time_zero_and_drop_classes():
     torch.manual_seed(0)
     sampler = PairSampler(ConditionTimes(power=2.0, zero_rate=0.1), class_dropout=0.2, guidance_scale=2.5)
-    pair = sampler.sample(torch.full((20_000, 1), 7.0), torch.zeros(20_000, dtype=torch.long), num_classes=3)
+    null = Conditions(label=3, guidance=1.0)
+    pair = sampler.sample(torch.full((20_000, 1), 7.0), Conditions(label=0), null)
     assert abs((pair.t == 0).float().mean() - 0.1) < 4.5 * (0.09 / 20_000) ** 0.5
     assert abs(pair.x_t[pair.t == 0].mean()) < 4.5 / (0.1 * 20_000) ** 0.5 * 1.2
-    assert abs((pair.label == 3).float().mean() - 0.2) < 4.5 * (0.16 / 20_000) ** 0.5
-    assert torch.equal(pair.guidance == 1, pair.label == 3)
-    assert PairSampler().sample(torch.zeros(4, 1), None, num_classes=3).guidance is None
+    label, guidance = pair.conditions.label, pair.conditions.guidance
+    assert abs((label == 3).float().mean() - 0.2) < 4.5 * (0.16 / 20_000) ** 0.5
+    assert torch.equal(guidance == 1, label == 3)
+    assert torch.equal(guidance == 2.5, label == 0)
+    unlabelled = PairSampler().sample(torch.zeros(4, 1), Conditions(), null).conditions
+    assert unlabelled.guidance is None
+    assert unlabelled.label.tolist() == [3] * 4
 
 
 def test_guidance_of_the_data_calls_the_model_once_whatever_was_dropped():
@@ -119,7 +126,7 @@ def test_guidance_of_the_data_calls_the_model_once_whatever_was_dropped():
         torch.nn.init.normal_(p, std=0.1)
     sampler = PairSampler(class_dropout=0.0, guidance_scale=2.5)
     for label, moved in ((torch.full((6,), 3), False), (torch.tensor([0, 3, 1, 3, 2, 3]), True)):
-        pair = sampler.sample(x, label, 3)
+        pair = sampler.sample(x, Conditions(label=label), model.null_conditions)
         inner, plain = pair.inner(torch.rand(6)), label == 3
         target = guided_data_velocity(model, pair, inner)
         difference = (target - (pair.x1 - inner.eps)).abs().amax(dim=1)
@@ -127,7 +134,7 @@ def test_guidance_of_the_data_calls_the_model_once_whatever_was_dropped():
         assert bool((difference[~plain] > 0).all())
         assert (len(called), bool((difference > 0).any())) == (1, moved)
         called.clear()
-    pair = PairSampler().sample(x, label, 3)
+    pair = PairSampler().sample(x, Conditions(label=label), model.null_conditions)
     guided_data_velocity(model, pair, pair.inner(torch.rand(6)))
     assert not called
 
@@ -136,8 +143,8 @@ def test_annealing_and_start_step():
     assert torch.equal(*InnerTimes(annealing_steps=10).two(64, torch.device("cpu"), step=0))
     objective = Objective([WeightedTerm("data_diagonal"), WeightedTerm("mean_flow", start_step=5)])
     model, x = MetaFlowMap(MLP(2, 16, 1)), torch.randn(4, 2)
-    assert "mean_flow" not in objective(model, None, x, None, step=4)
-    assert "mean_flow" in objective(model, None, x, None, step=5)
+    assert "mean_flow" not in objective(model, None, x, Conditions(), step=4)
+    assert "mean_flow" in objective(model, None, x, Conditions(), step=5)
 
 
 @pytest.mark.parametrize("bad", [{"terms": []}, {"terms": [{"name": "eulerian"}]}, {"backend": "magic"}])

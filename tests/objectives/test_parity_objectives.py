@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mfm_lightning.checkpoints import import_checkpoint
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm
 from mfm_lightning.objectives.objective import adaptive_loss, squared_error
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
@@ -27,7 +28,8 @@ def test_glass_teachers(name, omega, flip, tmp_path):
     model, data = imported("official_glass.safetensors", f"{name}.weights.", tmp_path, flip_time=flip)
     teacher = ModelTeacher(model, omega)
     s, x_s, t, x_t = (data[f"{name}.{k}"] for k in ("s", "x_s", "t", "x_t"))
-    guided = teacher_velocity(teacher, s, x_s, t, x_t, data[f"{name}.label"], data[f"{name}.cfg_scale"])
+    given = Conditions(label=data[f"{name}.label"], guidance=data[f"{name}.cfg_scale"])
+    guided = teacher_velocity(teacher, s, x_s, t, x_t, given)
     torch.testing.assert_close(guided, data[f"{name}.velocity"], atol=1e-5, rtol=1e-5)
     unlabelled = teacher_velocity(teacher, s, x_s, t, x_t)
     torch.testing.assert_close(unlabelled, data[f"{name}.velocity_unlabelled"], atol=1e-5, rtol=1e-5)
@@ -55,10 +57,12 @@ def test_expected_value_within_four_standard_errors(name, p, batches, tmp_path):
     means = {"squared_error": [], "adaptive_loss": [], "squared_error_over_samples_with_label": []}
     with torch.no_grad():
         for _ in range(batches):
-            pair = objective.pairs.sample(x1, label, student.num_classes)
+            pair = objective.pairs.sample(x1, Conditions(label=label), student.null_conditions)
             error = squared_error(objective.residual(objective.built_terms[0], student, teacher, pair))
             means["squared_error"].append(error.mean())
-            means["squared_error_over_samples_with_label"].append(error[pair.label != student.num_classes].mean())
+            means["squared_error_over_samples_with_label"].append(
+                error[pair.conditions.label != student.num_classes].mean()
+            )
             means["adaptive_loss"].append(adaptive_loss(error, p).mean())
     for key, (value, standard_error) in expected.items():
         ours = torch.stack(means[key])

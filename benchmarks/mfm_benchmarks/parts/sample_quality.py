@@ -14,6 +14,7 @@ from mfm_benchmarks.bootstrap import RealFeatures
 from mfm_benchmarks.measure import clock, noise
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.suite import Cell, Outcome, Results
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.decoders import Decoder
 from mfm_lightning.samplers import sample_refinement
@@ -68,9 +69,8 @@ class SampleQuality:
         label = (torch.arange(begin, begin + n, device=device) % model.num_classes) if model.num_classes else None
         generator, start, features = torch.Generator().manual_seed(begin), clock(device), []
         for rows in torch.arange(n).split(self.batch_size):
-            part = None if label is None else label[rows]
-            guidance = self.guidance if label is not None else None
-            states = sample_refinement(model, x0[rows], k, part, guidance, generator)
+            given = Conditions() if label is None else Conditions(label=label[rows], guidance=self.guidance)
+            states = sample_refinement(model, x0[rows], k, model.check(given), generator)
             features.append(quality.features(decoder(states)))
         return Outcome({"seconds": clock(device) - start}, {"features": torch.cat(features)})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mfm_benchmarks.timing import Step
 from mfm_lightning.callbacks import EMA
-from mfm_lightning.interpolant import expand
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import Execution, Optimization
 from mfm_lightning.networks import DiT
@@ -55,10 +56,13 @@ class PlainTeacher(ModelTeacher):
     """b_null + g (b_cond - b_null) as written, for all samples."""
 
     @torch.no_grad()
-    def drift(self, t: Tensor, x: Tensor, label=None, guidance=None) -> Tensor:
-        labels = torch.cat([label, torch.full_like(label, self.model.num_classes)])
-        conditional, unconditional = self.model.drift(torch.cat([t, t]), torch.cat([x, x]), labels).chunk(2)
-        return unconditional + expand(guidance, x) * (conditional - unconditional)
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        t, null = as_times(t, x), self.model.null_conditions
+        given = (conditions or Conditions()).filled(null).expand(len(x), x.device)
+        both = given.cat(given.drop(torch.ones(len(x), dtype=torch.bool, device=x.device), null))
+        both = replace(both, guidance=None)
+        conditional, unconditional = self.model.drift(torch.cat([t, t]), torch.cat([x, x]), both).chunk(2)
+        return unconditional + expand(as_times(given.guidance, x), x) * (conditional - unconditional)
 
 
 class Training:
@@ -76,7 +80,7 @@ class Training:
         self.model, teacher = (random_model(network).to(device) for _ in range(2))
         self.teacher, self.plain_teacher = ModelTeacher(teacher), PlainTeacher(teacher)
         self.x1 = torch.randn(batch, *self.model.state_shape, device=device)
-        self.label = torch.randint(self.model.num_classes, (batch,), device=device)
+        self.given = Conditions(label=torch.randint(self.model.num_classes, (batch,), device=device))
         self.optimizer = Optimization().configure(self.model.parameters(), 1)["optimizer"]
         self._began = [p.detach().clone() for p in self.model.parameters()]
         self.ema = EMA()
@@ -114,7 +118,7 @@ class Training:
         attention = sdpa_kernel(SDPBackend.MATH) if variant.plain else nullcontext()
         with attention, self.autocast():
             teacher = self.plain_teacher if variant.plain else self.teacher
-            loss = objective(self.model, teacher, self.x1, self.label)["loss"]
+            loss = objective(self.model, teacher, self.x1, self.given)["loss"]
         loss.backward()
         return loss.detach()
 
@@ -133,7 +137,7 @@ class Training:
     def sample(self) -> tuple[Pair, InnerSample]:
         """A pair and an inner sample, with the teacher's velocity."""
         torch.manual_seed(1)
-        pair = PairSampler(guidance_scale=GUIDANCE).sample(self.x1, self.label, self.model.num_classes)
+        pair = PairSampler(guidance_scale=GUIDANCE).sample(self.x1, self.given, self.model.null_conditions)
         inner = pair.inner(*torch.rand(2, len(self.x1), device=self.device).sort(dim=0).values)
         inner.teacher_velocity = torch.randn_like(inner.x)
         return pair, inner
@@ -141,7 +145,7 @@ class Training:
     def parts(self) -> dict[str, Step]:
         """What a step is made of; "forward" is the unit."""
         pair, inner = self.sample()
-        condition = (pair.t, pair.x_t, pair.label, pair.guidance)
+        condition = (pair.t, pair.x_t, pair.conditions)
         tangents = (torch.ones_like(inner.s), torch.zeros_like(inner.u), inner.teacher_velocity)
 
         @torch.no_grad()
@@ -167,8 +171,7 @@ class Training:
                 self.optimizer.zero_grad(set_to_none=True)
                 with self.autocast():
                     v, dv = velocity_and_jvp(
-                        self.model, inner.s, inner.u, inner.x, pair.t, pair.x_t, tangents, pair.label, pair.guidance,
-                        backend,
+                        self.model, inner.s, inner.u, inner.x, pair.t, pair.x_t, tangents, pair.conditions, backend,
                     )  # fmt: skip
                     loss = (v - dv.detach()).float().square().sum()
                 loss.backward()

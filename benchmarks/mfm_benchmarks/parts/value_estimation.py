@@ -20,7 +20,7 @@ from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.alignment.values import DenoisedValue, estimate_value
+from mfm_lightning.alignment.values import DenoisedValue, DrawValue
 
 POINT = "DPS point estimate"
 Found = dict[tuple[float, str], Measured]  # by time and estimator
@@ -83,10 +83,8 @@ class ValueComparison:
             if source is None:
                 values = DenoisedValue()(target, t, x_t).value
             else:
-                generator = torch.Generator().manual_seed(302)
-                values, _ = estimate_value(
-                    target, t, x_t, self.num_draws, source, max_rows=self.max_rows, generator=generator
-                )
+                estimator = DrawValue(self.num_draws, source, max_rows=self.max_rows)
+                values = estimator(target, t, x_t, torch.Generator().manual_seed(302)).value
             numbers = {"nfe": target.meter.total / len(x_t), "seconds": clock(x_t.device) - begin}
             return Outcome(numbers, {"values": values})
 

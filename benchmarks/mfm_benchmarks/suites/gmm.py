@@ -129,7 +129,7 @@ class MixtureSuite(Suite):
             found[f"DPS, {words}", 0] = steering(DPSGradient())
             found[f"{EXACT}, {words}", 0] = steering(ExactGradient(self._oracle))
         smc = {"num_particles": self.particles, "keep": "all", "max_diffusion": self.max_diffusion}
-        found["SMC-TDS", 0] = TwistedSMC(DPSGradient(self.max_rows), grid=grid, clip=3.0, **smc)
+        found["SMC-TDS", 0] = TwistedSMC(DPSGradient(self.max_rows), clip=3.0, grid=grid, **smc)
         found["FK, SDE", 0] = FeynmanKac(grid=grid, **smc)
         # with the exact drift, value and gradient: what particles alone cost
         found[f"{EXACT}, SMC-TDS", 0] = TwistedSMC(ExactGradient(self._oracle), grid=grid, **smc)

@@ -1,0 +1,108 @@
+"""What an alignment method is: an object with its settings as fields, called with a target and noise."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.alignment.result import AlignmentResult
+from mfm_lightning.alignment.target import Target, require_gradient
+from mfm_lightning.interpolant import randn
+from mfm_rewards import Reward
+
+
+class AlignmentMethod(ABC):
+    """Aligned samples from noise. A config names it with its fields, Python calls it.
+
+    Attributes:
+        uses_reward_scale: whether the result depends on the reward's multiplier; not where only the order of rewards
+            counts.
+    """
+
+    uses_reward_scale: bool = True
+
+    @property
+    def needs_reward_gradient(self) -> bool:
+        """Whether the reward must be differentiable."""
+        return False
+
+    def check(self, reward: Reward) -> None:
+        """Raise RewardError, before any work, if the reward does not give what the method needs."""
+        if self.needs_reward_gradient:
+            require_gradient(reward, type(self).__name__)
+
+    @abstractmethod
+    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+        """One sample for each noise x0 `(B, *shape)`.
+
+        Args:
+            target: with conditions for B samples, or one row for all.
+            generator: of all further noise.
+
+        Raises:
+            RewardError: before any work if the method needs a gradient that the reward has not got; while running if
+                the reward fails, with the step, and the states so far as the error's `states`.
+        """
+
+
+@dataclass
+class TimeGrid:
+    """`steps + 1` times from `start` to `end`, uniform in u with t = u^power.
+
+    Args:
+        steps: at least 1.
+        start: first time, in [0, end).
+        end: last time, at most 1.
+        power: above 1 the grid is finer near noise; positive.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    steps: int = 100
+    start: float = 0.01
+    end: float = 1.0
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.start < self.end <= 1 or self.power <= 0:
+            raise ValueError(
+                f"a time grid needs steps ({self.steps}) >= 1, 0 <= start ({self.start}) < end ({self.end}) <= 1 and "
+                f"power ({self.power}) > 0"
+            )
+
+    @property
+    def times(self) -> list[float]:
+        """The times, increasing."""
+        ends = [end ** (1 / self.power) for end in (self.start, self.end)]
+        grid = torch.linspace(*ends, self.steps + 1, dtype=torch.float64) ** self.power
+        return [self.start, *grid[1:-1].tolist(), self.end]
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """Each step's time and the next."""
+        return list(itertools.pairwise(self.times))
+
+
+def with_particles(x0: Tensor, num_particles: int, generator: torch.Generator | None = None) -> Tensor:
+    """`(B*M, *shape)` noise whose first particle of each sample is x0 `(B, *shape)`."""
+    others = randn((len(x0), num_particles - 1, *x0.shape[1:]), x0, generator)
+    return torch.cat([x0[:, None], others], dim=1).flatten(0, 1)
+
+
+def one_of(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError unless a setting is one of those known."""
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+
+
+def positive(**numbers: int) -> None:
+    """Raise ValueError unless each of these settings is at least 1."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
