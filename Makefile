@@ -1,9 +1,10 @@
 # make demo: set up everything and run the main job on real data.   make test: set up everything and pass the tests.
+# make quick: the tests that take under ten seconds each.   make lint, make types: what else a change must pass.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test quick lint types format clean
 
 setup: .venv/.installed
 
@@ -18,11 +19,17 @@ demo: setup
 	$(BIN)/mfm demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --cov
+
+quick: setup
+	$(BIN)/python -m pytest -q -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/basedpyright
 
 format: setup
 	$(BIN)/ruff format .

@@ -1,13 +1,17 @@
 """Fixtures of several files."""
 
+import shutil
 import signal
+import sys
 
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from mfm_lightning.commands.main import run
 from mfm_lightning.commands.prepare_latents import main
 from tests import latent_data, processes
+from tests.short_jobs import FOUR_STEPS
 from tests.tiny_rewards import tiny_rewards
 
 
@@ -54,3 +58,20 @@ def photos():
     """scikit-learn's two photographs, 427 x 640, and an upright part of one."""
     found = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     return [*found, found[0].crop((100, 20, 353, 420))]
+
+
+@pytest.fixture(scope="session")
+def _digits_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setattr(sys, "argv", ["mfm"])
+        for name in ("flow", "mfm"):
+            run(["fit", "--config", f"configs/digits/{name}.yaml", *FOUR_STEPS])
+    return folder / "outputs"
+
+
+@pytest.fixture
+def digits_outputs(_digits_runs, tmp_path):
+    """`outputs/` in the test's folder, after four steps of configs/digits/flow.yaml and mfm.yaml; trained once."""
+    return shutil.copytree(_digits_runs, tmp_path / "outputs")

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from mfm_benchmarks.runner import Settings, run_suite
 from mfm_benchmarks.suite import Suite, find_suite, suites
+from mfm_lightning.utils.configs import find_config
 from mfm_lightning.utils.devices import find_device
 
 CONFIGS = Path("configs/benchmarks")
@@ -77,10 +79,11 @@ def load_suite(name: str, config: Path | None = None, args: Sequence[str] = ()) 
     kind = find_suite(name)
     parser = ArgumentParser(prog=f"mfm benchmark {name}", exit_on_error=False)
     parser.add_class_arguments(kind, "suite")
-    if config is None and (CONFIGS / f"{name}.yaml").is_file():
-        config = CONFIGS / f"{name}.yaml"
-    if config is not None and not Path(config).is_file():
-        raise FileNotFoundError(f"no config at {config}")
+    if config is not None:
+        config = find_config(config)
+    else:
+        with suppress(FileNotFoundError):  # a suite of the user's own needs none
+            config = find_config(CONFIGS / f"{name}.yaml")
     given = [f"--suite.{arg[2:]}" if arg.startswith("--") else arg for arg in args]
     try:
         read = [] if config is None else ["--suite", str(config)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mfm_benchmarks.spec import Spec
 from mfm_lightning.checkpoints import fingerprint
+from mfm_lightning.utils.configs import DEFAULTS, find_config
 
 
 @dataclass
@@ -61,7 +63,10 @@ class Fit:
 
     def identity(self) -> dict[str, Any]:
         """What its file depends on, as JSON."""
-        inputs = {path: fingerprint(path) for path in (self.config, *self.inputs) if Path(path).is_file()}
+        files = {"defaults": DEFAULTS, **{path: Path(path) for path in self.inputs}}
+        with suppress(FileNotFoundError):  # `run` says so
+            files[self.config] = find_config(self.config)
+        inputs = {name: fingerprint(file) for name, file in files.items() if file.is_file()}
         return json.loads(json.dumps({"config": self.config, "options": self.options, "inputs": inputs}))
 
     def is_done(self) -> bool:
@@ -92,8 +97,6 @@ class Fit:
         """
         from mfm_lightning.commands.main import run
 
-        if not Path(self.config).is_file():
-            raise FileNotFoundError(f"no config at {self.config}: run from the repository's root, or give a full path")
         options = [part for key, value in self.options.items() for part in (f"--{key}", _as_argument(value))]
         checkpoint, begin = Path(self.file).with_name("last.ckpt"), time.monotonic()
         if not self.remember and checkpoint.is_file() and not Path(self.file).is_file():

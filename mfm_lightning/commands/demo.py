@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +20,17 @@ STAGES = (
 REPORT = Path("outputs/benchmarks/alignment_quick/report/index.html")
 
 
-def demo(extra: Sequence[str] = ()) -> None:
-    """Run the stages from the repository's root, and the alignment suite's small version; `extra` arguments go to each
-    stage.
-
-    Raises:
-        FileNotFoundError: if the configs are not there.
-    """
+def demo(args: Sequence[str] = ()) -> None:
+    """Entry point of the subcommand: run the stages, and the alignment suite's small version."""
     from mfm_lightning.commands.main import commands, run
 
-    if not Path(STAGES[0][1]).is_file():
-        raise FileNotFoundError(f"{STAGES[0][1]} is not here: run `mfm demo` in the repository's root")
+    parser = argparse.ArgumentParser(
+        prog="mfm demo",
+        description="Fit a base flow and a Meta Flow Map on real digits, fine-tune to a reward, and compare methods in "
+        "a report; all in the folder outputs/ of the current one. Six to eight minutes on two cores.",
+        epilog="Other options go to each mfm fit and mfm test, e.g. --trainer.accelerator cpu.",
+    )
+    _, extra = parser.parse_known_args(args)
     console, begin, num = Console(), time.monotonic(), len(STAGES) + 1
     for i, (command, config, title) in enumerate(STAGES, start=1):
         console.rule(f"{i}/{num}  {title}  (mfm {command} --config {config})")

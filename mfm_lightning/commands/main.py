@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 
+from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, StepProgressBar
 from mfm_lightning.modules import NonFiniteLossError
 from mfm_lightning.training.fsdp import FSDP
+from mfm_lightning.utils.configs import DEFAULTS, find_config
 
 log = logging.getLogger(__name__)
 COMMANDS = "mfm_lightning.commands"
+CALLBACKS = {"ema": EMA, "export": ExportModel, "checkpoint": LastCheckpoint}  # of every run, by their key
 
 
 class MFMCLI(LightningCLI):
-    """LightningCLI that loads checkpoints as plain tensors only and leaves printing results to the evaluation."""
+    """LightningCLI whose runs begin with `configs/defaults.yaml`, and have the callbacks of `CALLBACKS`, a progress bar
+    and loggers. Checkpoints are loaded as plain tensors only, and printing results is left to the evaluation."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key, kind in CALLBACKS.items():
+            parser.add_class_arguments(kind, key)
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
@@ -33,13 +45,56 @@ class MFMCLI(LightningCLI):
         for noise in (".*overridden `on_before_batch_transfer`.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
             warnings.filterwarnings("ignore", message=noise)
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        settings = self.config_init[self.subcommand]
+        trainer = settings.trainer
+        given = trainer.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        kwargs["callbacks"] = [*_missing_callbacks(settings, given), *given]
+        if trainer.logger is None or trainer.logger is True:
+            folder = trainer.default_root_dir or os.getcwd()
+            kwargs["logger"] = [
+                TensorBoardLogger(folder, name="logs", version="tensorboard"),
+                CSVLogger(folder, name="logs", version="csv"),
+            ]
+        return super().instantiate_trainer(**kwargs)
+
+
+def _missing_callbacks(settings: Any, given: Sequence[Callback]) -> list[Callback]:
+    """Those of every run, without what the trainer does not want; one that is given takes the place of ours."""
+    ours = {kind: settings[key] for key, kind in CALLBACKS.items()}
+    if settings.trainer.enable_checkpointing is False:
+        del ours[LastCheckpoint]
+    if settings.trainer.enable_progress_bar is not False:
+        ours = {ProgressBar: StepProgressBar(), **ours}
+    return [callback for kind, callback in ours.items() if not any(isinstance(other, kind) for other in given)]
+
+
+def _with_found_configs(args: Sequence[str]) -> list[str]:
+    """The arguments with the file of each `--config` in place of its name."""
+    found, is_config = [], False
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if is_config:
+            arg = _config_file(arg)
+        elif equals and name in ("--config", "-c"):
+            arg = f"{name}={_config_file(value)}"
+        is_config = arg in ("--config", "-c")
+        found.append(arg)
+    return found
+
+
+def _config_file(text: str) -> str:
+    # else it is the YAML itself
+    return str(find_config(text)) if text.endswith((".yaml", ".yml", ".json")) else text
+
 
 def run(args: Sequence[str] | None = None) -> MFMCLI:
     """Run the command with these arguments (the process's own where None), raising what goes wrong."""
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP, description="parameters, gradients and optimiser state in shards")
-    if args is not None:
-        sys.argv[1:] = args  # LightningCLI reads these, and warns where both are given
+    # LightningCLI reads these, and warns where both are given
+    sys.argv[1:] = _with_found_configs(sys.argv[1:] if args is None else args)
     return MFMCLI(
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule,
@@ -47,6 +102,7 @@ def run(args: Sequence[str] | None = None) -> MFMCLI:
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
+        parser_kwargs={name: {"default_config_files": [str(DEFAULTS)]} for name in MFMCLI.subcommands()},
     )
 
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mfm_lightning.commands.planning import Plan, plan_training
 from mfm_lightning.modules import Execution
 from mfm_lightning.objectives import Objective
+from mfm_lightning.utils.configs import default_settings, find_config
 
 MODULE = "mfm_lightning.modules.MFMPretraining"
 
@@ -52,15 +53,14 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
         FileNotFoundError: if there is no such config.
         ValueError: if it is not one of `MFMPretraining`, or a setting is unknown.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no config at {path}")
+    path = find_config(path)
     try:
-        config = yaml.safe_load(Path(path).read_text())
+        config = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config: expected the sections model, data and trainer of mfm fit")
-    model, trainer = config.get("model") or {}, config.get("trainer") or {}
+    model, trainer = config.get("model") or {}, default_settings()["trainer"] | (config.get("trainer") or {})
     if model.get("class_path") != MODULE:
         raise ValueError(f"{path} trains {model.get('class_path')}: mfm plan knows jobs of {MODULE}")
     arguments = model.get("init_args") or {}
@@ -75,7 +75,7 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
         batch_size or _batch_size(config),
         devices or _devices(trainer),
         trainer.get("accumulate_grad_batches", 1),
-        "bf16" in str(trainer.get("precision", "32-true")),
+        "bf16" in str(trainer["precision"]),
         made.execution,
         fake,
     )
@@ -122,7 +122,7 @@ def _batch_size(config: dict[str, Any]) -> int:
 
 
 def _devices(trainer: dict[str, Any]) -> int:
-    devices = trainer.get("devices", 1)
+    devices = trainer["devices"]
     if isinstance(devices, list):
         devices = len(devices)
     if not isinstance(devices, int) or devices < 1:

@@ -229,8 +229,7 @@ def test_trained_methods_are_fitted_for_each_multiplier(workplace):
     shutil.copytree(ROOT / "configs", workplace / "configs")
     small = {
         "trainer.max_steps": 2, "trainer.val_check_interval": 10000, "trainer.limit_val_batches": 0,
-        "trainer.accelerator": "cpu", "trainer.enable_progress_bar": False, "trainer.callbacks": [
-            {"class_path": "mfm_lightning.callbacks.ExportModel"}],
+        "trainer.accelerator": "cpu", "trainer.enable_progress_bar": False,
         "data.init_args.data.init_args.batch_size": 8,
         "data.init_args.buffer_size": 8, "data.init_args.ode_steps": 2,
     }  # fmt: skip
@@ -336,7 +335,7 @@ def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path,
     network = DiT(8, 4, 4, 16, 2, 2, 1, num_classes=1000, guidance_scales=(2.5,))
     save_model(model(network), _folder(tmp_path / "checkpoints/imagenet256") / "mfm_xl2.safetensors")
     settings = yaml.safe_load((tmp_path / "configs/benchmarks/imagenet256.yaml").read_text())
-    settings["quality"] = settings["fid"] = {"class_path": "tests.test_benchmarks.TinyQuality"}
+    settings["quality"] = settings["fid"] = {"class_path": "tests.benchmarks.test_benchmarks.TinyQuality"}
     zoo = tiny_rewards(tmp_path / "rewards")
     for reward in settings["rewards"].values():  # the config's own, but for their size
         reward["reward"] = {"name": reward["reward"], **zoo[reward["reward"]]}

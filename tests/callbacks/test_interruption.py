@@ -22,18 +22,12 @@ from tests.processes import ended, forked
 
 CONFIG = """
 trainer:
-  max_epochs: -1
   accelerator: cpu
-  devices: 1
   accumulate_grad_batches: 2
   limit_val_batches: 0
-  enable_model_summary: false
   enable_progress_bar: false
   logger: false
-  callbacks:
-    - class_path: mfm_lightning.callbacks.EMA
-    - class_path: mfm_lightning.callbacks.ExportModel
-    - {class_path: mfm_lightning.callbacks.LastCheckpoint, init_args: {every_n_steps: 2}}
+checkpoint: {every_n_steps: 2}
 seed_everything: 0
 model:
   class_path: mfm_lightning.modules.MFMPretraining

@@ -26,18 +26,11 @@ TINY = """
 trainer:
   default_root_dir: outputs
   max_steps: 3
-  max_epochs: -1
   accelerator: cpu
-  devices: 1
   val_check_interval: 3
-  num_sanity_val_steps: 0
   log_every_n_steps: 1
-  enable_model_summary: false
   enable_progress_bar: false
-  logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: outputs, name: logs, version: csv}}
-  callbacks:
-    - class_path: mfm_lightning.callbacks.LastCheckpoint
-      init_args: {every_n_steps: 2}
+checkpoint: {every_n_steps: 2}
 seed_everything: 0
 model:
   class_path: mfm_lightning.modules.MFMPretraining

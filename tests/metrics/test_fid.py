@@ -261,18 +261,13 @@ def config(folder: Path, weights: Path, reference: Path, strategy: str = "auto",
     model["optimization"] |= {"learning_rate": 0.05, "warmup_steps": 0}
     fid = {"reference": str(reference), "weights": str(weights), "num_samples": 9, "batch_size": 3, "num_features": 64}
     fid |= {"sampler": {"steps": 2}, "cache": str(folder.parent / "cache")}
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
-    logger["init_args"] = {"save_dir": str(folder), "name": "logs", "version": "csv"}
     settings["trainer"] |= {
         "default_root_dir": str(folder), "devices": 1 if strategy == "auto" else 2, "strategy": strategy,
-        "accelerator": "cpu", "max_steps": 4, "logger": logger, "val_check_interval": 4, "limit_val_batches": 1,
+        "accelerator": "cpu", "max_steps": 4, "val_check_interval": 4, "limit_val_batches": 1,
         "enable_progress_bar": False, "log_every_n_steps": 1,
-        "callbacks": [
-            *([{"class_path": "mfm_lightning.callbacks.EMA", "init_args": {"decay": 0.9}}] if ema else []),
-            {"class_path": "mfm_lightning.callbacks.ExportModel"},
-            {"class_path": "mfm_lightning.callbacks.SampleFID", "init_args": fid},
-        ],
+        "callbacks": [{"class_path": "mfm_lightning.callbacks.SampleFID", "init_args": fid}],
     }  # fmt: skip
+    settings["ema"] = {"decay": 0.9 if ema else 0.0}  # with 0 the average is the weights
     settings["data"]["init_args"]["batch_size"] = 8
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings))

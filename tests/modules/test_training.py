@@ -25,10 +25,10 @@ from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.objectives import Objective, WeightedTerm
 from tests.latent_data import small_vae
 from tests.parity import ARCHITECTURE, DATA, NOT_IN_SHAPES, weights
+from tests.short_jobs import FOUR_STEPS
 from tests.tiny_rewards import tiny_rewards
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
 EVALUATION, DATA_MODULE = "--model.init_args.evaluation.init_args", "--data.init_args"
 FITS = {  # by config: what makes the rest of a fit short
     "digits/finetune": [
@@ -68,7 +68,7 @@ def test_every_config_runs(folder):
     assert jobs == {f"configs/{name}.yaml" for name in FIT + PREDICT}
     for name in FIT:
         config = f"configs/{name}.yaml"
-        run(["fit", "--config", config, *SMALL, *FITS.get(name, [])])
+        run(["fit", "--config", config, *FOUR_STEPS, *FITS.get(name, [])])
         output = Path(yaml.safe_load(Path(config).read_text())["trainer"]["default_root_dir"])
         assert (output / "last.ckpt").is_file()
         exported = output / ("value.safetensors" if "value" in name else "model.safetensors")
@@ -127,9 +127,7 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
         assert Path(f"outputs/imagenet256/{job}/predict/summary.json").is_file()
 
 
-def test_value_and_steering_on_digits(folder):
-    for name in ("flow", "mfm"):
-        run(["fit", "--config", f"configs/digits/{name}.yaml", *SMALL])
+def test_value_and_steering_on_digits(folder, digits_outputs):
     value = ["--config", "configs/digits/value.yaml"]
     options = ["num_states=8", "num_draws=4", "rollout_draws=4", "rollout_steps=3", "times=[0.3]", "glass_steps=[1, 2]"]
     small = [f"{EVALUATION}.{option}" for option in options]
@@ -137,7 +135,7 @@ def test_value_and_steering_on_digits(folder):
     table = Path("outputs/digits/value/test/value_estimates.json")
     names = ["MFM 1", "MFM 2", "MFM 4", "GLASS 1", "GLASS 2", "SDE 3", "DPS point"]
     assert [row["estimator"] for row in json.loads(table.read_text())] == names
-    run(["fit", *value, *SMALL])
+    run(["fit", *value, *FOUR_STEPS])
     run(["test", *value, *small, "--ckpt_path=outputs/digits/value/last.ckpt"])
     assert [row["estimator"] for row in json.loads(table.read_text())] == [*names, "network"]
     assert (table.parent / "r_against_nfe.png").stat().st_size > 1000
@@ -157,9 +155,7 @@ def test_value_and_steering_on_digits(folder):
     assert summary["nfe_per_sample"] == 3 + 2 * 3  # no draws, no reward
 
 
-def test_fit_test_predict_on_digits(folder):
-    run(["fit", "--config", "configs/digits/flow.yaml", *SMALL])
-    run(["fit", "--config", "configs/digits/mfm.yaml", *SMALL])
+def test_fit_test_predict_on_digits(folder, digits_outputs):
     again = ["--config", "configs/digits/mfm.yaml", "--ckpt_path", "outputs/digits/mfm/last.ckpt"]
     run(["test", *again, *SMALL_IMAGES])
     rows = json.loads(Path("outputs/digits/mfm/test/frechet.json").read_text())
@@ -177,7 +173,7 @@ def test_fit_test_predict_on_digits(folder):
     # another teacher than the one that the run was trained with is refused
     save_model(load_model("outputs/digits/mfm/model.safetensors"), "outputs/digits/flow/model.safetensors")
     with pytest.raises(CheckpointError, match="was trained with teacher"):
-        run(["fit", *again, *SMALL[1:], "--trainer.max_steps=8"])
+        run(["fit", *again, *FOUR_STEPS[1:], "--trainer.max_steps=8"])
 
 
 def test_the_readme_works_as_written(folder, capsys):
@@ -194,7 +190,7 @@ def test_the_readme_works_as_written(folder, capsys):
     }
     for command in commands:
         name, config = command[1], command[3].removeprefix("configs/").removesuffix(".yaml")
-        small = [*SMALL, *FITS.get(config, [])] if name == "fit" else []
+        small = [*FOUR_STEPS, *FITS.get(config, [])] if name == "fit" else []
         if name == "test":
             small = [f"{EVALUATION}.{option}" for option in tests[config]]
         elif config == "digits/steer":
@@ -311,14 +307,14 @@ def test_ctrl_c_leaves_a_checkpoint_that_fit_continues_from(folder, monkeypatch)
 )
 def test_bad_configs_are_refused_before_training(folder, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", "--config", "configs/gmm/mfm.yaml", *SMALL, *arguments])
+        main(["fit", "--config", "configs/gmm/mfm.yaml", *FOUR_STEPS, *arguments])
     assert message in str(stopped.value) + capsys.readouterr().err
     assert not Path("outputs/gmm/mfm/last.ckpt").exists()
 
 
 def test_missing_teacher_says_what_to_run(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", "--config", "configs/digits/mfm.yaml", *SMALL])
+        main(["fit", "--config", "configs/digits/mfm.yaml", *FOUR_STEPS])
     assert "fit the base flow first" in str(stopped.value) + capsys.readouterr().err
 
 

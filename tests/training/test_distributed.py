@@ -78,19 +78,12 @@ def write_config(folder: Path, module: str = "StepPretraining", every_n_steps: i
     config = {
         "seed_everything": 0,
         "trainer": {
-            "default_root_dir": "out", "max_steps": 6, "max_epochs": -1, "accelerator": "cpu", "devices": 1,
-            "gradient_clip_val": 1.5, "log_every_n_steps": 1, "val_check_interval": 3, "enable_model_summary": False,
-            "enable_progress_bar": False,
+            "default_root_dir": "out", "max_steps": 6, "accelerator": "cpu", "gradient_clip_val": 1.5,
+            "log_every_n_steps": 1, "val_check_interval": 3, "enable_progress_bar": False,
             "logger": [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "out"}}],
-            "callbacks": [
-                {"class_path": "tests.distributed_parts.CheckedEMA"},
-                {"class_path": "mfm_lightning.callbacks.ExportModel"},
-                {
-                    "class_path": "mfm_lightning.callbacks.LastCheckpoint",
-                    "init_args": {"every_n_steps": every_n_steps},
-                },
-            ],
+            "callbacks": [{"class_path": "tests.distributed_parts.CheckedEMA"}],
         },
+        "checkpoint": {"every_n_steps": every_n_steps},
         "model": {
             "class_path": f"tests.distributed_parts.{module}",
             "init_args": {
