@@ -75,7 +75,7 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
         batch_size or _batch_size(config),
         devices or _devices(trainer),
         trainer.get("accumulate_grad_batches", 1),
-        "bf16" in str(trainer["precision"]),
+        "bf16" if "bf16" in str(trainer["precision"]) else "fp32",
         made.execution,
         fake,
     )

@@ -23,6 +23,7 @@ from mfm_lightning.interpolant import Times
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.execution import Execution
 from mfm_lightning.objectives import InnerSample, Objective, Pair, Teacher, squared_error
+from mfm_rewards.execution import Precision, autocast
 
 FLOAT = 4  # bytes: weights, gradients, optimiser state and EMA are float32, under bf16-mixed as well
 
@@ -73,7 +74,7 @@ def plan_training(
     batch_size: int,
     devices: int = 1,
     accumulate: int = 1,
-    bf16: bool = True,
+    precision: Precision = "bf16",
     execution: Execution | None = None,
     fake: FakeTensorMode | None = None,
 ) -> Plan:
@@ -83,7 +84,7 @@ def plan_training(
 
     Args:
         network: made within the mode `fake`.
-        bf16: under autocast to bf16.
+        precision: of the step.
     """
     with fake or FakeTensorMode():
         model = MetaFlowMap(network)
@@ -91,10 +92,10 @@ def plan_training(
             Execution(checkpoint_activations=True).prepare(network)  # compiling would change little here
         trained = [p for p in model.parameters() if p.requires_grad]
         with _Allocations(model) as allocations:
-            _step(model, objective, batch_size, bf16)
+            _step(model, objective, batch_size, precision)
         # attention written out, for its fused kernels are not counted everywhere
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            _step(model, objective, batch_size, bf16)
+            _step(model, objective, batch_size, precision)
         student = counter.get_total_flops()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             x = torch.empty(batch_size, *model.state_shape)
@@ -115,11 +116,11 @@ def plan_training(
     )
 
 
-def _step(model: MetaFlowMap, objective: Objective, batch_size: int, bf16: bool) -> None:
+def _step(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> None:
     x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
     label = torch.zeros(batch_size, dtype=torch.long)
     pair, total = Pair(x, s, x, Conditions(label=label)), 0.0
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with autocast("cpu", precision):
         for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)
             inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), 0, torch.empty_like(x))

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="of the VAE; default %(default)s")
     parser.add_argument("--num-workers", type=int, default=1, help="processes here, on its GPUs in turn")
     parser.add_argument("--threads", type=int, default=default.threads, help="that decode images, a process")
-    parser.add_argument("--precision", default=default.precision, help="fp32, bf16 or fp16")
+    parser.add_argument("--precision", default=default.precision, help="of the VAE: fp32, bf16 or fp16")
     parser.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the order of a folder's images")
     parser.add_argument("--class-index", help="JSON of labels by class name, for WebDataset input")

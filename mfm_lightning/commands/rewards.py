@@ -9,17 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import torch
 import yaml
 from rich import get_console
+from rich.console import Group
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import mfm_rewards
 from mfm_lightning.utils.devices import find_device
 from mfm_lightning.utils.images import SUFFIXES
 from mfm_rewards import RewardError
+from mfm_rewards.execution import Execution
 from mfm_rewards.prompts import PLACEHOLDER, class_prompts, load_class_names
 from mfm_rewards.protocol import device_of
 from mfm_rewards.registry import factory
@@ -94,15 +99,36 @@ def describe(name: str) -> Table:
     """A reward's description, weights and options."""
     made = factory(name)
     table = Table(show_header=False, box=None)
-    table.add_row(name, escape(inspect.getdoc(made) or ""))
+    table.add_row(name, escape(docstring_parser.parse(inspect.getdoc(made) or "").description or ""))
     if (card := getattr(made, "card", None)) is not None:
         for field in ("measures", "values", "memory", "licence", "source", "fetch"):
             table.add_row(field, escape(getattr(card, field)))
+    for signature, text in options_of(made).items():
+        table.add_row("option", Group(Text(signature), Padding(Text(text, style="dim"), (0, 0, 0, 2))))
+    return table
+
+
+def options_of(made: Callable[..., Any], prefix: str = "") -> dict[str, str]:
+    """Options of a class or function, "name: type = default", each with its line of help; "" where it has none.
+
+    The options of `execution` follow it, with their names in full, such as `execution.precision`.
+    """
+    help_of: dict[str, str] = {}
+    for source in reversed(inspect.getmro(made)) if inspect.isclass(made) else (made,):  # a class's own lines count
+        parsed = docstring_parser.parse(inspect.cleandoc(source.__doc__ or ""))
+        help_of |= {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
+    found = {}
     for parameter in inspect.signature(made).parameters.values():
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        kind = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
-        table.add_row("option", f"{parameter.name}{kind}{default}")
-    return table
+        kind = "" if parameter.annotation is parameter.empty else f": {_type_name(parameter.annotation)}"
+        found[f"{prefix}{parameter.name}{kind}{default}"] = help_of.get(parameter.name, "")
+        if parameter.name == "execution":
+            found |= options_of(Execution, "execution.")
+    return found
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
 def check(

@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -19,6 +20,7 @@ from mfm_lightning.utils.console import track
 from mfm_lightning.utils.devices import find_device
 from mfm_lightning.utils.distributed import Process
 from mfm_lightning.utils.images import to_uint8
+from mfm_rewards.execution import Precision
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def main(args: Sequence[str]) -> None:
     if options.sampler not in (None, sampler_kind):
         sampler_kind, steps = options.sampler, {"ode": 250}.get(options.sampler, 4)
     steps = options.steps if options.steps is not None else steps
-    sampler = ModelSampler(sampler_kind, steps, options.method, options.guidance, options.bf16)
+    sampler = ModelSampler(sampler_kind, steps, options.method, options.guidance, options.precision)
     model = load_model(options.model).eval().requires_grad_(False)
     labels = _labels(options.labels, model)
     sampler.check(model, labels)
@@ -130,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--allow-download", action="store_true", help="fetch the VAE where it is not on this machine")
     parser.add_argument("--seed", type=int, default=0, help="with the index, of a sample's noise")
     parser.add_argument("--batch-size", type=int, default=64, help="samples drawn at once by each process")
-    parser.add_argument("--bf16", action="store_true", help="network in bfloat16")
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="fp32", help="of the network; fp32 if left out"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
     return parser

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mfm_rewards.execution import Precision, autocast, check_precision
+
 
 class Decoder(nn.Module):
     """Base class: `(B, *shape)` states to images `(B, C, H, W)` in [0, 1], differentiable, frozen."""
@@ -64,7 +66,7 @@ class VAEDecoder(Decoder):
         clamp: cut off what lies outside [0, 1]; the gradient is zero there.
         max_rows: latents decoded at once.
         tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
-        precision: "fp32" or "bf16", whatever the precision around it.
+        precision: of the VAE, "fp32", "bf16" or "fp16", whatever the precision around it.
         allow_download: fetch the weights where they are not there.
 
     Raises:
@@ -80,14 +82,13 @@ class VAEDecoder(Decoder):
         clamp: bool = True,
         max_rows: int = 32,
         tiled: bool = False,
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         allow_download: bool = False,
     ) -> None:
         super().__init__()
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows} must be at least 1")
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"unknown precision {precision!r} of a decoder: expected 'fp32' or 'bf16'")
+        check_precision(precision)
         self.path, self.scale, self.clamp, self.max_rows = path, scale, clamp, max_rows
         self.tiled, self.precision, self.allow_download = tiled, precision, allow_download
         self._vae: list[nn.Module] = []  # in a list, so that it is no part of a checkpoint
@@ -136,7 +137,7 @@ class VAEDecoder(Decoder):
 
     def _decode(self, vae: nn.Module, part: Tensor) -> Tensor:
         scale = vae.config.scaling_factor if self.scale is None else self.scale
-        with torch.autocast(part.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(part.device, self.precision):
             return vae.decode(part.float() / scale).sample.float()
 
 

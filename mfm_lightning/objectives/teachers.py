@@ -15,6 +15,7 @@ from mfm_lightning.glass import glass_velocity
 from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
+from mfm_rewards.execution import Precision, autocast, check_precision
 
 
 class Teacher(ABC):
@@ -48,8 +49,8 @@ class ModelTeacher(Teacher):
         omega: the model guidance that it was trained with: its conditional drift is un-guided first, as
             (1-omega) b_cond + omega b_null.
         identity: for checkpoints.
-        precision: "bf16" to evaluate it under autocast where the student is not (its drift has an error of about 1 %
-            then); "same": as the student.
+        precision: "fp32", "bf16" or "fp16", whatever the student has; as the student where None. In bf16 its drift has
+            an error of about 1 %.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class ModelTeacher(Teacher):
         model: MetaFlowMap,
         omega: float = 0.0,
         identity: dict[str, str] | None = None,
-        precision: str = "same",
+        precision: Precision | None = None,
     ) -> None:
         if not 0 <= omega < 1:
             raise ValueError(f"omega {omega} must lie in [0, 1)")
-        if precision not in ("same", "bf16"):
-            raise ValueError(f"unknown precision {precision!r} of a teacher: expected 'same' or 'bf16'")
+        if precision is not None:
+            check_precision(precision)
         self.precision = precision
         self.model = model.eval().requires_grad_(False)
         self.omega = omega
@@ -89,9 +90,9 @@ class ModelTeacher(Teacher):
         return drift.index_add(0, pairs, more.to(drift.dtype))
 
     def _plain(self, t: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
-        if self.precision == "same":
+        if self.precision is None:
             return self.model.drift(t, x, conditions)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with autocast(x.device, self.precision):
             return self.model.drift(t, x, conditions).to(x.dtype)
 
 
@@ -100,13 +101,14 @@ class CheckpointTeacher(ModelTeacher):
 
     Args:
         path: a `model.safetensors`.
-        omega, precision: as in `ModelTeacher`.
+        omega: the model guidance that it was trained with, as in `ModelTeacher`.
+        precision: as in `ModelTeacher`.
 
     Raises:
         FileNotFoundError: if there is no such file; fit the base flow first.
     """
 
-    def __init__(self, path: str, omega: float = 0.0, precision: str = "same") -> None:
+    def __init__(self, path: str, omega: float = 0.0, precision: Precision | None = None) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no teacher at {path}: fit the base flow first (e.g. configs/digits/flow.yaml)")
         identity = {"kind": "model", "path": path, "sha256": fingerprint(path)}

@@ -12,6 +12,7 @@ from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import randn
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import METHODS, sample_ode, sample_refinement
+from mfm_rewards.execution import Precision, autocast, check_precision
 
 KINDS = ("refinement", "ode", "flow_map")
 BY_MODEL = {"base_flow": ("ode", 250), "flow_map": ("flow_map", 4), "meta_flow_map": ("refinement", 4)}
@@ -27,17 +28,17 @@ class ModelSampler:
         steps: K refinements, Euler steps, or flow-map steps.
         method: of the ODE: "euler" or "heun".
         guidance: class-guidance scale fed to the network; None for none.
-        bf16: run the network under autocast to bfloat16; states stay float32.
+        precision: of the network, "fp32", "bf16" or "fp16"; states stay float32.
 
     Raises:
-        ValueError: for an unknown kind or method, or no steps.
+        ValueError: for an unknown kind, method or precision, or no steps.
     """
 
     kind: str = "refinement"
     steps: int = 4
     method: str = "euler"
     guidance: float | None = None
-    bf16: bool = False
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -46,6 +47,7 @@ class ModelSampler:
             raise ValueError(f"unknown method {self.method!r}: expected one of {', '.join(METHODS)}")
         if self.steps < 1:
             raise ValueError(f"steps ({self.steps}) must be at least 1")
+        check_precision(self.precision)
 
     def check(self, model: MetaFlowMap, labels: Sequence[int]) -> None:
         """Raise ValueError, before any work, if the model does not know the guidance scale or a label."""
@@ -57,7 +59,7 @@ class ModelSampler:
         device = model.device
         given = Conditions(label=label, guidance=self.guidance).expand(len(label), device)
         x0 = randn((len(label), *model.state_shape), torch.empty(0, device=device), generators)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(device, self.precision):
             if self.kind == "refinement":
                 return sample_refinement(model, x0, self.steps, given, generators)
             if self.kind == "flow_map":

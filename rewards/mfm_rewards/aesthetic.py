@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mfm_rewards.clip import CLIPReward
+from mfm_rewards.execution import Execution
 from mfm_rewards.pretrained import Card
 from mfm_rewards.registry import register
 from mfm_rewards.weights import find_file, load_into, load_state_dict
@@ -15,8 +18,10 @@ class Aesthetic(CLIPReward):
     """Rating by a small head on CLIP ViT-L/14's image features: LAION's improved aesthetic predictor, sac+logos+ava1.
 
     Args:
+        weights: CLIP's: a folder, a file or a Hugging Face id, as of `clip_score`; OpenAI's ViT-L/14 where None.
         head: file of the head's weights, or `org/name/file`.
-        weights, and the rest: as `mfm_rewards.clip.CLIPReward`.
+        hidden_act: activation of CLIP, "gelu" (open_clip) or "quick_gelu" (OpenAI's); where None, that of the config,
+            or "quick_gelu" for weights without one.
     """
 
     card = Card(
@@ -40,16 +45,10 @@ class Aesthetic(CLIPReward):
         head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
         hidden_act: str | None = None,
         allow_download: bool = False,
-        precision: str = "fp32",
-        checkpoint_activations: bool = False,
-        compile: bool = False,
-        max_rows: int = 64,
+        execution: Execution | dict[str, Any] | None = None,
     ) -> None:
         path = find_file(head, allow_download)
-        super().__init__(
-            weights, hidden_act=hidden_act, allow_download=allow_download, precision=precision,
-            checkpoint_activations=checkpoint_activations, compile=compile, max_rows=max_rows,
-        )  # fmt: skip
+        super().__init__(weights, hidden_act=hidden_act, allow_download=allow_download, execution=execution)
         self.head = aesthetic_head(self.clip.config.projection_dim)
         state = {name.removeprefix("layers."): v.float() for name, v in load_state_dict(path).items()}
         load_into(self.head, state, set(self.head.state_dict()), path, "aesthetic head")
@@ -57,12 +56,12 @@ class Aesthetic(CLIPReward):
 
     def score(self, pixels: Tensor) -> Tensor:
         features = self.image_features(pixels)
-        return self.head(features.to(self.head[0].weight.dtype)).squeeze(-1)
+        return self.head(features.to(next(self.head.parameters()).dtype)).squeeze(-1)
 
 
 def aesthetic_head(width: int = 768) -> nn.Sequential:
-    """The head, with the layers of the released weights; there are no nonlinearities in it."""
-    layers = []
+    """The head, with the layers of the released weights; it has no nonlinearities."""
+    layers: list[nn.Module] = []
     for features, dropout in ((1024, 0.2), (128, 0.2), (64, 0.1), (16, None), (1, None)):
         layers.append(nn.Linear(width, features))
         if dropout is not None:

@@ -19,12 +19,15 @@ class ClassMixture(Reward):
     """log sum_i w_i p(y_i | x) of a classifier's class probabilities, times `scale` (paper, section 7.1.2).
 
     Args:
-        classifier: a module `(B, C, H, W) in [0, 1] -> (B, K)` logits; or how to get one, as `{"class_path":
-            "package.module.Class", "init_args": {...}, "weights": "file.safetensors or .pt"}`; `init_args` may be left
-            out, as may `weights` (for classes that load their own). A `.pt` is read with `weights_only=True`.
-        weights: w, one for each class, not negative, not all zero; they are normalised to sum to 1.
+        classifier: a module from images `(B, C, H, W)` in [0, 1] to logits `(B, K)`; or a dictionary of its
+            `class_path`, and where needed of its `init_args` and of a file of `weights` (`.safetensors` or `.pt`; a
+            `.pt` is read with `weights_only=True`).
+        weights: w, one number for each class, or a dictionary of them by class; none negative, not all zero. They are
+            normalised to sum to 1.
         scale: factor of the reward.
     """
+
+    weights: Tensor
 
     def __init__(
         self, classifier: nn.Module | dict[str, Any], weights: Sequence[float] | dict[int, float], scale: float = 1.0
@@ -33,15 +36,15 @@ class ClassMixture(Reward):
         self.classifier = classifier if isinstance(classifier, nn.Module) else load_classifier(**classifier)
         self.classifier.eval().requires_grad_(False)
         if isinstance(weights, dict):
-            classes = [int(k) for k in weights]
-            weights = [float(weights.get(k, weights.get(str(k), 0.0))) for k in range(max(classes) + 1)]
+            by_class = {int(k): float(w) for k, w in weights.items()}  # YAML and JSON may have strings
+            weights = [by_class.get(k, 0.0) for k in range(max(by_class) + 1)]
         self.register_buffer("weights", torch.as_tensor(weights, dtype=torch.float32))
         if self.weights.dim() != 1 or (self.weights < 0).any() or not self.weights.sum() > 0:
             raise ValueError(f"weights {list(weights)} must be one number a class, none negative, not all zero")
         self.scale = scale
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.classifier(images).float()  # autocast may have made it coarser
+        logits = self.classifier(images).float()  # autocast may have made them 16 bits
         if logits.dim() != 2 or logits.shape[1] < len(self.weights):
             raise ValueError(f"the classifier gave {tuple(logits.shape)}: expected (B, K), K >= {len(self.weights)}")
         log_weights = (self.weights / self.weights.sum()).log().to(logits)

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_rewards.clip_tokens import CLIPTokenizer
 from mfm_rewards.clip_weights import load_clip
+from mfm_rewards.execution import Execution, autocast
 from mfm_rewards.preprocessing import Preprocessing
 from mfm_rewards.pretrained import PretrainedReward, at_least_float32
 from mfm_rewards.prompts import PromptCache
 
 
 class CLIPReward(PretrainedReward):
-    """Base class of the rewards that look through CLIP: `image_features` and, cached by prompt, `text_features`. The
-    reward is CLIP's logit of image and prompt, unless a class says otherwise.
+    """Base class of the rewards that look through CLIP. A subclass implements `score` with the features here.
 
     Args:
         weights: a folder or Hugging Face id in transformers' layout (config.json, model.safetensors); or a file of
-            weights, or `org/name/file`, named as transformers, openai/CLIP or open_clip name them: sizes are inferred.
-            The class's `default_weights` where None.
-        tokenizer: folder or id of a CLIP tokenizer; see `mfm_rewards.clip_tokens.CLIPTokenizer`.
-        hidden_act: activation, "gelu" (open_clip) or "quick_gelu" (OpenAI's); where None, that of the config, or the
-            class's `default_act` for weights without one.
-        allow_download: fetch what is not there.
-        precision, checkpoint_activations, compile, max_rows: as in `PretrainedReward`.
+            weights, or `org/name/file`, with the names of transformers, openai/CLIP or open_clip: sizes are inferred.
+            The released ones (`default_weights`) where None.
+        tokenizer: folder or Hugging Face id of a CLIP tokenizer. Where None, the one beside the weights, else that of
+            the package openai-clip, else that of openai/clip-vit-large-patch14: they are the same.
+        hidden_act: activation, "gelu" (open_clip) or "quick_gelu" (OpenAI's); where None, that of the config, or that
+            of the released weights (`default_act`) if there is no config.
+        allow_download: download files that are not on this machine.
+        execution: how the network is run: a dictionary of `precision`, `checkpoint_activations`, `compile` and
+            `max_rows` (`mfm_rewards.execution.Execution`); its defaults where None.
 
     Raises:
         FileNotFoundError: if the weights are not there, with the command that fetches them.
@@ -38,6 +41,7 @@ class CLIPReward(PretrainedReward):
     fit = "crop_floor"
     default_weights: str
     default_act = "gelu"
+    clip: Any  # a `transformers.CLIPModel`
 
     def __init__(
         self,
@@ -45,12 +49,9 @@ class CLIPReward(PretrainedReward):
         tokenizer: str | None = None,
         hidden_act: str | None = None,
         allow_download: bool = False,
-        precision: str = "fp32",
-        checkpoint_activations: bool = False,
-        compile: bool = False,
-        max_rows: int = 64,
+        execution: Execution | dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(precision, checkpoint_activations, compile, max_rows)
+        super().__init__(execution)
         weights = weights or self.default_weights
         self.clip, folder = load_clip(weights, hidden_act, self.default_act, allow_download)
         self.preprocess = Preprocessing(self.clip.config.vision_config.image_size, self.fit)
@@ -64,7 +65,7 @@ class CLIPReward(PretrainedReward):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Unit vectors `(B, D)` of preprocessed images."""
-        with self.in_precision(pixels.device):
+        with autocast(pixels.device, self.execution.precision):
             features = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
         return F.normalize(at_least_float32(features), dim=-1)
 
@@ -77,12 +78,13 @@ class CLIPReward(PretrainedReward):
         images = self.image_features(pixels)
         return (images * self.text_features(prompts).to(images)).sum(dim=-1)
 
-    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    def logit(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """CLIP's logit of each image and its prompt, `(B,)`: their cosine times CLIP's temperature."""
         return self.clip.logit_scale.exp() * self.cosine(pixels, prompts)
 
     def _encode_texts(self, prompts: list[str]) -> Tensor:
         ids = self._tokenize(prompts).to(self.clip.logit_scale.device)
-        with self.in_precision(ids.device):
+        with autocast(ids.device, self.execution.precision):
             features = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
         return F.normalize(at_least_float32(features), dim=-1)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from mfm_rewards.clip import CLIPReward
 from mfm_rewards.pretrained import Card
 from mfm_rewards.registry import register
@@ -11,7 +15,7 @@ from mfm_rewards.registry import register
 class CLIPScore(CLIPReward):
     """CLIP's logit of image and prompt: their cosine times its temperature, 100 (Radford et al., arXiv 2103.00020).
 
-    Args: as `mfm_rewards.clip.CLIPReward`; OpenAI's ViT-L/14 by default.
+    The weights are those of OpenAI's ViT-L/14 by default.
     """
 
     default_weights = "openai/clip-vit-large-patch14"
@@ -25,3 +29,6 @@ class CLIPScore(CLIPReward):
         parameters=428,
         activations=0.43,
     )
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.logit(pixels, prompts)

@@ -19,11 +19,11 @@ class CLIPTokenizer:
     """N prompts to token ids `(N, length)`; longer ones are cut off.
 
     Args:
-        tokenizer: a folder or Hugging Face id; where None, that in `beside` if there is one, else that of the package
-            openai-clip, else `DEFAULT`: they are the same.
+        tokenizer: a folder or Hugging Face id; where None, the one in `beside` if there is one, else that of the
+            package openai-clip, else `DEFAULT`: they are the same.
         beside: the folder of the weights.
         length: the model's number of positions.
-        allow_download: fetch what is not there.
+        allow_download: download files that are not on this machine.
 
     Raises:
         FileNotFoundError: if it is not there, with the command that fetches it.
@@ -52,7 +52,7 @@ class CLIPTokenizer:
 
 
 def _openai_clip() -> Any:
-    """The package, if it is installed and the one that is meant."""
+    """The package openai-clip, if it is installed; another package of the name `clip` does not count."""
     try:
         with warnings.catch_warnings():  # of a deprecated module that it imports
             warnings.simplefilter("ignore")

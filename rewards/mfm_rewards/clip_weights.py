@@ -1,4 +1,4 @@
-"""CLIP's weights, of transformers' names or those of openai/CLIP and open_clip, as a transformers model."""
+"""CLIP's weights, with the names of transformers, openai/CLIP or open_clip, as a transformers model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def load_clip(
 
     Args:
         weights: see `mfm_rewards.clip.CLIPReward`.
-        hidden_act: activation, whatever a config says.
-        default_act: that of weights that come without a config.
+        hidden_act: activation, instead of the config's.
+        default_act: activation for weights without a config.
+        allow_download: download files that are not on this machine.
 
     Raises:
-        FileNotFoundError: if they are not there; CheckpointError: if they are not CLIP's; ImportError: without
-            transformers.
+        FileNotFoundError: if the weights are not there.
+        CheckpointError: if they are not CLIP's.
+        ImportError: without transformers.
     """
     try:
         from transformers import CLIPConfig, CLIPModel
@@ -37,13 +39,13 @@ def load_clip(
 
     path = _weights_file(weights, allow_download)
     state, renamed = transformers_names(load_state_dict(path), path)
-    # a config beside weights of other names is that of something else
+    # a config beside weights that had to be renamed belongs to another model
     content = None if renamed else _config_beside(path)
-    config = CLIPConfig.from_dict(content or infer_config(state, default_act, path))
+    config: Any = CLIPConfig.from_dict(content or infer_config(state, default_act, path))
     if hidden_act is not None:
         config.vision_config.hidden_act = config.text_config.hidden_act = hidden_act
-    with torch.device("meta"):  # nothing is drawn at random for weights that are replaced
-        model = CLIPModel(config)
+    with torch.device("meta"):  # no random weights: they are replaced
+        model: Any = CLIPModel(config)
     load_into(model, state, set(model.state_dict()), path, "CLIP", assign=True)
     for tower in (model.vision_model, model.text_model):  # not among the weights
         positions = torch.arange(tower.embeddings.position_ids.shape[1]).unsqueeze(0)
@@ -89,10 +91,10 @@ _IGNORED = re.compile(r"position_ids$|^(input_resolution|context_length|vocab_si
 
 
 def transformers_names(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Weights by transformers' names, in float32, and whether they had openai/CLIP's and open_clip's before.
+    """Weights by transformers' names, in float32, and whether they had those of openai/CLIP and open_clip before.
 
     Raises:
-        CheckpointError: if they have neither.
+        CheckpointError: if they have other names.
     """
     state = {name.removeprefix("module."): v for name, v in state.items()}
     state = {name: v.float() for name, v in state.items() if not _IGNORED.search(name)}
@@ -111,7 +113,7 @@ def transformers_names(state: dict[str, Tensor], path: Path) -> tuple[dict[str, 
             for kind, part in zip("qkv", value.chunk(3), strict=True):
                 renamed[f"{name[: match.start()]}.self_attn.{kind}_proj.{match[1]}"] = part
         else:
-            # their projections are matrices to multiply with from the right
+            # their projections are stored transposed
             renamed[name] = value.T if name in ("visual_projection.weight", "text_projection.weight") else value
     return {name: value.contiguous() for name, value in renamed.items()}, True
 

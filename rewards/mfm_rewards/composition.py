@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -12,17 +12,23 @@ from mfm_rewards.registry import build, register
 
 
 class _Combination(Reward):
-    """Several rewards on the same images; differentiable if all are, and needs what any of them needs."""
+    """Base class: several rewards on the same images. It is differentiable if all are, and needs what any of them does.
+
+    Args:
+        parts: the rewards; each a reward, a name, or a dictionary with a `name` or a `class_path`.
+    """
 
     def __init__(self, parts: Sequence[Any]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(build(part) for part in parts)
-        self.differentiable = all(part.differentiable for part in self.parts)
-        self.needs = ("images", *[n for n in ("prompts", "labels") if any(n in part.needs for part in self.parts)])
+        rewards = [build(part) for part in parts]
+        self.parts = nn.ModuleList(rewards)
+        self.differentiable = all(part.differentiable for part in rewards)
+        self.needs = ("images", *[n for n in ("prompts", "labels") if any(n in part.needs for part in rewards)])
 
     def _values(self, images: Tensor, context: tuple) -> list[Tensor]:
         given = dict(zip(self.needs[1:], context, strict=True))
-        return [evaluate(p, images, given.get("prompts"), given.get("labels")) for p in self.parts]
+        parts = cast(Iterable[Reward], self.parts)
+        return [evaluate(part, images, given.get("prompts"), given.get("labels")) for part in parts]
 
 
 @register("sum")
@@ -30,8 +36,8 @@ class Sum(_Combination):
     """Weighted sum of other rewards.
 
     Args:
-        rewards: each a reward, a name, or a dictionary with a name or a class_path.
-        weights: one for each; 1 where None.
+        rewards: at least one; each a reward, a name, or a dictionary with a `name` or a `class_path`.
+        weights: one number for each reward; 1 for all where None.
     """
 
     def __init__(self, rewards: Sequence[Any], weights: Sequence[float] | None = None) -> None:
@@ -42,12 +48,19 @@ class Sum(_Combination):
 
     def forward(self, images: Tensor, *context: Any) -> Tensor:
         values = self._values(images, context)
-        return sum(w * v for w, v in zip(self.weights, values, strict=True))
+        terms = [w * v for w, v in zip(self.weights, values, strict=True)]
+        return sum(terms[1:], start=terms[0])
 
 
 @register("scale")
 class Scale(_Combination):
-    """Another reward times a factor, plus an offset."""
+    """Another reward times a factor, plus an offset.
+
+    Args:
+        reward: a reward, a name, or a dictionary with a `name` or a `class_path`.
+        factor: that it is multiplied by.
+        offset: that is added after that.
+    """
 
     def __init__(self, reward: Any, factor: float = 1.0, offset: float = 0.0) -> None:
         super().__init__([reward])
@@ -59,7 +72,11 @@ class Scale(_Combination):
 
 @register("negate")
 class Negate(_Combination):
-    """Minus another reward."""
+    """Minus another reward.
+
+    Args:
+        reward: a reward, a name, or a dictionary with a `name` or a `class_path`.
+    """
 
     def __init__(self, reward: Any) -> None:
         super().__init__([reward])
@@ -70,7 +87,13 @@ class Negate(_Combination):
 
 @register("clamp")
 class Clamp(_Combination):
-    """Another reward, kept between two bounds."""
+    """Another reward, kept between two bounds; at least one of them must be given.
+
+    Args:
+        reward: a reward, a name, or a dictionary with a `name` or a `class_path`.
+        min: lower bound; none where None.
+        max: upper bound; none where None.
+    """
 
     def __init__(self, reward: Any, min: float | None = None, max: float | None = None) -> None:
         super().__init__([reward])

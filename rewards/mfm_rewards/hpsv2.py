@@ -15,9 +15,7 @@ from mfm_rewards.registry import register
 class HPSv2(CLIPReward):
     """Human preference score v2.1 by a CLIP ViT-H/14: the cosine of image and prompt (arXiv 2306.09341).
 
-    Its benchmark reports 100 times this number. Images that are not square get black beside them, as in its own code.
-
-    Args: as `mfm_rewards.clip.CLIPReward`.
+    Its benchmark reports 100 times this number. Images that are not square are padded with black, as in its own code.
     """
 
     default_weights = "xswu/HPSv2/HPS_v2.1_compressed.pt"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfm_rewards.execution import Execution, autocast
 from mfm_rewards.preprocessing import Preprocessing
 from mfm_rewards.pretrained import Card, PretrainedReward, at_least_float32
 from mfm_rewards.prompts import PromptCache
@@ -32,11 +33,12 @@ class ImageReward(PretrainedReward):
     The model class is that of the package image-reward. Prompts longer than 35 tokens are cut off, as there.
 
     Args:
-        weights: its file, or `org/name/file`; sizes are inferred from it.
+        weights: file of the weights, or `org/name/file`; sizes are inferred from it.
         tokenizer: folder or Hugging Face id of BERT's tokenizer; where None, the weights' folder if it has a vocab.txt,
             else bert-base-uncased.
-        allow_download: fetch what is not there.
-        precision, checkpoint_activations, compile, max_rows: as in `PretrainedReward`.
+        allow_download: download files that are not on this machine.
+        execution: how the network is run: a dictionary of `precision`, `checkpoint_activations`, `compile` and
+            `max_rows` (`mfm_rewards.execution.Execution`); its defaults where None.
 
     Raises:
         FileNotFoundError: if a file is not there, with the command that fetches it.
@@ -55,18 +57,16 @@ class ImageReward(PretrainedReward):
         activations=0.27,
     )
     needs = ("images", "prompts")
+    model: Any  # an `ImageReward.ImageReward`
 
     def __init__(
         self,
         weights: str = "THUDM/ImageReward/ImageReward.pt",
         tokenizer: str | None = None,
         allow_download: bool = False,
-        precision: str = "fp32",
-        checkpoint_activations: bool = False,
-        compile: bool = False,
-        max_rows: int = 64,
+        execution: Execution | dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(precision, checkpoint_activations, compile, max_rows)
+        super().__init__(execution)
         path = find_file(weights, allow_download)
         if tokenizer is None:
             tokenizer = str(path.parent) if (path.parent / "vocab.txt").is_file() else "google-bert/bert-base-uncased"
@@ -83,9 +83,9 @@ class ImageReward(PretrainedReward):
         self.freeze([self.model.blip.visual_encoder.blocks, self.model.blip.text_encoder.encoder.layer])
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        # the package's `score_gard`, but for the precision, which is there the same for the network and the score
+        # as the package's `score_gard`, which has one precision for the network and the score
         ids, mask = self._tokens(prompts).to(pixels.device).unbind(dim=1)
-        with self.in_precision(pixels.device):
+        with autocast(pixels.device, self.execution.precision):
             seen = self.model.blip.visual_encoder(pixels)
             everywhere = torch.ones(seen.shape[:-1], dtype=torch.long, device=pixels.device)
             read = self.model.blip.text_encoder(
@@ -134,10 +134,10 @@ def infer_sizes(state: dict[str, Tensor], path: str | Path = "the weights") -> d
     return {"vision": vision, "text": text}
 
 
-def build_model(sizes: dict[str, Any], tokenizer: str | Path | Callable) -> nn.Module:
+def build_model(sizes: dict[str, Any], tokenizer: str | Path) -> nn.Module:
     """The package's model with these sizes (`infer_sizes`) and BERT's tokenizer from a folder, without any download.
 
-    The package fixes the sizes of a ViT-L, and loads its tokenizer from the network; both are put in their place here.
+    The package's constructor has the sizes of a ViT-L, and downloads its tokenizer; both are replaced here.
 
     Raises:
         ImportError: without the extra `image-reward`.
@@ -164,7 +164,7 @@ def build_model(sizes: dict[str, Any], tokenizer: str | Path | Callable) -> nn.M
 
 @contextmanager
 def _replaced(module: ModuleType, **functions: Callable) -> Iterator[None]:
-    """Other functions in a module's place of these names."""
+    """Put other functions in the place of a module's own, for a while."""
     before = {name: getattr(module, name) for name in functions}
     vars(module).update(functions)
     try:
@@ -174,7 +174,7 @@ def _replaced(module: ModuleType, **functions: Callable) -> Iterator[None]:
 
 
 def _package() -> ModuleType:
-    """The package's module; importing it silences all warnings, so what was heard before is set again."""
+    """The package's module. Importing it silences all warnings, so their settings are restored afterwards."""
     with warnings.catch_warnings():
         try:
             from transformers.utils import logging as transformers_logging

@@ -1,9 +1,10 @@
-"""JPEG compressibility: a black-box reward, counted on the real encoding."""
+"""JPEG compressibility: a black-box reward, the size of the encoded file."""
 
 from __future__ import annotations
 
 import io
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,11 @@ from mfm_rewards.registry import register
 class JPEGCompressibility(Reward):
     """Minus the size in kilobytes (1,000 bytes) of the image as a JPEG file, times `scale`; not differentiable.
 
-    A negative scale rewards what compresses badly. The reward of DDPO (Black et al., arXiv 2305.13301), which also
-    takes quality 95.
+    A negative scale rewards large files. It is a reward of DDPO (Black et al., arXiv 2305.13301), whose quality is 95.
+
+    Args:
+        quality: of the JPEG file, 1 to 100.
+        scale: factor of the reward.
     """
 
     differentiable = False
@@ -34,7 +38,7 @@ class JPEGCompressibility(Reward):
         sizes = torch.tensor([len(self._encode(image)) / 1000 for image in pixels], dtype=torch.float32)
         return torch.where(finite, -self.scale * sizes.to(images.device), torch.nan)
 
-    def _encode(self, image) -> bytes:
+    def _encode(self, image: np.ndarray) -> bytes:
         from PIL import Image
 
         buffer = io.BytesIO()

@@ -1,13 +1,15 @@
 """The log-likelihood of a noisy linear measurement: the reward of inverse problems (paper, F.1).
 
 The measurement may be any matrix, or one of the operators below on images: inpainting, super-resolution, blur, colour
-removal. Each is a function of the image, so that no matrix is ever formed.
+removal. Each is a function of the image: no matrix is formed.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,12 @@ class LinearGaussianLikelihood(Reward):
         noise_std: standard deviation of the measurement noise, positive.
     """
 
-    def __init__(self, operator: Sequence, observation: float | Sequence, noise_std: float) -> None:
+    operator: Tensor
+    observation: Tensor
+
+    def __init__(
+        self, operator: Tensor | Sequence[Any], observation: Tensor | float | Sequence[float], noise_std: float
+    ) -> None:
         super().__init__()
         self.noise_std = _positive(noise_std)
         self.register_buffer("operator", torch.atleast_2d(torch.as_tensor(operator, dtype=torch.float32)))
@@ -43,20 +50,24 @@ class LinearGaussianLikelihood(Reward):
 
 
 class _ImageMeasurement(Reward):
-    """Base of the likelihoods below: `measure` is the linear operator A, `(B, C, H, W) -> (B, ...)`.
+    """Base class of the likelihoods below: `measure` is the linear operator A.
 
     Args:
-        observation: y, as `measure` gives it for one image, without the batch dimension; or the path of a `.pt` or
-            `.safetensors` (tensor "observation") file with it.
+        observation: y, the measurement of one image: numbers, or the path of a `.pt` or `.safetensors` file (tensor
+            "observation").
+        noise_std: standard deviation of the measurement noise, positive.
     """
 
-    def __init__(self, observation: Tensor | Sequence | str, noise_std: float) -> None:
+    observation: Tensor
+
+    def __init__(self, observation: Tensor | Sequence[Any] | str, noise_std: float) -> None:
         super().__init__()
         self.noise_std = _positive(noise_std)
         self.register_buffer("observation", _tensor(observation))
 
+    @abstractmethod
     def measure(self, images: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must implement measure(images)")
+        """Measurements `(B, ...)` of images `(B, C, H, W)`."""
 
     def forward(self, images: Tensor) -> Tensor:
         measured = self.measure(images)
@@ -70,13 +81,26 @@ class _ImageMeasurement(Reward):
 
 @register("inpainting")
 class Inpainting(_ImageMeasurement):
-    """Likelihood of the pixels seen through a mask, `(H, W)` or `(C, H, W)` of ones (seen) and zeros."""
+    """Likelihood of the pixels that a mask shows.
 
-    def __init__(self, observation, mask: Tensor | Sequence | str, noise_std: float = 0.1) -> None:
+    Args:
+        observation: the measurement, `(C, H, W)`: numbers, or the path of a `.pt` or `.safetensors` file (tensor
+            "observation").
+        mask: `(H, W)` or `(C, H, W)` of ones (seen) and zeros, at least one of them one; numbers, or the path of a file
+            as above (tensor "mask").
+        noise_std: standard deviation of the measurement noise, positive.
+    """
+
+    mask: Tensor
+    seen: Tensor
+
+    def __init__(
+        self, observation: Tensor | Sequence[Any] | str, mask: Tensor | Sequence[Any] | str, noise_std: float = 0.1
+    ) -> None:
         super().__init__(observation, noise_std)
         self.register_buffer("mask", _tensor(mask, "mask"))
         if not ((self.mask == 0) | (self.mask == 1)).all() or not self.mask.any():
-            raise ValueError("a mask must hold ones (seen) and zeros, and at least one one")
+            raise ValueError("a mask must hold ones (seen) and zeros only, at least one of them a one")
         self.register_buffer("seen", self.mask.expand_as(self.observation).bool())
         self.observation = self.observation * self.mask
 
@@ -91,9 +115,16 @@ class Inpainting(_ImageMeasurement):
 
 @register("super_resolution")
 class SuperResolution(_ImageMeasurement):
-    """Likelihood of the image averaged over blocks of `factor` x `factor` pixels."""
+    """Likelihood of the image averaged over blocks of `factor` x `factor` pixels.
 
-    def __init__(self, observation, factor: int, noise_std: float = 0.1) -> None:
+    Args:
+        observation: the measurement, `(C, H / factor, W / factor)`: numbers, or the path of a `.pt` or
+            `.safetensors` file (tensor "observation").
+        factor: side of the blocks in pixels, at least 1.
+        noise_std: standard deviation of the measurement noise, positive.
+    """
+
+    def __init__(self, observation: Tensor | Sequence[Any] | str, factor: int, noise_std: float = 0.1) -> None:
         super().__init__(observation, noise_std)
         if factor < 1:
             raise ValueError(f"factor {factor} must be at least 1")
@@ -105,9 +136,18 @@ class SuperResolution(_ImageMeasurement):
 
 @register("blur")
 class Blur(_ImageMeasurement):
-    """Likelihood of the image blurred by a Gaussian of `blur_std` pixels, edges replicated."""
+    """Likelihood of the image blurred by a Gaussian, edges replicated.
 
-    def __init__(self, observation, blur_std: float, noise_std: float = 0.1) -> None:
+    Args:
+        observation: the measurement, `(C, H, W)`: numbers, or the path of a `.pt` or `.safetensors` file (tensor
+            "observation").
+        blur_std: standard deviation of the Gaussian in pixels, positive.
+        noise_std: standard deviation of the measurement noise, positive.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, observation: Tensor | Sequence[Any] | str, blur_std: float, noise_std: float = 0.1) -> None:
         super().__init__(observation, noise_std)
         radius = max(1, math.ceil(3 * _positive(blur_std)))
         kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / blur_std) ** 2)
@@ -124,9 +164,15 @@ class Blur(_ImageMeasurement):
 
 @register("colour_removal")
 class ColourRemoval(_ImageMeasurement):
-    """Likelihood of the image's grey version, the mean over channels: colourisation as an inverse problem."""
+    """Likelihood of the image's grey version, the mean over channels: colourisation as an inverse problem.
 
-    def __init__(self, observation, noise_std: float = 0.1) -> None:
+    Args:
+        observation: the measurement, `(1, H, W)`: numbers, or the path of a `.pt` or `.safetensors` file (tensor
+            "observation").
+        noise_std: standard deviation of the measurement noise, positive.
+    """
+
+    def __init__(self, observation: Tensor | Sequence[Any] | str, noise_std: float = 0.1) -> None:
         super().__init__(observation, noise_std)
 
     def measure(self, images: Tensor) -> Tensor:
@@ -144,7 +190,7 @@ def _positive(std: float) -> float:
     return std
 
 
-def _tensor(value: Tensor | Sequence | str, key: str = "observation") -> Tensor:
+def _tensor(value: Tensor | Sequence[Any] | str, key: str = "observation") -> Tensor:
     if isinstance(value, str):
         if value.endswith(".safetensors"):
             from safetensors.torch import load_file

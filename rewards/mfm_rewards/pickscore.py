@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from mfm_rewards.clip import CLIPReward
 from mfm_rewards.pretrained import Card
 from mfm_rewards.registry import register
@@ -9,10 +13,7 @@ from mfm_rewards.registry import register
 
 @register("pickscore")
 class PickScore(CLIPReward):
-    """Human preference by a CLIP ViT-H/14 trained on Pick-a-Pic: the logit of image and prompt (arXiv 2305.01569).
-
-    Args: as `mfm_rewards.clip.CLIPReward`.
-    """
+    """Human preference by a CLIP ViT-H/14 trained on Pick-a-Pic: the logit of image and prompt (arXiv 2305.01569)."""
 
     default_weights = "yuvalkirstain/PickScore_v1"
     card = Card(
@@ -24,3 +25,6 @@ class PickScore(CLIPReward):
         parameters=986,
         activations=0.52,
     )
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.logit(pixels, prompts)

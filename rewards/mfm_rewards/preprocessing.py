@@ -1,4 +1,4 @@
-"""What an image model does to a picture before it looks at it: as its PIL code, but in torch, with gradients."""
+"""Resizing and normalising of images for a pretrained model: as its PIL code does it, but in torch, with gradients."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ FITS = ("crop", "crop_floor", "pad")
 class Preprocessing:
     """Images `(B, 1 or 3, H, W)` in [0, 1] to a model's `(B, 3, size, size)`.
 
-    Bicubic with antialiasing, cut off at black and white, as PIL; but not rounded to 8 bits, so that it has a gradient,
-    and agrees with PIL within a grey level or two of 255.
+    Bicubic with antialiasing, cut off at black and white, as PIL does it; but not rounded to 8 bits, so that it has a
+    gradient. It agrees with PIL within two grey levels of 255.
 
-    size: of the square.
-    fit: "crop": the shorter edge becomes `size`, the middle of the longer is taken, as torchvision does it;
-        "crop_floor": the same where half a pixel is left over as transformers rounds it, down; "pad": the longer edge
-        becomes `size`, black beside the shorter (HPSv2).
-    mean, std: of the channels, that are normalised.
+    Args:
+        size: side of the square in pixels.
+        fit: "crop": the shorter edge becomes `size`, and the middle of the longer is taken, as torchvision does it;
+            "crop_floor": the same, but half a pixel is rounded down, as transformers does it; "pad": the longer edge
+            becomes `size`, with black beside the shorter (HPSv2).
+        mean: of each channel, subtracted.
+        std: of each channel, divided by.
     """
 
     size: int = 224

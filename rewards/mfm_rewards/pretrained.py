@@ -1,26 +1,33 @@
-"""What rewards with a pretrained network have in common: frozen, with a precision and a memory bound of their own."""
+"""What rewards with a pretrained network have in common: it is frozen, and run as an `Execution` says."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mfm_rewards.execution import Execution, as_execution, autocast
 from mfm_rewards.preprocessing import Preprocessing
 from mfm_rewards.protocol import Reward
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a user wants to know of pretrained weights before getting them.
+    """What a user wants to know about pretrained weights before getting them.
 
-    measures, values: what the reward tells, and its usual range; licence, source: of the weights, with the paper;
-    fetch: the command that gets them; parameters: in millions; activations: GB that an image keeps for its gradient, in
-    fp32.
+    Args:
+        measures: what the reward measures.
+        values: its usual range.
+        licence: of the weights.
+        source: of the weights, with the paper.
+        fetch: the command that downloads them.
+        parameters: in millions.
+        activations: GB that an image keeps for its gradient, in fp32.
     """
 
     measures: str
@@ -38,76 +45,60 @@ class Card:
 
 
 class PretrainedReward(Reward):
-    """Base class. A subclass builds its network, calls `freeze`, and implements `score`.
+    """Base class of rewards with a pretrained network. A subclass builds it, calls `freeze`, and implements `score`.
 
-    Always in evaluation mode, and nothing in it is trained. It computes in its own precision, whatever autocast is
-    around it, and returns float32 (float64 if its weights are).
+    It stays in evaluation mode, and its weights are not trained. It returns float32 (float64 if its weights are), and
+    ignores autocast around it: the precision is the one given here.
 
     Args:
-        precision: of the network, "fp32", or "bf16" by autocast; what is made of its features is computed in fp32.
-        checkpoint_activations: keep the input of each block only and compute the rest again in the backward pass.
-        compile: `torch.compile`, block by block.
-        max_rows: images at once; with a gradient, parts are computed again in the backward pass: memory is that of one.
+        execution: how the network is run, an `mfm_rewards.execution.Execution` or a dictionary of its fields; the
+            defaults of `Execution` where None.
     """
 
     card: Card
     preprocess: Preprocessing
 
-    def __init__(
-        self,
-        precision: str = "fp32",
-        checkpoint_activations: bool = False,
-        compile: bool = False,
-        max_rows: int = 64,
-    ) -> None:
+    def __init__(self, execution: Execution | dict[str, Any] | None = None) -> None:
         super().__init__()
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"unknown precision {precision!r}: expected 'fp32' or 'bf16'")
-        if max_rows < 1:
-            raise ValueError(f"max_rows {max_rows} must be at least 1")
-        self.precision, self.max_rows = precision, max_rows
-        self._checkpoint, self._compile = checkpoint_activations, compile
+        self.execution = as_execution(execution)
 
-    def in_precision(self, device: torch.device) -> torch.autocast:
-        """A context for the network alone."""
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def score(self, pixels: Tensor, *context: Any) -> Tensor:
-        """Rewards `(B,)` of preprocessed images `(B, 3, size, size)`."""
-        raise TypeError(f"{type(self).__name__} must implement score(pixels, ...)")
+    @abstractmethod
+    def score(self, pixels: Tensor, *context: Any, **named: Any) -> Tensor:
+        """Rewards `(B,)` of preprocessed images `(B, 3, size, size)` and what else the reward `needs`, in its order."""
 
     def freeze(self, stacks: Iterable[nn.ModuleList]) -> None:
-        """Freeze the weights, and make the blocks of each stack be executed as the options say."""
+        """Freeze the weights, and run the blocks of each stack as `execution` says."""
         self.eval().requires_grad_(False)
         for stack in stacks:
             for i, block in enumerate(stack):
-                if self._compile:
+                if self.execution.compile:
                     block.compile()
-                if self._checkpoint:
+                if self.execution.checkpoint_activations:
                     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
                     stack[i] = checkpoint_wrapper(block)
 
     def train(self, mode: bool = True) -> PretrainedReward:
-        """Stays in evaluation mode: a frozen network has no use for dropout."""
+        """Stays in evaluation mode, whatever `mode` is: a frozen network has no use for dropout."""
         return super().train(False)
 
     def forward(self, images: Tensor, *context: Any) -> Tensor:
         graph = torch.is_grad_enabled() and images.requires_grad
-        starts = range(0, len(images), self.max_rows)
+        rows = self.execution.max_rows
+        starts = range(0, len(images), rows)
         if len(starts) <= 1:
             return self._part(images, *context)
-        parts = [(images[i : i + self.max_rows], *[c[i : i + self.max_rows] for c in context]) for i in starts]
+        parts = [(images[i : i + rows], *[c[i : i + rows] for c in context]) for i in starts]
         if graph:
-            return torch.cat([checkpoint(self._part, *part, use_reentrant=False) for part in parts])
+            return torch.cat([cast(Tensor, checkpoint(self._part, *part, use_reentrant=False)) for part in parts])
         return torch.cat([self._part(*part) for part in parts])
 
     def _part(self, images: Tensor, *context: Any) -> Tensor:
         dtype = next(self.parameters()).dtype
-        with torch.autocast(images.device.type, enabled=False):  # any around it
+        with autocast(images.device, "fp32"):
             return at_least_float32(self.score(self.preprocess(images.to(dtype)), *context))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """In float32, or float64 as it is."""
+    """`x` in float32; float64 as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

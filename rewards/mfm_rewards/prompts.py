@@ -1,4 +1,4 @@
-"""Prompts: class names, templates with a class name, and what a model makes of a prompt, computed once."""
+"""Prompts: class names, templates with a class name, and a cache of encoded prompts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ def imagenet_classes() -> list[str]:
 
 
 def load_class_names(path: str | Path | None = None) -> list[str]:
-    """Names by label: a text file, one a line (lines from a # on are comments), or a JSON list or `{label: name}`;
-    ImageNet's where None.
+    """Class names, by label.
+
+    Args:
+        path: a text file with one name a line (lines that begin with # are comments), or a JSON list, or a JSON object
+            `{label: name}`; ImageNet's names where None.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is not of that kind, or labels are missing.
+        FileNotFoundError: if there is no such file.
+        ValueError: if its content is something else, or labels are missing.
     """
     if path is None:
         return imagenet_classes()
@@ -63,12 +66,12 @@ def class_prompts(template: str, names: Sequence[str]) -> list[str]:
 
 
 class PromptCache:
-    """What `encode` makes of prompts, each encoded once.
+    """Encoded prompts; each is encoded once and kept.
 
     Args:
         encode: N prompts to `(N, ...)`; called without gradients.
-        max_size: prompts kept; more are encoded again.
-        max_rows: prompts encoded at once.
+        max_size: largest number of prompts kept; beyond it, all are forgotten.
+        max_rows: largest number of prompts encoded at once.
     """
 
     def __init__(self, encode: Callable[[list[str]], Tensor], max_size: int = 8192, max_rows: int = 64) -> None:
@@ -81,7 +84,7 @@ class PromptCache:
         if len(self._known) + len(new) > self.max_size:
             self._known.clear()
             new = list(dict.fromkeys(prompts))
-        # outside inference mode, whose tensors no gradient may be taken through later
+        # not in inference mode: its tensors cannot take part in a gradient later
         with torch.inference_mode(False), torch.no_grad():
             for i in range(0, len(new), self.max_rows):
                 part = new[i : i + self.max_rows]

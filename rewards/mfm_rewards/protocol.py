@@ -1,15 +1,17 @@
 """What a reward is: decoded images in, one number an image out.
 
-A plain function or an `nn.Module` is a reward already. `Reward` states the two things that methods ask about it:
-whether it can be differentiated, and what it looks at. A function that states neither is taken to be differentiable,
-and to take what its arguments are named after.
+A plain function or an `nn.Module` is a reward already. `Reward` adds what methods ask about it: whether it can be
+differentiated, and what it takes besides images. A function without these attributes counts as differentiable, and
+takes what its arguments are named after.
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +24,16 @@ class RewardError(ValueError):
     """A reward that failed, or returned something that is not one finite number an image."""
 
 
-class Reward(nn.Module):
-    """Base class of the rewards here; subclassing it is a convenience, not a duty.
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+class Reward(nn.Module, ABC):
+    """Base class of rewards; a plain function works too.
 
     Attributes:
+        name: how messages call it; `build` gives it the registered name.
         differentiable: whether `forward` can be differentiated in the images.
         needs: what `forward` takes, in this order, of "images" `(B, C, H, W)` in [0, 1] (or the states themselves,
             where they are not images), "prompts" (B strings) and "labels" `(B,)`.
@@ -33,14 +41,21 @@ class Reward(nn.Module):
 
     differentiable: bool = True
     needs: tuple[str, ...] = ("images",)
+    name: str
 
-    def forward(self, images: Tensor, *context: Any) -> Tensor:
-        """Rewards `(B,)`."""
-        raise TypeError(f"{type(self).__name__} must implement forward(images, ...) -> (B,)")
+    @abstractmethod
+    def forward(self, images: Tensor, *context: Any, **named: Any) -> Tensor:
+        """Rewards `(B,)`; it is called with what it `needs`, in that order."""
 
 
 class FunctionReward(Reward):
-    """Any callable as a `Reward`; what it needs is read off its arguments' names where it does not say so itself."""
+    """Any callable as a `Reward`.
+
+    Args:
+        function: takes images `(B, C, H, W)`, and, by these names, `prompts` and `labels`, to values `(B,)`. Its
+            attributes `differentiable` and `needs` count, if it has them.
+        name: how messages call it; the function's own name where None.
+    """
 
     def __init__(self, function: Callable[..., Tensor], name: str | None = None) -> None:
         super().__init__()
@@ -81,7 +96,7 @@ def as_reward(reward: Callable[..., Tensor], name: str | None = None) -> Reward:
 
 
 def device_of(reward: Reward) -> torch.device:
-    """Where its weights are; the CPU for one that has none."""
+    """The device of its weights; the CPU if it has none."""
     return next(itertools.chain(reward.parameters(), reward.buffers()), torch.empty(0, device="cpu")).device
 
 
@@ -136,7 +151,9 @@ def evaluate(
 def check_context(reward: Reward, num: int, prompts: Sequence[str] | None, labels: Tensor | None) -> None:
     """Raise RewardError unless what the reward needs besides images is there, one for each of `num` images."""
     for what, value in (("prompts", prompts), ("labels", labels)):
-        if what in reward.needs and value is None:
+        if what not in reward.needs:
+            continue
+        if value is None:
             raise RewardError(f"reward {name_of(reward)!r} needs {what}: give one for each image")
-        if what in reward.needs and len(value) != num:
+        if len(value) != num:
             raise RewardError(f"reward {name_of(reward)!r} was given {len(value)} {what} for {num} images")

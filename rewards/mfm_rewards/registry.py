@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
-from typing import Any
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar, overload
 
-from mfm_rewards.protocol import Reward, RewardError, as_reward
+from mfm_rewards.execution import OPTIONS
+from mfm_rewards.protocol import Reward, RewardError, as_reward, nearest
 
 ENTRY_POINTS = "mfm_lightning.rewards"
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 _FACTORIES: dict[str, Callable[..., Any]] = {}
 
 
-def register(name: str, factory: Callable | None = None) -> Callable:
+@overload
+def register(name: str) -> Callable[[Factory], Factory]: ...
+@overload
+def register(name: str, factory: Factory) -> Factory: ...
+def register(name: str, factory: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Make a reward known by `name`; as a decorator, or with the factory as second argument.
 
     A class is a factory: `build(name, **options)` calls it with the options. So is a function without a required
@@ -26,20 +31,18 @@ def register(name: str, factory: Callable | None = None) -> Callable:
         ValueError: if the name is taken by something else.
     """
 
-    def add(factory: Callable) -> Callable:
+    def add(factory: Callable[..., Any]) -> Callable[..., Any]:
         known = _FACTORIES.get(name)
-        same = known is None or (known.__module__, known.__qualname__) == (factory.__module__, factory.__qualname__)
-        if not same:
-            raise ValueError(f"reward {name!r} is registered already, as {known.__module__}.{known.__qualname__}")
+        if known is not None and _place(known) != _place(factory):
+            raise ValueError(f"reward {name!r} is registered already, as {_place(known)}")
         _FACTORIES[name] = factory
         return factory
 
     return add if factory is None else add(factory)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like `name`."""
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+def _place(factory: Callable[..., Any]) -> str:
+    return f"{factory.__module__}.{factory.__qualname__}"
 
 
 def _load_plugins() -> None:
@@ -51,7 +54,7 @@ def _load_plugins() -> None:
 class _Plugin:
     """A reward of an installed package, imported when it is first asked for."""
 
-    def __init__(self, point) -> None:
+    def __init__(self, point: EntryPoint) -> None:
         self.point, self.__module__, self.__qualname__ = point, point.module, point.attr
         self.__doc__ = f"from {point.value}"
 
@@ -128,13 +131,23 @@ def _call(factory: Callable, name: str, options: dict[str, Any]) -> Reward:
         if options:
             raise RewardError(f"reward {name!r} is a function of images and has no options, got {', '.join(options)}")
         return as_reward(factory, name)
+    signature = inspect.signature(factory)
     try:
-        inspect.signature(factory).bind(**options)
+        signature.bind(**options)
     except TypeError as error:
-        raise RewardError(f"options of reward {name!r} do not fit: {error}") from error
+        raise RewardError(f"options of reward {name!r} do not fit: {error}{_moved(signature, options)}") from error
     try:
         return as_reward(factory(**options), name)
     except RewardError:
         raise
     except (TypeError, ValueError, OSError, ImportError) as error:
         raise RewardError(f"reward {name!r} cannot be built: {error}") from error
+
+
+def _moved(signature: inspect.Signature, options: dict[str, Any]) -> str:
+    """A hint for options that stand beside `execution`, and belong under it."""
+    names = [name for name in options if name in OPTIONS and name not in signature.parameters]
+    if not names or "execution" not in signature.parameters:
+        return ""
+    given = ", ".join(f"{name}: {options[name]}" for name in names)
+    return f" ({', '.join(names)}: now under execution, as in execution: {{{given}}})"

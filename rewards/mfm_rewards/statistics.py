@@ -13,7 +13,11 @@ from mfm_rewards.registry import register
 
 @register("brightness")
 class Brightness(Reward):
-    """Mean of all pixels, times `scale`."""
+    """Mean of all pixels, times `scale`.
+
+    Args:
+        scale: factor of the reward.
+    """
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -25,7 +29,11 @@ class Brightness(Reward):
 
 @register("contrast")
 class Contrast(Reward):
-    """Standard deviation of the pixels' grey values, times `scale`."""
+    """Standard deviation of the pixels' grey values, times `scale`.
+
+    Args:
+        scale: factor of the reward.
+    """
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -39,7 +47,11 @@ class Contrast(Reward):
 
 @register("saturation")
 class Saturation(Reward):
-    """Mean over pixels of the largest minus the smallest channel, times `scale`; 0 for grey images."""
+    """Mean over pixels of the largest minus the smallest channel, times `scale`; 0 for grey images.
+
+    Args:
+        scale: factor of the reward.
+    """
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -51,7 +63,11 @@ class Saturation(Reward):
 
 @register("smoothness")
 class Smoothness(Reward):
-    """Minus the mean absolute difference of neighbouring pixels (total variation), times `scale`."""
+    """Minus the mean absolute difference of neighbouring pixels (total variation), times `scale`.
+
+    Args:
+        scale: factor of the reward.
+    """
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -64,7 +80,14 @@ class Smoothness(Reward):
 
 @register("colour")
 class Colour(Reward):
-    """Minus the squared distance of the mean colour from a target, times `scale`."""
+    """Minus the squared distance of the mean colour from a target, times `scale`.
+
+    Args:
+        target: the colour, one number in [0, 1] for each channel.
+        scale: factor of the reward.
+    """
+
+    target: Tensor
 
     def __init__(self, target: Sequence[float], scale: float = 1.0) -> None:
         super().__init__()

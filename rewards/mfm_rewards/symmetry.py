@@ -12,7 +12,12 @@ AXES = {"left_right": (3,), "up_down": (2,), "rotation": (2, 3)}
 
 @register("symmetry")
 class Symmetry(Reward):
-    """Minus the mean squared difference from the image mirrored left-right, up-down, or turned by half (rotation)."""
+    """Minus the mean squared difference between an image and its mirror image.
+
+    Args:
+        axis: "left_right" or "up_down" to mirror it, "rotation" to turn it by 180 degrees.
+        scale: factor of the reward.
+    """
 
     def __init__(self, axis: str = "left_right", scale: float = 1.0) -> None:
         super().__init__()

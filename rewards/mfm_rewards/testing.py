@@ -1,4 +1,4 @@
-"""A conformance kit: does a reward do what steering, search and fine-tuning rely on?
+"""A conformance kit: does a reward behave as steering, search and fine-tuning need it to?
 
     from mfm_rewards.testing import check_reward
 
@@ -25,7 +25,13 @@ STEPS = (0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4)  # of finite differences, as norms o
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was asked, how it went ("passed", "failed", "skipped"), and what was found."""
+    """One check of a reward.
+
+    Args:
+        name: what was checked.
+        outcome: "passed", "failed" or "skipped".
+        found: what was found, in words.
+    """
 
     name: str
     outcome: str
@@ -34,7 +40,12 @@ class Check:
 
 @dataclass
 class Conformance:
-    """The outcome of `check_reward`."""
+    """The outcome of `check_reward`.
+
+    Args:
+        reward: its name.
+        checks: all checks, in their order.
+    """
 
     reward: str
     checks: list[Check] = field(default_factory=list)
@@ -76,12 +87,17 @@ def check_reward(
         reward: a reward, or a function that is one.
         images: `(B, C, H, W)` in [0, 1], B >= 3; where None, four random smooth ones of 3 x 48 x 48 on the reward's
             device.
-        prompts, labels: for rewards that need them; some prompts, and labels 0..B-1, where None.
-        tolerance: of values, relative to their spread and size.
-        gradient_tolerance: relative, of directional derivatives.
+        prompts: B strings, for rewards that need them; some of the kit's own where None.
+        labels: `(B,)`, for rewards that need them; 0..B-1 where None.
+        tolerance: largest difference of values, relative to their spread and size.
+        gradient_tolerance: largest relative error of directional derivatives.
+        seed: of the random images and directions.
 
     Returns:
-        what was found; nothing is raised for a reward that fails.
+        the outcome of each check; a reward that fails raises nothing.
+
+    Raises:
+        ValueError: for fewer than 3 images.
     """
     reward = as_reward(reward)
     if images is None:
@@ -95,7 +111,7 @@ def check_reward(
     for name, check in kit.checks():
         try:
             outcome, found = check()
-        except Exception as error:  # a check that cannot be made is one that failed
+        except Exception as error:  # a check that raises has failed
             outcome, found = "failed", f"{type(error).__name__}: {error}"
         result.checks.append(Check(name, outcome, found))
     return result
@@ -112,7 +128,16 @@ def smooth_images(num: int, channels: int = 3, size: int = 48, seed: int = 0) ->
 class _Kit:
     """The checks of one reward on some images."""
 
-    def __init__(self, reward: Reward, images, prompts, labels, tolerance, gradient_tolerance, seed) -> None:
+    def __init__(
+        self,
+        reward: Reward,
+        images: Tensor,
+        prompts: list[str],
+        labels: Tensor,
+        tolerance: float,
+        gradient_tolerance: float,
+        seed: int,
+    ) -> None:
         self.reward, self.images, self.prompts, self.labels = reward, images, prompts, labels
         self.tolerance, self.gradient_tolerance, self.seed = tolerance, gradient_tolerance, seed
 
@@ -139,7 +164,7 @@ class _Kit:
             return self.values(*arguments).double()
 
     def scale(self, values: Tensor) -> float:
-        """What a difference of values is measured by."""
+        """The unit of differences of values."""
         return max(values.std().item(), 1e-3 * values.abs().max().item(), 1e-12)
 
     def same(self, a: Tensor, b: Tensor, what: str, times: float = 1.0) -> tuple[str, str]:
@@ -152,7 +177,7 @@ class _Kit:
         with torch.no_grad():
             values = self.values()
         if values.dtype.itemsize < 4:
-            return "failed", f"{values.dtype}: too coarse for log-sum-exps, return float32"
+            return "failed", f"{values.dtype}: too coarse for log-sum-exp, return float32"
         return "passed", f"{tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
 
     def deterministic(self) -> tuple[str, str]:
@@ -230,7 +255,7 @@ class _Kit:
                 errors.append(
                     ((ahead - behind) / (2 * step) - wanted).abs() / size.double().clamp_min(size.max() * 1e-3)
                 )
-            # each image by the step that suits it best: large ones are crooked, small ones drown in rounding
+            # the best step for each image: large steps are not linear, small ones are lost in rounding
             worst = max(worst, torch.stack(errors).amin(dim=0).max().item())
         outcome = "passed" if worst <= self.gradient_tolerance else "failed"
         return outcome, f"off finite differences by {worst:.2g} of its size (at most {self.gradient_tolerance:g})"
@@ -246,7 +271,7 @@ class _Kit:
 
     def nan(self) -> tuple[str, str]:
         images = self.images.clone()
-        rows = images.shape[2] // 4  # where neither a crop nor a mask leaves all of it out
+        rows = images.shape[2] // 4  # in the middle, so that a crop or a mask keeps some of it
         images[1, :, rows : max(rows + 1, 3 * rows)] = torch.nan
         exact = self.plain()
         context = {"prompts": self.prompts, "labels": self.labels}

@@ -1,7 +1,8 @@
 """Pretrained weights: where they are, and how they are read.
 
-They are local files, or those of a Hugging Face repository: in its cache on this machine, and downloaded only where
-that is allowed. Only plain tensors are read: `.pt`, `.pth`, `.bin` and `.ckpt` files with `weights_only=True`.
+They are local files, or files of a Hugging Face repository. Those are taken from its cache on this machine, and
+downloaded only where that is allowed. Only plain tensors are read: `.pt`, `.pth`, `.bin` and `.ckpt` files with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ _REPOSITORY = re.compile(r"^(?:hf:)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<fil
 
 
 class CheckpointError(ValueError):
-    """A file that is not what it was taken for."""
+    """A file that does not hold the weights that were expected."""
 
 
 def find_file(path: str | Path, allow_download: bool = False, revision: str | None = None) -> Path:
     """The local path of a checkpoint.
 
     Args:
-        path: a file; or `org/name` or `org/name/file`, also as `hf:org/name...` where a local folder has that name: a
-            repository, in Hugging Face's cache on this machine. Without a file, it must have one checkpoint only, or a
+        path: a file; or a Hugging Face repository, `org/name` or `org/name/file` (write `hf:org/name` where a local
+            folder has that name). Without a file, the repository must have one checkpoint only, or a
             `model.safetensors`.
-        allow_download: fetch it where it is not in the cache.
+        allow_download: download it where it is not in Hugging Face's cache on this machine.
         revision: branch, tag or commit of the repository.
 
     Raises:
@@ -73,7 +74,8 @@ def find_folder(
         path: a folder, or a repository `org/name` (also `hf:org/name`).
         needed: files that must be there; `"a|b"`: one of them.
         wanted: patterns of further files that are downloaded with them.
-        allow_download, revision: as in `find_file`.
+        allow_download: download it where it is not in Hugging Face's cache on this machine.
+        revision: branch, tag or commit of the repository.
         what: how errors call it.
 
     Raises:
@@ -128,10 +130,11 @@ def _hub(text: str):
 def _from_hub(
     ways: Sequence[Callable[[], Path]], text: str, repo: str, files: list[str], what: str, revision: str | None
 ) -> Path:
-    """The first of the ways that leads to it; the error is that of the last."""
+    """What the first of the ways finds; if all fail, the error of the last."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    failure: Exception | None = None
     for way in ways:
         try:
             return way()
@@ -139,7 +142,7 @@ def _from_hub(
             raise FileNotFoundError(f"no {what} at {text}, which is no name of a repository either: {error}") from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             failure = error
-    # that nothing is in the cache is said here; all else (a download that failed, no permission) in its own words
+    # other failures than an empty cache (a failed download, no permission) are quoted
     reason = "" if isinstance(failure, LocalEntryNotFoundError) else f" ({str(failure).strip().splitlines()[0]})"
     named = f"{', '.join(files)} of {repo}" if files else f"a {what} of {repo}"
     at = f" --revision {revision}" if revision else ""
@@ -220,8 +223,9 @@ def load_into(
 
     Args:
         required: the names that must be there; all must be the network's.
-        path, source: where the tensors are from, for the error.
-        assign: put the tensors themselves in, in place of what is there (on the meta device).
+        path: the file of the tensors, for the error.
+        source: what the tensors should be, for the error.
+        assign: take the tensors themselves as weights instead of copying them (for a network on the meta device).
 
     Raises:
         CheckpointError: if names or shapes do not fit, with the file, the first names, and both shapes.

@@ -27,7 +27,7 @@ def test_activations_and_operations_are_those_of_a_real_step(precision, checkpoi
         network = DiT(**NETWORK)
     objective = Objective(pairs=PairSampler(guidance_scale=2.5), share_inner=True)
     execution = Execution(checkpoint_activations=checkpointed)
-    plan = plan_training(network, objective, 32, bf16=precision == "bf16", execution=execution, fake=fake)
+    plan = plan_training(network, objective, 32, precision=precision, execution=execution, fake=fake)
     training, variant = Training(NETWORK, 32, precision, torch.device("cpu")), Variant("", checkpoint=checkpointed)
     training.restore()
     real = peak_bytes(lambda: training.backward(variant), torch.device("cpu"))
@@ -46,7 +46,7 @@ def test_guidance_of_the_data_by_the_model_itself_is_counted():
         objective = Objective([WeightedTerm(name) for name in names], pairs=pairs)
         with FakeTensorMode() as fake:
             network = DiT(**NETWORK)
-        plan = plan_training(network, objective, 64, bf16=False, fake=fake)
+        plan = plan_training(network, objective, 64, precision="fp32", fake=fake)
         model, x, label = MetaFlowMap(DiT(**NETWORK)), torch.randn(64, 4, 16, 16), torch.randint(10, (64,))
         real = count_flops(lambda: objective(model, None, x, label)["loss"].backward())  # noqa: B023
         assert plan.flops == pytest.approx(real, rel=0.05), names

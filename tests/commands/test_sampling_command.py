@@ -165,7 +165,7 @@ def test_samplers_are_the_functions_they_name(model):
         step = ModelSampler("flow_map", 1)(model, label, plan.generators(range(4)))
         assert torch.equal(step, model.flow_map(0.0, 1.0, x0, 0.0, torch.zeros_like(x0), label))
     exact = ModelSampler("refinement", 2)(model, label, plan.generators(range(4)))
-    half = ModelSampler("refinement", 2, bf16=True)(model, label, plan.generators(range(4)))
+    half = ModelSampler("refinement", 2, precision="bf16")(model, label, plan.generators(range(4)))
     assert half.dtype == torch.float32
     assert 0 < (half - exact).norm() < 0.02 * exact.norm()
 

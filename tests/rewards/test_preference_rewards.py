@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_tensor
 import mfm_rewards
 from mfm_rewards.clip_tokens import CLIPTokenizer
 from mfm_rewards.clip_weights import infer_config, transformers_names
+from mfm_rewards.execution import Execution
 from mfm_rewards.image_reward import build_model, infer_sizes
 from mfm_rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from mfm_rewards.prompts import PromptCache, class_prompts, imagenet_classes
@@ -252,8 +253,8 @@ def test_each_prompt_is_encoded_once(tiny, images):
 
 @pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "image_reward"])
 def test_execution_changes_neither_values_nor_gradients(tiny, images, name):
-    def run(**options):
-        reward = mfm_rewards.build(name, **tiny[name], **options)
+    def run(**execution):
+        reward = mfm_rewards.build(name, **tiny[name], execution=execution)
         assert not any(p.requires_grad for p in reward.parameters())
         x = images.clone().requires_grad_()
         values = reward(x, *([TEXTS] if "prompts" in reward.needs else []))
@@ -279,7 +280,7 @@ def test_compiled_blocks_give_the_same(tiny, images, options, name):
         pytest.skip("torch.compile needs a C++ compiler on CPU")
     found = []
     for compiled in (False, True):
-        reward = mfm_rewards.build(name, **tiny[name], compile=compiled, **options)
+        reward = mfm_rewards.build(name, **tiny[name], execution={"compile": compiled, **options})
         x = images.clone().requires_grad_()
         values = reward(x, TEXTS)
         found.append((values.detach(), torch.autograd.grad(values.sum(), x)[0]))
@@ -290,7 +291,7 @@ def test_compiled_blocks_give_the_same(tiny, images, options, name):
 def test_checkpointed_blocks_keep_less(tiny, images):
     kept = {}
     for on in (False, True):
-        reward = mfm_rewards.build("pickscore", **tiny["pickscore"], checkpoint_activations=on)
+        reward = mfm_rewards.build("pickscore", **tiny["pickscore"], execution=Execution(checkpoint_activations=on))
         x = images.clone().requires_grad_()
         kept[on] = kept_for_the_gradient(reward, lambda reward=reward, x=x: reward(x, TEXTS))
     assert kept[True] < 0.5 * kept[False]

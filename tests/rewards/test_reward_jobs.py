@@ -139,7 +139,11 @@ def test_scoring_showing_and_checking(tiny, folder, capsys):
             main([*score, *arguments])
     main(["rewards", "--show", "image_reward"])
     shown = capsys.readouterr().out
-    for what in ("Apache-2.0", "hf download THUDM/ImageReward ImageReward.pt", "checkpoint_activations: bool = False"):
+    for what in (
+        "Apache-2.0",
+        "hf download THUDM/ImageReward ImageReward.pt",
+        "execution.checkpoint_activations: bool = False",
+    ):
         assert what in " ".join(shown.split())
     main(["rewards", "--check", "hpsv2", *options])
     assert capsys.readouterr().out.count("passed") == 8
@@ -147,7 +151,9 @@ def test_scoring_showing_and_checking(tiny, folder, capsys):
     assert capsys.readouterr().out.count("passed") == 8
     with pytest.raises(SystemExit, match=r"1\.png has shape .*, 0\.png .* a batch of one size"):
         main(["rewards", "--check", "hpsv2", "--images", ".", *options])
-    Path("mine.py").write_text("import rewards\nrewards.register('half', lambda images: images[:1].mean((1, 2, 3)))\n")
+    Path("mine.py").write_text(
+        "import mfm_rewards\nmfm_rewards.register('half', lambda images: images[:1].mean((1, 2, 3)))\n"
+    )
     sys.path.insert(0, str(folder))
     try:
         import mine  # noqa: F401

@@ -73,7 +73,12 @@ def test_missing_and_wrong_weights_are_named(tiny, tmp_path, monkeypatch):
         ("image_reward", {**tiny["image_reward"], "tokenizer": str(tmp_path)}, r"has no vocab\.txt"),
         ("hpsv2", {"weights": tiny["image_reward"]["weights"]}, r"holds no CLIP with a vision transformer"),
         ("image_reward", {"weights": tiny["hpsv2"]["weights"]}, r"not the weights of an ImageReward"),
-        ("hpsv2", {**tiny["hpsv2"], "precision": "fp8"}, r"unknown precision 'fp8'"),
+        ("hpsv2", {**tiny["hpsv2"], "execution": {"precision": "fp8"}}, r"unknown precision 'fp8': .*fp32, bf16, fp16"),
+        ("hpsv2", {**tiny["hpsv2"], "execution": {"max_rows": 0}}, r"max_rows must be a whole number, at least 1"),
+        ("hpsv2", {**tiny["hpsv2"], "execution": {"compile": "no"}}, r"compile must be true or false, got 'no'"),
+        ("image_reward", {"execution": {"precison": "bf16"}}, r"execution\.precison: did you mean 'precision'\?"),
+        ("aesthetic", {**tiny["aesthetic"], "execution": "bf16"}, r"execution must be a dictionary .*, got 'bf16'"),
+        ("hpsv2", {"precision": "bf16"}, r"options of reward 'hpsv2' do not fit.*execution: \{precision: bf16\}"),
         ("hpsv2", {**tiny["hpsv2"], "colour": 1}, r"options of reward 'hpsv2' do not fit.*colour"),
     ]  # fmt: skip
     for name, options, message in cases:

@@ -14,6 +14,7 @@ from mfm_benchmarks.timing import Step
 from mfm_lightning.networks import dual
 from mfm_lightning.networks.dual import Dual
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
+from mfm_rewards.execution import DTYPES
 
 Pair = tuple[Step, Step]  # the work as it is done, and as it would be done
 
@@ -128,4 +129,4 @@ def _num_tokens(training: Training) -> int:
 
 
 def _dtype(training: Training) -> torch.dtype:
-    return torch.bfloat16 if training.precision == "bf16" else torch.float32
+    return DTYPES[training.precision]

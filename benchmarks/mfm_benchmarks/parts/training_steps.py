@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from mfm_lightning.networks import DiT
 from mfm_lightning.objectives import InnerSample, Objective, Pair, PairSampler, WeightedTerm
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
 from mfm_lightning.tangents import velocity_and_jvp
+from mfm_rewards.execution import Precision, autocast
 
 REFERENCE = "reference"
 GUIDANCE = 2.5
@@ -71,10 +72,10 @@ class Training:
     Args:
         network: arguments of the DiT.
         batch: samples.
-        precision: "fp32" or "bf16" (autocast).
+        precision: of the networks, "fp32", "bf16" or "fp16".
     """
 
-    def __init__(self, network: dict, batch: int, precision: str, device: torch.device) -> None:
+    def __init__(self, network: dict, batch: int, precision: Precision, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device, self.precision = device, precision
         self.model, teacher = (random_model(network).to(device) for _ in range(2))
@@ -101,8 +102,8 @@ class Training:
         for p, kept in zip(self.model.parameters(), self._began, strict=True):
             p.data.copy_(kept)
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.precision)
 
     def backward(self, variant: Variant) -> Tensor:
         """The loss of a fixed batch; its gradients are in the parameters."""

@@ -17,8 +17,8 @@ from mfm_benchmarks.parts.training_steps import REFERENCE, VARIANTS, Training, V
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_benchmarks.timing import TIMED, Step, count_flops, interleaved, peak_bytes, product_peak
 from mfm_lightning.networks.dit import architecture
+from mfm_rewards.execution import DTYPES, Precision, check_precision
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT = "explicit"
 
 
@@ -29,7 +29,8 @@ class TrainingSpeedSuite(Suite):
     Args:
         sizes: models by name, each with its batch: on a GPU `gpu_sizes` are taken.
         gpu_sizes: the same for a GPU, with batches that fill it.
-        precisions: "fp32" and "bf16" (autocast); `gpu_precisions` on a GPU.
+        precisions: some of "fp32", "bf16" and "fp16"; on a GPU `gpu_precisions` are taken.
+        gpu_precisions: the same for a GPU.
         rounds: how often each step is timed; all steps take turns.
         input_size, in_channels: of the latents.
         compile: also time the compiled step (a minute or so of compilation each).
@@ -60,13 +61,12 @@ class TrainingSpeedSuite(Suite):
         draws: list[int] = (1, 4),
     ) -> None:
         self.sizes, self.gpu_sizes = sizes or {"S/2": 8, "B/2": 4}, gpu_sizes or {"S/2": 256, "B/2": 128}
-        self.precisions, self.gpu_precisions = list(precisions), list(gpu_precisions)
+        self.precisions = [check_precision(p) for p in precisions]
+        self.gpu_precisions = [check_precision(p) for p in gpu_precisions]
         self.rounds, self.input_size, self.in_channels, self.compile = rounds, input_size, in_channels, compile
         self.sampling_sizes, self.draws = list(sampling_sizes), list(draws)
         if rounds < 2:
             raise ValueError(f"rounds {rounds}: an interval needs at least 2")
-        if unknown := [p for p in (*self.precisions, *self.gpu_precisions) if p not in PRECISIONS]:
-            raise ValueError(f"unknown precision {unknown[0]!r}: expected one of {', '.join(PRECISIONS)}")
         for size in (*self.sizes, *self.gpu_sizes, *self.sampling_sizes):
             architecture(size)
 
@@ -116,7 +116,7 @@ class TrainingSpeedSuite(Suite):
     def _network(self, size: str) -> dict[str, Any]:
         return {**architecture(size), "input_size": self.input_size, "in_channels": self.in_channels}
 
-    def _compute(self, size: str, batch: int, precision: str) -> Outcome:
+    def _compute(self, size: str, batch: int, precision: Precision) -> Outcome:
         training = Training(self._network(size), batch, precision, self.device)
         compiled = training.compiled() if self.compile else None
 
@@ -152,7 +152,7 @@ class TrainingSpeedSuite(Suite):
                 "parts": parts,
                 "tried": tried,
                 "flops": count_flops(lambda: training.step(explicit)),
-                "peak": product_peak(self.device, PRECISIONS[precision]),
+                "peak": product_peak(self.device, DTYPES[precision]),
             }
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
 from functools import cached_property
 
 import numpy as np
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.networks.decoders import load_vae
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from mfm_rewards.execution import Precision, autocast, check_precision
 
 
 class MomentEncoder:
@@ -21,7 +19,7 @@ class MomentEncoder:
     Args:
         path: a folder that `AutoencoderKL.from_pretrained` reads, or a Hugging Face id.
         device: that it runs on.
-        precision: "fp32", or autocast to "bf16" or "fp16".
+        precision: "fp32", "bf16" or "fp16".
         allow_download: fetch the weights where they are not there.
 
     Raises:
@@ -34,11 +32,10 @@ class MomentEncoder:
         self,
         path: str = "stabilityai/sd-vae-ft-mse",
         device: torch.device | str = "cpu",
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         allow_download: bool = False,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         self.device, self.precision = torch.device(device), precision
         self.vae = load_vae(path, allow_download).to(self.device)
         config = self.vae.config
@@ -78,7 +75,6 @@ class MomentEncoder:
         return moments.cpu().numpy()
 
     def _encode(self, x: Tensor) -> Tensor:
-        dtype = PRECISIONS[self.precision]
-        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+        with autocast(self.device, self.precision):
             posterior = self.vae.encode(x).latent_dist
         return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1)

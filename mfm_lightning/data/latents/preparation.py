@@ -26,6 +26,7 @@ from mfm_lightning.data.latents.shard_writer import PARTS, finished, write_json,
 from mfm_lightning.utils.atomic import clear_partials
 from mfm_lightning.utils.console import track
 from mfm_lightning.utils.devices import find_device
+from mfm_rewards.execution import Precision
 
 log = logging.getLogger(__name__)
 PREPARATION = "preparation.json"
@@ -60,7 +61,7 @@ class Preparation:
     shard_size: int = 1000
     batch_size: int = 32
     threads: int = 4
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     device: str = "auto"
     seed: int = 0
     class_index: str | None = None
