@@ -24,7 +24,7 @@ class MFMCLI(LightningCLI):
     """LightningCLI that loads checkpoints as plain tensors only and leaves printing results to the evaluation."""
 
     def before_instantiate_classes(self) -> None:
-        settings = self.config[self.subcommand]
+        settings = self.config[str(self.subcommand)]
         if settings.get("weights_only") is None:
             settings["weights_only"] = True
         if self.subcommand == "test":

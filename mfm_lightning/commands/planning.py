@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.execution import Execution
 from mfm_lightning.objectives import InnerSample, Objective, Pair, squared_error
+from mfm_lightning.objectives.teachers import Teacher
 
 FLOAT = 4  # bytes: weights, gradients, optimiser state and EMA are float32, under bf16-mixed as well
 
@@ -116,7 +117,7 @@ def plan_training(
 def _step(model: MetaFlowMap, objective: Objective, batch_size: int, bf16: bool) -> None:
     x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
     label = torch.zeros(batch_size, dtype=torch.long)
-    pair, total = Pair(x, s, x, label), 0.0
+    pair, total = Pair(x, s, x, label), torch.zeros(())
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)
@@ -125,11 +126,14 @@ def _step(model: MetaFlowMap, objective: Objective, batch_size: int, bf16: bool)
     total.backward()
 
 
-class _NoTeacher:
+class _NoTeacher(Teacher):
     """Drifts of no content, for terms that ask a teacher themselves."""
 
-    def drift(self, t, x: Tensor, label=None, guidance=None) -> Tensor:
+    def drift(self, t: Tensor, x: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         return torch.empty_like(x)
+
+    def to(self, device: torch.device) -> Teacher:
+        return self
 
 
 def _teacher_rows(objective: Objective) -> float:

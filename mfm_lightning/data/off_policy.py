@@ -7,9 +7,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from mfm_lightning.data.base import StepDataModule, generator
-from mfm_lightning.data.stream import BatchStream
+from mfm_lightning.data.base import StepDataModule, generator, trainer_of
+from mfm_lightning.data.stream import Batch, BatchStream
 from mfm_lightning.utils.distributed import gather_ranks, own
 
 
@@ -47,7 +48,7 @@ class OffPolicyDataModule(L.LightningDataModule):
         self.data, self.policy_share, self.buffer_size = data, policy_share, buffer_size
         self.refresh_every, self.ode_steps = refresh_every, ode_steps
         self.state_shape, self.num_classes = tuple(data.state_shape), data.num_classes
-        self._buffer: tuple[Tensor, Tensor] | None = None
+        self._buffer: Batch | None = None
 
     def __getattr__(self, name: str) -> Any:
         """Splits, decoding and an oracle are the other DataModule's."""
@@ -66,26 +67,28 @@ class OffPolicyDataModule(L.LightningDataModule):
         stream = self.data.train_dataloader()
         return BatchStream(self.train_batch, stream.length, stream.start)
 
-    def train_batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def train_batch(self, step: int) -> Batch:
         """The training batch of a step; renews the buffer where it is due."""
         x, label = self.data.train_batch(step)
         k = round(self.policy_share * len(x))
         if not k:
             return x, label
         seed = self.data.rank_seed() * 1_000_003 + step
-        if self._buffer is None or step % (self.refresh_every * self.trainer.accumulate_grad_batches) == 0:
-            self._buffer = self._sample(step, generator(seed))
+        refresh_every = self.refresh_every * trainer_of(self).accumulate_grad_batches
+        buffer = self._buffer
+        if buffer is None or step % refresh_every == 0:
+            self._buffer = buffer = self._sample(step, generator(seed))
         pick = torch.randint(self.buffer_size, (k,), generator=generator(seed + 1))
-        samples, labels = self._buffer
+        samples, labels = buffer
         return torch.cat([samples[pick], x[k:]]), torch.cat([labels[pick], label[k:]])
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader | list:
         return self.data.val_dataloader()
 
-    def test_dataloader(self):
+    def test_dataloader(self) -> DataLoader | list:
         return self.data.test_dataloader()
 
-    def predict_dataloader(self):
+    def predict_dataloader(self) -> DataLoader | list:
         return self.data.predict_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,13 +96,14 @@ class OffPolicyDataModule(L.LightningDataModule):
         data = {key: value for key, value in self.data.state_dict().items() if key != "num_workers"}
         return {"buffers": gather_ranks(self._buffer), "data": data}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._buffer = own(state["buffers"])
-        self.data.load_state_dict(state.get("data", {}))  # older checkpoints have none
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._buffer = own(state_dict["buffers"])
+        self.data.load_state_dict(state_dict.get("data", {}))  # older checkpoints have none
 
-    def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-        module = self.trainer.lightning_module
-        if not hasattr(module, "sample_policy"):
+    def _sample(self, step: int, noise: torch.Generator) -> Batch:
+        module = trainer_of(self).lightning_module
+        sample_policy = getattr(module, "sample_policy", None)
+        if sample_policy is None:
             raise ValueError(f"{type(module).__name__} has no policy to sample: set policy_share to 0")
         labels: list[Tensor] = []
         for later in range(step, step + self.buffer_size):  # classes as frequent as in the data's batches
@@ -109,7 +113,7 @@ class OffPolicyDataModule(L.LightningDataModule):
         label = torch.cat(labels)[: self.buffer_size]
         x0 = torch.randn(self.buffer_size, *self.state_shape, generator=noise)
         samples = [  # in batches of the size that training takes
-            module.sample_policy(x.to(module.device), y.to(module.device), self.ode_steps).float().cpu()
+            sample_policy(x.to(module.device), y.to(module.device), self.ode_steps).float().cpu()
             for x, y in zip(x0.split(self.data.batch_size), label.split(self.data.batch_size), strict=True)
         ]
         return torch.cat(samples), label
