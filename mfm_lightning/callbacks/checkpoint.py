@@ -12,8 +12,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -62,26 +62,27 @@ class LastCheckpoint(ModelCheckpoint):
         self._interrupt: Any = None  # what Ctrl-C did before
         self._requeued_by: int | None = None  # the signal
 
-    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.dirpath = trainer.default_root_dir
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        super().setup(trainer, module, stage)
+        super().setup(trainer, pl_module, stage)
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:  # of `--ckpt_path last`, before `setup`
         self.dirpath = trainer.default_root_dir
         mend(self._path(trainer))
         return super()._find_last_checkpoints(trainer)
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         environment = trainer._accelerator_connector.cluster_environment
-        slurm = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-        self._requeued_by = environment.requeue_signal if slurm else None
+        self._requeued_by = None
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeued_by = environment.requeue_signal
         self._stops = {signal.SIGINT, signal.SIGTERM, self._requeued_by or signal.SIGUSR1}
         os.register_at_fork(after_in_child=self._leave_signals)
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        super().on_train_start(trainer, module)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._steps, self._asked = trainer.global_step, 0
         # after Lightning's, which act at once, wherever each rank may be; it puts back all when the trainer is done
         if threading.current_thread() is threading.main_thread():
@@ -91,21 +92,23 @@ class LastCheckpoint(ModelCheckpoint):
             for number in self._stops:
                 signal.signal(number, self._ask)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._steps:
             return  # a batch within an optimiser step
         self._steps = trainer.global_step
         stop = trainer.strategy.reduce_boolean_decision(self._asked > 0, all=False)
         if stop and self._steps != trainer.max_steps:  # else it ends by itself
             self._stop(trainer)
-        super().on_train_batch_end(trainer, module, *args)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stops = set()
         if not trainer.interrupted:
             trainer.save_checkpoint(self._path(trainer))
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._stops = set()
 
     def _path(self, trainer: L.Trainer) -> Path:

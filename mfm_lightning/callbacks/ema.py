@@ -34,8 +34,8 @@ class EMA(L.Callback):
         self.num_updates = 0
         self._kept: dict[str, Tensor] | None = None
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.start(module)  # not earlier: sharding strategies restore checkpoints late
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start(pl_module)  # not earlier: sharding strategies restore checkpoints late
 
     def start(self, module: nn.Module) -> None:
         """Begin with the parameters as they are, where there is no average of them yet."""
@@ -43,9 +43,11 @@ class EMA(L.Callback):
             kept = self.average.get(name)
             self.average[name] = p.detach().clone() if kept is None else like(kept, p)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step > self.num_updates:  # else an accumulating batch: no optimiser step
-            self.update(module, trainer.global_step)
+            self.update(pl_module, trainer.global_step)
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
@@ -54,7 +56,10 @@ class EMA(L.Callback):
         k = self.num_updates - self.start_step
         decay = min(self.decay, (1 + k) / (10 + k)) if k > 0 else 0.0
         parameters = [(self.average[name], p.detach()) for name, p in _trained(module)]
-        torch._foreach_lerp_([a for a, _ in parameters], [p for _, p in parameters], 1 - decay)
+        # torch's optimisers average so, too; its types leave the function out
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            [a for a, _ in parameters], [p for _, p in parameters], 1 - decay
+        )
 
     @contextmanager
     def applied(self, module: L.LightningModule) -> Iterator[None]:
@@ -80,26 +85,26 @@ class EMA(L.Callback):
                 p.copy_(self._kept[name])
             self._kept = None
 
-    def on_validation_start(self, trainer, module) -> None:
-        self._swap_in(module)
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_in(pl_module)
 
-    def on_validation_end(self, trainer, module) -> None:
-        self._swap_out(module)
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_out(pl_module)
 
-    def on_test_start(self, trainer, module) -> None:
-        self._swap_in(module)
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_in(pl_module)
 
-    def on_test_end(self, trainer, module) -> None:
-        self._swap_out(module)
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_out(pl_module)
 
-    def on_predict_start(self, trainer, module) -> None:
-        self._swap_in(module)
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_in(pl_module)
 
-    def on_predict_end(self, trainer, module) -> None:
-        self._swap_out(module)
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._swap_out(pl_module)
 
-    def on_exception(self, trainer, module, exception) -> None:
-        self._swap_out(module)
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._swap_out(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         average = dict(self.average)
@@ -107,8 +112,8 @@ class EMA(L.Callback):
             average = whole(average, keep=dist.get_rank() == 0, device="cpu")  # the rank that writes it
         return {"average": average, "num_updates": self.num_updates}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.average, self.num_updates = dict(state["average"]), state["num_updates"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average, self.num_updates = dict(state_dict["average"]), state_dict["num_updates"]
 
 
 def _trained(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -39,7 +39,8 @@ class SampleFID(L.Callback):
         decoder: states to images; pixels in [-1, 1] where None.
         labels: classes, in turn; all where None.
         num_features: 2048 for FID; an earlier layer's 768, 192 or 64 for few samples.
-        cache, crop: see `reference_statistics`.
+        cache: folder for the reference's statistics, see `reference_statistics`.
+        crop: cut the reference's image files to so many pixels; as they are where None.
         seed: of the noise.
         name: of the logged figure.
 
@@ -48,6 +49,9 @@ class SampleFID(L.Callback):
             there.
         ValueError: before training, if settings do not fit the model.
     """
+
+    sampler: ModelSampler  # this and the plan: from `setup` on
+    plan: SamplePlan
 
     def __init__(
         self,
@@ -67,16 +71,16 @@ class SampleFID(L.Callback):
     ) -> None:
         self.reference, self.weights, self.allow_download = reference, weights, allow_download
         self.num_samples, self.batch_size, self.labels, self.seed = num_samples, batch_size, labels, seed
-        self.sampler, self.decoder = sampler, decoder or PixelDecoder()
+        self._given_sampler, self.decoder = sampler, decoder or PixelDecoder()
         self.num_features, self.cache, self.crop, self.name = num_features, cache, crop, name
         self.metric: FrechetInceptionDistance | None = None
 
-    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate") or self.metric is not None:
             return
-        model = sampled_model(module)
-        if self.sampler is None:
-            self.sampler = ModelSampler(*BY_MODEL[getattr(module, "exported_kind", "meta_flow_map")])
+        model = sampled_model(pl_module)
+        kind = getattr(pl_module, "exported_kind", "meta_flow_map")
+        self.sampler = self._given_sampler or ModelSampler(*BY_MODEL[kind])
         labels = tuple(self.labels) if self.labels else tuple(range(model.num_classes)) or (0,)
         self.sampler.check(model, labels)
         if self.num_samples < 2 * trainer.world_size:
@@ -103,17 +107,17 @@ class SampleFID(L.Callback):
         if (problem := gather_ranks(problem)[0]) is not None:  # on every rank, so that none waits for one that is gone
             raise problem
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or self.metric is None:
             return
-        model = sampled_model(module)
-        self.decoder.to(module.device)
+        model = sampled_model(pl_module)
+        self.decoder.to(pl_module.device)
         with own_gradients():
             for images in self.images(model, trainer.global_rank, trainer.world_size):
                 self.metric.update(images, real=False)
             fid = self.metric.compute()
         self.metric.reset()
-        self.log(self.name, fid.float(), sync_dist=True)  # it is the same on every rank
+        pl_module.log(self.name, fid.float(), sync_dist=True)  # it is the same on every rank
 
     def images(self, model: MetaFlowMap, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
         """This rank's samples, bytes; every rank evaluates the model equally often, as sharded models need."""

@@ -52,14 +52,14 @@ def main(args: Sequence[str]) -> None:
         parser.error("--samples of statistics need --reference")
     if options.reference is not None and not options.reference.exists():
         raise FileNotFoundError(f"no reference at {options.reference}: expected {WHAT}, or of statistics")
-    inception = None
-    if images is not None or not has_statistics(options.reference):
+    inception, images_as_reference = None, options.reference is not None and not has_statistics(options.reference)
+    if images is not None or images_as_reference:
         weights = find_inception_weights(options.weights, options.allow_download)
         device = find_device(options.device)
         inception = Inception(weights, options.num_features, logits=images is not None).to(device)
     reference = _reference(options, inception)
     if options.samples is None:
-        if options.save_statistics is not None:
+        if reference is not None and options.save_statistics is not None:
             reference.save(options.save_statistics)
         return
     _show(options, _measure(options, images, inception, reference))
@@ -78,7 +78,7 @@ def _measure(
     options: argparse.Namespace, images: ImageSet | None, inception: Inception | None, reference: Statistics | None
 ) -> Quality:
     logits = None
-    if images is None:
+    if images is None or inception is None:
         statistics = Statistics.load(options.samples)
     else:
         batches = images.batches(options.batch_size, options.workers)

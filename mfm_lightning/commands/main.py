@@ -36,7 +36,7 @@ class MFMCLI(LightningCLI):
             parser.add_class_arguments(kind, key)
 
     def before_instantiate_classes(self) -> None:
-        settings = self.config[self.subcommand]
+        settings = self.config[str(self.subcommand)]
         if settings.get("weights_only") is None:
             settings["weights_only"] = True
         if self.subcommand == "test":

@@ -119,7 +119,7 @@ def plan_training(
 def _step(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> None:
     x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
     label = torch.zeros(batch_size, dtype=torch.long)
-    pair, total = Pair(x, s, x, Conditions(label=label)), 0.0
+    pair, total = Pair(x, s, x, Conditions(label=label)), torch.zeros(())
     with autocast("cpu", precision):
         for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)

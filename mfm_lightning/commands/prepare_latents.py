@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from mfm_lightning.data.latents.preparation import Preparation, check, prepare, write_index
 from mfm_lightning.data.latents.verify import verify
@@ -49,10 +49,10 @@ def _run(job: Preparation, workers: int, process: Process) -> bool:
     source, encoder = job.source(), job.encoder(process.local_rank * workers)
     check(job, source, encoder)  # errors here, before processes start
     try:
-        mp.spawn(_worker, (job, workers, process), nprocs=workers)
-    except mp.ProcessRaisedException as error:
+        spawn(_worker, (job, workers, process), nprocs=workers)
+    except ProcessRaisedException as error:
         raise ValueError(f"process {error.error_index} failed: {error.msg.strip().splitlines()[-1]}") from error
-    except mp.ProcessExitedException as error:
+    except ProcessExitedException as error:
         raise ValueError(f"{error}; run the command again to go on") from error
     return write_index(job, source, encoder)  # again, to know whether it is there
 

@@ -176,13 +176,11 @@ def score_folder(
     """
     device, scores = device_of(reward), {}
     for path in _paths(folder):
-        prompt = _prompt(prompts, path.name)
         try:
             with torch.no_grad():
-                value = mfm_rewards.evaluate(
-                    reward, load_image(path)[None].to(device), [prompt] if prompt is not None else None,
-                    torch.tensor([label], device=device) if label is not None else None,
-                )  # fmt: skip
+                text = None if prompts is None else [_prompt(prompts, path.name)]
+                labels = None if label is None else torch.tensor([label], device=device)
+                value = mfm_rewards.evaluate(reward, load_image(path)[None].to(device), text, labels)
         except RewardError as error:
             raise RewardError(f"{path}: {error}") from error
         scores[path.name] = value.item()
@@ -209,7 +207,7 @@ def _batch(folder: Path) -> tuple[Tensor, list[str]]:
     return torch.stack(images), [path.name for path in paths]
 
 
-def _prompt(prompts: str | Callable[[str], str] | None, name: str) -> str | None:
+def _prompt(prompts: str | Callable[[str], str], name: str) -> str:
     return prompts(name) if callable(prompts) else prompts
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mfm_lightning.data.stream import BatchStream
+from mfm_lightning.data.stream import Batch, BatchStream, StepLoader
 
 
-class StepDataModule(L.LightningDataModule):
+class StepDataModule(L.LightningDataModule, ABC):
     """Training is counted in steps; batches are `(x1 (B, *shape), label (B,))`.
 
-    A subclass implements `train_batch(step)`, which must depend on the step, the seed and the rank alone.
+    A subclass says `state_shape` and `num_classes`, and implements `train_batch(step)`, which must depend on the step,
+    the seed and the rank alone.
 
     Args:
         batch_size: training batch on each device.
         seed: of order and draws.
     """
-
-    state_shape: tuple[int, ...]
-    num_classes: int
 
     def __init__(self, batch_size: int = 256, seed: int = 0) -> None:
         super().__init__()
@@ -29,18 +29,32 @@ class StepDataModule(L.LightningDataModule):
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         self.batch_size, self.seed = batch_size, seed
 
-    def train_batch(self, step: int) -> tuple[Tensor, Tensor]:
+    @property
+    @abstractmethod
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one state."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Number of labels; `num_classes` is the null label."""
+
+    @abstractmethod
+    def train_batch(self, step: int) -> Batch:
         """The training batch of a step."""
-        raise TypeError("use a DataModule for a data set, e.g. DigitsDataModule")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the data; all of it where `stage` is None, else what Lightning's stage needs."""
 
     def steps(self) -> tuple[int, int]:
         """The first batch of this run, above 0 where it is resumed, and the number of batches in all."""
-        accumulate, done = self.trainer.accumulate_grad_batches, self.trainer.global_step
-        if self.trainer.max_steps < 1:
+        trainer = trainer_of(self)
+        accumulate, done = trainer.accumulate_grad_batches, trainer.global_step
+        if trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must be set: training here is counted in steps, not epochs")
-        return done * accumulate, self.trainer.max_steps * accumulate
+        return done * accumulate, trainer.max_steps * accumulate
 
-    def train_dataloader(self) -> BatchStream:
+    def train_dataloader(self) -> StepLoader:
         start, length = self.steps()
         return BatchStream(self.train_batch, length, start)
 
@@ -59,7 +73,7 @@ class ArrayDataModule(StepDataModule):
     A subclass sets `splits`, a dictionary of `(x, label)` by "train", "val" and "test", in `setup`.
     """
 
-    splits: dict[str, tuple[Tensor, Tensor]]
+    splits: dict[str, Batch]
 
     def val_dataloader(self) -> DataLoader:
         return self._loader("val")
@@ -72,6 +86,17 @@ class ArrayDataModule(StepDataModule):
 
     def _loader(self, split: str) -> DataLoader:
         return DataLoader(TensorDataset(*self.splits[split]), batch_size=self.batch_size)
+
+
+def trainer_of(data: L.LightningDataModule) -> L.Trainer:
+    """The trainer that runs a DataModule.
+
+    Raises:
+        RuntimeError: if there is none yet.
+    """
+    if data.trainer is None:
+        raise RuntimeError(f"{type(data).__name__} has no trainer yet: give it to one, whose steps it counts")
+    return data.trainer
 
 
 def generator(seed: int) -> torch.Generator:

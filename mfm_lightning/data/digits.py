@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfm_lightning.data.base import ArrayDataModule
-from mfm_lightning.data.stream import shuffled_batch
+from mfm_lightning.data.stream import Batch, shuffled_batch
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 
 
@@ -22,21 +23,26 @@ class DigitsDataModule(ArrayDataModule):
         seed: of the order of training batches.
     """
 
-    state_shape = (1, 8, 8)
-    num_classes = 10
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return 1, 8, 8
+
+    @property
+    def num_classes(self) -> int:
+        return 10
 
     def setup(self, stage: str | None = None) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        digits = load_digits()
+        digits: Any = load_digits()  # by scikit-learn's types it may be a tuple
         x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
         y = torch.tensor(digits.target, dtype=torch.long)
         train, rest = train_test_split(range(len(x)), train_size=0.7, stratify=y, random_state=0)
         val, test = train_test_split(rest, train_size=1 / 3, stratify=y[rest], random_state=0)
         self.splits = {name: (x[i], y[i]) for name, i in {"train": train, "val": val, "test": test}.items()}
 
-    def train_batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def train_batch(self, step: int) -> Batch:
         return shuffled_batch(*self.splits["train"], self.batch_size, self.rank_seed(), step)
 
     def decode(self, x: Tensor) -> Tensor:
@@ -49,6 +55,10 @@ class DigitsClassifier(SmallClassifier):
 
     As `classifier: {class_path: mfm_lightning.data.DigitsClassifier}` it serves rewards. Its default seed
     is not that of the evaluation's classifier, so that a reward is not measured by the network that gave it.
+
+    Args:
+        seed: of its first weights and of the order of images.
+        steps: of training.
     """
 
     def __init__(self, seed: int = 1, steps: int = 600) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mfm_lightning.data.base import ArrayDataModule, generator
+from mfm_lightning.data.stream import Batch
 from mfm_lightning.oracles import GaussianMixture
 
 
@@ -15,13 +15,13 @@ class GaussianMixtureDataModule(ArrayDataModule):
     """Vectors `(D,)` from a mixture, without labels (all are 0, the null label of a network with no classes).
 
     Args:
-        means, covariances, weights: as in `GaussianMixture`.
+        means: of the components, K of D numbers.
+        covariances: variance of every coordinate in every component.
+        weights: of the components; equal where None.
         batch_size: training batch on each device.
         num_test: size of the validation and the test split.
         seed: of the draws.
     """
-
-    num_classes = 0
 
     def __init__(
         self,
@@ -35,12 +35,19 @@ class GaussianMixtureDataModule(ArrayDataModule):
         super().__init__(batch_size, seed)
         self.oracle = GaussianMixture(means, covariances, weights)
         self.num_test = num_test
-        self.state_shape = self.oracle.state_shape
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.oracle.state_shape
+
+    @property
+    def num_classes(self) -> int:
+        return 0
 
     def setup(self, stage: str | None = None) -> None:
         draw = {name: self.oracle.sample(self.num_test, generator(i)) for i, name in enumerate(("val", "test"))}
         self.splits = {name: (x, torch.zeros(len(x), dtype=torch.long)) for name, x in draw.items()}
 
-    def train_batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def train_batch(self, step: int) -> Batch:
         x = self.oracle.sample(self.batch_size, generator(self.rank_seed() * 1_000_003 + 17 + step))
         return x, torch.zeros(len(x), dtype=torch.long)

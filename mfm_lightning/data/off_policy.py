@@ -7,9 +7,10 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.data.base import StepDataModule, generator
+from mfm_lightning.data.base import StepDataModule, generator, trainer_of
 from mfm_lightning.data.stream import BatchStream
 from mfm_lightning.utils.distributed import gather_ranks, own
 
@@ -74,20 +75,22 @@ class OffPolicyDataModule(L.LightningDataModule):
         if not k:
             return x, given
         seed = self.data.rank_seed() * 1_000_003 + step
-        if self._buffer is None or step % (self.refresh_every * self.trainer.accumulate_grad_batches) == 0:
-            self._buffer = self._sample(step, generator(seed))
+        refresh_every = self.refresh_every * trainer_of(self).accumulate_grad_batches
+        buffer = self._buffer
+        if buffer is None or step % refresh_every == 0:
+            self._buffer = buffer = self._sample(step, generator(seed))
         pick = torch.randint(self.buffer_size, (k,), generator=generator(seed + 1))
-        samples, made_for = self._buffer
+        samples, made_for = buffer
         mixed = made_for.take(pick).cat(Conditions.of_batch(given).take(slice(k, None)))
         return torch.cat([samples[pick], x[k:]]), mixed.as_batch()
 
-    def val_dataloader(self):
+    def val_dataloader(self) -> DataLoader | list:
         return self.data.val_dataloader()
 
-    def test_dataloader(self):
+    def test_dataloader(self) -> DataLoader | list:
         return self.data.test_dataloader()
 
-    def predict_dataloader(self):
+    def predict_dataloader(self) -> DataLoader | list:
         return self.data.predict_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,14 +99,15 @@ class OffPolicyDataModule(L.LightningDataModule):
         buffer = self._buffer and (self._buffer[0], self._buffer[1].as_batch())  # plain tensors, for the checkpoint
         return {"buffers": gather_ranks(buffer), "data": data}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        buffer = own(state["buffers"])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        buffer = own(state_dict["buffers"])
         self._buffer = buffer and (buffer[0], Conditions.of_batch(buffer[1]))
-        self.data.load_state_dict(state.get("data", {}))  # older checkpoints have none
+        self.data.load_state_dict(state_dict.get("data", {}))  # older checkpoints have none
 
     def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Conditions]:
-        module = self.trainer.lightning_module
-        if not hasattr(module, "sample_policy"):
+        module = trainer_of(self).lightning_module
+        sample_policy = getattr(module, "sample_policy", None)
+        if sample_policy is None:
             raise ValueError(f"{type(module).__name__} has no policy to sample: set policy_share to 0")
         given, later = Conditions.of_batch(self.data.train_batch(step)[1]), step
         while given.num_rows < self.buffer_size:  # classes as frequent as in the data's batches
@@ -112,7 +116,7 @@ class OffPolicyDataModule(L.LightningDataModule):
         given = given.take(slice(self.buffer_size))
         x0 = torch.randn(self.buffer_size, *self.state_shape, generator=noise)
         samples = [  # in batches of the size that training takes
-            module.sample_policy(x0[rows].to(module.device), given.take(rows).to(module.device), self.ode_steps)
+            sample_policy(x0[rows].to(module.device), given.take(rows).to(module.device), self.ode_steps)
             for rows in torch.arange(self.buffer_size).split(self.data.batch_size)
         ]
         return torch.cat([x.float().cpu() for x in samples]), given

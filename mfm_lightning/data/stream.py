@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 Batch = tuple[Tensor, Tensor]
 
 
-class StepLoader:
+class StepLoader(ABC):
     """Batches of the steps start, ..., length-1; `len` is that of an uninterrupted run.
 
     Lightning warns at a resumed run unless its loader has a state. This one's is the step alone, from which the
@@ -21,14 +22,18 @@ class StepLoader:
     start: int
     length: int
 
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of those steps."""
+
     def __len__(self) -> int:
         return self.length
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027
+        """Nothing to be loaded."""
 
 
 class BatchStream(StepLoader):

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 
 class SmallClassifier(nn.Module):
-    """Two convolutions and a hidden layer for small images in [0, 1]; the hidden layer gives the features."""
+    """Two convolutions and a hidden layer for small images in [0, 1]; the hidden layer gives the features.
+
+    Args:
+        in_channels: of the images.
+        size: their height and width, in pixels.
+        num_classes: number of classes.
+    """
 
     num_features = 32
 

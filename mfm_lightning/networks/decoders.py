@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +14,30 @@ from torch.utils.checkpoint import checkpoint
 from mfm_rewards.execution import Precision, autocast, check_precision
 
 
-class Decoder(nn.Module):
+class VAE(Protocol):
+    """What is used of diffusers' AutoencoderKL, whose own types do not say it."""
+
+    config: Mapping[str, Any]
+
+    def to(self, device: torch.device) -> VAE: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def enable_tiling(self) -> None: ...
+
+    def encode(self, x: Tensor) -> Any:
+        """Its `latent_dist` has `mean` and `std` `(B, C, h, w)`."""
+
+    def decode(self, z: Tensor) -> Any:
+        """Its `sample` is `(B, 3, H, W)` in [-1, 1]."""
+
+
+class Decoder(nn.Module, ABC):
     """Base class: `(B, *shape)` states to images `(B, C, H, W)` in [0, 1], differentiable, frozen."""
 
+    @abstractmethod
     def forward(self, states: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must implement forward(states) -> images")
+        """Images of states."""
 
     def missing(self) -> list[str]:
         """Files that it needs and that are not there, each with what would be right."""
@@ -33,7 +55,8 @@ class PixelDecoder(Decoder):
     """Pixels in [-1, 1] (the range of `low` and `high`) to [0, 1].
 
     Args:
-        low, high: state values of black and white.
+        low: state value of black.
+        high: state value of white.
         clamp: cut off what lies outside [0, 1], so that no reward can be had by leaving the range of images; the
             gradient is zero there.
     """
@@ -91,7 +114,7 @@ class VAEDecoder(Decoder):
         check_precision(precision)
         self.path, self.scale, self.clamp, self.max_rows = path, scale, clamp, max_rows
         self.tiled, self.precision, self.allow_download = tiled, precision, allow_download
-        self._vae: list[nn.Module] = []  # in a list, so that it is no part of a checkpoint
+        self._vae: list[VAE] = []  # in a list, so that it is no part of a checkpoint
         self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def extra_repr(self) -> str:
@@ -107,7 +130,7 @@ class VAEDecoder(Decoder):
             return [str(error)]
         return []
 
-    def _load(self) -> nn.Module:
+    def _load(self) -> VAE:
         if not self._vae:
             try:
                 vae = load_vae(self.path, self.allow_download)
@@ -135,13 +158,13 @@ class VAEDecoder(Decoder):
         self._last = None if graph or states.is_inference() else (weakref.ref(states), states._version, images)
         return images
 
-    def _decode(self, vae: nn.Module, part: Tensor) -> Tensor:
-        scale = vae.config.scaling_factor if self.scale is None else self.scale
+    def _decode(self, vae: VAE, part: Tensor) -> Tensor:
+        scale = vae.config["scaling_factor"] if self.scale is None else self.scale
         with autocast(part.device, self.precision):
             return vae.decode(part.float() / scale).sample.float()
 
 
-def load_vae(path: str, allow_download: bool = False) -> nn.Module:
+def load_vae(path: str, allow_download: bool = False) -> VAE:
     """A frozen AutoencoderKL in float32, from a folder or by a Hugging Face id.
 
     Raises:
@@ -150,16 +173,16 @@ def load_vae(path: str, allow_download: bool = False) -> nn.Module:
         ValueError: if its latents are shifted.
     """
     try:
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError as error:
         raise ImportError("a VAE needs diffusers: pip install 'mfm-lightning[imagenet]'") from error
     try:
-        vae = AutoencoderKL.from_pretrained(path, local_files_only=not allow_download)
+        vae: Any = AutoencoderKL.from_pretrained(path, local_files_only=not allow_download)
     except OSError as error:
         raise FileNotFoundError(
             f"no VAE at {path}: give a folder with config.json and diffusion_pytorch_model.safetensors, or a Hugging "
             "Face id and allow the download (allow_download: true, --allow-download)"
         ) from error
-    if vae.config.get("shift_factor"):
-        raise ValueError(f"the VAE {path} shifts its latents by {vae.config.shift_factor}: only a scale is known here")
+    if shift := vae.config.get("shift_factor"):
+        raise ValueError(f"the VAE {path} shifts its latents by {shift}: only a scale is known here")
     return vae.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from mfm_lightning.utils.atomic import clear_partials, whole_file
 SETTINGS = "samples.json"
 
 
-class Output:
+class Output(ABC):
     """Base class: bytes `(B, 3, H, W)` of the plan's batches to files in a folder.
 
     Args:
@@ -55,17 +56,17 @@ class Output:
                 f"({k}: {there.get(k)!r} there, {mine.get(k)!r} now): give another folder, or delete it"
             )
 
+    @abstractmethod
     def missing(self) -> list[range]:
         """The batches that are not there yet."""
-        raise TypeError(f"{type(self).__name__} must implement missing()")
 
+    @abstractmethod
     def write(self, batch: range, images: Tensor) -> None:
         """Store the images of a batch, bytes `(B, 3, H, W)`."""
-        raise TypeError(f"{type(self).__name__} must implement write(batch, images)")
 
+    @abstractmethod
     def finish(self) -> list[Path]:
         """What the output is made of, put together where it was not; only when nothing is missing."""
-        raise TypeError(f"{type(self).__name__} must implement finish()")
 
     def clear(self) -> None:
         """Remove what processes that were killed have left half written; only when nothing is missing."""
@@ -95,12 +96,13 @@ class _Parts(Output):
         super().__init__(folder, plan)
         self.parts = self.folder / "parts"
 
+    @abstractmethod
     def results(self) -> list[Path]:
         """The files of the finished output, in the order in which they are written."""
-        raise TypeError(f"{type(self).__name__} must implement results()")
 
+    @abstractmethod
     def assemble(self) -> None:
-        raise TypeError(f"{type(self).__name__} must implement assemble()")
+        """Write them, from the parts."""
 
     def missing(self) -> list[range]:
         if all(path.is_file() for path in self.results()):
@@ -163,7 +165,7 @@ class WebDatasetShards(_Parts):
 
     def assemble(self) -> None:
         try:
-            from webdataset import TarWriter
+            from webdataset.writer import TarWriter
         except ImportError as error:
             raise ImportError("shards need webdataset: pip install 'mfm-lightning[imagenet]'") from error
         *shards, index = self.results()

@@ -68,8 +68,8 @@ def gathered(network: nn.Module, keep: bool) -> nn.Module | None:
 
 def rebuilt(network: nn.Module) -> nn.Module:
     """A new network of the same architecture."""
-    inner = getattr(network, "network", None)
-    return plain_class(network)(rebuilt(inner)) if inner is not None else plain_class(network)(**network.config)
+    inner, config = getattr(network, "network", None), getattr(network, "config", {})
+    return plain_class(network)(rebuilt(inner)) if inner is not None else plain_class(network)(**config)
 
 
 def plain_class(network: nn.Module) -> type[nn.Module]:

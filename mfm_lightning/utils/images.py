@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from mfm_lightning.utils.tar import tar_files
 
@@ -44,7 +45,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-class ImageSet:
+class ImageSet(Dataset[Tensor]):
     """Images on disk, read in batches of RGB bytes `(B, 3, H, W)`.
 
     Args:
@@ -89,7 +90,7 @@ class ImageSet:
         if self.files[0].suffix == ".tar":
             images = (self._decode(content, name) for path in self.files for name, content in _members(path))
         else:
-            images = iter(torch.utils.data.DataLoader(self, batch_size=None, num_workers=workers))
+            images = iter(DataLoader(self, batch_size=None, num_workers=workers))
         batch: list[Tensor] = []
         for image in images:
             if batch and image.shape != batch[0].shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import tarfile
+import tarfile as tars
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,19 +11,19 @@ _CHUNK = 1 << 20
 SKIPPED = re.compile(r"__[^/]*__($|/)")  # names of its own, by webdataset
 
 
-class _Header(tarfile.TarInfo):
+class _Header(tars.TarInfo):
     """Python's tarfile takes a damaged or missing header, but for the first, for the end of the archive: here only the
     block of zeros is, which every archive ends with."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tarfile: tars.TarFile) -> _Header:
         try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+            return super().fromtarfile(tarfile)
+        except tars.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue] # typeshed leaves it out
             raise
-        except tarfile.HeaderError as error:
-            place = f"at byte {tar.offset:,} ({error})"
-            raise tarfile.ReadError(f"neither a header nor the archive's end {place}: damaged or truncated") from error
+        except tars.HeaderError as error:
+            place = f"at byte {tarfile.offset:,} ({error})"
+            raise tars.ReadError(f"neither a header nor the archive's end {place}: damaged or truncated") from error
 
 
 def tar_files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
@@ -34,11 +34,12 @@ def tar_files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
         tarfile.TarError: saying where, if it is damaged or ends too early; also if more follows its end, since a header
             of zeros looks like one.
     """
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+    with tars.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
         for member in tar:
-            if member.isreg() and not SKIPPED.match(member.name):
-                yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": url}
-            tar.members = []  # else all stay in memory
+            if member.isreg() and not SKIPPED.match(member.name) and (content := tar.extractfile(member)) is not None:
+                yield {"fname": member.name, "data": content.read(), "__url__": url}
+            # else all stay in memory; typeshed leaves the list out
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
         while rest := tar.fileobj.read(_CHUNK):
             if rest.strip(b"\0"):
-                raise tarfile.ReadError(f"more after its end at byte {tar.offset:,}: damaged, or tars in one file")
+                raise tars.ReadError(f"more after its end at byte {tar.offset:,}: damaged, or tars in one file")

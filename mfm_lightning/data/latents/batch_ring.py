@@ -6,6 +6,8 @@ the latents that it is for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,10 @@ class BatchRing:
 
     def take(self, place: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """A copy of a batch, in memory that a GPU can read from where there is one."""
-        parts = self.slot(*place)
-        return tuple(p.pin_memory() if torch.cuda.is_available() else p.clone() for p in parts)
+        x1, label = self.slot(*place)
+        return (x1.pin_memory(), label.pin_memory()) if torch.cuda.is_available() else (x1.clone(), label.clone())
 
 
-def as_it_is(place: tuple[int, int, int]) -> tuple[int, int, int]:
-    """What a worker says: it is no data to be made a tensor of."""
+def as_it_is(place: Any) -> Any:
+    """A worker's answer, unchanged: the place of a batch, which torch must not make a tensor of."""
     return place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
 from mfm_lightning.data.latents.urls import join, local_path
+from mfm_lightning.data.stream import Batch
 from mfm_lightning.networks.decoders import Decoder
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,8 @@ class LatentShards(StepDataModule):
             if value not in allowed:
                 raise ValueError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
         self.folder, self.val_folder, self.val_shards = str(folder), val_folder and str(val_folder), val_shards
-        self.num_workers, self.classes, self.few_shards = num_workers, classes, few_shards
+        self.num_workers, self.classes = num_workers, classes
+        self.few_shards: FewShards = few_shards
         self.decoder, self._given_scale = decoder, scale
         self.reading = Reading(flip, 0.0, shuffle_buffer, corrupt, allow_pipe)
         self._parts: dict[str, tuple[str, LatentIndex]] | None = None
@@ -193,7 +196,9 @@ class LatentShards(StepDataModule):
         workers = self.num_workers if num_workers is None else num_workers
         return LatentLoader(self._stream(split, rank, world_size, workers, start, length), workers)
 
-    def _stream(self, split: str, rank: int, world_size: int, lanes: int, start: int, length: int | None):
+    def _stream(
+        self, split: str, rank: int, world_size: int, lanes: int, start: int, length: int | None
+    ) -> LatentStream:
         folder, index = self._part(split)
         rows = [_kept(shard, self.classes) for shard in index.shards]
         plan = EpochPlan(
@@ -216,7 +221,7 @@ class LatentShards(StepDataModule):
     def predict_dataloader(self) -> LatentLoader | list:
         return self.val_dataloader()
 
-    def train_batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def train_batch(self, step: int) -> Batch:
         """The training batch of a step, read by this process (for `OffPolicyDataModule`)."""
         if self._random_access is None:
             self._random_access = self._stream("train", *self._rank(), 1, 0, None)
@@ -242,9 +247,10 @@ class LatentShards(StepDataModule):
             "classes": self.classes, "few_shards": self.few_shards, "world_size": self._rank()[1],
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         ours = self.state_dict()
-        changed = [f"{key} {state[key]} to {ours[key]}" for key in ours if state.get(key, ours[key]) != ours[key]]
+        saved = {**ours, **state_dict}  # older checkpoints say less
+        changed = [f"{key} {saved[key]} to {ours[key]}" for key in ours if saved[key] != ours[key]]
         if changed:
             log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
 
@@ -269,5 +275,5 @@ def _kept(shard: Shard, classes: list[int] | None) -> np.ndarray:
     return np.flatnonzero(np.isin(shard.labels, classes))
 
 
-def _with(index: LatentIndex, shards: list[Shard]) -> LatentIndex:
+def _with(index: LatentIndex, shards: Sequence[Shard]) -> LatentIndex:
     return LatentIndex(index.state_shape, index.num_classes, index.scale, shards, index.made_with)

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class RawImage:
-    """An image before it is decoded. data: its bytes, or the file that has them."""
+    """An image before it is decoded; `data`: its bytes, or the file that has them."""
 
     key: str
     label: int
@@ -152,7 +153,7 @@ class WebDatasetSource(ImageSource):
         except Exception as error:  # tarfile and the download's program have errors of many kinds
             raise InputError(f"shard {url} cannot be read after {count} samples: {error}") from error
 
-    def _raw(self, sample: dict[str, object], unit: int, url: str) -> RawImage:
+    def _raw(self, sample: dict[str, Any], unit: int, url: str) -> RawImage:
         where = f"sample {sample['__key__']!r} of {url}"
         data = next((sample[e] for e in EXTENSIONS if e in sample), None)
         if data is None or "cls" not in sample:

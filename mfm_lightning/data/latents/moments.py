@@ -39,8 +39,8 @@ class MomentEncoder:
         self.device, self.precision = torch.device(device), precision
         self.vae = load_vae(path, allow_download).to(self.device)
         config = self.vae.config
-        self.scale, self.factor = float(config.scaling_factor), 2 ** (len(config.block_out_channels) - 1)
-        self.channels = int(config.latent_channels)
+        self.scale, self.factor = float(config["scaling_factor"]), 2 ** (len(config["block_out_channels"]) - 1)
+        self.channels = int(config["latent_channels"])
 
     def state_shape(self, image_size: int) -> tuple[int, int, int]:
         """`(C, H, W)` of the latents of square images.

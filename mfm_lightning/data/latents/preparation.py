@@ -11,7 +11,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -30,7 +30,8 @@ from mfm_rewards.execution import Precision
 
 log = logging.getLogger(__name__)
 PREPARATION = "preparation.json"
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,11 @@ def write_index(job: Preparation, source: ImageSource, encoder: MomentEncoder) -
     """
     folder = Path(job.output)
     units = [_shards_of(folder, unit) for unit in range(source.units)]
-    if open_ := units.count(None):
+    whole = [parts for parts in units if parts is not None]
+    if open_ := len(units) - len(whole):
         log.info("%d of %d pieces of %s are still to be made, by other processes or runs", open_, len(units), folder)
         return False
-    found = [part for parts in units for part in parts]
+    found = [part for parts in whole for part in parts]
     shards = [Shard.from_dict(part) for part in found if part["samples"]]
     broken = [key for part in found for key in part["broken"]]
     if not shards:
@@ -194,8 +196,11 @@ def _unit_path(folder: Path, unit: int) -> Path:
 def _shards_of(folder: Path, unit: int) -> list[dict[str, Any]] | None:
     """What is known of a unit's shards; None unless all of them are there."""
     path = _unit_path(folder, unit)
-    parts = [finished(folder, name) for name in json.loads(path.read_text())] if path.is_file() else [None]
-    return None if None in parts else parts
+    if not path.is_file():
+        return None
+    found = [finished(folder, name) for name in json.loads(path.read_text())]
+    parts = [part for part in found if part is not None]
+    return parts if len(parts) == len(found) else None
 
 
 def _make_unit(
@@ -249,7 +254,7 @@ def _encoded(
 
 def _map_ahead(threads: ThreadPoolExecutor, function: Callable[[A], B], items: Iterable[A], ahead: int) -> Iterator[B]:
     """`map` in order, with at most `ahead` items under way: the executor's own would take all of them at once."""
-    waiting: deque = deque()
+    waiting: deque[Future[B]] = deque()
     for item in items:
         waiting.append(threads.submit(function, item))
         if len(waiting) >= ahead:

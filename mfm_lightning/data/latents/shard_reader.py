@@ -45,7 +45,7 @@ class ShardReader:
         for first, last in _runs(rows):
             part = buffer[at : at + last - first]
             try:
-                got = self._fill(shard, first * self.layout.stride, memoryview(part).cast("B"))
+                got = self._fill(shard, first * self.layout.stride, part.data.cast("B"))
                 reason = "the shard ends before it"
             except (OSError, ValueError) as error:  # not there, or the download broke off
                 got, reason = 0, f"the shard cannot be read ({error})"
@@ -80,10 +80,11 @@ class ShardReader:
     def _fill(self, shard: int, begin: int, buffer: memoryview) -> int:
         """Bytes read from `begin` on: fewer than the buffer's at the end of the file."""
         url = join(self.folder, self.index.shards[shard].name)
-        local = local_path(url) is not None
+        path = local_path(url)
+        local = path is not None
         if self._open is None or self._open[0] != shard or (self._open[2] > begin and not local):
             self.close()
-            stream = FileIO(local_path(url)) if local else open_url(url, self.allow_pipe)
+            stream = FileIO(path) if path is not None else open_url(url, self.allow_pipe)
             self._open = (shard, stream, 0)
         _, stream, at = self._open
         if local:

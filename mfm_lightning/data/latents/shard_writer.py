@@ -50,7 +50,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[tuple[str, int, np.nd
 def _tar_writer(file: BinaryIO) -> Any:
     """webdataset's, of one header for each name, whatever is in it; with a fixed time, for the same bytes each time."""
     from_webdataset()
-    from webdataset import TarWriter
+    from webdataset.writer import TarWriter
 
     tar = TarWriter(file, mtime=0)
     tar.tarstream.format, tar.tarstream.encoding = tarfile.USTAR_FORMAT, "utf-8"  # webdataset 1.0.2 takes no format

@@ -224,7 +224,7 @@ class LatentLoader(StepLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.num_workers:
-            return iter(self.stream)
+            return map(self.stream.batch, range(self.start, self.length))
         stream, plan = copy(self.stream), self.stream.plan
         stream.ring = BatchRing(self.num_workers, self.prefetch_factor, plan.batch_size, stream.index.state_shape)
         loader = DataLoader(
