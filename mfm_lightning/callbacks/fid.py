@@ -108,12 +108,12 @@ class SampleFID(L.Callback):
             return
         model = sampled_model(module)
         self.decoder.to(module.device)
-        drawn = RunningStatistics(self.num_features, over_ranks=True).to(module.device)
         with own_gradients():
+            drawn = RunningStatistics(self.num_features, over_ranks=True).to(module.device)
             for images in self.images(model, trainer.global_rank, trainer.world_size):
                 drawn.update(self.inception(images.to(module.device))[0])
             statistics = drawn.statistics()
-        fid = None if self.real is None else frechet(statistics.gaussian, self.real.gaussian)
+            fid = None if self.real is None else frechet(statistics.gaussian, self.real.gaussian)
         self.log(self.name, trainer.strategy.broadcast(fid), sync_dist=True)  # it is the same on every rank
 
     def images(self, model: MetaFlowMap, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
