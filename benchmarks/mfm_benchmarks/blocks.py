@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure as Plot
 
-from mfm_benchmarks.bootstrap import Measured, rounded
+from mfm_lightning.metrics.measured import Measured, rounded
 
 
 @dataclass

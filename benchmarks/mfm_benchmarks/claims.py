@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from mfm_benchmarks.bootstrap import Measured
+from mfm_lightning.metrics.measured import Measured
 
 
 def verdict(

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mfm_benchmarks.bootstrap import Measured
+from mfm_lightning.metrics.measured import Measured
 
 if TYPE_CHECKING:
     from mfm_benchmarks.parts.reward_report import Entry

@@ -64,7 +64,7 @@ class ClassifierQuality(Quality):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        return torch.cat([self.classifier.features_module()(part) for part in images.cpu().split(512)])
+        return self.classifier.features(images.cpu())
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:

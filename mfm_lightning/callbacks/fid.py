@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
-import numpy as np
-import torch
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
 
-from mfm_lightning.metrics.fid import Statistics, reference_statistics
-from mfm_lightning.metrics.inception import Inception, InceptionFeatures, find_inception_weights
+from mfm_lightning.metrics.fid import RunningStatistics, Statistics, reference_statistics
+from mfm_lightning.metrics.frechet import frechet
+from mfm_lightning.metrics.inception import Inception, find_inception_weights
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule, own_gradients
 from mfm_lightning.networks.decoders import Decoder, PixelDecoder
@@ -25,8 +23,9 @@ from mfm_lightning.utils.images import to_uint8
 class SampleFID(L.Callback):
     """FID of samples, at every validation, of the averaged weights where `EMA` is on; logged under `name`.
 
-    Samples are dealt to the ranks, and torchmetrics adds up their features' sums. Sample i has the same class and noise
-    each time. FID of few samples is too high, by a bias that falls with their number: compare it with FID of as many.
+    Samples are dealt to the ranks, torchmetrics adds up their sums, and rank 0 computes the distance. Sample i
+    has the same class and noise each time. FID of few samples is too high, by a bias that falls with their number:
+    compare it with FID of as many.
 
     Args:
         reference: as `reference_statistics` takes it; computed once and kept in `cache`. Several processes must find
@@ -73,10 +72,11 @@ class SampleFID(L.Callback):
         self.num_samples, self.batch_size, self.labels, self.seed = num_samples, batch_size, labels, seed
         self._given_sampler, self.decoder = sampler, decoder or PixelDecoder()
         self.num_features, self.cache, self.crop, self.name = num_features, cache, crop, name
-        self.metric: FrechetInceptionDistance | None = None
+        self.inception: Inception | None = None
+        self.real: Statistics | None = None  # on rank 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage not in ("fit", "validate") or self.metric is not None:
+        if stage not in ("fit", "validate") or self.inception is not None:
             return
         model = sampled_model(pl_module)
         kind = getattr(pl_module, "exported_kind", "meta_flow_map")
@@ -95,29 +95,30 @@ class SampleFID(L.Callback):
         trainer.strategy.barrier("inception")  # one process of each machine may have fetched them
         device = trainer.strategy.root_device  # where the module will be
         inception = Inception(find_inception_weights(self.weights), self.num_features).to(device)
-        self.metric = FrechetInceptionDistance(InceptionFeatures(inception), reset_real_features=False).to(device)
         problem = None
-        if trainer.is_global_zero:  # the others' sums are zero: torchmetrics adds them up
+        if trainer.is_global_zero:
             settings = (self.cache, self.crop, self.batch_size)
             try:
                 alone = trainer.world_size == 1
-                set_reference(self.metric, reference_statistics(self.reference, inception, *settings, compute=alone))
+                self.real = reference_statistics(self.reference, inception, *settings, compute=alone)
             except (FileNotFoundError, ValueError) as error:
                 problem = error
         if (problem := gather_ranks(problem)[0]) is not None:  # on every rank, so that none waits for one that is gone
             raise problem
+        self.inception = inception
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or self.metric is None:
+        if trainer.sanity_checking or self.inception is None:
             return
         model = sampled_model(pl_module)
         self.decoder.to(pl_module.device)
         with own_gradients():
+            drawn = RunningStatistics(self.num_features, over_ranks=True).to(pl_module.device)
             for images in self.images(model, trainer.global_rank, trainer.world_size):
-                self.metric.update(images, real=False)
-            fid = self.metric.compute()
-        self.metric.reset()
-        pl_module.log(self.name, fid.float(), sync_dist=True)  # it is the same on every rank
+                drawn.update(self.inception(images.to(pl_module.device))[0])
+            statistics = drawn.statistics()
+            fid = None if self.real is None else frechet(statistics.gaussian, self.real.gaussian)
+        pl_module.log(self.name, trainer.strategy.broadcast(fid), sync_dist=True)  # it is the same on every rank
 
     def images(self, model: MetaFlowMap, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
         """This rank's samples, bytes; every rank evaluates the model equally often, as sharded models need."""
@@ -140,14 +141,3 @@ def sampled_model(module: L.LightningModule) -> MetaFlowMap:
     if isinstance(module, TrainingModule) and isinstance(module.trained, MetaFlowMap):
         return module.trained
     raise ValueError(f"{type(module).__name__} trains no model that samples could be drawn from")
-
-
-def set_reference(metric: FrechetInceptionDistance, statistics: Statistics) -> None:
-    """Give torchmetrics' FID its real side: the sums that have this mean and covariance."""
-    n = statistics.num_samples or 50_000  # any number above 1 gives back the same mean and covariance
-    total = n * statistics.mu
-    products = (n - 1) * statistics.sigma + n * np.outer(statistics.mu, statistics.mu)
-    device = metric.real_features_sum.device
-    metric.real_features_sum = torch.as_tensor(total, dtype=torch.float64, device=device)
-    metric.real_features_cov_sum = torch.as_tensor(products, dtype=torch.float64, device=device)
-    metric.real_features_num_samples = torch.tensor(n, device=device)

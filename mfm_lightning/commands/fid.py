@@ -16,11 +16,11 @@ from mfm_lightning.metrics.fid import (
     Quality,
     Statistics,
     collect,
-    frechet,
     has_statistics,
     inception_score,
     reference_statistics,
 )
+from mfm_lightning.metrics.frechet import frechet
 from mfm_lightning.metrics.inception import FEATURES, Inception, find_inception_weights
 from mfm_lightning.utils.devices import find_device
 from mfm_lightning.utils.images import ImageSet
@@ -85,7 +85,7 @@ def _measure(
         statistics, logits = collect(batches, inception, str(options.samples), images.number)
     if options.save_statistics is not None:
         statistics.save(options.save_statistics)
-    fid = None if reference is None else frechet(statistics, reference)
+    fid = None if reference is None else frechet(statistics.gaussian, reference.gaussian)
     score = (None, None) if logits is None else inception_score(logits, options.splits)
     return Quality(statistics.num_samples, fid, *score)
 
@@ -107,8 +107,8 @@ def _show(options: argparse.Namespace, quality: Quality) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mfm fid",
-        description="Fréchet Inception distance to a reference, and Inception score, by torch-fidelity. Without "
-        "samples, a reference's statistics are made and kept.",
+        description="Fréchet Inception distance to a reference, and Inception score, by torch-fidelity's network. "
+        "Without samples, a reference's statistics are made and kept.",
     )
     parser.add_argument("--samples", type=Path, help=f"{WHAT}, or an .npz of statistics (mu, sigma)")
     parser.add_argument("--reference", type=Path, help=f"{WHAT}, or of statistics; without, the Inception score alone")

@@ -12,7 +12,7 @@ from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.classifier import accuracy, train_classifier
-from mfm_lightning.metrics.distances import frechet_distance
+from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import image_grid
@@ -57,8 +57,10 @@ class ImageEvaluation(Evaluation):
         test_accuracy = accuracy(classifier, data.decode(data.splits["test"][0]), data.splits["test"][1])
         module.log("test/classifier_accuracy", test_accuracy, rank_zero_only=True)
 
-        def frechet(x: Tensor) -> float:
-            return frechet_distance(classifier.features_module(), classifier.num_features, real, data.decode(x.cpu()))
+        fitted = Gaussian.of_features(classifier.features(real))
+
+        def frechet(images: Tensor) -> float:
+            return float(frechet_of_features(classifier.features(images), fitted))
 
         def agreement(x: Tensor, label: Tensor) -> float:
             return accuracy(classifier, data.decode(x.cpu()), label.cpu())
@@ -68,8 +70,7 @@ class ImageEvaluation(Evaluation):
         x1, label = real_x[pick].to(module.device), real_y[pick].to(module.device)
         noise = torch.randn(x1.shape, generator=self._generator(1)).to(x1)
         reference = data.decode(torch.cat([data.splits[s][0] for s in ("val", "test")]))
-        held_out = frechet_distance(classifier.features_module(), classifier.num_features, real, reference)
-        rows = [_row("held-out real digits", "", "", held_out, test_accuracy)]
+        rows = [_row("held-out real digits", "", "", frechet(reference), test_accuracy)]
 
         given = Conditions(label=label)
 
@@ -95,7 +96,7 @@ class ImageEvaluation(Evaluation):
             jobs.append(("posterior, MFM 1", t, 1, partial(posterior, t, None)))
         for name, t, evaluations, draw in track(jobs, describe=lambda job: f"{job[0]} {job[1] and f't = {job[1]}'}"):
             x = draw()
-            rows.append(_row(name, t, evaluations, frechet(x), agreement(x, label)))
+            rows.append(_row(name, t, evaluations, frechet(data.decode(x.cpu())), agreement(x, label)))
         for row in rows:
             module.log(f"test/frechet/{row['samples']}{row['t'] and ' t=' + str(row['t'])}", row["Fréchet"])
         title = f"Fréchet distance to the training images ({self.num_samples} samples; classifier {test_accuracy:.1%})"

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior
+from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import interpolate
-from mfm_lightning.metrics.distances import sliced_wasserstein
+from mfm_lightning.evaluation.draws import draw, draw_distance, noised
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.samplers import sample_posterior_glass
 from mfm_lightning.utils.console import track, write_table
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class MixtureEvaluation(Evaluation):
         model_steps: flow-map steps of the model's draws.
         compare: exported models by name, whose one-step draws are columns of the table too; those whose file is not
             there yet are left out, with a word.
+        max_rows: at most so many draws in memory at once.
         seed: of states, draws and projections.
     """
 
@@ -42,44 +43,44 @@ class MixtureEvaluation(Evaluation):
         glass_steps: list[int] = (16,),
         model_steps: list[int] = (1,),
         compare: dict[str, str] | None = None,
+        max_rows: int = 65536,
         seed: int = 0,
     ) -> None:
         self.times, self.num_states, self.num_draws = tuple(times), num_states, num_draws
         self.glass_steps, self.model_steps, self.seed = tuple(glass_steps), tuple(model_steps), seed
-        self.compare = dict(compare or {})
+        self.compare, self.max_rows = dict(compare or {}), max_rows
 
     def _states(self, oracle, t: float, num: int, generator: torch.Generator) -> Tensor:
-        x1 = oracle.sample(num, generator)
-        return interpolate(torch.full((num,), t), torch.randn(x1.shape, generator=generator), x1)
+        return noised(oracle.sample(num, generator), t, generator)
 
     @torch.no_grad()
     def measure(self, module, folder: Path) -> None:
-        oracle, model = module.trainer.datamodule.oracle, module.model
-        others = self._others(module.device)
-        rows = []
+        oracle = module.trainer.datamodule.oracle
+        sources, rows = self._sources(module, oracle), []
         for t in track(self.times, describe=lambda t: f"posteriors at t = {t}"):
             generator = torch.Generator().manual_seed(self.seed)
             x_t = self._states(oracle, t, self.num_states, generator)
             exact, again = (oracle.sample_posterior(x_t, t, self.num_draws, generator=generator) for _ in range(2))
             noise = torch.randn(exact.shape, generator=generator)
-
-            def distance(draws: Tensor, exact: Tensor = exact) -> float:
-                directions = torch.Generator().manual_seed(self.seed)
-                return sliced_wasserstein(draws.cpu(), exact, generator=directions).mean().item()
-
-            row = {"t": t, "floor": distance(again)}
-            for steps in self.model_steps:
-                draws = model.sample_posterior(x_t.to(module.device), t, steps=steps, noise=noise.to(module.device))
-                row[f"MFM-{steps}"] = distance(draws)
-            for name, other in others.items():
-                draws = other.sample_posterior(x_t.to(module.device), t, noise=noise.to(module.device))
-                row[f"{name}-1"] = distance(draws)
-            for steps in self.glass_steps:
-                row[f"GLASS-{steps}"] = distance(sample_posterior_glass(oracle.drift, x_t, t, steps=steps, noise=noise))
+            row = {"t": t, "floor": self._distance(again, exact)}
+            for name, (source, target, device) in sources.items():
+                draws = draw(source, target, t, x_t.to(device), noise.to(device), self.max_rows)
+                row[name] = self._distance(draws, exact)
             rows.append(row)
             module.log_dict({f"test/sliced_w2/{k}/t={t}": v for k, v in row.items() if k != "t"}, rank_zero_only=True)
         title = f"Sliced W2 to the exact posterior ({self.num_states} states, {self.num_draws} draws each)"
         write_table(rows, title, folder, "posterior_distance")
+
+    def _distance(self, draws: Tensor, exact: Tensor) -> float:
+        return draw_distance(draws, exact, 64, self.seed).mean().item()
+
+    def _sources(self, module, oracle) -> dict[str, tuple[Posterior, Target, torch.device | str]]:
+        """By the table's column: where draws come from, by whose model or drift, and where it is."""
+        ours, exact = Target(module.model, _no_reward), Target(oracle, _no_reward)
+        found = {f"MFM-{k}": (FlowMapPosterior(k), ours, module.device) for k in self.model_steps}
+        for name, other in self._others(module.device).items():
+            found[f"{name}-1"] = (FlowMapPosterior(1), Target(other, _no_reward), module.device)
+        return found | {f"GLASS-{k}": (GlassPosterior(k), exact, "cpu") for k in self.glass_steps}
 
     def _others(self, device: torch.device) -> dict[str, MetaFlowMap]:
         missing = [f"{name} ({path})" for name, path in self.compare.items() if not Path(path).is_file()]
@@ -119,9 +120,12 @@ class MixtureEvaluation(Evaluation):
         generator = torch.Generator().manual_seed(self.seed + batch_idx)
         result = {"x1": x1.cpu()}
         for t in self.times:
-            x_t = interpolate(
-                torch.full((len(x1),), t, device=x1.device), torch.randn(x1.shape, generator=generator).to(x1), x1
-            )
+            x_t = noised(x1, t, generator)
             result[f"x_t/t={t}"] = x_t.cpu()
             result[f"draws/t={t}"] = module.model.sample_posterior(x_t, t, num_samples=16, generator=generator).cpu()
         torch.save(result, folder / f"batch_{batch_idx:04d}.pt")
+
+
+def _no_reward(x: Tensor) -> Tensor:
+    """Draws of the posterior look at none."""
+    return x.new_zeros(len(x))

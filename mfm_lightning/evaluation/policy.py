@@ -14,7 +14,8 @@ from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
-from mfm_lightning.metrics.distances import frechet_distance, mean_pairwise_distance, sliced_wasserstein
+from mfm_lightning.metrics.distances import pairwise_distance, sliced_wasserstein
+from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.oracles import GaussianMixture, require_linear_gaussian
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import before_after, scatter
@@ -57,7 +58,7 @@ class PolicyEvaluation(Evaluation):
         self.held_out = {name: build(reward) for name, reward in (held_out or {}).items()}
         self.pictures, self.seed = pictures, seed
         self._classifier: SmallClassifier | None = None
-        self._real: Tensor | None = None
+        self._real: Gaussian | None = None
         self._base_row: dict[str, float] | None = None
 
     def check(self, module) -> None:
@@ -107,12 +108,13 @@ class PolicyEvaluation(Evaluation):
 
     def _likeness(self, data, images: Tensor, label: Tensor) -> dict[str, float]:
         if self._classifier is None:
-            self._real = data.decode(data.splits["train"][0])
-            self._classifier = train_classifier(self._real, data.splits["train"][1], data.num_classes)
-        features = self._classifier.features_module()
+            real = data.decode(data.splits["train"][0])
+            self._classifier = train_classifier(real, data.splits["train"][1], data.num_classes)
+            self._real = Gaussian.of_features(self._classifier.features(real))
+        features = self._classifier.features(images)
         return {
-            "Fréchet": frechet_distance(features, self._classifier.num_features, self._real, images),
-            "diversity": mean_pairwise_distance(features(images), label),
+            "Fréchet": float(frechet_of_features(features, self._real)),
+            "diversity": float(pairwise_distance(features, label)),
         }
 
     @torch.no_grad()

@@ -27,9 +27,10 @@ class SmallClassifier(nn.Module):
         )  # fmt: skip
         self.head = nn.Linear(self.num_features, num_classes)
 
-    def features_module(self) -> nn.Module:
-        """`(B, C, H, W)` in [0, 1] -> `(B, num_features)`."""
-        return self.body
+    @torch.no_grad()
+    def features(self, images: Tensor, batch_size: int = 512) -> Tensor:
+        """`(B, num_features)` of images `(B, C, H, W)` in [0, 1], so many at once."""
+        return torch.cat([self.body(part) for part in images.split(batch_size)])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body(images))

@@ -1,32 +1,67 @@
-"""Distances between two sets of samples."""
+"""Measures of sets of samples: distances, diversity, correlation.
+
+`measure(x, ...)` is one number. With `weights` `(R, N)`, how often each of x's samples counts (rows of mean 1), it is R
+numbers, one for each resampled set: `resampled(measure, x, ...)` makes an interval of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
+
+from mfm_lightning.metrics.measured import REPLICATES, Measured
+from mfm_lightning.metrics.measured import weights as resampling
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # widths of the kernels, in median distances
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 64, generator: torch.Generator | None = None):
+def sliced_wasserstein(
+    x: Tensor,
+    y: Tensor,
+    num_projections: int = 64,
+    generator: torch.Generator | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Sliced 2-Wasserstein distance: the root of the mean of W2^2 over random directions.
 
     Args:
-        x, y: samples `(..., N, D)` of the same shape; leading dimensions are separate problems.
+        x: samples `(..., N, D)`; leading dimensions are separate problems.
+        y: reference samples `(..., k N, D)`.
         generator: of the directions.
+        weights: `(R, N)`, whole numbers, for x `(N, D)`.
 
     Returns:
-        `(...)` distances.
+        `(...)` distances; `(R,)` with weights.
+
+    Raises:
+        ValueError: for other shapes.
     """
-    if x.shape != y.shape:
-        raise ValueError(f"samples of shapes {tuple(x.shape)} and {tuple(y.shape)} must be equal in shape")
-    directions = torch.randn(x.shape[-1], num_projections, generator=generator, dtype=x.dtype).to(x.device)
+    *batch, N, D = x.shape
+    k = y.shape[-2] // N if N else 0
+    if not k or y.shape != (*batch, k * N, D):
+        raise ValueError(
+            f"{y.shape[-2]} reference samples for {N}, of shapes {tuple(y.shape)} and {tuple(x.shape)}: they must be "
+            "equal in shape, or the reference a multiple of the samples"
+        )
+    directions = torch.randn(D, num_projections, generator=generator, dtype=x.dtype).to(x.device)
     directions = directions / directions.norm(dim=0)
-    gap = (x @ directions).sort(dim=-2).values - (y @ directions).sort(dim=-2).values
-    return gap.square().mean(dim=(-2, -1)).sqrt()
+    # W2^2 to k sorted values a sample: the distance to their mean, and their variance
+    blocks = (y @ directions).sort(dim=-2).values.unflatten(-2, (N, k))
+    means, spread = blocks.mean(dim=-2), blocks.var(dim=-2, correction=0).mean(dim=(-2, -1))
+    projected, order = (x @ directions).sort(dim=-2)
+
+    def distance(values: Tensor) -> Tensor:
+        return ((values - means).square().mean(dim=(-2, -1)) + spread).sqrt()
+
+    if weights is None:
+        return distance(projected)
+    found, columns = [], projected.T.flatten()
+    for row in weights.long().to(x.device):
+        rows = torch.repeat_interleave(row[order].T.flatten())  # the same number for each projection: N
+        found.append(distance(columns[rows].reshape(num_projections, N).T))
+    return torch.stack(found)
 
 
 def multiscale_kernel(y: Tensor, scales: Sequence[float] = SCALES) -> Callable[[Tensor], Tensor]:
@@ -39,46 +74,89 @@ def multiscale_kernel(y: Tensor, scales: Sequence[float] = SCALES) -> Callable[[
     return kernel
 
 
-def mmd(x: Tensor, y: Tensor, scales: Sequence[float] = SCALES) -> float:
+def mmd(x: Tensor, y: Tensor, scales: Sequence[float] = SCALES, weights: Tensor | None = None) -> Tensor:
     """Squared maximum mean discrepancy, unbiased (it can be below 0), of the mean of Gaussian kernels (paper, F.1).
 
     Args:
         x, y: samples `(N, D)` and `(M, D)`.
         scales: widths of the kernels, in units of the median distance within y.
+        weights: `(R, N)`.
+
+    Returns:
+        `()`, or `(R,)` with weights; float64.
     """
     x, y = x.double(), y.double()
-    kernel = multiscale_kernel(y, scales)
-    N, M = len(x), len(y)
-    own = sum(2 * kernel(torch.pdist(a)).sum() / (n * (n - 1)) for a, n in ((x, N), (y, M)))
-    return float(own - 2 * kernel(torch.cdist(x, y)).mean())
+    kernel, w, M = multiscale_kernel(y, scales), _rows(weights, x), len(y)
+    within = _mean_of_pairs(kernel(torch.cdist(x, x)), w)
+    across = w @ kernel(torch.cdist(x, y)).mean(dim=1) / len(x)
+    own = 2 * kernel(torch.pdist(y)).sum() / (M * (M - 1))
+    return _as_asked(within + own - 2 * across, weights)
 
 
-def mean_pairwise_distance(x: Tensor, label: Tensor | None = None) -> float:
-    """Mean Euclidean distance between different samples `(N, D)`, within each class of `label` `(N,)` and then over
-    the classes: a measure of diversity."""
-    groups = [x] if label is None else [x[label == c] for c in label.unique()]
-    return float(torch.stack([torch.pdist(g.flatten(1)).mean() for g in groups if len(g) > 1]).mean())
-
-
-class _Features(nn.Module):
-    def __init__(self, features: nn.Module, num_features: int) -> None:
-        super().__init__()
-        self.features, self.num_features = features, num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.features(images)
-
-
-def frechet_distance(features: nn.Module, num_features: int, real: Tensor, fake: Tensor) -> float:
-    """Fréchet distance of Gaussians fitted to `features` of two sets of images (torchmetrics' computation).
+def pairwise_distance(x: Tensor, label: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    """Mean Euclidean distance between different samples, a measure of diversity.
 
     Args:
-        features: module `(B, C, H, W) -> (B, num_features)`.
-        real, fake: images in [0, 1].
+        x: samples `(N, *shape)`.
+        label: `(N,)`; then within each class that has two samples, and the mean over classes.
+        weights: `(R, N)`.
+
+    Returns:
+        `()`, or `(R,)` with weights; float64.
     """
-    metric = FrechetInceptionDistance(feature=_Features(features, num_features), normalize=True)
-    with torch.no_grad():
-        for images, is_real in ((real, True), (fake, False)):
-            for batch in images.split(512):
-                metric.update(batch, real=is_real)
-        return float(metric.compute())
+    flat, w = x.double().flatten(1), _rows(weights, x)
+    groups = (
+        [torch.arange(len(x), device=x.device)]
+        if label is None
+        else [(label == c).nonzero()[:, 0] for c in label.unique()]
+    )
+    found = torch.stack([_mean_of_pairs(torch.cdist(flat[g], flat[g]), w[:, g]) for g in groups])
+    return _as_asked(found.nanmean(dim=0), weights)
+
+
+def frequency_distance(classes: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
+    """L2 between the frequencies of `classes` `(N,)` and the probabilities `wanted` `(C,)` (paper, 7.1.2).
+
+    Returns:
+        `()`, or `(R,)` with weights `(R, N)`; float64.
+    """
+    one_hot = torch.nn.functional.one_hot(classes, len(wanted)).double()
+    frequencies = _rows(weights, classes) @ one_hot / len(classes)
+    return _as_asked((frequencies - wanted.double()).norm(dim=1), weights)
+
+
+def correlation(x: Tensor, y: Tensor, replicates: int = REPLICATES) -> Measured:
+    """Pearson r of `x` `(B,)` or `(k, B)` (then the mean of k correlations) with `y` `(B,)`, over resampled pairs.
+
+    Its interval is of percentiles, over resampled sets that vary; where x or y does not vary, it is nan and has none.
+    """
+    B = len(y)
+    x, y, w = x.double().reshape(-1, B), y.double(), resampling(B, replicates).to(y.device) / B
+    if any(v.min() == v.max() for v in (*x, y)):
+        return Measured(float("nan"), torch.empty(0, dtype=torch.float64), percentile=True)
+
+    def centred(v: Tensor) -> Tensor:
+        return v - (w @ v)[:, None]
+
+    b, found = centred(y), []
+    for row in x:
+        a = centred(row)
+        found.append((w * a * b).sum(1) / ((w * a * a).sum(1) * (w * b * b).sum(1)).sqrt())
+    values = torch.stack(found).mean(dim=0).cpu()
+    return Measured(float(values[0]), values[1:][values[1:].isfinite()], percentile=True)
+
+
+def _rows(weights: Tensor | None, x: Tensor) -> Tensor:
+    """The weights; one row of ones where there are none."""
+    ones = torch.ones(1, len(x), dtype=torch.float64)
+    return (ones if weights is None else weights).to(x.device)
+
+
+def _as_asked(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values[0] if weights is None else values
+
+
+def _mean_of_pairs(matrix: Tensor, w: Tensor) -> Tensor:
+    """Mean `(R,)` of a symmetric matrix over pairs of different samples; nan where there is no such pair."""
+    matrix = matrix - torch.diag(torch.diagonal(matrix))
+    return ((w @ matrix) * w).sum(1) / (w.sum(1) ** 2 - (w**2).sum(1))

@@ -59,17 +59,6 @@ class Inception(nn.Module):
         return features, rest[0] if rest else None
 
 
-class InceptionFeatures(nn.Module):
-    """`Inception`'s features alone, as torchmetrics' FrechetInceptionDistance takes a network."""
-
-    def __init__(self, inception: Inception) -> None:
-        super().__init__()
-        self.inception, self.num_features = inception, inception.num_features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.inception(images)[0]
-
-
 def find_inception_weights(path: str | Path | None = None, allow_download: bool = False) -> Path:
     """The file of Inception's weights: the one given, or torch-fidelity's own, from where torch keeps downloads.
 

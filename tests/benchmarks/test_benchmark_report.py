@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mfm_benchmarks.blocks import Page, Picture, Table
-from mfm_benchmarks.bootstrap import Measured
 from mfm_benchmarks.parts.reward_report import Entry, RewardReport
 from mfm_benchmarks.report import write_report
+from mfm_lightning.metrics.measured import Measured
 
 
 def test_the_headline_takes_what_is_cheaper_above_and_near_the_data():

@@ -14,7 +14,7 @@ def table(folder, name):
 
 def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--sizes", "{S/8: 2}", "--sampling_sizes", "[S/8]", "--draws", "[2]", "--input_size", "8", "--rounds", "2"]
+    small = ["--sizes", "{S/8: 2}", "--input_size", "8", "--rounds", "2"]
     mfm(["benchmark", "training-speed", *small, "--precisions", "[fp32]", "--compile", "false", "--device", "cpu"])
     folder = tmp_path / "outputs/benchmarks/training-speed"
     found = {row["step"]: row for row in table(folder, "steps")}
@@ -30,9 +30,6 @@ def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     )
     parts = {row["part"] for row in table(folder, "parts")}
     assert {"forward, no graph", "EMA", "optimiser (RAdam)", "tangent and backward: functorch"} <= parts
-    tried = table(folder, "tried")
-    assert all(float(row["times faster"]) > 0 for row in tried)
-    assert {row["estimator"] for row in table(folder, "steering")} == {"MFM-GF", "MFM-G (not done)"}
     with pytest.raises(SystemExit, match="unknown precision 'fp8'"):
         mfm(["benchmark", "training-speed", "--precisions", "[fp8]"])
 

@@ -264,12 +264,3 @@ def saved_bytes(step) -> int:
 def test_checkpointing_a_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match="MLP has no blocks to checkpoint"):
         Execution(checkpoint_activations=True).prepare(MLP(2, 8, 1))
-
-
-def test_attention_tangent_by_the_fused_backward_kernel():
-    """The identity that the benchmark tries (`speed_ideas`), in float64."""
-    from mfm_benchmarks.parts.speed_ideas import fused_attention_tangent
-
-    torch.manual_seed(0)
-    q, k, v = (Dual(*torch.randn(2, 2, 3, 80, 8, dtype=torch.float64)) for _ in range(3))
-    torch.testing.assert_close(fused_attention_tangent(q, k, v), dual.attention(q, k, v).tangent)

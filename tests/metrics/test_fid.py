@@ -25,7 +25,8 @@ from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.commands.fid import main
 from mfm_lightning.commands.main import run
 from mfm_lightning.data.latents.image_sources import RawImage
-from mfm_lightning.metrics.fid import RunningStatistics, Statistics, frechet, measure_images, reference_statistics
+from mfm_lightning.metrics.fid import RunningStatistics, Statistics, measure_images, reference_statistics
+from mfm_lightning.metrics.frechet import frechet
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
 from mfm_lightning.modules import MFMPretraining
 from mfm_lightning.networks import DiT
@@ -123,9 +124,9 @@ def test_folders_arrays_shards_and_streams_are_the_same(early, sets, tmp_path):
     with pytest.raises(ValueError, match=r"a\.tar cannot be read"):
         list(ImageSet(tmp_path / "shards").batches(5))
     reference = reference_statistics(folder / "real", early, tmp_path / "cache")
-    direct = RunningStatistics()
+    direct = RunningStatistics(64)
     direct.update(early(images["samples"])[0])
-    expected = frechet(direct.compute(), reference)
+    expected = frechet(direct.statistics().gaussian, reference.gaussian)
     live = (images["samples"][i : i + 5].float() / 255 for i in range(0, NUM, 5))  # a sampler, as it goes
     assert measure_images(live, early, reference).fid == pytest.approx(expected, rel=1e-6)
 
@@ -243,7 +244,9 @@ def test_several_processes_find_the_statistics_or_the_command_that_makes_them(we
     main([*shlex.split(str(error.value).split("`")[1])[2:], "--save-statistics", str(tmp_path / "real.npz")])
     (callback := SampleFID(str(sets[0] / "real"), **options)).setup(trainer, module, "fit")
     kept = reference_statistics(sets[0] / "real", early, tmp_path / "a b", crop=16, compute=False)
-    torch.testing.assert_close(callback.metric.real_features_sum, torch.as_tensor(NUM * kept.mu))
+    assert (callback.real.mu == kept.mu).all()
+    assert (callback.real.sigma == kept.sigma).all()
+    assert callback.real.num_samples == NUM
     assert (Statistics.load(tmp_path / "real.npz").sigma == kept.sigma).all()
     for wrong in ([], ["--reference", str(tmp_path / "real.npz")], ["--reference", str(sets[0]), "--output=f.json"]):
         with pytest.raises(SystemExit):

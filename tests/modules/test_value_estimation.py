@@ -125,7 +125,10 @@ def test_the_evaluation_finds_exact_draws_to_be_exact(tmp_path):
         target=LoadedTarget(TargetSettings("", ""), gaussian_model().requires_grad_(False), reward),
         log=lambda name, value, **_: logged.__setitem__(name, value),
     )  # fmt: skip
-    evaluation = ValueEvaluation([0.3, 0.6], 64, 2000, 2, [1, 4], [1, 8], 20, max_rows=200_000)
+    evaluation = ValueEvaluation(
+        times=[0.3, 0.6], num_states=64, num_draws=2000, num_repeats=2, model_steps=[1, 4], glass_steps=[1, 8],
+        rollout_steps=20, max_rows=200_000,
+    )  # fmt: skip
     evaluation.measure(module, tmp_path)
     rows = {(row["t"], row["estimator"]): row for row in json.loads((tmp_path / "value_estimates.json").read_text())}
     for t in (0.3, 0.6):

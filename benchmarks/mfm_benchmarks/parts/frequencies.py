@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_benchmarks import bootstrap, plots
+from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
-from mfm_benchmarks.bootstrap import Measured
 from mfm_benchmarks.claims import change, verdict
 from mfm_benchmarks.measure import measure, noise
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment import AlignmentMethod, FeynmanKac, Steering, TimeGrid, TwistedSMC
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree
+from mfm_lightning.metrics.distances import frequency_distance
+from mfm_lightning.metrics.measured import Measured, mean, mean_of, resampled
 
 
 @dataclass
@@ -99,8 +100,8 @@ class FrequencyComparison:
         for (name, n), cells in self._cells.items():
             if (parts := results.all(cells)) is None:
                 continue
-            found[name, n] = bootstrap.mean([bootstrap.frequency_distance(p.tensors["classes"], wanted) for p in parts])
-            reward = bootstrap.mean([bootstrap.mean_of(p.tensors["rewards"]) for p in parts])
+            found[name, n] = mean([resampled(frequency_distance, p.tensors["classes"], wanted) for p in parts])
+            reward = mean([mean_of(p.tensors["rewards"]) for p in parts])
             shares = torch.cat([p.tensors["classes"] for p in parts]).bincount(minlength=len(wanted)).double()
             rows.append({
                 "method": name, "draws or particles": n or None, "NFE": round(parts[0].numbers["nfe"]),

@@ -10,38 +10,26 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mfm_benchmarks import bootstrap, plots
+from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
-from mfm_benchmarks.bootstrap import Measured
 from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.measure import clock
 from mfm_benchmarks.suite import Cell, Outcome, Results
-from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior, RolloutPosterior
+from mfm_lightning.alignment.posteriors import Posterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.interpolant import as_times, interpolate
-from mfm_lightning.metrics.distances import sliced_wasserstein
+from mfm_lightning.evaluation.draws import DrawSettings, draw, draw_distance, noised, posteriors
+from mfm_lightning.metrics.measured import Measured, mean_of
 
 REFERENCE, FLOOR = "reference", "SDE rollouts again (floor)"
 
 
 @dataclass
-class PosteriorRecovery:
-    """Sliced W2 between draws and reference draws of each noisy state, mean over states.
-
-    Args:
-        times: outer times t.
-        num_states: noised test samples.
-        num_draws: draws of each state.
-        model_steps: flow-map steps of a draw; glass_steps: Euler steps of the GLASS ODE.
-        rollout_steps: of the reference.
-    """
+class PosteriorRecovery(DrawSettings):
+    """Sliced W2 between draws and reference draws of each noisy state (noised test samples), mean over states."""
 
     times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5])
     num_states: int = 16
-    num_draws: int = 128
-    model_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
     glass_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
-    rollout_steps: int = 200
 
     def shrink(self) -> None:
         self.num_states, self.num_draws, self.times = min(4, self.num_states), min(32, self.num_draws), self.times[:2]
@@ -55,21 +43,19 @@ class PosteriorRecovery:
         self._cells: dict[tuple[float, str], Cell] = {}
         found = []
         for t in self.times:
-            x_t = noised(x1, t)
+            x_t = noised(x1, t, torch.Generator().manual_seed(1))
             rollouts = settings | {"t": t, "rollouts": self.rollout_steps}
             reference = Cell(
                 f"posterior, t = {t:g}, {REFERENCE}", rollouts, self._draw(target, t, x_t, self._rollouts(101), 1)
             )
             found.append(reference)
-            sources: dict[str, Posterior] = {f"MFM {k}": FlowMapPosterior(k) for k in self.model_steps}
-            sources |= {f"GLASS {k}": GlassPosterior(k) for k in self.glass_steps}
-            sources[FLOOR] = self._rollouts(202)
-            for name, source in sources.items():
-                draw = self._draw(target, t, x_t, source, 2)
+            sources = posteriors(self.model_steps, self.glass_steps)
+            for name, source in {**sources, FLOOR: self._rollouts(202)}.items():
+                made = self._draw(target, t, x_t, source, 2)
                 cell = Cell(
                     f"posterior, t = {t:g}, {name}",
                     rollouts,
-                    lambda other, draw=draw: _compare(draw(), other),
+                    lambda other, made=made: _compare(made(), other),
                     (reference,),
                 )
                 self._cells[t, name] = cell
@@ -80,13 +66,12 @@ class PosteriorRecovery:
         return RolloutPosterior(self.rollout_steps, generator=torch.Generator().manual_seed(seed))
 
     def _draw(self, target: Target, t: float, x_t: Tensor, source: Posterior, seed: int) -> Callable[[], Outcome]:
-        @torch.no_grad()
         def compute() -> Outcome:
             noise = torch.randn(
                 len(x_t), self.num_draws, *x_t.shape[1:], generator=torch.Generator().manual_seed(seed)
             ).to(x_t)
             begin = clock(x_t.device)
-            draws = torch.cat([source(target, t, x_t[i : i + 8], noise[i : i + 8]) for i in range(0, len(x_t), 8)])
+            draws = draw(source, target, t, x_t, noise, self.max_rows)
             return Outcome({"seconds": clock(x_t.device) - begin}, {"draws": draws})
 
         return compute
@@ -95,7 +80,7 @@ class PosteriorRecovery:
         rows, found = [], {}
         for (t, name), cell in self._cells.items():
             if cell in results:
-                found[t, name] = bootstrap.mean_of(results[cell].tensors["distance"])
+                found[t, name] = mean_of(results[cell].tensors["distance"])
                 kind, _, steps = name.partition(" ")
                 steps = int(steps) if kind in ("MFM", "GLASS") else self.rollout_steps
                 rows.append({"t": t, "draws": name, "evaluations": steps, "sliced W2": found[t, name]})
@@ -127,12 +112,6 @@ class PosteriorRecovery:
         return Claims("Posterior draws, by evaluations", lines)
 
 
-def noised(x1: Tensor, t: float, seed: int = 1) -> Tensor:
-    """`x_t` of clean states, the same noise at all times."""
-    return interpolate(as_times(t, x1), torch.randn(x1.shape, generator=torch.Generator().manual_seed(seed)).to(x1), x1)
-
-
 def _compare(draws: Outcome, reference: Outcome) -> Outcome:
-    a, b = (o.tensors["draws"].cpu().flatten(2) for o in (draws, reference))
-    distance = sliced_wasserstein(a, b, 128, torch.Generator().manual_seed(0))
+    distance = draw_distance(draws.tensors["draws"], reference.tensors["draws"], 128, seed=0)
     return Outcome(draws.numbers, {"distance": distance})

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
-from mfm_benchmarks.bootstrap import Measured, rounded
 from mfm_benchmarks.claims import verdict
+from mfm_lightning.metrics.measured import Measured, rounded
 
 BASE, BEST = "base flow", "Best-of-N"
 

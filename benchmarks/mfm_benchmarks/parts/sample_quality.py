@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from mfm_benchmarks import bootstrap
 from mfm_benchmarks.blocks import Block, Table
-from mfm_benchmarks.bootstrap import RealFeatures
 from mfm_benchmarks.measure import clock, noise
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
+from mfm_lightning.metrics.measured import resampled
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.decoders import Decoder
 from mfm_lightning.samplers import sample_refinement
@@ -75,13 +75,13 @@ class SampleQuality:
         return Outcome({"seconds": clock(device) - start}, {"features": torch.cat(features)})
 
     def blocks(self, results: Results, quality: Quality) -> list[Block]:
-        rows, real = [], RealFeatures(quality.real)
+        rows, real = [], Gaussian.of_features(quality.real)
         for k, cells in self._cells.items():
             if (done := results.all(cells)) is None:
                 continue  # a part has not its share of each class
             features = torch.cat([outcome.tensors["features"] for outcome in done])
             seconds = sum(outcome.numbers["seconds"] for outcome in done)
-            distance = bootstrap.frechet(features, real, self.replicates)
+            distance = resampled(frechet_of_features, features, real, replicates=self.replicates)
             rows.append(
                 {"steps": k, "samples": len(features), "FID": distance, "seconds a sample": seconds / len(features)}
             )

@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mfm_benchmarks import bootstrap, plots
+from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
-from mfm_benchmarks.bootstrap import Measured
 from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.measure import clock
-from mfm_benchmarks.parts.posterior_recovery import noised
 from mfm_benchmarks.suite import Cell, Outcome, Results
-from mfm_lightning.alignment.nfe import Meter
-from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior, RolloutPosterior
+from mfm_lightning.alignment.posteriors import RolloutPosterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.alignment.values import DenoisedValue, DrawValue
+from mfm_lightning.alignment.values import DenoisedValue, DrawValue, ValueEstimator
+from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, estimate_values, noised
+from mfm_lightning.metrics.measured import Measured
 
-POINT = "DPS point estimate"
 Found = dict[tuple[float, str], Measured]  # by time and estimator
 
 
 @dataclass
-class ValueComparison:
-    """Pearson r over states, bias and error of V estimated from draws (paper, section 7).
-
-    Args:
-        times: outer times t.
-        num_states: noised test samples.
-        num_draws: draws of an estimate, and rollouts of a reference value.
-        model_steps: flow-map steps of a draw; glass_steps: Euler steps of the GLASS ODE.
-        rollout_steps: of the reference.
-        max_rows: draws in memory at once.
-    """
-
-    times: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.5])
-    num_states: int = 32
-    num_draws: int = 128
-    model_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
-    glass_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    rollout_steps: int = 200
-    max_rows: int = 1024
+class ValueComparison(DrawSettings):
+    """Pearson r over states (noised test samples), bias and error of V estimated from draws (paper, section 7)."""
 
     def shrink(self) -> None:
         self.num_states, self.num_draws, self.times = min(12, self.num_states), min(32, self.num_draws), self.times[-2:]
@@ -59,34 +40,27 @@ class ValueComparison:
         self._reference: dict[float, Cell] = {}
         for t in self.times:
             settings = {**identity, "states": len(x1), "draws": self.num_draws, "t": t}
-            x_t = noised(x1, t)
-            rollouts = RolloutPosterior(self.rollout_steps, generator=torch.Generator().manual_seed(301))
-            sources: dict[str, Posterior | None] = {f"MFM {k}": FlowMapPosterior(k) for k in self.model_steps}
-            sources |= {f"GLASS {k}": GlassPosterior(k) for k in self.glass_steps}
-            sources[POINT] = None
+            x_t = noised(x1, t, torch.Generator().manual_seed(1))
+            source = RolloutPosterior(self.rollout_steps, generator=torch.Generator().manual_seed(301))
+            rollouts = DrawValue(self.num_draws, source, max_rows=self.max_rows)
             self._reference[t] = Cell(
                 f"value, t = {t:g}, reference", {**settings, "rollouts": self.rollout_steps},
                 self._estimate(target, t, x_t, rollouts),
             )  # fmt: skip
             found.append(self._reference[t])
-            for name, source in sources.items():
+            for name, estimator in {**self.value_estimators(), POINT: DenoisedValue()}.items():
                 self._cells[t, name] = Cell(
-                    f"value, t = {t:g}, {name}", settings, self._estimate(target, t, x_t, source)
+                    f"value, t = {t:g}, {name}", settings, self._estimate(target, t, x_t, estimator)
                 )
                 found.append(self._cells[t, name])
         return found
 
-    def _estimate(self, target: Target, t: float, x_t: Tensor, source: Posterior | None) -> Callable[[], Outcome]:
-        @torch.no_grad()
+    def _estimate(self, target: Target, t: float, x_t: Tensor, estimator: ValueEstimator) -> Callable[[], Outcome]:
         def compute() -> Outcome:
-            target.meter, begin = Meter(), clock(x_t.device)
-            if source is None:
-                values = DenoisedValue()(target, t, x_t).value
-            else:
-                estimator = DrawValue(self.num_draws, source, max_rows=self.max_rows)
-                values = estimator(target, t, x_t, torch.Generator().manual_seed(302)).value
-            numbers = {"nfe": target.meter.total / len(x_t), "seconds": clock(x_t.device) - begin}
-            return Outcome(numbers, {"values": values})
+            begin = clock(x_t.device)
+            found = estimate_values(estimator, target, t, x_t, torch.Generator().manual_seed(302))
+            numbers = {"nfe": found.nfe, "seconds": clock(x_t.device) - begin}
+            return Outcome(numbers, {"values": found.values[0]})
 
         return compute
 
@@ -96,11 +70,11 @@ class ValueComparison:
             if cell not in results or self._reference[t] not in results:
                 continue
             values, reference = results[cell].tensors["values"], results[self._reference[t]].tensors["values"]
-            error = (values - reference).double()
-            r[t, name], squares[t, name] = bootstrap.correlation(values, reference), bootstrap.mean_of(error.square())
+            errors = ValueErrors.of(values[None], reference)
+            r[t, name], squares[t, name] = errors.r, errors.squared
             rows.append({
-                "t": t, "estimator": name, "NFE": round(results[cell].numbers["nfe"]), "Pearson r": r[t, name],
-                "bias": bootstrap.mean_of(error), "mean squared error": squares[t, name],
+                "t": t, "estimator": name, "NFE": round(results[cell].numbers["nfe"]), "Pearson r": errors.r,
+                "bias": errors.bias, "mean squared error": errors.squared,
             })  # fmt: skip
         if not rows:
             return []

@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mfm_benchmarks import bootstrap
 from mfm_benchmarks.blocks import Block, Text
-from mfm_benchmarks.bootstrap import RealFeatures
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import measure, noise
 from mfm_benchmarks.methods import MethodSettings, Point, job, points
@@ -22,6 +20,9 @@ from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec, plain
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_lightning.alignment.target import LoadedTarget, Target
+from mfm_lightning.metrics.distances import pairwise_distance
+from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
+from mfm_lightning.metrics.measured import mean, mean_of, resampled
 from mfm_rewards import Reward, RewardError, build
 
 
@@ -220,7 +221,7 @@ class AlignmentSuite(Suite):
     # what is made of it
 
     def report(self, results: Results) -> Sequence[Block]:
-        self._real = RealFeatures(self.quality.real) if self.quality is not None else None
+        self._real = Gaussian.of_features(self.quality.real) if self.quality is not None else None
         entries = {reward: list(self._entries(reward, results)) for reward in self.rewards}
         entries = {reward: found for reward, found in entries.items() if found}
         if not entries:
@@ -245,9 +246,9 @@ class AlignmentSuite(Suite):
             yield entry
 
     def _entry(self, method, label, scale, nfe, seconds, parts: list[dict[str, Tensor]]) -> Entry:
-        reward = bootstrap.mean([bootstrap.mean_of(part["rewards"]) for part in parts])
-        diversity = bootstrap.mean([bootstrap.pairwise_distance(part["states"]) for part in parts])
+        reward = mean([mean_of(part["rewards"]) for part in parts])
+        diversity = mean([resampled(pairwise_distance, part["states"]) for part in parts])
         frechet = None
         if self._real is not None:
-            frechet = bootstrap.mean([bootstrap.frechet(part["features"], self._real) for part in parts])
+            frechet = mean([resampled(frechet_of_features, part["features"], self._real) for part in parts])
         return Entry(method, label, scale, nfe, seconds, reward, frechet, diversity, parts[0]["images"])

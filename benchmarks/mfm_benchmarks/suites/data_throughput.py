@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from mfm_benchmarks import bootstrap, plots
+from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
-from mfm_benchmarks.bootstrap import Measured
 from mfm_benchmarks.parts.shard_readers import (
     READERS,
     can_drop,
@@ -24,6 +23,7 @@ from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_benchmarks.timing import TIMED
 from mfm_lightning.data import LatentShards
 from mfm_lightning.data.latents.index import LatentIndex, Layout
+from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs
 
 RAW, GOAL = "raw read", 0.5
 DISK, CACHED = "from disk", "from the cache"
@@ -127,7 +127,7 @@ class DataThroughputSuite(Suite):
         }
         if not found:
             return []
-        shares = {w: {name: bootstrap.ratio_of_runs(f[name], f[RAW]) for name in f} for w, f in found.items()}
+        shares = {w: {name: ratio_of_runs(f[name], f[RAW]) for name in f} for w, f in found.items()}
         headline, lines = [], []
         for where, share in shares.items():
             best = max((_ours(w) for w in self.workers), key=lambda name, share=share: share[name].value)
@@ -149,7 +149,7 @@ class DataThroughputSuite(Suite):
         rows = []
         for where, speeds in found.items():
             for name, values in speeds.items():
-                speed, share = bootstrap.of_runs(values), shares[where][name]
+                speed, share = of_runs(values), shares[where][name]
                 rows.append(
                     {
                         "files": where,
@@ -187,7 +187,7 @@ def _note(found: dict[str, list[float]], speeds: dict[str, float], round_: int) 
 
 
 def _against(found: dict[str, list[float]], name: str, other: str) -> str:
-    times = bootstrap.ratio_of_runs(found[name], found[other])
+    times = ratio_of_runs(found[name], found[other])
     return f"from the cache: {name}: {times.text(2)} times the samples in a second of {other}."
 
 
@@ -201,7 +201,7 @@ def _claim(name: str, share: Measured) -> str:
 
 
 def _picture(found: dict[str, dict[str, list[float]]]) -> Figure:
-    speeds = {where: {name: bootstrap.of_runs(v) for name, v in readers.items()} for where, readers in found.items()}
+    speeds = {where: {name: of_runs(v) for name, v in readers.items()} for where, readers in found.items()}
     half = {where: GOAL * readers[RAW].value for where, readers in speeds.items()}
 
     def colour(name: str) -> str:

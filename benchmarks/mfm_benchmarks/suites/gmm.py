@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_benchmarks import bootstrap, plots
+from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
-from mfm_benchmarks.bootstrap import Measured, rounded
 from mfm_benchmarks.claims import change, verdict
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import clock, noise
@@ -23,6 +22,8 @@ from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree, ExactGradient
 from mfm_lightning.checkpoints import fingerprint, load_model
 from mfm_lightning.data import GaussianMixtureDataModule
+from mfm_lightning.metrics.distances import mmd, sliced_wasserstein
+from mfm_lightning.metrics.measured import Measured, mean, of_runs, resampled, rounded
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
 
 Key = tuple[str, int]  # name, and draws (0: none)
@@ -170,14 +171,17 @@ class MixtureSuite(Suite):
                     1 if isinstance(method, FeynmanKac | TwistedSMC) else self.num_samples, (2,), seed, self.device
                 )
                 begin = clock(self.device)
-                found = method(target, x0, torch.Generator().manual_seed(1000 + seed)).states
-                numbers = {"nfe": target.meter.total / len(found), "seconds": clock(self.device) - begin}
-                chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[: self.num_samples]
-                states = found.cpu() if len(found) == self.num_samples else found[chosen].cpu()
-            w2 = bootstrap.sliced_wasserstein(states, reference)
-            mmd = bootstrap.maximum_mean_discrepancy(states, reference)
-            numbers |= {"W2": w2.value, "MMD": mmd.value}
-            return Outcome(numbers, {"states": states, "W2": w2.replicates, "MMD": mmd.replicates})
+                drawn = method(target, x0, torch.Generator().manual_seed(1000 + seed)).states
+                numbers = {"nfe": target.meter.total / len(drawn), "seconds": clock(self.device) - begin}
+                chosen = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[: self.num_samples]
+                states = drawn.cpu() if len(drawn) == self.num_samples else drawn[chosen].cpu()
+            directions = torch.Generator().manual_seed(0)
+            found = {
+                "W2": resampled(sliced_wasserstein, states.double(), reference.double(), 128, directions),
+                "MMD": resampled(mmd, states, reference),
+            }
+            numbers |= {what: distance.value for what, distance in found.items()}
+            return Outcome(numbers, {"states": states, **{k: distance.replicates for k, distance in found.items()}})
 
         return compute
 
@@ -191,12 +195,18 @@ class MixtureSuite(Suite):
             f"{self.steps} steps; the floor is exact samples against others."
         )
         below = " Unbiased, so it can be below zero; linear below 0.001."
-        w2, mmd = self._plot(found, "W2", "sliced W2", "log"), self._plot(found, "MMD", "MMD", "symlog")
         clouds = "One seed; contours hold 50, 90 and 99 % of the exact tilted distribution, grey is the base mixture."
         return [
             *self._headline(found),
-            Picture("w2", "Sliced W2 to the exact tilted distribution", w2, caption),
-            Picture("mmd", "MMD to the exact tilted distribution", mmd, caption + below),
+            Picture(
+                "w2", "Sliced W2 to the exact tilted distribution", self._plot(found, "W2", "sliced W2", "log"), caption
+            ),
+            Picture(
+                "mmd",
+                "MMD to the exact tilted distribution",
+                self._plot(found, "MMD", "MMD", "symlog"),
+                caption + below,
+            ),
             Picture("samples", "Samples against the exact density", self._clouds(done), clouds),
             self._claims(found),
             Table("distances", "All results", self._rows(done, found), caption),
@@ -280,8 +290,8 @@ def _by_draws(found: dict[Key, dict[str, Measured]], name: str, what: str) -> di
 def _over_seeds(name: str, what: str, parts: list[Outcome]) -> Measured:
     """Samples of a run are independent, and resampled; particles of one population are not: there only runs count."""
     if name in PARTICLES:
-        return bootstrap.of_runs([o.numbers[what] for o in parts], seed=PARTICLES.index(name))
-    return bootstrap.mean([Measured(o.numbers[what], o.tensors[what]) for o in parts])
+        return of_runs([o.numbers[what] for o in parts], seed=PARTICLES.index(name))
+    return mean([Measured(o.numbers[what], o.tensors[what]) for o in parts])
 
 
 def _large(number: Measured, words: str) -> tuple[str, str]:

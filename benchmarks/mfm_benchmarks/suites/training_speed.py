@@ -1,21 +1,18 @@
-"""Training and steering steps: time, memory and where they go, for each way of computing tangents."""
+"""Training steps: time, memory and where they go, for each way of computing tangents."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from mfm_benchmarks import bootstrap, plots
+from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
-from mfm_benchmarks.bootstrap import Measured, rounded
-from mfm_benchmarks.parts.sampling_steps import steering_steps
-from mfm_benchmarks.parts.speed_ideas import ideas
 from mfm_benchmarks.parts.training_steps import REFERENCE, VARIANTS, Training, Variant
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_benchmarks.timing import TIMED, Step, count_flops, interleaved, peak_bytes, product_peak
+from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs, rounded
 from mfm_lightning.networks.dit import architecture
 from mfm_rewards.execution import DTYPES, Precision, check_precision
 
@@ -34,16 +31,14 @@ class TrainingSpeedSuite(Suite):
         rounds: how often each step is timed; all steps take turns.
         input_size, in_channels: of the latents.
         compile: also time the compiled step (a minute or so of compilation each).
-        draws: by samples B, the draws N of steering steps.
-        sampling_sizes: models of the steering steps.
     """
 
     name = "training-speed"
-    title = "Speed of training and steering steps"
+    title = "Speed of training steps"
     about = (
         "Time and memory of a training step by how the tangent is computed and what the terms share, each against the "
         "straightforward step (torch.func.jvp in grad mode, nothing shared, attention as written) in the same run; "
-        "where the time goes; and what was tried and does not pay."
+        "and where the time goes."
     )
     intervals = TIMED
 
@@ -57,22 +52,19 @@ class TrainingSpeedSuite(Suite):
         input_size: int = 32,
         in_channels: int = 4,
         compile: bool = True,
-        sampling_sizes: list[str] = ("S/2",),
-        draws: list[int] = (1, 4),
     ) -> None:
         self.sizes, self.gpu_sizes = sizes or {"S/2": 8, "B/2": 4}, gpu_sizes or {"S/2": 256, "B/2": 128}
         self.precisions = [check_precision(p) for p in precisions]
         self.gpu_precisions = [check_precision(p) for p in gpu_precisions]
         self.rounds, self.input_size, self.in_channels, self.compile = rounds, input_size, in_channels, compile
-        self.sampling_sizes, self.draws = list(sampling_sizes), list(draws)
         if rounds < 2:
             raise ValueError(f"rounds {rounds}: an interval needs at least 2")
-        for size in (*self.sizes, *self.gpu_sizes, *self.sampling_sizes):
+        for size in (*self.sizes, *self.gpu_sizes):
             architecture(size)
 
     def shrink(self) -> None:
         self.sizes = self.gpu_sizes = {"S/8": 8}
-        self.sampling_sizes, self.rounds, self.compile = ["S/8"], 3, False
+        self.rounds, self.compile = 3, False
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -96,16 +88,7 @@ class TrainingSpeedSuite(Suite):
             )
             for size, batch, precision in self._chosen
         }
-        self._sampling = {
-            (size, samples, draws): Cell(
-                f"steering {size} B={samples} N={draws}",
-                {**self._shared(size), "samples": samples, "draws": draws},
-                lambda size=size, samples=samples, draws=draws: self._steer(size, samples, draws),
-            )
-            for size in self.sampling_sizes
-            for samples, draws in ((1, n) for n in self.draws)
-        }
-        return [*self._steps.values(), *self._sampling.values()]
+        return list(self._steps.values())
 
     def _shared(self, size: str) -> dict[str, Any]:
         threads = torch.get_num_threads() if self.device.type == "cpu" else 0
@@ -141,7 +124,6 @@ class TrainingSpeedSuite(Suite):
                 error[variant.name] = float(difference.norm() / reference.norm())
         training.restore()
         parts, lost = interleaved(training.parts(), self.rounds, self.device)
-        tried = _pairs(ideas(training), self.rounds, self.device)
         explicit = next(v for v in self._variants if v.name == DEFAULT)
         return Outcome(
             {
@@ -150,16 +132,10 @@ class TrainingSpeedSuite(Suite):
                 "memory": memory,
                 "error": error,
                 "parts": parts,
-                "tried": tried,
                 "flops": count_flops(lambda: training.step(explicit)),
                 "peak": product_peak(self.device, DTYPES[precision]),
             }
         )
-
-    def _steer(self, size: str, samples: int, draws: int) -> Outcome:
-        steps = steering_steps(self._network(size), samples, draws, self.device)
-        made = {name: lambda pair=pair: pair for name, pair in steps.items()}
-        return Outcome({"tried": _pairs(made, max(9, self.rounds), self.device)})
 
     # -- report --------------------------------------------------------------------------------------------------------
 
@@ -171,16 +147,7 @@ class TrainingSpeedSuite(Suite):
             blocks += [
                 Table("steps", "Steps", self._step_rows(done)),
                 Table("parts", "Where the time goes", self._part_rows(done), PARTS_CAPTION),
-                Table("tried", "What was tried", self._tried_rows(done), TRIED_CAPTION),
             ]
-        sampling = [
-            {"model": size, "samples B": samples, "draws N": draws, "estimator": name, **_gain(*pair)}
-            for (size, samples, draws), cell in self._sampling.items()
-            if cell in results
-            for name, pair in results[cell].numbers["tried"].items()
-        ]
-        if sampling:
-            blocks.append(Table("steering", "Steering steps: one network call for drift and draws", sampling, STEERING))
         return blocks or [Text("No result", ["Every run failed; the messages are above."])]
 
     def _headline(self, done) -> list[Block]:
@@ -226,7 +193,7 @@ class TrainingSpeedSuite(Suite):
                 if variant.name not in numbers["seconds"]:
                     rows.append({**row, "failed": numbers["failures"].get(variant.name, "")})
                     continue
-                seconds = bootstrap.of_runs(numbers["seconds"][variant.name])
+                seconds = of_runs(numbers["seconds"][variant.name])
                 utilisation = numbers["flops"] / seconds.value / numbers["peak"]
                 rows.append(
                     {
@@ -249,18 +216,11 @@ class TrainingSpeedSuite(Suite):
             whole = numbers["seconds"].get(DEFAULT)
             for name, seconds in numbers["parts"].items():
                 row = {"model": size, "precision": precision, "batch": batch, "part": name}
-                row["ms"] = bootstrap.of_runs(seconds) * 1e3
+                row["ms"] = of_runs(seconds) * 1e3
                 row["in forward passes"] = None if unit is None else _median_ratio(seconds, unit)
                 row["of the explicit step"] = None if whole is None else _median_ratio(seconds, whole)
                 rows.append(row)
         return rows
-
-    def _tried_rows(self, done) -> list[dict[str, Any]]:
-        return [
-            {"model": size, "precision": precision, "batch": batch, "idea": name, **_gain(*pair)}
-            for (size, batch, precision), numbers in done.items()
-            for name, pair in numbers["tried"].items()
-        ]
 
 
 STEPS_CAPTION = (
@@ -274,41 +234,12 @@ STEPS_CAPTION = (
     "a large matrix product measured in the same run."
 )
 PARTS_CAPTION = "Parts of a step by themselves, in milliseconds, in no-grad forward passes, and as a share of the step."
-TRIED_CAPTION = (
-    "Ideas that are not in the step, as it is done and as it would be done: a ratio above 1 says that it would pay "
-    "here."
-)
-STEERING = (
-    "What a step of steering asks of the network, with a call each for drift and draws, and with one for both. MFM-GF "
-    "makes one; for MFM-G it is not done, since the drift's rows would go through the backward pass too."
-)
-
-
-def _pairs(steps: dict[str, Callable[[], tuple[Step, Step]]], rounds: int, device: torch.device) -> dict[str, list]:
-    """Seconds without and with, or a message."""
-    found = {}
-    for name, make in steps.items():
-        gc.collect()
-        without, with_ = make()
-        seconds, failures = interleaved({"without": without, "with": with_}, rounds, device)
-        found[name] = [None, next(iter(failures.values()))] if failures else [seconds["without"], seconds["with"]]
-    return found
-
-
-def _gain(without: list[float] | None, with_: list[float] | str) -> dict[str, Any]:
-    if without is None:
-        return {"failed": with_}
-    return {
-        "ms without": bootstrap.of_runs(without) * 1e3,
-        "ms with": bootstrap.of_runs(with_) * 1e3,
-        "times faster": bootstrap.ratio_of_runs(without, with_),
-    }
 
 
 def _speed(numbers: dict[str, Any], name: str) -> Measured | None:
     if name not in numbers["seconds"] or REFERENCE not in numbers["seconds"]:
         return None
-    return bootstrap.ratio_of_runs(numbers["seconds"][REFERENCE], numbers["seconds"][name])
+    return ratio_of_runs(numbers["seconds"][REFERENCE], numbers["seconds"][name])
 
 
 def _memory(numbers: dict[str, Any], name: str) -> float | None:
