@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 Index = slice | Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Conditions:
     """Class labels or text embeddings, the guidance scale, and the prompts that a reward reads, a row each sample.
 
@@ -32,21 +32,32 @@ class Conditions:
         ValueError: for labels that are not integers, or a field with another number of dimensions.
     """
 
-    label: Tensor | int | None = None
-    guidance: Tensor | float | None = None
-    text: Tensor | None = None
-    mask: Tensor | None = None
-    pooled: Tensor | None = None
-    prompts: Sequence[str] | str | None = None
+    label: Tensor | None
+    guidance: Tensor | None
+    text: Tensor | None
+    mask: Tensor | None
+    pooled: Tensor | None
+    prompts: tuple[str, ...] | None
 
-    def __post_init__(self) -> None:
-        for name in ("label", "guidance"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, torch.atleast_1d(torch.as_tensor(value)))
-        if isinstance(self.prompts, str):
-            object.__setattr__(self, "prompts", (self.prompts,))
-        elif self.prompts is not None:
-            object.__setattr__(self, "prompts", tuple(self.prompts))
+    def __init__(
+        self,
+        label: Tensor | int | None = None,
+        guidance: Tensor | float | None = None,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        prompts: Sequence[str] | str | None = None,
+    ) -> None:
+        values = {
+            "label": None if label is None else torch.atleast_1d(torch.as_tensor(label)),
+            "guidance": None if guidance is None else torch.atleast_1d(torch.as_tensor(guidance)),
+            "text": text,
+            "mask": mask,
+            "pooled": pooled,
+            "prompts": (prompts,) if isinstance(prompts, str) else None if prompts is None else tuple(prompts),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         if self.label is not None and (self.label.is_floating_point() or self.label.is_complex()):
             raise ValueError(f"labels of type {self.label.dtype}: expected integers")
         for name, value in self._tensors().items():
@@ -92,9 +103,9 @@ class Conditions:
         if isinstance(given, Tensor):
             return cls(label=given)
         known = [field.name for field in fields(cls)]
-        if not isinstance(given, Mapping) or (unknown := [name for name in given if name not in known]):
-            what = type(given).__name__ if not isinstance(given, Mapping) else f"the field {unknown[0]!r}"
-            raise ValueError(f"the conditions of a batch: got {what}, expected labels (B,) or a dictionary of {known}")
+        names = list(given) if isinstance(given, Mapping) else [type(given).__name__]
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"the conditions of a batch: got {unknown[0]}, expected labels (B,), or some of {known}")
         return cls(**given)
 
     def as_batch(self) -> Tensor | dict[str, Any]:
@@ -217,7 +228,7 @@ def _repeated(value: Tensor | tuple[str, ...], times: int) -> Tensor | tuple[str
     return tuple(text for text in value for _ in range(times))
 
 
-def _joined(a: Tensor | tuple[str, ...], b: Tensor | tuple[str, ...]) -> Tensor | tuple[str, ...]:
+def _joined(a: Any, b: Any) -> Tensor | tuple[str, ...]:
     return torch.cat([a, b]) if isinstance(a, Tensor) else (*a, *b)
 
 

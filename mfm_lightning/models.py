@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand, randn
+from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.tangents import velocity_and_jvp
 
 __all__ = ["MetaFlowMap", "velocity_and_jvp"]
@@ -22,13 +25,13 @@ class MetaFlowMap(nn.Module):
     a number or `(B,)`. What is not given is the network's null condition, without guidance.
 
     Args:
-        network: a network of `mfm_lightning.networks`, or any module with their `forward`, `state_shape`,
-            `num_classes`, `guidance_scales` and `null_conditions`.
+        network: a network of `mfm_lightning.networks`, or any module with the attributes and the `forward` of
+            `mfm_lightning.networks.base.VelocityNetwork`.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network = cast(VelocityNetwork, network)  # or one that keeps to its attributes
 
     @property
     def state_shape(self) -> tuple[int, ...]:

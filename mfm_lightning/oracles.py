@@ -45,20 +45,26 @@ class GaussianMixture:
 
     num_classes = 0
 
-    def __init__(self, means: Sequence, covariances: float | Sequence = 1.0, weights: Sequence | None = None) -> None:
+    def __init__(
+        self,
+        means: Sequence | Tensor,
+        covariances: float | Sequence | Tensor = 1.0,
+        weights: Sequence | Tensor | None = None,
+    ) -> None:
         self.means = torch.as_tensor(means, dtype=torch.float64)
         K, D = self.means.shape
-        covariances = torch.as_tensor(covariances, dtype=torch.float64)
-        if covariances.dim() == 0:
-            covariances = covariances * torch.eye(D, dtype=torch.float64).expand(K, D, D)
-        if covariances.shape != (K, D, D):
-            raise ValueError(f"covariances of shape {tuple(covariances.shape)}: expected a number or ({K}, {D}, {D})")
-        self.covariances = covariances
-        weights = torch.ones(K) if weights is None else torch.as_tensor(weights)
-        if weights.shape != (K,) or (weights <= 0).any():
-            raise ValueError(f"weights {weights.tolist()}: expected {K} positive numbers")
-        self.weights = weights.double() / weights.double().sum()
-        self.variances, self.axes = torch.linalg.eigh(covariances)  # (K, D), (K, D, D)
+        self.covariances = torch.as_tensor(covariances, dtype=torch.float64)
+        if self.covariances.dim() == 0:
+            self.covariances = self.covariances * torch.eye(D, dtype=torch.float64).expand(K, D, D)
+        if self.covariances.shape != (K, D, D):
+            raise ValueError(
+                f"covariances of shape {tuple(self.covariances.shape)}: expected a number or ({K}, {D}, {D})"
+            )
+        shares = torch.ones(K) if weights is None else torch.as_tensor(weights)
+        if shares.shape != (K,) or bool((shares <= 0).any()):
+            raise ValueError(f"weights {shares.tolist()}: expected {K} positive numbers")
+        self.weights = shares.double() / shares.double().sum()
+        self.variances, self.axes = torch.linalg.eigh(self.covariances)  # (K, D), (K, D, D)
         if (self.variances <= 0).any():
             raise ValueError("covariances must be positive definite")
 
@@ -262,6 +268,7 @@ class EmpiricalDistribution:
     def _log_weights(self, t: Tensor, x: Tensor, conditions: Conditions | None) -> Iterator[Tensor]:
         """Batch by batch, log p(x | x1 = point) up to a constant of the state, `(b, M)`."""
         label = (conditions or Conditions()).filled(self.null_conditions).expand(len(x), x.device).label
+        assert label is not None  # filled
         rows = max(1, self.max_elements // len(self.points))
         for time, state, wanted in zip(t.split(rows), x.flatten(1).split(rows), label.split(rows), strict=True):
             time = time[:, None]

@@ -136,7 +136,8 @@ def sample_refinement(
     if steps < 1 and times is None:
         raise ValueError(f"steps ({steps}) must be at least 1")
     times = [k / steps for k in range(steps)] if times is None else list(times)
-    x, conditions = x0, (conditions or Conditions()).expand(len(x0), x0.device)
+    x = x1 = x0
+    conditions = (conditions or Conditions()).expand(len(x0), x0.device)
     for k, t in enumerate(times):
         eps = randn(x.shape, x, generator)
         x1 = model.flow_map(0.0, 1.0, eps, t, x, conditions)

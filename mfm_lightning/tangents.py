@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: Condit
         return model(s, u, x, *condition)
 
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward-mode derivative
-        return torch.func.jvp(velocity, inner, tangents)
+        value, tangent, *_ = torch.func.jvp(velocity, inner, tangents)
+    return value, tangent
 
 
 def explicit(model: nn.Module, inner: Inner, tangents: Inner, condition: Condition) -> tuple[Tensor, Tensor]:
@@ -86,7 +88,7 @@ def auto(model: nn.Module, inner: Inner, tangents: Inner, condition: Condition) 
 
 def has_rules(model: nn.Module) -> bool:
     """Whether the model's network takes `tangents`."""
-    return "tangents" in inspect.signature(model.network.forward).parameters
+    return "tangents" in inspect.signature(cast(nn.Module, model.network).forward).parameters
 
 
 BACKENDS: dict[str, Backend] = {

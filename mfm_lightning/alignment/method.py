@@ -79,8 +79,8 @@ class TimeGrid:
     @property
     def times(self) -> list[float]:
         """The times, increasing."""
-        ends = [end ** (1 / self.power) for end in (self.start, self.end)]
-        grid = torch.linspace(*ends, self.steps + 1, dtype=torch.float64) ** self.power
+        first, last = (end ** (1 / self.power) for end in (self.start, self.end))
+        grid = torch.linspace(first, last, self.steps + 1, dtype=torch.float64) ** self.power
         return [self.start, *grid[1:-1].tolist(), self.end]
 
     @property

@@ -17,6 +17,16 @@ from mfm_lightning.samplers import Callback
 DYNAMICS = ("ode", "sde")
 
 
+class DivergedError(FloatingPointError):
+    """States that left the finite numbers.
+
+    Attributes:
+        states: the last ones that had not.
+    """
+
+    states: Tensor | None = None
+
+
 @dataclass
 class Steering(AlignmentMethod):
     """The steered ODE, dx = (b + lambda sigma^2/2 grad V) dt, or SDE,
@@ -96,7 +106,7 @@ def steer(
 
     Raises:
         RewardError: as `AlignmentMethod`.
-        FloatingPointError: where the states leave the finite numbers.
+        DivergedError: where the states leave the finite numbers.
     """
     method = method or Steering()
     method.check(target.reward)
@@ -132,7 +142,7 @@ def _require_finite(x: Tensor, previous: Tensor, k: int, then: float) -> None:
     if torch.isfinite(x).all():
         return
     bad = (~torch.isfinite(x).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    failure = FloatingPointError(
+    failure = DivergedError(
         f"steering left the finite numbers at step {k + 1} (t = {then:.4g}) in samples {bad[:8]}: use more steps, a "
         "smaller strength, clip, or renormalise"
     )

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.modules.optimization import Optimization
+from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
 from mfm_lightning.training.sharding import gathered, shard
 from mfm_lightning.utils.distributed import gather_ranks, own
 
@@ -89,7 +89,7 @@ class TrainingModule(L.LightningModule, ABC):
             shard(self.trained, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
+        data = datamodule_of(self)
         if data is not None and tuple(data.state_shape) != self.state_shape:
             raise ValueError(f"data of shape {tuple(data.state_shape)}, but the network takes {self.state_shape}")
         if data is not None and data.num_classes != self.num_classes:
@@ -116,12 +116,14 @@ class TrainingModule(L.LightningModule, ABC):
         if not torch.isfinite(losses["loss"]):
             raise NonFiniteLossError(_describe(self.global_step, losses, x1))
         self.log("train/loss", losses["loss"], prog_bar=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # the steps that the loggers take
+        if (self.global_step + 1) % getattr(
+            self.trainer, "log_every_n_steps", 50
+        ) == 0:  # the steps that the loggers take
             for name in (name for name in losses if name != "loss"):
                 self.log(f"train/{name}", losses[name], prog_bar=name == "reward")
         return losses["loss"]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = [p for p in self.parameters() if p.requires_grad]
         # under mixed precision Lightning refuses to clip the gradients of a fused optimiser
         mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
@@ -194,6 +196,11 @@ class TrainingModule(L.LightningModule, ABC):
                 raise CheckpointError(
                     f"this run was trained with {name} {saved.get(name)}, the config has {ours.get(name)}"
                 )
+
+
+def datamodule_of(module: L.LightningModule) -> Any:
+    """The DataModule of a module's run; None where there is none. (Lightning does not declare it.)"""
+    return getattr(module.trainer, "datamodule", None)
 
 
 @contextmanager

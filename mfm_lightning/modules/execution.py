@@ -31,7 +31,7 @@ class Execution:
                 raise ValueError(
                     f"execution.checkpoint_activations: {type(network).__name__} has no blocks to checkpoint, use a DiT"
                 )
-            network.checkpoint_activations = True
+            setattr(network, "checkpoint_activations", True)  # noqa: B010  (an attribute that not all networks have)
         if self.compile:
             for region in getattr(network, "regions", [network]):
                 region.compile()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +21,7 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import Batch, TrainingModule
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
+from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.objectives.finetuning import (
     GRADIENTS,
@@ -161,7 +162,8 @@ class RewardFinetuning(TrainingModule):
     def exported(self) -> nn.Module:
         if self.adapters is None:
             return self.policy.network
-        return copy.deepcopy(self.policy.network).merge_and_unload()
+        adapted = cast(Any, copy.deepcopy(self.policy.network))  # a peft model
+        return adapted.merge_and_unload()
 
     @property
     def frozen(self) -> dict[str, Any]:
@@ -231,7 +233,7 @@ class RewardFinetuning(TrainingModule):
     def _classes(self, pair: Pair) -> Tensor:
         """What the normaliser tells samples apart by, `(B,)`: their labels; all are null where there are none."""
         label = pair.conditions.label
-        return pair.t.new_full(pair.t.shape, self.num_classes, dtype=torch.long) if label is None else label
+        return torch.full_like(pair.t, self.num_classes, dtype=torch.long) if label is None else label
 
     def _tilt(self, pair: Pair, label: Tensor, base: Tensor) -> Tilt:
         def log_normaliser(rewards: Tensor) -> Tensor:
@@ -274,5 +276,5 @@ def _add_adapters(policy: MetaFlowMap, settings: LowRank) -> None:
             f"no linear layer of {type(policy.network).__name__} ends in {missing[0]!r}: set adapters.modules"
         )
     chosen = [name for name in names if name.endswith(tuple(settings.modules))]
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=chosen)
-    policy.network = get_peft_model(policy.network, config)
+    config = LoraConfig(r=settings.rank, lora_alpha=cast(int, settings.alpha), target_modules=chosen)
+    policy.network = cast(VelocityNetwork, get_peft_model(policy.network, config))

@@ -20,6 +20,9 @@ class LogNormaliser(nn.Module):
         ValueError: unless 0 < rate <= 1.
     """
 
+    value: Tensor
+    updates: Tensor
+
     def __init__(self, num_classes: int = 0, rate: float = 0.02) -> None:
         super().__init__()
         if not 0 < rate <= 1:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.nn import Parameter
 
 OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW}
@@ -41,7 +41,9 @@ class Optimization:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
 
-    def configure(self, parameters: Iterable[Parameter], max_steps: int, fused: bool = True) -> dict[str, Any]:
+    def configure(
+        self, parameters: Iterable[Parameter], max_steps: int, fused: bool = True
+    ) -> OptimizerLRSchedulerConfig:
         """Optimiser and schedule as Lightning's `configure_optimizers` returns them.
 
         Args:

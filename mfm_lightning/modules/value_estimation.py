@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import randn
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.optimization import Optimization
+from mfm_lightning.networks.value import ValueNetwork
 from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.objectives.value import amortised_value_loss
 
@@ -51,8 +52,8 @@ class ValueEstimation(TrainingModule):
         evaluation: Evaluation | None = None,
     ) -> None:
         super().__init__(optimization, evaluation)
-        self.network, self.target = network, target.load()
-        self.state_shape, self.num_classes = tuple(network.state_shape), network.num_classes
+        self.network, self.target = cast(ValueNetwork, network), target.load()  # or one that keeps to its attributes
+        self.state_shape, self.num_classes = tuple(self.network.state_shape), self.network.num_classes
         model = self.target.model
         if (self.state_shape, self.num_classes) != (model.state_shape, model.num_classes):
             raise ValueError(
@@ -91,7 +92,7 @@ class ValueEstimation(TrainingModule):
         rewards = self._rewards(pair)
         if training and not self._levelled and self.global_step == 0:
             # start at the level of the rewards: e^{r - V} is then near 1
-            self.network.set_level(log_mean_exp(self.all_gather(rewards).flatten()))
+            self.network.set_level(log_mean_exp(cast(Tensor, self.all_gather(rewards)).flatten()))
         self._levelled = self._levelled or training
         value = self.network(pair.t, pair.x_t, pair.conditions)
         gap = (rewards - value.detach()[:, None]).clamp_max(20.0)

@@ -113,7 +113,8 @@ class VAEDecoder(Decoder):
             raise ValueError(f"max_rows {max_rows} must be at least 1")
         check_precision(precision)
         self.path, self.scale, self.clamp, self.max_rows = path, scale, clamp, max_rows
-        self.tiled, self.precision, self.allow_download = tiled, precision, allow_download
+        self.tiled, self.allow_download = tiled, allow_download
+        self.precision: Precision = precision
         self._vae: list[VAE] = []  # in a list, so that it is no part of a checkpoint
         self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 

@@ -13,12 +13,14 @@ that a pretrained flow fills; the other two, and the t-embedding, start at zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.networks.base import VelocityNetwork, duals, label_and_guidance, result
 from mfm_lightning.networks.dual import (
     Dual,
     add,
@@ -62,7 +64,8 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
-        nn.init.zeros_(self.proj.bias)
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Dual) -> Dual:
         # A strided convolution as the matrix product that it is: several times faster on CPU for small patches.
@@ -87,15 +90,15 @@ class Attention(nn.Module):
         self.num_heads, self.qk_norm = num_heads, qk_norm
         head_size = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_size) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(head_size) if qk_norm else None
+        self.k_norm = nn.LayerNorm(head_size) if qk_norm else None
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Dual) -> Dual:
         B, T, D = x.value.shape
         heads = linear(self.qkv, x).map(lambda y: y.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4))
         q, k, v = heads.split(lambda y: y.unbind(0))
-        if self.qk_norm:  # a norm may compute in another type
+        if self.q_norm is not None and self.k_norm is not None:  # a norm may compute in another type
             q, k = (
                 layer_norm(n, y).map(lambda y: y.to(v.value.dtype)) for n, y in ((self.q_norm, q), (self.k_norm, k))
             )
@@ -113,15 +116,26 @@ class Mlp(nn.Module):
         return linear(self.fc2, gelu(linear(self.fc1, x)))
 
 
-class AdaLN(nn.Sequential):
+class AdaLN(nn.Module):
     """`num` vectors for each sample from its condition, `(B, D) -> num x (B, D)`."""
 
     def __init__(self, hidden_size: int, num: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(hidden_size, num * hidden_size))
+        super().__init__()
         self.num = num
+        self.add_module("1", nn.Linear(hidden_size, num * hidden_size))  # its name in released weights, after a SiLU
+
+    @property
+    def projection(self) -> nn.Linear:
+        """From the condition to all vectors."""
+        return cast(nn.Linear, self.get_submodule("1"))
 
     def forward(self, c: Dual) -> list[Dual]:
-        return linear(self[1], silu(c)).split(lambda y: y.chunk(self.num, dim=1))
+        return linear(self.projection, silu(c)).split(lambda y: y.chunk(self.num, dim=1))
+
+    def zero_output(self) -> None:
+        """Make all vectors zero until trained."""
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
 
 
 class Block(nn.Module):
@@ -153,16 +167,19 @@ class FinalLayer(nn.Module):
         return linear(self.linear, modulate(layer_norm(self.norm, x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(VelocityNetwork):
     """Average velocity v_{s,u}(x; t, x_t) of images or latents.
 
     Args:
         input_size: height and width of the state.
         patch_size: side of a patch; divides `input_size`.
         in_channels: channels of the state.
-        hidden_size, depth, num_heads, mlp_ratio: of the transformer.
+        hidden_size: width of the transformer; a multiple of `num_heads` and of 4.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
         encoder_depth: number of blocks that see the encoder's condition; the rest see the decoder's.
         num_classes: number of labels; label `num_classes` is the null label.
+        mlp_ratio: width of a block's MLP, in widths of the transformer.
         qk_norm: normalise queries and keys.
         guidance_scales: the class-guidance scales that the network knows besides 1 (none).
         flip_time: the weights were trained with t=1 for noise: embed 1-s and 1-u and negate the output (the outer
@@ -174,6 +191,8 @@ class DiT(nn.Module):
     Raises:
         ValueError: where these numbers do not fit each other.
     """
+
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -217,33 +236,28 @@ class DiT(nn.Module):
         """The parts that hold most of the work, all alike: what is compiled, checkpointed and sharded one by one."""
         return list(self.blocks)
 
-    @property
-    def null_conditions(self) -> Conditions:
-        """What stands for no class and no guidance, one row."""
-        return Conditions(label=self.num_classes, guidance=1.0)
-
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for embedding in (self.condition_time, self.encoder_s, self.encoder_u, self.decoder_s, self.decoder_u):
-            nn.init.normal_(embedding.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedding.mlp[2].weight, std=0.02)
+            nn.init.normal_(embedding.first.weight, std=0.02)
+            nn.init.normal_(embedding.second.weight, std=0.02)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
-        zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        for layer in zeroed:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for module in self.modules():
+            if isinstance(module, Block | FinalLayer):
+                module.adaLN_modulation.zero_output()
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
         self.reset_condition()
 
     def reset_condition(self) -> None:
         """Make the network ignore (t, x_t), guidance, and the two added inner times exactly, until trained."""
-        nn.init.zeros_(self.condition_gate[1].weight)
-        nn.init.zeros_(self.condition_gate[1].bias)
+        self.condition_gate.zero_output()
+        gate = self.condition_gate.projection
         with torch.no_grad():  # tokens of x_t enter times 1 + scale: a scale of -1 shuts them out
-            self.condition_gate[1].bias[self.condition_gate[1].out_features // 2 :] = -1.0
+            gate.bias[gate.out_features // 2 :] = -1.0
         for embedding in (self.condition_time, self.encoder_u, self.decoder_s):
             embedding.zero_output()
         nn.init.zeros_(self.guidance_embedding.weight)
@@ -262,18 +276,20 @@ class DiT(nn.Module):
 
         With `tangents` (ds, du, dx) also its derivative along them, without a graph.
         """
-        label, guidance = conditions.label, conditions.guidance
-        s, u, x = (Dual(*pair) for pair in zip((s, u, x), tangents or (None,) * 3, strict=True))
+        label, guidance = label_and_guidance(conditions)
+        start, end, state = duals(s, u, x, tangents)
         if self.flip_time:
-            s, u = (Dual(1 - time.value, None if time.tangent is None else -time.tangent) for time in (s, u))
+            start, end = (
+                Dual(1 - time.value, None if time.tangent is None else -time.tangent) for time in (start, end)
+            )
         t_embedding = self.condition_time(Dual(t))
         shared = add(t_embedding, Dual(self.label_embedding(label)))
         scale_embedding = Dual(self.guidance_embedding(nearest_scale(guidance, self.guidance_scales)))
-        encoder = add(shared, self.encoder_s(s), self.encoder_u(u), scale_embedding)
-        decoder = add(shared, self.decoder_s(s), self.decoder_u(u))
+        encoder = add(shared, self.encoder_s(start), self.encoder_u(end), scale_embedding)
+        decoder = add(shared, self.decoder_s(start), self.decoder_u(end))
 
         condition = modulate(self.condition_patch(Dual(x_t)), *self.condition_gate(t_embedding))
-        tokens = add(self.x_embedder(x), Dual(self.pos_embed), condition)
+        tokens = add(self.x_embedder(state), Dual(self.pos_embed), condition)
         for i, block in enumerate(self.blocks):
             condition = encoder if i < self.encoder_depth else decoder
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -283,7 +299,7 @@ class DiT(nn.Module):
         velocity = self.final_layer(tokens, decoder).map(self._unpatchify)
         if self.flip_time:
             velocity = velocity.map(torch.neg)
-        return velocity.value if tangents is None else tuple(velocity)
+        return result(velocity, tangents)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         C, H, W = self.state_shape

@@ -145,19 +145,23 @@ def _attention_tangent(q: Dual, k: Dual, v: Dual, value: Tensor) -> Tensor:
     def flat(x: Tensor) -> Tensor:
         return x.to(value.dtype).reshape(B * heads, T, -1)
 
+    def both(x: Dual) -> tuple[Tensor, Tensor]:
+        return flat(x.value), flat(torch.zeros_like(x.value) if x.tangent is None else x.tangent)
+
     # the scale goes to where there is least of it
-    (q, dq), (k, dk), (v, dv) = (map(flat, pair) for pair in (q.map(lambda q: q * size**-0.5), k, v))
-    output, tangent = flat(value), value.new_empty(B * heads, T, v.shape[-1])
+    queries, dq = both(q.map(lambda q: q * size**-0.5))
+    (keys, dk), (values, dv) = both(k), both(v)
+    output, tangent = flat(value), value.new_empty(B * heads, T, values.shape[-1])
     limit = MAX_WEIGHTS.get(value.device.type, MAX_WEIGHTS["cuda"])
     num_heads, num_rows = max(1, limit // T**2), max(1, min(T, limit // T))
     for head in range(0, B * heads, num_heads):
         h = slice(head, head + num_heads)
-        keys, changed_keys = k[h].mT, dk[h].mT
+        across, change_across = keys[h].mT, dk[h].mT
         for row in range(0, T, num_rows):
             r = slice(row, row + num_rows)
-            weights = (q[h, r] @ keys).softmax(dim=-1)
-            change = torch.baddbmm(dq[h, r] @ keys, q[h, r], changed_keys).mul_(weights)
-            part = torch.baddbmm(weights @ dv[h], change, v[h])
+            weights = (queries[h, r] @ across).softmax(dim=-1)
+            change = torch.baddbmm(dq[h, r] @ across, queries[h, r], change_across).mul_(weights)
+            part = torch.baddbmm(weights @ dv[h], change, values[h])
             tangent[h, r] = part.addcmul_(change.sum(dim=-1, keepdim=True), output[h, r], value=-1)
     return tangent.reshape(value.shape)
 

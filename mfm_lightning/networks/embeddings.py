@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +44,24 @@ class TimeEmbedding(nn.Module):
             nn.Linear(self.features.size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
+    @property
+    def first(self) -> nn.Linear:
+        """The MLP's first layer."""
+        return cast(nn.Linear, self.mlp[0])
+
+    @property
+    def second(self) -> nn.Linear:
+        """The MLP's second layer."""
+        return cast(nn.Linear, self.mlp[2])
+
     def forward(self, t: Dual) -> Dual:
-        features = self.features(t).map(lambda f: f.to(self.mlp[0].weight.dtype))
-        return linear(self.mlp[2], silu(linear(self.mlp[0], features)))
+        features = self.features(t).map(lambda f: f.to(self.first.weight.dtype))
+        return linear(self.second, silu(linear(self.first, features)))
 
     def zero_output(self) -> None:
         """Make the embedding exactly zero until it is trained."""
-        nn.init.zeros_(self.mlp[2].weight)
-        nn.init.zeros_(self.mlp[2].bias)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
 
 
 def sincos_positions(hidden_size: int, grid_size: int) -> Tensor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.networks.base import VelocityNetwork, duals, label_and_guidance, result
 from mfm_lightning.networks.dual import Dual, add, concatenate, linear, silu
 from mfm_lightning.networks.embeddings import TimeFeatures, nearest_scale
 
 
-class MLP(nn.Module):
+class MLP(VelocityNetwork):
     """Average velocity v_{s,u}(x; t, x_t) of vectors.
 
     The state, features of the inner times and the label enter first; residual blocks h + W2 silu(W1 h) follow.
@@ -57,15 +59,11 @@ class MLP(nn.Module):
         nn.init.zeros_(self.output.bias)
         self.reset_condition()
 
-    @property
-    def null_conditions(self) -> Conditions:
-        """What stands for no class and no guidance, one row."""
-        return Conditions(label=self.num_classes, guidance=1.0)
-
     def reset_condition(self) -> None:
         """Make the network ignore (t, x_t) and guidance exactly, until trained."""
-        nn.init.zeros_(self.condition[2].weight)
-        nn.init.zeros_(self.condition[2].bias)
+        last = cast(nn.Linear, self.condition[2])
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         nn.init.zeros_(self.guidance_embedding.weight)
 
     def forward(
@@ -82,14 +80,19 @@ class MLP(nn.Module):
 
         With `tangents` (ds, du, dx) also its derivative along them, without a graph.
         """
-        s, u, x = (Dual(*pair) for pair in zip((s, u, x), tangents or (None,) * 3, strict=True))
+        label, guidance = label_and_guidance(conditions)
+        start, end, state = duals(s, u, x, tangents)
         features = self.time_features
-        first, _, second = self.condition
-        condition = linear(second, silu(linear(first, concatenate(Dual(x_t), features(Dual(t))))))
-        index = nearest_scale(conditions.guidance, self.guidance_scales)
-        embeddings = Dual(self.label_embedding(conditions.label) + self.guidance_embedding(index))
-        h = add(linear(self.input, concatenate(x, features(s), features(u))), condition, embeddings)
-        for first, second in self.blocks:
-            h = add(h, linear(second, silu(linear(first, silu(h)))))
+        condition = _two_layers(self.condition[0], self.condition[2], concatenate(Dual(x_t), features(Dual(t))))
+        index = nearest_scale(guidance, self.guidance_scales)
+        embeddings = Dual(self.label_embedding(label) + self.guidance_embedding(index))
+        h = add(linear(self.input, concatenate(state, features(start), features(end))), condition, embeddings)
+        for block in self.blocks:
+            first, second = block.children()
+            h = add(h, _two_layers(first, second, silu(h)))
         velocity = linear(self.output, silu(h))
-        return velocity.value if tangents is None else tuple(velocity)
+        return result(velocity, tangents)
+
+
+def _two_layers(first: nn.Module, second: nn.Module, x: Dual) -> Dual:
+    return linear(cast(nn.Linear, second), silu(linear(cast(nn.Linear, first), x)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ class ValueNetwork(nn.Module, ABC):
     state_shape: tuple[int, ...]
     num_classes: int
     output: nn.Linear
+    config: dict[str, Any]
 
     @property
     def null_conditions(self) -> Conditions:
@@ -47,8 +49,17 @@ class ValueDiT(ValueNetwork):
     """A DiT on images or latents whose tokens are averaged to one number; conditioned on t and the label.
 
     Args:
-        input_size, patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio, num_classes: as in `DiT`.
+        input_size: height and width of the state.
+        patch_size: side of a patch; divides `input_size`.
+        in_channels: channels of the state.
+        hidden_size: width of the transformer; a multiple of `num_heads` and of 4.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        num_classes: number of labels; label `num_classes` is the null label.
+        mlp_ratio: width of a block's MLP, in widths of the transformer.
     """
+
+    pos_embed: Tensor
 
     def __init__(
         self,
@@ -78,9 +89,9 @@ class ValueDiT(ValueNetwork):
         self.modulation = AdaLN(hidden_size, 2)
         self.output = nn.Linear(hidden_size, 1)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
-        for layer in (*[block.adaLN_modulation[1] for block in self.blocks], self.modulation[1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for module in self.modules():
+            if isinstance(module, AdaLN):
+                module.zero_output()
         self.set_level(0.0)
 
     @property
@@ -101,7 +112,10 @@ class ValueMLP(ValueNetwork):
     """A residual MLP on vectors, conditioned on t and the label.
 
     Args:
-        dim, hidden_size, depth, num_classes: as in `MLP`.
+        dim: size of the state vector.
+        hidden_size: width.
+        depth: number of residual blocks.
+        num_classes: number of labels (0: none); label `num_classes` is the null label.
     """
 
     def __init__(self, dim: int = 2, hidden_size: int = 256, depth: int = 3, num_classes: int = 0) -> None:

@@ -64,7 +64,7 @@ class ModelTeacher(Teacher):
             raise ValueError(f"omega {omega} must lie in [0, 1)")
         if precision is not None:
             check_precision(precision)
-        self.precision = precision
+        self.precision: Precision | None = precision
         self.model = model.eval().requires_grad_(False)
         self.omega = omega
         self.identity = identity or {"kind": "model"}
@@ -78,8 +78,9 @@ class ModelTeacher(Teacher):
     def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
         t, null = as_times(t, x), self.model.null_conditions
         given = (conditions or Conditions()).filled(null).expand(len(x), x.device)
+        guidance = 1.0 if given.guidance is None else given.guidance
         # g = 1 asks for the conditional drift as it is without model guidance
-        scale = as_times(given.guidance, x) * (1 - self.omega)
+        scale = as_times(guidance, x) * (1 - self.omega)
         # at a scale of 1 the unconditional drift cancels, and without a condition the two are one
         pairs = (~given.is_null(null) & ((scale - 1).abs() > 1e-6)).nonzero().flatten()
         plain = replace(given, guidance=None, prompts=None)
@@ -134,5 +135,6 @@ class OracleTeacher(Teacher):
         if conditions is None or conditions.label is None or conditions.guidance is None or not self.oracle.num_classes:
             return conditional
         unconditional = self.oracle.drift(t, x)
-        scale = as_times(conditions.expand(len(x), x.device).guidance, x)
-        return unconditional + expand(scale, x) * (conditional - unconditional)
+        rows = conditions.expand(len(x), x.device).guidance
+        scale = expand(as_times(1.0 if rows is None else rows, x), x)
+        return unconditional + scale * (conditional - unconditional)

@@ -49,12 +49,13 @@ def guided_data_velocity(model: MetaFlowMap, pair: Pair, inner: InnerSample) -> 
     guided = (guidance > 1).nonzero().flatten()
     if not len(guided):  # one row with a factor of 0: under FSDP all ranks must call the model alike
         guided = guided.new_zeros(1)
-    s, x, t, x_t = (value[guided] for value in (inner.s, inner.x, pair.t, pair.x_t))
     with_, without = pair.conditions.take(guided), torch.ones_like(guided, dtype=torch.bool)
     with torch.no_grad():
-        twice = [torch.cat([value, value]) for value in (s, s, x, t, x_t)]
+        s, x, t, x_t = (
+            value[guided].repeat(2, *[1] * (value.dim() - 1)) for value in (inner.s, inner.x, pair.t, pair.x_t)
+        )
         both = with_.cat(with_.drop(without, model.null_conditions))
-        conditional, unconditional = model.velocity(*twice, both).chunk(2)
+        conditional, unconditional = model.velocity(s, s, x, t, x_t, both).chunk(2)
         shift = expand(1 - 1 / guidance[guided], x) * (conditional - unconditional)
         return target.index_add(0, guided, shift.to(target.dtype))
 

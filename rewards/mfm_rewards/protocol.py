@@ -21,7 +21,13 @@ INPUTS = ("images", "prompts", "labels")
 
 
 class RewardError(ValueError):
-    """A reward that failed, or returned something that is not one finite number an image."""
+    """A reward that failed, or returned something that is not one finite number an image.
+
+    Attributes:
+        states: what a method had reached when the reward failed, where a method was running.
+    """
+
+    states: Tensor | None = None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

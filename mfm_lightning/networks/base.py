@@ -1,0 +1,75 @@
+"""What a network for the average velocity says of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.networks.dual import Dual
+
+
+class VelocityNetwork(nn.Module, ABC):
+    """A network v_{s,u}(x; t, x_t), as `MetaFlowMap` takes it; subclassing it is a convenience, not a duty.
+
+    Attributes:
+        state_shape: shape of a state.
+        num_classes: number of labels; label `num_classes` is the null label.
+        guidance_scales: class-guidance scales that the network knows besides 1 (none).
+        config: its constructor's arguments, from which a file of its weights makes it again.
+    """
+
+    state_shape: tuple[int, ...]
+    num_classes: int
+    guidance_scales: tuple[float, ...]
+    config: dict[str, Any]
+
+    @property
+    def null_conditions(self) -> Conditions:
+        """What stands for no class and no guidance, one row."""
+        return Conditions(label=self.num_classes, guidance=1.0)
+
+    @abstractmethod
+    def forward(
+        self,
+        s: Tensor,
+        u: Tensor,
+        x: Tensor,
+        t: Tensor,
+        x_t: Tensor,
+        conditions: Conditions,
+        tangents: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """v_{s,u}(x; t, x_t), `(B, *shape)`: times `(B,)`, states `(B, *shape)`, conditions of B rows.
+
+        With `tangents` (ds, du, dx) also its derivative along them, without a graph. A network that leaves this
+        argument out is differentiated by `torch.func.jvp`.
+        """
+
+
+def label_and_guidance(conditions: Conditions) -> tuple[Tensor, Tensor]:
+    """What a class-conditional network reads, `(B,)` both; `MetaFlowMap` fills in what a caller leaves out.
+
+    Raises:
+        ValueError: if one of them is missing.
+    """
+    if conditions.label is None or conditions.guidance is None:
+        raise ValueError("a class-conditional network needs label and guidance: call it through a MetaFlowMap")
+    return conditions.label, conditions.guidance
+
+
+def duals(s: Tensor, u: Tensor, x: Tensor, tangents: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Dual, Dual, Dual]:
+    """A network's own times and state, with their tangents where they are given."""
+    ds, du, dx = (None, None, None) if tangents is None else tangents
+    return Dual(s, ds), Dual(u, du), Dual(x, dx)
+
+
+def result(velocity: Dual, tangents: tuple[Tensor, Tensor, Tensor] | None) -> Tensor | tuple[Tensor, Tensor]:
+    """What `forward` returns: the value, with its tangent where tangents were given."""
+    if tangents is None:
+        return velocity.value
+    tangent = torch.zeros_like(velocity.value) if velocity.tangent is None else velocity.tangent
+    return velocity.value, tangent
