@@ -26,6 +26,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "killed"])
 def test_what_goes_wrong_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, kind):
     """A disk that takes no more (a quota on the file's size), and kill -9 at several moments."""

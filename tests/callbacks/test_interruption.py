@@ -72,6 +72,7 @@ def at_batch(monkeypatch, batch: int, act) -> None:
     monkeypatch.setattr(MFMPretraining, "training_step", acting)
 
 
+@pytest.mark.slow
 def test_stopped_between_micro_batches_and_resumed_exactly(place, monkeypatch):
     """Bit for bit what an uninterrupted run gives. The terminal's Ctrl-C, and SLURM's signal, reach data workers, too,
     and more batches are still to come from them than they have ready."""

@@ -75,6 +75,7 @@ def sets(tmp_path_factory):
     return folder, images
 
 
+@pytest.mark.slow
 def test_the_command_agrees_with_torch_fidelity(weights, sets, tmp_path):
     """FID of 2048 features to 1e-6 relative (torch-fidelity's mean is float32), the Inception score to 1e-6."""
     folder, _ = sets
@@ -296,6 +297,7 @@ def logged(folder: Path) -> float:
         return next(float(row["val/fid"]) for row in csv.DictReader(file) if row.get("val/fid"))
 
 
+@pytest.mark.slow
 def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights, early, sets, tmp_path, monkeypatch):
     """One process fits and measures; what it exports (the averaged weights) has the same FID here; two processes that
     validate one model report the same as one: to 1e-4."""
@@ -314,6 +316,7 @@ def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights,
     assert found[0] != pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_fid_in_sharded_training_is_that_of_one_process_with_the_same_weights(weights, early, sets, tmp_path):
     """Two processes that fit and validate under FSDP2; one, here, with the weights that they export: to 1e-4."""
     statistics = reference_statistics(sets[0] / "real", early, tmp_path / "cache")

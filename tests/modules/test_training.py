@@ -62,6 +62,7 @@ FIT += ["digits/finetune", "gmm/value", "gmm/finetune"]
 PREDICT = ["digits/steer"]
 
 
+@pytest.mark.slow
 def test_every_config_runs(folder):
     # benchmarks are test_benchmarks.py's
     jobs = {str(p) for p in Path("configs").glob("*/*.yaml") if p.parent.name not in ("benchmarks", "imagenet256")}
@@ -80,6 +81,7 @@ def test_every_config_runs(folder):
     run(["fit", "--config", "configs/gmm/mfm.yaml", "--trainer.max_steps=2"])  # less than an interval of validation
 
 
+@pytest.mark.slow
 def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     """Each on shards of the same layout, with smaller latents, networks, VAE and reward networks, on one device."""
     shape = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2}
@@ -127,6 +129,7 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
         assert Path(f"outputs/imagenet256/{job}/predict/summary.json").is_file()
 
 
+@pytest.mark.slow
 def test_value_and_steering_on_digits(folder, digits_outputs):
     value = ["--config", "configs/digits/value.yaml"]
     options = ["num_states=8", "num_draws=4", "rollout_draws=4", "rollout_steps=3", "times=[0.3]", "glass_steps=[1, 2]"]
@@ -155,6 +158,7 @@ def test_value_and_steering_on_digits(folder, digits_outputs):
     assert summary["nfe_per_sample"] == 3 + 2 * 3  # no draws, no reward
 
 
+@pytest.mark.slow
 def test_fit_test_predict_on_digits(folder, digits_outputs):
     again = ["--config", "configs/digits/mfm.yaml", "--ckpt_path", "outputs/digits/mfm/last.ckpt"]
     run(["test", *again, *SMALL_IMAGES])
@@ -176,6 +180,7 @@ def test_fit_test_predict_on_digits(folder, digits_outputs):
         run(["fit", *again, *FOUR_STEPS[1:], "--trainer.max_steps=8"])
 
 
+@pytest.mark.slow
 def test_the_readme_works_as_written(folder, capsys):
     """Its `mfm` commands in their order, made short, then its Python, all of it, in one session."""
     readme = (ROOT / "README.md").read_text()

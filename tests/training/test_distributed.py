@@ -21,6 +21,7 @@ from mfm_lightning.networks import MLP, DiT
 from tests.processes import torchrun, torchrun_statuses
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
