@@ -1,4 +1,4 @@
-"""Options of rewards: each has help text, those of the network stand under `execution`; base classes are abstract."""
+"""Options of rewards: each has help text, those of networks stand under `execution`. Base classes are abstract."""
 
 from __future__ import annotations
 
