@@ -19,16 +19,16 @@ from mfm_lightning.checkpoints import (
 )
 
 log = logging.getLogger(__name__)
-_SIZES = (
-    "input_size",
-    "patch_size",
-    "in_channels",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "encoder_depth",
-    "num_classes",
-)
+_SIZES = {
+    "input_size": "height and width of a state",
+    "patch_size": "of a token",
+    "in_channels": "of a state",
+    "hidden_size": "width of the transformer",
+    "depth": "number of blocks",
+    "num_heads": "of each block's attention",
+    "encoder_depth": "number of the encoder's blocks",
+    "num_classes": "number of labels",
+}
 
 
 def import_main(args: Sequence[str]) -> None:
@@ -41,8 +41,8 @@ def import_main(args: Sequence[str]) -> None:
     parser.add_argument("path", help="a file, or a Hugging Face repository: org/name or org/name/file")
     parser.add_argument("--source", choices=SOURCES, default="mfm", help="whose weights; mfm if left out")
     parser.add_argument("--output", type=Path, required=True, help="file to write, .safetensors")
-    for name in _SIZES:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name, meaning in _SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=meaning)
     parser.add_argument("--guidance-scales", type=float, nargs="*", help="class-guidance scales besides 1, as trained")
     parser.add_argument(
         "--flip-time",

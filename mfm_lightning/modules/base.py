@@ -116,9 +116,8 @@ class TrainingModule(L.LightningModule, ABC):
         if not torch.isfinite(losses["loss"]):
             raise NonFiniteLossError(_describe(self.global_step, losses, x1))
         self.log("train/loss", losses["loss"], prog_bar=True)
-        if (self.global_step + 1) % getattr(
-            self.trainer, "log_every_n_steps", 50
-        ) == 0:  # the steps that the loggers take
+        logged = getattr(self.trainer, "log_every_n_steps", 1)  # Lightning does not declare it
+        if (self.global_step + 1) % logged == 0:  # the steps that the loggers take
             for name in (name for name in losses if name != "loss"):
                 self.log(f"train/{name}", losses[name], prog_bar=name == "reward")
         return losses["loss"]
