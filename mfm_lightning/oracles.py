@@ -7,8 +7,9 @@ distribution is meant. An oracle knows nothing of guidance.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,45 @@ class LinearGaussian(Protocol):
     noise_std: float
 
 
-class GaussianMixture:
+class Oracle(ABC):
+    """A distribution whose flow, posterior and value are known exactly.
+
+    Attributes:
+        state_shape: shape of a state.
+        num_classes: number of labels; `num_classes` is the null label.
+    """
+
+    num_classes: int
+
+    @property
+    @abstractmethod
+    def state_shape(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """b_t(x) = E[x1 - x0 | I_t = x], `(B, *shape)`."""
+
+    @abstractmethod
+    def sample_posterior(
+        self,
+        x_t: Tensor,
+        t: Times,
+        num_samples: int = 1,
+        conditions: Conditions | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`."""
+
+    @abstractmethod
+    def value(self, x: Tensor, t: Times, reward: Any, conditions: Conditions | None = None) -> Tensor:
+        """V_t(x) = log E[exp r(X1) | I_t = x], `(B,)`."""
+
+    @abstractmethod
+    def value_gradient(self, x: Tensor, t: Times, reward: Any, conditions: Conditions | None = None) -> Tensor:
+        """grad_x V_t(x), `(B, *shape)`."""
+
+
+class GaussianMixture(Oracle):
     """A mixture of Gaussians, sum_k w_k N(m_k, C_k).
 
     Args:
@@ -175,7 +214,7 @@ def require_linear_gaussian(reward: object) -> None:
         )
 
 
-class EmpiricalDistribution:
+class EmpiricalDistribution(Oracle):
     """A finite data set, each point with equal weight.
 
     The posterior is a softmax over the points. Batches are cut so that no more than `max_elements` weights are held at

@@ -30,7 +30,8 @@ class ModelSettings:
         decoder: states to images, `{class_path: ..., init_args: {...}}`; the states themselves where None.
         labels: classes of the samples, in turn; None for no class.
         guidance: class-guidance scale.
-        prompts, class_names: as in `TargetSettings`.
+        prompts: one for all samples; one a class; or a template with {class} for the class's name.
+        class_names: file of the names for the template; ImageNet's where None.
 
     Raises:
         ValueError: for no labels, or guidance without them.

@@ -49,7 +49,8 @@ class ClassifierQuality(Quality):
 
     Args:
         data: a DataModule with splits and `decode`.
-        seed, steps: of the training.
+        seed: of the training.
+        steps: of the training.
     """
 
     def __init__(self, data: L.LightningDataModule, seed: int = 0, steps: int = 600) -> None:

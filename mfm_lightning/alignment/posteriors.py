@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times
+from mfm_lightning.oracles import Oracle
 from mfm_lightning.samplers import METHODS, sample_posterior_glass, sample_sde
-
-
-class Oracle(Protocol):
-    """A distribution that draws from its exact posterior (`mfm_lightning.oracles`)."""
-
-    def sample_posterior(
-        self,
-        x_t: Tensor,
-        t: Times,
-        num_samples: int = 1,
-        conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor: ...
 
 
 class Posterior(ABC):

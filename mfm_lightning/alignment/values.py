@@ -9,7 +9,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from torch import Tensor
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_value
-from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, denoiser, expand, randn
+from mfm_lightning.oracles import Oracle
 
 Chunk = tuple[Target, slice, slice]
 
@@ -254,14 +253,6 @@ class NetworkGradient(GradientEstimator):
         return Estimate(gradient, value.detach(), torch.ones_like(value.detach()))
 
 
-class ValueOracle(Protocol):
-    """A distribution whose value and value gradient are known (`mfm_lightning.oracles`)."""
-
-    def value(self, x: Tensor, t: Times, reward, conditions: Conditions | None = None) -> Tensor: ...
-
-    def value_gradient(self, x: Tensor, t: Times, reward, conditions: Conditions | None = None) -> Tensor: ...
-
-
 @dataclass
 class ExactGradient(GradientEstimator):
     """An oracle's closed form: what all estimators are measured against.
@@ -270,7 +261,7 @@ class ExactGradient(GradientEstimator):
         oracle: a distribution of `mfm_lightning.oracles`.
     """
 
-    oracle: ValueOracle
+    oracle: Oracle
 
     def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
         t, given = as_times(t, x), target.expand(x).conditions

@@ -14,7 +14,7 @@ from mfm_lightning.conditions import Conditions
 from mfm_lightning.glass import glass_velocity
 from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
+from mfm_lightning.oracles import EmpiricalDistribution, Oracle
 from mfm_rewards.execution import Precision, autocast, check_precision
 
 
@@ -117,9 +117,13 @@ class CheckpointTeacher(ModelTeacher):
 
 
 class OracleTeacher(Teacher):
-    """An exact distribution as teacher."""
+    """An exact distribution as teacher.
 
-    def __init__(self, oracle: GaussianMixture | EmpiricalDistribution) -> None:
+    Args:
+        oracle: a distribution of `mfm_lightning.oracles`.
+    """
+
+    def __init__(self, oracle: Oracle) -> None:
         self.oracle = oracle
         self.identity = {"kind": "oracle", "class": type(oracle).__name__}
         self.state_shape = oracle.state_shape

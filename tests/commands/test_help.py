@@ -30,7 +30,6 @@ from mfm_rewards.registry import factory
 PACKAGES = (mfm_lightning, mfm_rewards, mfm_benchmarks)
 ROOTS = (L.LightningModule, L.LightningDataModule, L.Callback, Strategy, Suite, Quality, SmallClassifier)
 # these have options without help still; one that has none left must be taken out
-PENDING: set[str] = set()
 
 
 def ours(made: typing.Any) -> bool:
@@ -94,15 +93,9 @@ def name_of(made: typing.Any) -> str:
 
 
 @pytest.mark.parametrize("made", configurable(), ids=name_of)
-def test_every_option_has_a_help_text(made, request):
-    if made.__name__ in PENDING:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="its help texts are still to be written"))
+def test_every_option_has_a_help_text(made):
     options = list(inspect.signature(made).parameters)
     assert [name for name in options if name not in described(made)] == []
-
-
-def test_what_is_pending_is_there():
-    assert {made.__name__ for made in configurable()} >= PENDING
 
 
 def test_help_of_a_class_shows_them(monkeypatch, capsys):

@@ -27,7 +27,8 @@ class SampleQuality:
     Args:
         num_samples: of each K; FID is usually on 50,000.
         steps: K.
-        batch_size: samples at once; chunk: samples of one stored result.
+        batch_size: samples at once.
+        chunk: samples of one stored result.
         guidance: class-guidance scale; None for none.
         replicates: of the interval; each costs about as much as the distance.
     """

@@ -25,7 +25,9 @@ class DigitsSuite(Suite):
         model: what all methods run on.
         reward: a class mixture with `weights`.
         quality: the classifier that counts classes (not the reward's), and the data whose test split is noised.
-        frequencies, posterior, value: the three parts.
+        frequencies: the part on class frequencies.
+        posterior: the part on posterior draws.
+        value: the part on value estimates.
     """
 
     name = "digits"

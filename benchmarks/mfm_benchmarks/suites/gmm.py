@@ -42,13 +42,16 @@ class MixtureSuite(Suite):
 
     Args:
         model: the Meta Flow Map; fitted by `fit_config` where it is the default and not there.
+        fit_config: YAML of the training that makes the default model.
         draws: N of MFM-G and MFM-GF.
         num_samples: samples of a run and seed that are judged.
         num_reference: exact samples that they are judged against, a multiple of `num_samples`.
         seeds: of all noise.
-        steps, power: of the ODE and SDE, t = u^power; above 1 the grid is finer near noise, where the SDE is stiff.
+        steps: of the ODE and SDE.
+        power: of their grid, t = u^power; above 1 it is finer near noise, where the SDE is stiff.
         particles: of the particle methods, of which `num_samples` are judged.
-        glass_steps: Euler steps of a GLASS transition; transitions: how many of them.
+        glass_steps: Euler steps of a GLASS transition.
+        transitions: number of GLASS transitions.
         max_diffusion: clamp of sigma^2/2 near t=0.
         max_rows: draws in memory at once.
     """

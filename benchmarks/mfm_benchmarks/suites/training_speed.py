@@ -29,7 +29,8 @@ class TrainingSpeedSuite(Suite):
         precisions: some of "fp32", "bf16" and "fp16"; on a GPU `gpu_precisions` are taken.
         gpu_precisions: the same for a GPU.
         rounds: how often each step is timed; all steps take turns.
-        input_size, in_channels: of the latents.
+        input_size: height and width of the latents.
+        in_channels: channels of the latents.
         compile: also time the compiled step (a minute or so of compilation each).
     """
 
