@@ -41,12 +41,11 @@ class VelocityNetwork(nn.Module, ABC):
         t: Tensor,
         x_t: Tensor,
         conditions: Conditions,
-        tangents: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """v_{s,u}(x; t, x_t), `(B, *shape)`: times `(B,)`, states `(B, *shape)`, conditions of B rows.
 
-        With `tangents` (ds, du, dx) also its derivative along them, without a graph. A network that leaves this
-        argument out is differentiated by `torch.func.jvp`.
+        A network that also takes `tangents` (ds, du, dx), or None, returns with them the derivative along them too,
+        without a graph (`mfm_lightning.networks.dual`). One that does not is differentiated by `torch.func.jvp`.
         """
 
 
