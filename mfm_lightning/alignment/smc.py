@@ -31,10 +31,12 @@ from mfm_lightning.interpolant import as_times, diffusion, expand, randn, score
 
 TRANSITIONS = ("sde", "glass")
 KEEP = ("sample", "best", "all")
+Generator = torch.Generator | None
+Step = tuple[float, float]  # a time and the next
 Moved = tuple[Tensor, Tensor]  # the next states `(B*M, *shape)`, and log p/q of each move `(B*M,)`
 
 
-def systematic_resample(log_weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def systematic_resample(log_weights: Tensor, generator: Generator = None) -> Tensor:
     """Indices of resampled particles `(B, M)` in 0..M-1, for log-weights `(B, M)` of any normalisation.
 
     Systematic: one uniform number a row, so that a particle of weight w has floor(M w) or ceil(M w) copies.
@@ -101,22 +103,14 @@ class ParticleMethod(AlignmentMethod):
         """Name and settings of its own, for the result."""
 
     @abstractmethod
-    def move(
-        self,
-        target: Target,
-        now: float,
-        then: float,
-        x: Tensor,
-        estimate: Estimate,
-        generator: torch.Generator | None = None,
-    ) -> Moved:
-        """One step of all particles."""
+    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generator) -> Moved:
+        """One step of all particles `x` `(B*M, *shape)`, from time `step[0]` to `step[1]`."""
 
     @property
     def needs_reward_gradient(self) -> bool:
         return self.estimate.needs_reward_gradient
 
-    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+    def __call__(self, target: Target, x0: Tensor, generator: Generator = None) -> AlignmentResult:
         return sequential_monte_carlo(target, x0, self, generator)
 
 
@@ -127,13 +121,6 @@ class FeynmanKac(ParticleMethod):
     Needs no gradient, so it takes black-box rewards (with a value estimator that takes them).
 
     Args:
-        num_particles: M, at least 1. A sample's first particle starts at its x0.
-        grid: times of the steps, which end at 1; 100 uniform ones from 0.01 by default.
-        ess_threshold: a sample's particles are resampled (systematically) where their effective number falls below
-            this share of M. 0: never; 1: at each step.
-        keep: what is returned of each sample: "sample", one particle drawn by weight; "best", the one of highest
-            reward (biased upwards); "all", M particles, resampled by weight, `(B*M, *shape)`.
-        max_diffusion: clamp of sigma^2/2 near t=0.
         value: estimator of V at a state; the reward of the denoised state by default.
         transition: "sde": Euler-Maruyama steps of the base SDE, the last one without noise; "glass": exact transitions
             p(x_t' | x_t), a posterior draw x1 and then the Gaussian p(x_t' | x_t, x1), for few, large steps.
@@ -158,17 +145,10 @@ class FeynmanKac(ParticleMethod):
     def describe(self) -> dict[str, Any]:
         return {"name": "feynman_kac", "value": type(self.value).__name__, "transition": self.transition}
 
-    def move(
-        self,
-        target: Target,
-        now: float,
-        then: float,
-        x: Tensor,
-        estimate: Estimate,
-        generator: torch.Generator | None = None,
-    ) -> Moved:
+    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generator) -> Moved:
         if self.transition == "sde":
-            return sde_step(target, now, then, x, estimate, self.max_diffusion, generator=generator)
+            return sde_step(target, step, x, estimate, self.max_diffusion, generator=generator)
+        now, then = step
         x1 = self.posterior(target, now, x, randn((len(x), 1, *x.shape[1:]), x, generator))[:, 0]
         mean, variance = bridge(now, then, x, x1)
         return mean + variance**0.5 * randn(x.shape, x, generator), x.new_zeros(len(x))
@@ -179,13 +159,6 @@ class TwistedSMC(ParticleMethod):
     """Twisted SMC (TDS): particles move by the steered SDE; weights make up for what is wrong with it.
 
     Args:
-        num_particles: M, at least 1. A sample's first particle starts at its x0.
-        grid: times of the steps, which end at 1; 100 uniform ones from 0.01 by default.
-        ess_threshold: a sample's particles are resampled (systematically) where their effective number falls below
-            this share of M. 0: never; 1: at each step.
-        keep: what is returned of each sample: "sample", one particle drawn by weight; "best", the one of highest
-            reward (biased upwards); "all", M particles, resampled by weight, `(B*M, *shape)`.
-        max_diffusion: clamp of sigma^2/2 near t=0.
         estimator: of V and its gradient; DPS by default, as in TDS.
         strength: factor of the proposal's steering; the weights account for it.
         clip: largest norm of a step's steering, in standard deviations of the step's noise times sqrt(dimension); None
@@ -206,35 +179,28 @@ class TwistedSMC(ParticleMethod):
     def describe(self) -> dict[str, Any]:
         return {"name": "twisted_smc", "estimator": type(self.estimator).__name__, "strength": self.strength}
 
-    def move(
-        self,
-        target: Target,
-        now: float,
-        then: float,
-        x: Tensor,
-        estimate: Estimate,
-        generator: torch.Generator | None = None,
-    ) -> Moved:
-        return sde_step(target, now, then, x, estimate, self.max_diffusion, self.strength, self.clip, generator)
+    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generator) -> Moved:
+        return sde_step(target, step, x, estimate, self.max_diffusion, self.strength, self.clip, generator)
 
 
 def sde_step(
     target: Target,
-    now: float,
-    then: float,
+    step: Step,
     x: Tensor,
     estimate: Estimate,
     max_diffusion: float = 25.0,
     strength: float = 0.0,
     clip: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator = None,
 ) -> Moved:
     """An Euler-Maruyama step, steered where the estimate has a gradient; the one to 1 has no noise.
 
     Args:
-        x: states at time `now`, `(B*M, *shape)`.
+        step: its time and the next.
+        x: states `(B*M, *shape)`.
         strength, clip: as in `TwistedSMC`.
     """
+    now, then = step
     t, dt = as_times(now, x), then - now
     b = target.drift(t, x) if estimate.drift is None else estimate.drift
     half = diffusion(t, max_diffusion)
@@ -255,7 +221,7 @@ def sde_step(
 
 @torch.no_grad()
 def sequential_monte_carlo(
-    target: Target, x0: Tensor, method: ParticleMethod, generator: torch.Generator | None = None
+    target: Target, x0: Tensor, method: ParticleMethod, generator: Generator = None
 ) -> AlignmentResult:
     """Weigh, resample and move; what a particle method does when it is called.
 
@@ -289,7 +255,7 @@ def sequential_monte_carlo(
             log_normaliser = log_normaliser + torch.where(poor, log_mean_exp(log_weights), 0.0)
             log_weights = torch.where(poor[:, None], 0.0, log_weights)
         before = estimate.value
-        x, log_ratio = method.move(target, now, then, x, estimate, generator)
+        x, log_ratio = method.move(target, (now, then), x, estimate, generator)
         with run.step(k, K, then, x):
             if then < 1:
                 estimate = value(target, then, x, generator)
@@ -303,7 +269,7 @@ def sequential_monte_carlo(
     return run.finish(chosen, log_normaliser + log_mean_exp(log_weights))
 
 
-def _resampled(log_weights: Tensor, poor: Tensor, generator: torch.Generator | None) -> Tensor:
+def _resampled(log_weights: Tensor, poor: Tensor, generator: Generator) -> Tensor:
     """Which of all particles goes on in each one's place, `(B*M,)`; they stay where a sample's are not poor."""
     B, M = log_weights.shape
     stay = torch.arange(M, device=log_weights.device)
@@ -311,7 +277,7 @@ def _resampled(log_weights: Tensor, poor: Tensor, generator: torch.Generator | N
     return (torch.arange(B, device=log_weights.device)[:, None] * M + index).flatten()
 
 
-def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: torch.Generator | None) -> Tensor:
+def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generator) -> Tensor:
     """Which particles of each sample are returned, `(B, 1 or M)`."""
     if keep == "best":
         return rewards.argmax(dim=1, keepdim=True)

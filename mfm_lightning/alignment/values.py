@@ -108,14 +108,7 @@ class Draws:
 
 @dataclass
 class DrawValue(Draws, ValueEstimator):
-    """V from posterior draws: log (1/N sum_i e^{r(x1_i)}), x1_i drawn from p_{1|t}(. | x) (paper, section 4).
-
-    Args:
-        num_draws: N, at least 1.
-        posterior: source of the draws; one step of the flow map by default.
-        antithetic: draw pairs of opposite noise; N must be even.
-        max_rows: memory budget, at most so many draws at once; the result does not depend on it.
-    """
+    """V from posterior draws: log (1/N sum_i e^{r(x1_i)}), x1_i drawn from p_{1|t}(. | x) (paper, section 4)."""
 
     num_draws: int = 4
 
@@ -144,12 +137,6 @@ class DenoisedValue(ValueEstimator):
 class DrawGradient(Draws, GradientEstimator):
     """MFM-G (Eq. 22): the value estimate differentiated through the draws, their noise fixed. With a GLASS posterior:
     differentiated GLASS rollouts.
-
-    Args:
-        num_draws: N, at least 1.
-        posterior: source of the draws, differentiable; one step of the flow map by default.
-        antithetic: draw pairs of opposite noise; N must be even.
-        max_rows: memory budget, at most so many draws at once; the result does not depend on it.
     """
 
     needs_reward_gradient = True
@@ -180,9 +167,6 @@ class DrawGradientFree(Draws, GradientEstimator):
 
     Args:
         num_draws: N, at least 2: draws are weighed against each other.
-        posterior: source of the draws; one step of the flow map by default.
-        antithetic: draw pairs of opposite noise; N must be even.
-        max_rows: memory budget, at most so many draws at once; the result does not depend on it.
 
     Raises:
         ValueError: for fewer than two draws, whose estimate is zero.
