@@ -133,6 +133,7 @@ def documented(kind):
     return blocks[0]
 
 
+@pytest.mark.slow
 def test_the_documented_comparison_runs_and_its_costs_are_the_papers(workplace, capsys):
     (workplace / "my_rewards.py").write_text(documented("python"))
     (workplace / "compare.yaml").write_text(documented("yaml"))
@@ -262,6 +263,7 @@ def test_trained_methods_are_fitted_for_each_multiplier(workplace):
 # the other suites
 
 
+@pytest.mark.slow
 def test_gmm_suite(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(model(MLP(2, 16, 1)), tmp_path / "model.safetensors")
@@ -322,6 +324,7 @@ class TinyQuality(Quality):
         return {"tiny": 1}
 
 
+@pytest.mark.slow
 def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path, monkeypatch, capsys):
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ def table(folder, name):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--sizes", "{S/8: 2}", "--input_size", "8", "--rounds", "2"]
