@@ -127,7 +127,9 @@ class WebDatasetSource(ImageSource):
 
     whole_units = False
 
-    def __init__(self, urls: Sequence[str], class_index: dict[str, int] | None = None, allow_pipe: bool = False):
+    def __init__(
+        self, urls: Sequence[str], class_index: dict[str, int] | None = None, allow_pipe: bool = False
+    ) -> None:
         self.urls = [url for text in urls for url in expand(text)]
         self.class_to_idx, self.allow_pipe, self.units = class_index, allow_pipe, len(self.urls)
         for url in self.urls:
