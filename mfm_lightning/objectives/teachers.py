@@ -102,8 +102,8 @@ class CheckpointTeacher(ModelTeacher):
 
     Args:
         path: a `model.safetensors`.
-        omega: the model guidance that it was trained with, as in `ModelTeacher`.
-        precision: as in `ModelTeacher`.
+        omega: the model guidance that it was trained with; 0 for none.
+        precision: "fp32", "bf16" or "fp16", whatever the student has; as the student where None.
 
     Raises:
         FileNotFoundError: if there is no such file; fit the base flow first.
