@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Search(AlignmentMethod):
             particle's own best.
         stochastic: renoise with fresh noise; else with the noise that leads from the chosen draw to the particle's
             present state.
-        posterior: source of the draws; one step of the flow map by default.
+        posterior: source of the draws; one step of the flow map where None.
 
     Raises:
         ValueError: for an unknown selection, or a number out of range.
@@ -41,7 +41,7 @@ class Search(AlignmentMethod):
     power: float = 2.5
     selection: str = "overall"
     stochastic: bool = True
-    posterior: Posterior = field(default_factory=FlowMapPosterior)
+    posterior: Posterior | None = None
     uses_reward_scale = False
 
     def __post_init__(self) -> None:
@@ -74,19 +74,19 @@ def search(
     method = method or Search()
     times, M, N, B, shape = method.times, method.num_particles, method.num_draws, len(x0), x0.shape[1:]
     x = with_particles(x0, M, generator)
-    target = target.expand(x)
     run = Run(
         target, "search", particles=M, draws=N, steps=len(times), selection=method.selection,
         stochastic=method.stochastic,
     )  # fmt: skip
+    posterior = method.posterior or FlowMapPosterior()
     best, best_reward = x0.clone(), x0.new_full((B,), -torch.inf, dtype=torch.float32)
-    rows, particles = torch.arange(B, device=x.device), torch.arange(M, device=x.device)
+    rows, each, of_particles = torch.arange(B, device=x.device), torch.arange(M, device=x.device), target.expand(x)
     for k, now in enumerate(times):
         with run.step(k, len(times), now, best):
-            x1 = method.posterior(target, now, x, randn((len(x), N, *shape), x, generator))
-            r = target.rewards(x1.flatten(0, 1)).reshape(B, M, N)
+            x1 = posterior(of_particles, now, x, randn((len(x), N, *shape), x, generator))
+            r = of_particles.rewards(x1.flatten(0, 1)).reshape(B, M, N)
         x1 = x1.reshape(B, M, N, *shape)
-        own = x1[rows[:, None], particles, r.argmax(dim=2)]  # (B, M, *shape)
+        own = x1[rows[:, None], each, r.argmax(dim=2)]  # (B, M, *shape)
         top, which = r.flatten(1).max(dim=1)
         overall = x1.flatten(1, 2)[rows, which]
         better = top > best_reward

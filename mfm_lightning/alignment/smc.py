@@ -124,7 +124,7 @@ class FeynmanKac(ParticleMethod):
         value: estimator of V at a state; the reward of the denoised state by default.
         transition: "sde": Euler-Maruyama steps of the base SDE, the last one without noise; "glass": exact transitions
             p(x_t' | x_t), a posterior draw x1 and then the Gaussian p(x_t' | x_t, x1), for few, large steps.
-        posterior: draws for the latter; 4 GLASS steps by default.
+        posterior: draws for the latter; 4 GLASS steps where None.
 
     Raises:
         ValueError: for a setting out of range.
@@ -132,7 +132,7 @@ class FeynmanKac(ParticleMethod):
 
     value: ValueEstimator = field(default_factory=DenoisedValue)
     transition: str = "sde"
-    posterior: Posterior = field(default_factory=lambda: GlassPosterior(4))
+    posterior: Posterior | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,7 +149,7 @@ class FeynmanKac(ParticleMethod):
         if self.transition == "sde":
             return sde_step(target, step, x, estimate, self.max_diffusion, generator=generator)
         now, then = step
-        x1 = self.posterior(target, now, x, randn((len(x), 1, *x.shape[1:]), x, generator))[:, 0]
+        x1 = (self.posterior or GlassPosterior(4))(target, now, x, randn((len(x), 1, *x.shape[1:]), x, generator))[:, 0]
         mean, variance = bridge(now, then, x, x1)
         return mean + variance**0.5 * randn(x.shape, x, generator), x.new_zeros(len(x))
 
@@ -239,11 +239,11 @@ def sequential_monte_carlo(
     method.check(target.reward)
     M, B, pairs = method.num_particles, len(x0), method.grid.pairs
     x = with_particles(x0, M, generator)
-    target, value, K = target.expand(x), method.estimate, len(pairs)
+    of_particles, value, K = target.expand(x), method.estimate, len(pairs)
     described = {"particles": M, "steps": K, "ess_threshold": method.ess_threshold, "keep": method.keep}
     run = Run(target, **{**method.describe(), **described})
     with run.step(0, K, pairs[0][0], x):
-        estimate = value(target, pairs[0][0], x, generator)
+        estimate = value(of_particles, pairs[0][0], x, generator)
     log_weights, log_normaliser = estimate.value.reshape(B, M), x.new_zeros(B, dtype=torch.float32)
     for k, (now, then) in enumerate(pairs):
         ess = effective_sample_size(log_weights)
@@ -255,12 +255,12 @@ def sequential_monte_carlo(
             log_normaliser = log_normaliser + torch.where(poor, log_mean_exp(log_weights), 0.0)
             log_weights = torch.where(poor[:, None], 0.0, log_weights)
         before = estimate.value
-        x, log_ratio = method.move(target, (now, then), x, estimate, generator)
+        x, log_ratio = method.move(of_particles, (now, then), x, estimate, generator)
         with run.step(k, K, then, x):
             if then < 1:
-                estimate = value(target, then, x, generator)
+                estimate = value(of_particles, then, x, generator)
             else:
-                reward = target.rewards(x)
+                reward = of_particles.rewards(x)
                 estimate = Estimate(None, reward, torch.ones_like(reward))
         log_weights = log_weights + (estimate.value - before + log_ratio).reshape(B, M)
     run.note(1.0, value=estimate.value, ess=effective_sample_size(log_weights))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Draws:
 
     Args:
         num_draws: N, at least 1.
-        posterior: source of the draws; one step of the flow map by default.
+        posterior: source of the draws; one step of the flow map where None.
         antithetic: draw pairs of opposite noise; N must be even.
         max_rows: memory budget, at most so many draws at once; the result does not depend on it.
 
@@ -87,7 +87,7 @@ class Draws:
     """
 
     num_draws: int = 1
-    posterior: Posterior = field(default_factory=FlowMapPosterior)
+    posterior: Posterior | None = None
     antithetic: bool = False
     max_rows: int | None = None
 
@@ -96,6 +96,10 @@ class Draws:
             raise ValueError(f"num_draws ({self.num_draws}) must be at least 1, and even with antithetic noise")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"max_rows {self.max_rows} must be at least 1")
+
+    def draw(self, target: Target, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+        """Draws `(B, N, *shape)` by the posterior."""
+        return (self.posterior or FlowMapPosterior())(target, t, x, noise)
 
     def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Inner noise, `(B, N, *shape)`."""
@@ -117,7 +121,7 @@ class DrawValue(Draws, ValueEstimator):
         noise, t = self.noise(x, generator), as_times(t, x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         for part, rows, draws in self.chunks(target, x):
-            x1 = self.posterior(part, t[rows], x[rows], noise[rows, draws])
+            x1 = self.draw(part, t[rows], x[rows], noise[rows, draws])
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
         return Estimate(None, log_mean_exp(rewards), effective_sample_size(rewards))
 
@@ -149,7 +153,7 @@ class DrawGradient(Draws, GradientEstimator):
         for part, rows, draws in self.chunks(target, x):
             with torch.enable_grad():
                 state = x[rows].detach().requires_grad_()
-                x1 = self.posterior(part, t[rows], state, noise[rows, draws])
+                x1 = self.draw(part, t[rows], state, noise[rows, draws])
                 r = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
                 chunk = r.logsumexp(dim=1)
                 (chunk_gradient,) = torch.autograd.grad(chunk.sum(), state)
@@ -185,7 +189,7 @@ class DrawGradientFree(Draws, GradientEstimator):
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         drawn = torch.empty_like(noise)
         for part, rows, draws in self.chunks(target, x):
-            x1 = drawn[rows, draws] = self.posterior(part, t[rows], x[rows], noise[rows, draws])
+            x1 = drawn[rows, draws] = self.draw(part, t[rows], x[rows], noise[rows, draws])
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
         weights = rewards.softmax(dim=1).to(x.dtype) - 1 / self.num_draws
         shift = torch.einsum("bn,bn...->b...", weights, drawn)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mfm_lightning.alignment import BestOfN, Search, Steering, TimeGrid
+from mfm_lightning.alignment import BestOfN, FeynmanKac, Search, Steering, TimeGrid, TwistedSMC
 from mfm_lightning.alignment.posteriors import GlassPosterior, OraclePosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import (
@@ -203,6 +203,48 @@ def test_black_boxes_and_failures_are_refused_clearly(model, noise):
         DrawGradientFree(1)
     with pytest.raises(ValueError, match="a time grid needs"):
         TimeGrid(0)
+
+
+METHODS = [
+    Steering(DrawGradient(2), TimeGrid(2)),
+    Steering(DPSGradient(), TimeGrid(2), "sde"),
+    Search(2, 2, 2),
+    BestOfN(3, 2, max_rows=4),
+    FeynmanKac(num_particles=2, grid=TimeGrid(2)),
+    FeynmanKac(num_particles=2, grid=TimeGrid(2), transition="glass", keep="best"),
+    TwistedSMC(num_particles=2, grid=TimeGrid(2)),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_methods_keep_each_samples_conditions(method):
+    """The network and the reward see the label, prompt and scale of the sample that a state belongs to."""
+    seen = []
+
+    class Labelled(Reward):
+        needs = ("images", "prompts", "labels")
+
+        def forward(self, images, prompts, labels):
+            seen.append((list(prompts), labels.tolist()))
+            return images.sum(dim=1) * (1.0 + labels) + torch.tensor([float(len(p)) for p in prompts])
+
+    torch.manual_seed(0)
+    model = MetaFlowMap(MLP(2, 8, 1, num_classes=3, guidance_scales=(2.5,)))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    labels, prompts = [2, 3, 0], ["a", "bbb", "cc"]  # 3: the null label, which is not guided
+    target = Target(model.requires_grad_(False), Labelled(), label=torch.tensor(labels), guidance=2.5, prompts=prompts)
+    given = []
+    model.network.register_forward_pre_hook(lambda module, inputs: given.append(inputs[5]))
+    result = method(target, torch.randn(3, 2, generator=seeded()), seeded(1))
+    assert result.states.shape == (3, 2)
+    own = result.states.sum(dim=1) * (1.0 + torch.tensor(labels)) + torch.tensor([1.0, 3.0, 2.0])
+    torch.testing.assert_close(result.rewards, own)
+    pairs = set(zip(labels, prompts, strict=True))
+    assert {pair for texts, classes in seen for pair in zip(classes, texts, strict=True)} == pairs
+    scales = {(a, b) for c in given for a, b in zip(c.label.tolist(), c.guidance.tolist(), strict=True)}
+    assert scales == {(2, 2.5), (3, 1.0), (0, 2.5)}
+    assert all(c.label.tolist() == sorted(c.label.tolist(), key=labels.index) for c in given)  # side by side
 
 
 def test_value_estimate_and_decoder(model, noise):
