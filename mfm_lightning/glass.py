@@ -44,17 +44,8 @@ def _weights(s: Tensor, t: Tensor) -> _Weights:
     return _Weights(cos, sin, h, p, q, d, h + d)
 
 
-def sufficient_statistic(s: Tensor, x_s: Tensor, t: Tensor, x_t: Tensor) -> SufficientStatistic:
-    """(t*, x*) with p(x1 | x_s, x_t) = p_{1|t*}(x1 | x*): both views combined by precision (Eq. 32).
-
-    Args:
-        s, t: inner and outer times `(B,)` in [0, 1], ends included.
-        x_s, x_t: inner and outer states `(B, *shape)`.
-    """
-    return _combine(_weights(s, t), s, x_s, t, x_t)
-
-
 def _combine(w: _Weights, s: Tensor, x_s: Tensor, t: Tensor, x_t: Tensor) -> SufficientStatistic:
+    """(t*, x*) with p(x1 | x_s, x_t) = p_{1|t*}(x1 | x*): both views combined by precision (Eq. 32)."""
     corner = w.total == 0  # s = t = 1
     safe = torch.where(corner, 1.0, w.total)
     outer = torch.where(corner, 0.0, w.cos * (1 - s) / safe)
