@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 import mfm_lightning.alignment
+from mfm_lightning.alignment import AlignmentMethod, Posterior, ValueEstimator
+from mfm_lightning.objectives import TERMS
 from mfm_rewards.registry import ENTRY_POINTS
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +127,21 @@ def test_every_room_is_on_the_map():
     text = (ROOT / "docs/design.md").read_text()
     rows = {room.strip("/").removesuffix(".py"): int(floor) for floor, room in re.findall(r"\| (\d+) \| `(\S+)`", text)}
     assert rows == {room: floor + 1 for room, floor in FLOOR.items() if not room.startswith("_")}
+
+
+def test_every_objective_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in TERMS if f"`{name}`" not in text] == []
+
+
+def test_every_method_and_estimator_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    kinds = (AlignmentMethod, ValueEstimator, Posterior)
+    found = [made for made in vars(mfm_lightning.alignment).values() if isinstance(made, type)]
+    found = [made for made in found if issubclass(made, kinds) and not inspect.isabstract(made)]
+    assert len(found) > 10
+    oracles = {"ExactGradient", "OraclePosterior"}  # for tests and benchmarks, where an oracle is known
+    assert [made.__name__ for made in found if f"`{made.__name__}`" not in text and made.__name__ not in oracles] == []
 
 
 def test_nothing_leads_out_of_the_repository():
