@@ -66,7 +66,7 @@ def finite_difference(model: nn.Module, inner: Inner, tangents: Inner, condition
 
     The step is such that no time or entry of the state moves by more than four times the cube root of float32's
     rounding, 0.02. There the error, h^2/6 of the third derivative and rounding/h of the value, is least: 1e-4 to 1e-3
-    of the derivative for small networks of random weights, below 1e-7 in float64 (`tests/test_tangents.py`). Never
+    of the derivative for small networks of random weights, below 1e-7 in float64 (`tests/core/test_tangents.py`). Never
     under autocast, for bf16 rounds at 4e-3. Inner times may leave [0, 1] by the step.
     """
     value = model(*inner, *condition)

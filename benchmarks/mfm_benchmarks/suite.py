@@ -1,7 +1,7 @@
 """What a suite is: parameters, cells of work, and what it makes of their results.
 
-To add a suite, add one file to `benchmarks/suites/` with a subclass of `Suite`; or name a class of your own:
-`mfm benchmark my_module.MySuite`.
+To add a suite, add one file to `benchmarks/mfm_benchmarks/suites/` with a subclass of `Suite`; or name a class of your
+own: `mfm benchmark my_module.MySuite`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Suite(ABC):
 
 
 def suites() -> dict[str, type[Suite]]:
-    """The suites of `benchmarks/suites/`, by name."""
+    """The suites of `benchmarks/mfm_benchmarks/suites/`, by name."""
     package = importlib.import_module("mfm_benchmarks.suites")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"mfm_benchmarks.suites.{module.name}")

@@ -1,4 +1,4 @@
-"""The objective of the amortised value (DESIGN, section 3): unbiased with one posterior draw."""
+"""The objective of the amortised value: unbiased with one posterior draw."""
 
 from __future__ import annotations
 

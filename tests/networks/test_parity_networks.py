@@ -1,4 +1,4 @@
-"""The released implementation's tensors, reproduced to 1e-5 (DESIGN, section 7)."""
+"""The released implementation's tensors, reproduced to 1e-5."""
 
 import json
 

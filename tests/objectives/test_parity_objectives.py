@@ -1,4 +1,4 @@
-"""GLASS teachers and the objectives' expected values against the release (DESIGN, section 7)."""
+"""GLASS teachers and the objectives' expected values against the release."""
 
 import json
 
