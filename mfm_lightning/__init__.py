@@ -4,13 +4,13 @@
 
 The names are those of `__init__.pyi`; each is imported from its room when it is first used.
 
-- models: MetaFlowMap, DiT, MLP, load_model, save_model, load_value, import_checkpoint, export_checkpoint
+- models: MetaFlowMap, VelocityNetwork (DiT, MLP), load_model, save_model, load_value, import_checkpoint, export_checkpoint
 - what is aligned to what: Target, Conditions, decoders (PixelDecoder, VAEDecoder, IdentityDecoder)
 - methods: Steering, Search, BestOfN, FeynmanKac, TwistedSMC, PolicySampling (as functions: steer, search, best_of_n)
 - estimators of the value: DrawValue, DrawGradient, DrawGradientFree, DPSGradient, NetworkGradient, ExactGradient
 - posteriors: FlowMapPosterior, GlassPosterior, RolloutPosterior, OraclePosterior
 - samplers: sample_ode, sample_sde, sample_refinement, sample_posterior_glass, glass_velocity, velocity_and_jvp
-- oracles: GaussianMixture, EmpiricalDistribution
+- oracles (Oracle): GaussianMixture, EmpiricalDistribution
 - training: MFMPretraining, ValueEstimation, RewardFinetuning, RewardAlignment, Objective, teachers, EMA
 - data: DigitsDataModule, GaussianMixtureDataModule, LatentShards, NoiseDataModule, OffPolicyDataModule
 """

@@ -62,6 +62,7 @@ from .networks import PixelDecoder as PixelDecoder
 from .networks import VAEDecoder as VAEDecoder
 from .networks import ValueDiT as ValueDiT
 from .networks import ValueMLP as ValueMLP
+from .networks import VelocityNetwork as VelocityNetwork
 from .objectives import CheckpointTeacher as CheckpointTeacher
 from .objectives import ModelTeacher as ModelTeacher
 from .objectives import Objective as Objective
@@ -70,6 +71,7 @@ from .objectives import Teacher as Teacher
 from .objectives import WeightedTerm as WeightedTerm
 from .oracles import EmpiricalDistribution as EmpiricalDistribution
 from .oracles import GaussianMixture as GaussianMixture
+from .oracles import Oracle as Oracle
 from .samplers import sample_ode as sample_ode
 from .samplers import sample_posterior_glass as sample_posterior_glass
 from .samplers import sample_refinement as sample_refinement

@@ -1,5 +1,6 @@
 """Networks for the average velocity v_{s,u}(x; t, x_t), and for the amortised value V(t, x_t); decoders of states."""
 
+from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.networks.decoders import Decoder, IdentityDecoder, PixelDecoder, VAEDecoder
 from mfm_lightning.networks.dit import DiT, architecture
 from mfm_lightning.networks.mlp import MLP
@@ -19,5 +20,6 @@ __all__ = [
     "VAEDecoder",
     "ValueDiT",
     "ValueMLP",
+    "VelocityNetwork",
     "architecture",
 ]

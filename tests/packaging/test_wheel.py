@@ -48,9 +48,8 @@ def installed(wheel, tmp_path_factory) -> Path:
     venv.create(folder)
     pip("--python", str(folder / "bin/python"), "install", str(wheel))
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "behind.pth").write_text(
-        sysconfig.get_path("purelib")
-    )  # .pth files there, an editable install's, stay unread
+    # .pth files there, an editable install's, stay unread
+    (packages / "behind.pth").write_text(sysconfig.get_path("purelib"))
     return folder
 
 
