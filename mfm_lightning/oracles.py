@@ -205,13 +205,14 @@ class GaussianMixture(Oracle):
         return log_joint, self.means.to(x) + gain, (1 - time) ** 2 * lam / noisy
 
 
-def require_linear_gaussian(reward: object) -> None:
-    """Raise TypeError unless the reward is a linear-Gaussian likelihood, for which a mixture has closed forms."""
+def require_linear_gaussian(reward: Any) -> LinearGaussian:
+    """The reward; TypeError unless it is a linear-Gaussian likelihood, for which a mixture has closed forms."""
     if not all(hasattr(reward, name) for name in ("operator", "observation", "noise_std")):
         raise TypeError(
             f"the value of a {type(reward).__name__} under a mixture has no closed form: give a linear-Gaussian "
             "likelihood (with operator, observation, noise_std), or use an EmpiricalDistribution"
         )
+    return reward
 
 
 class EmpiricalDistribution(Oracle):

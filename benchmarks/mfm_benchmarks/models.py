@@ -85,14 +85,18 @@ class Subject:
         }
         self._model: MetaFlowMap | None = None
 
-    def load(self, reward: Reward | dict[str, Any] | str) -> LoadedTarget:
-        """The target of a reward (built, or as `mfm_rewards.build` takes it), on the same model; raises as
-        `TargetSettings.load`."""
+    def load(self, reward: dict[str, Any] | str, built: Reward | None = None) -> LoadedTarget:
+        """The target of a reward, on the same model; raises as `TargetSettings.load`.
+
+        Args:
+            reward: as `mfm_rewards.build` takes it.
+            built: what `reward` describes, where it has been built already.
+        """
         s = self.settings
         settings = TargetSettings(
             s.file, reward, s.built_decoder, guidance=s.guidance, prompts=s.prompts, class_names=s.class_names
         )
-        loaded = settings.load(self._model)
+        loaded = settings.load(self._model, built)
         self._model = loaded.model
         if s.labels is not None and max(s.labels) >= loaded.model.num_classes:
             raise ValueError(f"model.labels {s.labels}: the model has {loaded.model.num_classes} classes, from 0")
@@ -102,12 +106,14 @@ class Subject:
 
     @property
     def model(self) -> MetaFlowMap:
-        """Loaded with the first reward."""
+        """Loaded with the first reward; RuntimeError before."""
+        if self._model is None:
+            raise RuntimeError("the model comes with the first reward: call load")
         return self._model
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        return self._model.state_shape
+        return self.model.state_shape
 
     def target(self, loaded: LoadedTarget, num: int, scale: float = 1.0) -> Target:
         """For `num` samples, with the reward multiplied by `scale`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -21,7 +21,7 @@ MARKERS = "osD^vP*Xh<>d"
 
 def style(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A colour and marker for each name, by its place."""
-    colours = [*matplotlib.colormaps["tab10"].colors, *matplotlib.colormaps["Dark2"].colors]
+    colours = [*matplotlib.color_sequences["tab10"], *matplotlib.color_sequences["Dark2"]]
     return {
         name: {"color": colours[i % len(colours)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
     }
@@ -40,7 +40,7 @@ def line(axis: Axes, x: Sequence[float], y: Sequence[Measured], label: str, **lo
     axis.fill_between(x, low, high, color=look.get("color"), alpha=0.15, linewidth=0)
 
 
-def legend_below(figure: Figure, axes: Sequence[Axes], columns: int = 4) -> None:
+def legend_below(figure: Figure, axes: Iterable[Axes], columns: int = 4) -> None:
     """One legend for all axes, under them."""
     handles = {}
     for axis in axes:
@@ -59,12 +59,25 @@ def curves(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float], cost
 
 def hacking(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float]) -> Figure:
     """Fréchet distance by mean reward: a row a reward, a column a lambda."""
-    return _grid(
-        entries, scales, lambda e: e.reward.value, lambda e: e.frechet, "mean reward", "Fréchet distance", yscale="log"
-    )
+
+    def distance(entry: Entry) -> Measured:
+        if entry.frechet is None:
+            raise ValueError(f"{entry.name} has no Fréchet distance: measure it, with the suite's quality")
+        return entry.frechet
+
+    return _grid(entries, scales, lambda e: e.reward.value, distance, "mean reward", "Fréchet distance", yscale="log")
 
 
-def _grid(entries, scales, across, up, xlabel: str, ylabel: str, xscale="linear", yscale="linear") -> Figure:
+def _grid(
+    entries: Mapping[str, Sequence[Entry]],
+    scales: Sequence[float],
+    across: Callable[[Entry], float],
+    up: Callable[[Entry], Measured],
+    xlabel: str,
+    ylabel: str,
+    xscale: str = "linear",
+    yscale: str = "linear",
+) -> Figure:
     looks = style(list(dict.fromkeys(e.method for found in entries.values() for e in found)))
     R, C = len(entries), len(scales)
     figure = Figure(figsize=(3.7 * max(C, 2), 3.1 * R + 1.0), layout="constrained")

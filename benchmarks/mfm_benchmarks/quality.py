@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-import lightning as L
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mfm_lightning.data.base import ArrayDataModule
 from mfm_lightning.metrics.classifier import train_classifier
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
 from mfm_lightning.utils.atomic import whole_file
@@ -53,7 +53,7 @@ class ClassifierQuality(Quality):
         steps: of the training.
     """
 
-    def __init__(self, data: L.LightningDataModule, seed: int = 0, steps: int = 600) -> None:
+    def __init__(self, data: ArrayDataModule, seed: int = 0, steps: int = 600) -> None:
         self.data, self.seed, self.steps = data, seed, steps
 
     def prepare(self, device: torch.device) -> None:
@@ -127,7 +127,7 @@ class InceptionQuality(Quality):
 
     def _of_folder(self) -> Tensor:
         images = ImageSet(self.reference)
-        if (images.number or 0) < 2:
+        if images.number is None or images.number < 2:
             raise FileNotFoundError(f"quality.reference: {images.number} image files in {self.reference}")
         starts = range(0, images.number, self.batch_size)
         batches = zip(

@@ -51,8 +51,11 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and stop
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
+    record = profiler.profiler and profiler.profiler.kineto_results
+    if record is None:
+        raise RuntimeError("torch's profiler recorded nothing")
     now = peak = 0
-    for _, size in sorted(_allocations(profiler.profiler.kineto_results.experimental_event_tree())):
+    for _, size in sorted(_allocations(record.experimental_event_tree())):
         now += size
         peak = max(peak, now)
     return peak
@@ -80,6 +83,6 @@ def product_peak(device: torch.device, dtype: torch.dtype, rounds: int = 10) -> 
     for _ in range(rounds):
         begin = clock(device)
         for _ in range(10 if device.type == "cuda" else 1):
-            a @ b
+            torch.matmul(a, b)
         best = min(best, (clock(device) - begin) / (10 if device.type == "cuda" else 1))
     return 2 * size**3 / best

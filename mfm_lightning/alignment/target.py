@@ -191,11 +191,12 @@ class TargetSettings:
     prompts: str | list[str] | None = None
     class_names: str | None = None
 
-    def load(self, model: MetaFlowMap | None = None) -> LoadedTarget:
+    def load(self, model: MetaFlowMap | None = None, reward: Reward | None = None) -> LoadedTarget:
         """The frozen parts, read and built.
 
         Args:
             model: what `self.model` holds, where it has been loaded already.
+            reward: what `self.reward` describes, where it has been built already.
 
         Raises:
             FileNotFoundError: if the model is not there.
@@ -215,7 +216,7 @@ class TargetSettings:
         model = (model or load_model(self.model)).eval().requires_grad_(False)
         model.check(Conditions(guidance=self.guidance))
         prompts = self._prompts(model.num_classes)
-        reward = build(self.reward).eval().requires_grad_(False)
+        reward = (reward or build(self.reward)).eval().requires_grad_(False)
         if "prompts" in reward.needs and prompts is None:
             raise RewardError(f"reward {name_of(reward)!r} needs prompts: set target.prompts")
         if self.decoder is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 from torch import Tensor
@@ -118,7 +119,8 @@ class SampleFID(L.Callback):
                 drawn.update(self.inception(images.to(pl_module.device))[0])
             statistics = drawn.statistics()
             fid = None if self.real is None else frechet(statistics.gaussian, self.real.gaussian)
-        pl_module.log(self.name, trainer.strategy.broadcast(fid), sync_dist=True)  # it is the same on every rank
+        fid = cast(float, trainer.strategy.broadcast(fid))  # rank 0's, on every rank
+        pl_module.log(self.name, fid, sync_dist=True)
 
     def images(self, model: MetaFlowMap, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
         """This rank's samples, bytes; every rank evaluates the model equally often, as sharded models need."""

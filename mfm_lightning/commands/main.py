@@ -46,7 +46,7 @@ class MFMCLI(LightningCLI):
             warnings.filterwarnings("ignore", message=noise)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        settings = self.config_init[self.subcommand]
+        settings = self.config_init[str(self.subcommand)]
         trainer = settings.trainer
         given = trainer.callbacks or []
         given = given if isinstance(given, list) else [given]

@@ -2,23 +2,111 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import lightning as L
+import torch
+from torch import Tensor
+
+from mfm_lightning.alignment.target import Flow, LoadedTarget
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.models import MetaFlowMap
 
 
-class Evaluation:
-    """Base class. Methods take the LightningModule (its `model`, `teacher` and trainer) and a folder to write to."""
+class EvaluatedModule(Protocol):
+    """What every evaluation may use of a LightningModule. Those of one kind of training use more, as they say."""
 
-    def check(self, module: L.LightningModule) -> None:
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def trainer(self) -> L.Trainer: ...
+
+    @property
+    def global_step(self) -> int: ...
+
+    state_shape: tuple[int, ...]
+    num_classes: int
+
+    def log(self, name: str, value: float, *, rank_zero_only: bool = False) -> None: ...
+
+    def log_dict(self, dictionary: dict[str, float], *, rank_zero_only: bool = False) -> None: ...
+
+
+class ModelModule(EvaluatedModule, Protocol):
+    """With a Meta Flow Map, and the teacher that it was distilled from."""
+
+    model: MetaFlowMap
+
+    @property
+    def teacher(self) -> Flow | None: ...
+
+
+class TargetModule(EvaluatedModule, Protocol):
+    """With a model and a reward."""
+
+    target: LoadedTarget
+
+
+class PolicyModule(TargetModule, Protocol):
+    """With a policy that started as a copy of its base flow."""
+
+    policy: MetaFlowMap
+
+    @property
+    def base(self) -> MetaFlowMap: ...
+
+    def sample_base(self, noise: Tensor, conditions: Conditions | None, steps: int) -> Tensor: ...
+
+    def sample_policy(self, noise: Tensor, conditions: Conditions | None, steps: int) -> Tensor: ...
+
+
+class ArrayData(Protocol):
+    """A DataModule whose data fit in memory: `(x, label)` by "train", "val" and "test"."""
+
+    splits: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def decode(self, x: Tensor) -> Tensor: ...
+
+
+Module = TypeVar("Module", bound=EvaluatedModule, contravariant=True)
+
+
+class Evaluation(ABC, Generic[Module]):
+    """Base class. Methods take the LightningModule, and a folder to write to; `Module` says what they use of it."""
+
+    def check(self, module: Module) -> None:
         """Raise ValueError, before any work, if the module's target or data cannot be evaluated so."""
 
-    def draw(self, module: L.LightningModule, folder: Path) -> None:
+    @abstractmethod
+    def draw(self, module: Module, folder: Path) -> None:
         """Write pictures."""
 
-    def measure(self, module: L.LightningModule, folder: Path) -> None:
+    @abstractmethod
+    def measure(self, module: Module, folder: Path) -> None:
         """Log metrics, print and write the tables."""
 
-    def predict(self, module: L.LightningModule, batch: Any, batch_idx: int, folder: Path) -> None:
+    def predict(self, module: Module, batch: Any, batch_idx: int, folder: Path) -> None:
         """Write samples and posterior draws for a batch."""
+
+
+def datamodule_of(trainer: L.Trainer) -> Any:
+    """The DataModule of a run; None where there is none. (Lightning does not declare it.)"""
+    return getattr(trainer, "datamodule", None)
+
+
+def data_of(module: EvaluatedModule) -> Any:
+    """The DataModule that an evaluation needs.
+
+    Raises:
+        ValueError: if the run has none.
+    """
+    data = datamodule_of(module.trainer)
+    if data is None:
+        raise ValueError("this evaluation needs the run's DataModule: give the trainer one, not only data loaders")
+    return data

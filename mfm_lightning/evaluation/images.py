@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.target import Flow
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.evaluation.base import Evaluation
+from mfm_lightning.evaluation.base import ArrayData, Evaluation, ModelModule, data_of
+from mfm_lightning.evaluation.draws import noised
 from mfm_lightning.interpolant import interpolate
 from mfm_lightning.metrics.classifier import accuracy, train_classifier
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
@@ -18,7 +22,7 @@ from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import image_grid
 
 
-class ImageEvaluation(Evaluation):
+class ImageEvaluation(Evaluation[ModelModule]):
     """Fréchet distance to the training images, in the features of a small classifier trained on them, of
 
     - samples by K-step refinement, and by the base flow's ODE (the teacher's, where there is one);
@@ -37,11 +41,11 @@ class ImageEvaluation(Evaluation):
     def __init__(
         self,
         num_samples: int = 2000,
-        refinement_steps: list[int] = (1, 2, 4),
+        refinement_steps: Sequence[int] = (1, 2, 4),
         ode_steps: int = 100,
-        times: list[float] = (0.2, 0.4),
+        times: Sequence[float] = (0.2, 0.4),
         glass_steps: int = 64,
-        picture_times: list[float] = (0.2, 0.4, 0.6, 0.8),
+        picture_times: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
         seed: int = 0,
     ) -> None:
         self.num_samples, self.refinement_steps, self.ode_steps = num_samples, tuple(refinement_steps), ode_steps
@@ -49,8 +53,9 @@ class ImageEvaluation(Evaluation):
         self.seed = seed
 
     @torch.no_grad()
-    def measure(self, module, folder: Path) -> None:
-        data, model, base = module.trainer.datamodule, module.model, _base(module)
+    def measure(self, module: ModelModule, folder: Path) -> None:
+        data: ArrayData = data_of(module)
+        model, base = module.model, _base_flow(module).drift
         real_x, real_y = data.splits["train"]
         real = data.decode(real_x)
         classifier = train_classifier(real, real_y, data.num_classes)
@@ -88,6 +93,7 @@ class ImageEvaluation(Evaluation):
                 return model.sample_posterior(x_t, t, noise=eps, conditions=given)[:, 0]
             return sample_posterior_glass(lambda t, x: base(t, x, given), x_t, t, steps=steps, noise=eps)[:, 0]
 
+        jobs: list[tuple[str, float | str, int, Callable[[], Tensor]]]
         jobs = [(f"base flow, ODE {self.ode_steps}", "", self.ode_steps, ode)]
         jobs += [(f"MFM, refinement {k}", "", k, partial(refinement, k)) for k in self.refinement_steps]
         for t in self.times:
@@ -103,8 +109,9 @@ class ImageEvaluation(Evaluation):
         write_table(rows, title, folder, "frechet")
 
     @torch.no_grad()
-    def draw(self, module, folder: Path) -> None:
-        data, model, base = module.trainer.datamodule, module.model, _base(module)
+    def draw(self, module: ModelModule, folder: Path) -> None:
+        data: ArrayData = data_of(module)
+        model, base = module.model, _base_flow(module).drift
         per_class = 10
         given = Conditions(label=torch.arange(data.num_classes)).repeat(per_class).to(module.device)
         noise = torch.randn(given.num_rows, *model.state_shape, generator=self._generator()).to(module.device)
@@ -118,28 +125,24 @@ class ImageEvaluation(Evaluation):
         rows = data.decode(samples.cpu()).reshape(data.num_classes, per_class, *model.state_shape)
         image_grid(rows, folder / "samples.png", title)
         for t in self.picture_times if self.refinement_steps else ():
-            self._posterior_picture(data, model, module.device, t, folder / f"posterior_t{t:g}.png")
+            self._posterior_picture(module, data, t, folder / f"posterior_t{t:g}.png")
 
-    def _posterior_picture(self, data, model, device, t: float, path: Path, num_draws: int = 8) -> None:
+    def _posterior_picture(self, module: ModelModule, data: ArrayData, t: float, path: Path) -> None:
         x, y = data.splits["test"]
-        first = torch.stack([x[y == c][0] for c in range(data.num_classes)]).to(device)
-        x_t = interpolate(
-            torch.full((len(first),), t, device=device),
-            torch.randn(first.shape, generator=self._generator(5)).to(first),
-            first,
-        )
-        draws = model.sample_posterior(x_t, t, num_draws, generator=self._generator(6))
+        first = torch.stack([x[y == c][0] for c in range(data.num_classes)]).to(module.device)
+        x_t = noised(first, t, self._generator(5))
+        draws = module.model.sample_posterior(x_t, t, 8, generator=self._generator(6))
         rows = torch.cat([first[:, None], x_t[:, None], draws], dim=1).cpu()
         rows = data.decode(rows.flatten(0, 1)).reshape(rows.shape)
         image_grid(rows, path, f"one-step posterior draws, t = {t:g} (no label given)", ["x1", "x_t", "draws"])
 
     @torch.no_grad()
-    def predict(self, module, batch, batch_idx: int, folder: Path) -> None:
+    def predict(self, module: ModelModule, batch: Any, batch_idx: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         x1, given = batch[0], Conditions.of_batch(batch[1])
         generator = self._generator(100 + batch_idx)
         noise = torch.randn(x1.shape, generator=generator).to(x1)
-        base = _base(module)
+        base = _base_flow(module).drift
         result = {"x1": x1.cpu()} | ({} if given.label is None else {"label": given.label.cpu()})
         result["samples/ode"] = sample_ode(lambda t, x: base(t, x, given), noise, self.ode_steps).cpu()
         for k in self.refinement_steps:
@@ -158,10 +161,9 @@ class ImageEvaluation(Evaluation):
         return torch.Generator().manual_seed(1000 * self.seed + offset)
 
 
-def _base(module):
-    source = module.teacher if module.teacher is not None else module.model
-    return source.drift
+def _base_flow(module: ModelModule) -> Flow:
+    return module.model if module.teacher is None else module.teacher
 
 
-def _row(samples: str, t, evaluations, frechet: float, agreement: float) -> dict:
+def _row(samples: str, t: float | str, evaluations: int | str, frechet: float, agreement: float) -> dict[str, Any]:
     return {"samples": samples, "t": t, "evaluations": evaluations, "Fréchet": frechet, "as labelled": agreement}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +13,18 @@ from torch import Tensor
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_model
-from mfm_lightning.evaluation.base import Evaluation
+from mfm_lightning.evaluation.base import Evaluation, ModelModule, data_of
 from mfm_lightning.evaluation.draws import draw, draw_distance, noised
 from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.oracles import GaussianMixture
 from mfm_lightning.utils.console import track, write_table
 
 log = logging.getLogger(__name__)
 
+Source = tuple[Posterior, Target, torch.device | str]  # of draws; by whose model or drift; where that is
 
-class MixtureEvaluation(Evaluation):
+
+class MixtureEvaluation(Evaluation[ModelModule]):
     """Sliced W2 to the exact posterior, averaged over noisy states x_t ~ p_t, of one-step draws and of GLASS ODEs
     with the exact drift; with the noise floor (exact against exact).
 
@@ -37,11 +42,11 @@ class MixtureEvaluation(Evaluation):
 
     def __init__(
         self,
-        times: list[float] = (0.1, 0.3, 0.5, 0.7),
+        times: Sequence[float] = (0.1, 0.3, 0.5, 0.7),
         num_states: int = 64,
         num_draws: int = 4096,
-        glass_steps: list[int] = (16,),
-        model_steps: list[int] = (1,),
+        glass_steps: Sequence[int] = (16,),
+        model_steps: Sequence[int] = (1,),
         compare: dict[str, str] | None = None,
         max_rows: int = 65536,
         seed: int = 0,
@@ -50,12 +55,12 @@ class MixtureEvaluation(Evaluation):
         self.glass_steps, self.model_steps, self.seed = tuple(glass_steps), tuple(model_steps), seed
         self.compare, self.max_rows = dict(compare or {}), max_rows
 
-    def _states(self, oracle, t: float, num: int, generator: torch.Generator) -> Tensor:
+    def _states(self, oracle: GaussianMixture, t: float, num: int, generator: torch.Generator) -> Tensor:
         return noised(oracle.sample(num, generator), t, generator)
 
     @torch.no_grad()
-    def measure(self, module, folder: Path) -> None:
-        oracle = module.trainer.datamodule.oracle
+    def measure(self, module: ModelModule, folder: Path) -> None:
+        oracle: GaussianMixture = data_of(module).oracle
         sources, rows = self._sources(module, oracle), []
         for t in track(self.times, describe=lambda t: f"posteriors at t = {t}"):
             generator = torch.Generator().manual_seed(self.seed)
@@ -74,10 +79,10 @@ class MixtureEvaluation(Evaluation):
     def _distance(self, draws: Tensor, exact: Tensor) -> float:
         return draw_distance(draws, exact, 64, self.seed).mean().item()
 
-    def _sources(self, module, oracle) -> dict[str, tuple[Posterior, Target, torch.device | str]]:
-        """By the table's column: where draws come from, by whose model or drift, and where it is."""
+    def _sources(self, module: ModelModule, oracle: GaussianMixture) -> dict[str, Source]:
+        """Where draws come from, by the table's column."""
         ours, exact = Target(module.model, _no_reward), Target(oracle, _no_reward)
-        found = {f"MFM-{k}": (FlowMapPosterior(k), ours, module.device) for k in self.model_steps}
+        found: dict[str, Source] = {f"MFM-{k}": (FlowMapPosterior(k), ours, module.device) for k in self.model_steps}
         for name, other in self._others(module.device).items():
             found[f"{name}-1"] = (FlowMapPosterior(1), Target(other, _no_reward), module.device)
         return found | {f"GLASS-{k}": (GlassPosterior(k), exact, "cpu") for k in self.glass_steps}
@@ -89,11 +94,11 @@ class MixtureEvaluation(Evaluation):
         return {n: load_model(p).to(device) for n, p in self.compare.items() if Path(p).is_file()}
 
     @torch.no_grad()
-    def draw(self, module, folder: Path) -> None:
+    def draw(self, module: ModelModule, folder: Path) -> None:
         from matplotlib.figure import Figure
 
         folder.mkdir(parents=True, exist_ok=True)
-        oracle = module.trainer.datamodule.oracle
+        oracle: GaussianMixture = data_of(module).oracle
         figure = Figure(figsize=(3 * len(self.times), 6.4), layout="constrained")
         axes = figure.subplots(2, len(self.times), sharex=True, sharey=True, squeeze=False)
         background = oracle.sample(2000, torch.Generator().manual_seed(1))
@@ -114,7 +119,7 @@ class MixtureEvaluation(Evaluation):
         figure.savefig(folder / "posterior.png", dpi=110)
 
     @torch.no_grad()
-    def predict(self, module, batch, batch_idx: int, folder: Path) -> None:
+    def predict(self, module: ModelModule, batch: Any, batch_idx: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         x1 = batch[0]
         generator = torch.Generator().manual_seed(self.seed + batch_idx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ from torch import Tensor
 from mfm_lightning.alignment.method import AlignmentMethod
 from mfm_lightning.alignment.target import Target, require_gradient
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import as_times, diffusion, expand, interpolate
+from mfm_lightning.evaluation.base import ArrayData, Evaluation, PolicyModule, data_of, datamodule_of
+from mfm_lightning.evaluation.draws import noised
+from mfm_lightning.interpolant import as_times, diffusion, expand
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 from mfm_lightning.metrics.distances import pairwise_distance, sliced_wasserstein
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
-from mfm_lightning.oracles import GaussianMixture, require_linear_gaussian
+from mfm_lightning.oracles import GaussianMixture, LinearGaussian, require_linear_gaussian
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import before_after, scatter
 from mfm_rewards import build, evaluate
 
 
-class PolicyEvaluation(Evaluation):
+class PolicyEvaluation(Evaluation[PolicyModule]):
     """The same fixed-seed noise through the ODE of the base flow and of the policy: mean reward and held-out rewards,
     Fréchet distance to the training images and diversity (mean distance between samples of a class), both in the
     features of a small classifier trained on them.
@@ -57,11 +59,10 @@ class PolicyEvaluation(Evaluation):
         self.ode_steps, self.steering = ode_steps, steering
         self.held_out = {name: build(reward) for name, reward in (held_out or {}).items()}
         self.pictures, self.seed = pictures, seed
-        self._classifier: SmallClassifier | None = None
-        self._real: Gaussian | None = None
+        self._fitted: tuple[SmallClassifier, Gaussian] | None = None  # to the training images
         self._base_row: dict[str, float] | None = None
 
-    def check(self, module) -> None:
+    def check(self, module: PolicyModule) -> None:
         if module.num_classes < 1 or len(module.state_shape) != 3:
             raise ValueError("PolicyEvaluation is for images with classes: for a mixture use TiltedMixtureEvaluation")
         if self.steering is not None and self.steering.needs_reward_gradient:
@@ -71,23 +72,24 @@ class PolicyEvaluation(Evaluation):
                 raise ValueError(f"held-out reward {name!r} needs prompts: set target.prompts")
 
     @torch.no_grad()
-    def measure(self, module, folder: Path) -> None:
+    def measure(self, module: PolicyModule, folder: Path) -> None:
         testing = module.trainer.testing
         noise, given = self._noise(module)
         target = module.target(given)
 
         def row(states: Tensor) -> dict[str, float]:
-            return self._row(target, states, module.trainer.datamodule)
+            return self._row(module, target, states)
 
         def base() -> dict[str, float]:
             if self._base_row is None:  # the base flow and its noise stay as they are
                 self._base_row = row(module.sample_base(noise, given, self.ode_steps))
             return self._base_row
 
-        jobs = {"base flow": base, "policy": lambda: row(module.sample_policy(noise, given, self.ode_steps))}
-        if self.steering is not None and testing:
+        jobs: dict[str, Callable[[], dict[str, float]]] = {"base flow": base}
+        jobs["policy"] = lambda: row(module.sample_policy(noise, given, self.ode_steps))
+        if (steering := self.steering) is not None and testing:
             generator = torch.Generator().manual_seed(self.seed)
-            jobs["steering"] = lambda: row(self.steering(target, noise, generator).states)
+            jobs["steering"] = lambda: row(steering(target, noise, generator).states)
         rows = []
         for name in track(list(jobs), describe=str):
             found = jobs[name]()
@@ -97,28 +99,31 @@ class PolicyEvaluation(Evaluation):
         title = f"{len(noise)} ODE samples of {self.ode_steps} steps, the same noise for all"
         write_table(rows, title, folder, "policy", show=testing)
 
-    def _row(self, target: Target, states: Tensor, data) -> dict[str, float]:
+    def _row(self, module: PolicyModule, target: Target, states: Tensor) -> dict[str, float]:
         """What a table says of samples."""
         images, reward = target.decoder(states), target.plain_rewards(states)
         given = target.conditions.expand(len(states), images.device)
         row = {"reward": reward.mean().item(), "standard error": _standard_error(reward)}
         for name, held_out in self.held_out.items():
             row[name] = evaluate(held_out.to(images.device), images, given.prompts, given.label).mean().item()
-        return row | (self._likeness(data, images.cpu(), given.label.cpu()) if self.likeness else {})
+        return row | (self._likeness(module, images.cpu(), given.to("cpu").label) if self.likeness else {})
 
-    def _likeness(self, data, images: Tensor, label: Tensor) -> dict[str, float]:
-        if self._classifier is None:
-            real = data.decode(data.splits["train"][0])
-            self._classifier = train_classifier(real, data.splits["train"][1], data.num_classes)
-            self._real = Gaussian.of_features(self._classifier.features(real))
-        features = self._classifier.features(images)
+    def _likeness(self, module: PolicyModule, images: Tensor, label: Tensor | None) -> dict[str, float]:
+        if self._fitted is None:
+            data: ArrayData = data_of(module)
+            x, classes = data.splits["train"]
+            real = data.decode(x)
+            classifier = train_classifier(real, classes, data.num_classes)
+            self._fitted = classifier, Gaussian.of_features(classifier.features(real))
+        classifier, fitted = self._fitted
+        features = classifier.features(images)
         return {
-            "Fréchet": float(frechet_of_features(features, self._real)),
+            "Fréchet": float(frechet_of_features(features, fitted)),
             "diversity": float(pairwise_distance(features, label)),
         }
 
     @torch.no_grad()
-    def draw(self, module, folder: Path) -> None:
+    def draw(self, module: PolicyModule, folder: Path) -> None:
         noise, given = self._noise(module)
         pick = torch.arange(len(noise))
         if self.num_samples is None:  # they come class by class: one of each class before a second
@@ -127,19 +132,18 @@ class PolicyEvaluation(Evaluation):
         noise, given = noise[pick], given.take(pick)
         target = module.target(given)
         before, after = (sample(noise, given, self.ode_steps) for sample in (module.sample_base, module.sample_policy))
-        scores = tuple(target.plain_rewards(x).cpu() for x in (before, after))
         title = "base flow (upper of each pair) and policy from the same noise (lower), with rewards"
         columns = min(10, max(1, module.num_classes))
         before_after(
             target.decoder(before).cpu(),
             target.decoder(after).cpu(),
-            scores,
+            (target.plain_rewards(before).cpu(), target.plain_rewards(after).cpu()),
             folder / "before_after.png",
             title,
             columns,
         )
 
-    def _noise(self, module) -> tuple[Tensor, Conditions]:
+    def _noise(self, module: PolicyModule) -> tuple[Tensor, Conditions]:
         """Class by class, `samples_per_class` each; or `num_samples` of shuffled classes."""
         generator = torch.Generator().manual_seed(self.seed)
         if self.num_samples is None:
@@ -151,7 +155,7 @@ class PolicyEvaluation(Evaluation):
         return noise.to(module.device), Conditions(label=label).to(module.device)
 
 
-class TiltedMixtureEvaluation(Evaluation):
+class TiltedMixtureEvaluation(Evaluation[PolicyModule]):
     """A policy on a Gaussian mixture with a linear-Gaussian reward, where all is exact: sliced W2 of ODE samples to the
     tilted mixture, and the error of the learned drift against the oracle's b + (sigma^2/2) grad V by time.
 
@@ -167,24 +171,24 @@ class TiltedMixtureEvaluation(Evaluation):
         self,
         num_samples: int = 4096,
         ode_steps: int = 500,
-        times: list[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
         repeats: int = 5,
         seed: int = 0,
     ) -> None:
         self.num_samples, self.ode_steps, self.times = num_samples, ode_steps, tuple(times)
         self.repeats, self.seed = repeats, seed
 
-    def check(self, module) -> None:
-        if not isinstance(getattr(module.trainer.datamodule, "oracle", None), GaussianMixture):
+    def check(self, module: PolicyModule) -> None:
+        if not isinstance(getattr(datamodule_of(module.trainer), "oracle", None), GaussianMixture):
             raise ValueError("TiltedMixtureEvaluation needs a DataModule of a Gaussian mixture")
         require_linear_gaussian(module.target.reward)
         if module.target.settings.reward_scale != 1:
             raise ValueError(f"the tilted mixture is for reward_scale 1, not {module.target.settings.reward_scale}")
 
     @torch.no_grad()
-    def measure(self, module, folder: Path) -> None:
-        oracle, target = module.trainer.datamodule.oracle, module.target()
-        exact, testing = oracle.tilted(target.reward), module.trainer.testing
+    def measure(self, module: PolicyModule, folder: Path) -> None:
+        oracle, reward = _mixture(module), require_linear_gaussian(module.target.reward)
+        exact, testing = oracle.tilted(reward), module.trainer.testing
         distances: dict[str, list[float]] = {"exact (floor)": [], "base flow": [], "policy": []}
         for repeat in track(range(self.repeats if testing else 1), describe=lambda i: f"samples {i + 1}"):
             generator = torch.Generator().manual_seed(self.seed + repeat)
@@ -208,19 +212,21 @@ class TiltedMixtureEvaluation(Evaluation):
         title = f"Distance of {self.num_samples} ODE samples to the tilted mixture"
         write_table(rows, title, folder, "tilted_distance", show=testing)
         errors, title = (
-            self._drift_errors(module, oracle, exact, target),
+            self._drift_errors(module, oracle, exact, reward),
             "Drift at noised samples of the tilted mixture",
         )
         write_table(errors, title, folder, "drift_errors", show=testing)
 
-    def _drift_errors(self, module, oracle, exact, target) -> list[dict[str, Any]]:
+    def _drift_errors(
+        self, module: PolicyModule, oracle: GaussianMixture, exact: GaussianMixture, reward: LinearGaussian
+    ) -> list[dict[str, Any]]:
         rows = []
         for t in self.times:
             generator = torch.Generator().manual_seed(self.seed)
             x1 = exact.sample(self.num_samples, generator)
-            x = interpolate(as_times(t, x1), torch.randn(x1.shape, generator=generator), x1)
+            x = noised(x1, t, generator)
             base = oracle.drift(t, x)
-            optimal = base + expand(diffusion(as_times(t, x)), x) * oracle.value_gradient(x, t, target.reward)
+            optimal = base + expand(diffusion(as_times(t, x)), x) * oracle.value_gradient(x, t, reward)
             on_device = x.to(module.device)
             row = {"t": t}
             for name, flow in (("base flow", module.base), ("policy", module.policy)):
@@ -230,16 +236,20 @@ class TiltedMixtureEvaluation(Evaluation):
         return rows
 
     @torch.no_grad()
-    def draw(self, module, folder: Path) -> None:
-        oracle, target = module.trainer.datamodule.oracle, module.target()
+    def draw(self, module: PolicyModule, folder: Path) -> None:
+        oracle, reward = _mixture(module), require_linear_gaussian(module.target.reward)
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(2000, *module.state_shape, generator=generator).to(module.device)
         samples = {
             "base flow": module.sample_base(noise, None, self.ode_steps),
             "policy": module.sample_policy(noise, None, self.ode_steps),
-            "exact": oracle.tilted(target.reward).sample(2000, generator),
+            "exact": oracle.tilted(reward).sample(2000, generator),
         }
         scatter(samples, folder / "samples.png", "ODE samples before and after fine-tuning, and the tilted mixture")
+
+
+def _mixture(module: PolicyModule) -> GaussianMixture:
+    return data_of(module).oracle
 
 
 def _standard_error(x: Tensor) -> float:

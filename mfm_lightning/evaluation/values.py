@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from mfm_lightning.alignment.posteriors import RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DenoisedValue, DrawValue, Estimate, ValueEstimator
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.evaluation.base import Evaluation
+from mfm_lightning.evaluation.base import ArrayData, Evaluation, TargetModule, data_of, datamodule_of
 from mfm_lightning.evaluation.draws import (
     POINT,
     DrawSettings,
@@ -24,16 +24,26 @@ from mfm_lightning.evaluation.draws import (
     noised,
 )
 from mfm_lightning.interpolant import Times, as_times
-from mfm_lightning.oracles import require_linear_gaussian
+from mfm_lightning.networks.value import ValueNetwork
+from mfm_lightning.oracles import Oracle, require_linear_gaussian
 from mfm_lightning.utils.console import track, write_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
 REFERENCES = ("auto", "exact", "rollouts")
 
 
+class ValueModule(TargetModule, Protocol):
+    """With a network for the amortised value."""
+
+    network: ValueNetwork
+
+
 @dataclass
-class ValueEvaluation(DrawSettings, Evaluation):
+class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
     """Pearson r over states, bias and variance of value estimators, by outer time; a table and two figures.
 
     States are noised test data. Estimators: draws of the flow map, of the GLASS ODE and of the base SDE, the reward of
@@ -65,22 +75,23 @@ class ValueEvaluation(DrawSettings, Evaluation):
         self._rows: list[dict[str, Any]] = []
         self._values: dict[tuple[float, str], tuple[Tensor, Tensor]] = {}
 
-    def check(self, module) -> None:
-        oracle, settings = getattr(module.trainer.datamodule, "oracle", None), module.target.settings
+    def check(self, module: ValueModule) -> None:
+        oracle, scale = self._oracle(module), module.target.settings.reward_scale
         if self.reference == "exact" and oracle is None:
             raise ValueError("reference 'exact' needs a DataModule with an oracle: use 'rollouts'")
-        if self._is_exact(module):
+        if oracle is not None:
             require_linear_gaussian(module.target.reward)
-            if settings.reward_scale != 1:
-                raise ValueError(f"the exact value is for reward_scale 1, not {settings.reward_scale}: use 'rollouts'")
+            if scale != 1:
+                raise ValueError(f"the exact value is for reward_scale 1, not {scale}: use 'rollouts'")
         module.target.check_labels(self.use_labels)
 
-    def _is_exact(self, module) -> bool:
-        return self.reference != "rollouts" and getattr(module.trainer.datamodule, "oracle", None) is not None
+    def _oracle(self, module: ValueModule) -> Oracle | None:
+        """What gives the exact value; None where rollouts are the reference."""
+        return None if self.reference == "rollouts" else getattr(datamodule_of(module.trainer), "oracle", None)
 
     @torch.no_grad()
-    def measure(self, module, folder: Path) -> None:
-        exact = self._is_exact(module)
+    def measure(self, module: ValueModule, folder: Path) -> None:
+        oracle, references = self._oracle(module), dict[float, Tensor]()
         x1, label = self._states(module)
         target = module.target(Conditions(label=label) if self.use_labels else None)
         network = module.network if _is_trained(module) else None
@@ -91,20 +102,22 @@ class ValueEvaluation(DrawSettings, Evaluation):
         jobs = [(t, name) for t in self.times for name in ("reference", *estimators)]
         for t, name in track(jobs, describe=lambda job: f"t = {job[0]}: {job[1]}"):
             x = noised(x1, t, self._generator(1))
-            if name == "reference" and exact:
-                reference = module.trainer.datamodule.oracle.value(x, t, target.reward).float().cpu()
+            if name == "reference" and oracle is not None:
+                references[t] = oracle.value(x, t, target.reward).float().cpu()
             elif name == "reference":
                 rollouts = self._rollouts(self.num_draws, seed=2)
-                reference = estimate_values(rollouts, target, t, x, self._generator(3)).values[0].cpu()
+                references[t] = estimate_values(rollouts, target, t, x, self._generator(3)).values[0].cpu()
             else:
                 estimator, draws = estimators[name], getattr(estimators[name], "num_draws", 1)
                 repeats = self.num_repeats if draws > 1 else 1  # an estimate without draws is the same each time
                 found = estimate_values(estimator, target, t, x, self._generator(4), repeats)
-                self._values[t, name] = (found.values.cpu(), reference)
-                self._rows.append(_row(t, name, draws, found, reference))
+                self._values[t, name] = (found.values.cpu(), references[t])
+                self._rows.append(_row(t, name, draws, found, references[t]))
         for row in self._rows:
             module.log(f"test/pearson_r/{row['estimator']}/t={row['t']}", row["r"], rank_zero_only=True)
-        kind = "the exact value" if exact else f"{self.num_draws} SDE rollouts of {self.rollout_steps} steps"
+        kind = (
+            "the exact value" if oracle is not None else f"{self.num_draws} SDE rollouts of {self.rollout_steps} steps"
+        )
         title = f"Value estimates against {kind}: {self.num_states} states, {self.num_draws} draws each"
         shown = [
             {
@@ -120,19 +133,20 @@ class ValueEvaluation(DrawSettings, Evaluation):
         ]
         write_table(self._rows, title, folder, "value_estimates", shown=shown)
 
-    def draw(self, module, folder: Path) -> None:
+    def draw(self, module: ValueModule, folder: Path) -> None:
         if not self._rows:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._draw_correlation(folder / "r_against_nfe")
         self._draw_scatter(folder / "scatter")
 
-    def _states(self, module) -> tuple[Tensor, Tensor]:
-        x1, label = module.trainer.datamodule.splits["test"]
+    def _states(self, module: ValueModule) -> tuple[Tensor, Tensor]:
+        data: ArrayData = data_of(module)
+        x1, label = data.splits["test"]
         pick = torch.randperm(len(x1), generator=self._generator())[: self.num_states]
         return x1[pick].to(module.device), label[pick].to(module.device)
 
-    def _estimators(self, network: torch.nn.Module | None) -> dict[str, ValueEstimator]:
+    def _estimators(self, network: ValueNetwork | None) -> dict[str, ValueEstimator]:
         found: dict[str, ValueEstimator] = dict(self.value_estimators())
         found[f"SDE {self.rollout_steps}"] = self._rollouts(self.rollout_draws, seed=5)
         found[POINT] = DenoisedValue()
@@ -197,7 +211,7 @@ class ValueEvaluation(DrawSettings, Evaluation):
 class _NetworkValue(ValueEstimator):
     """The amortised network's value, without its gradient."""
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: ValueNetwork) -> None:
         self.network = network
 
     def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
@@ -205,7 +219,7 @@ class _NetworkValue(ValueEstimator):
         return Estimate(None, value, torch.ones_like(value))
 
 
-def _is_trained(module) -> bool:
+def _is_trained(module: ValueModule) -> bool:
     return module.global_step > 0 or module.trainer.ckpt_path is not None
 
 
@@ -228,6 +242,6 @@ def _row(t: float, name: str, draws: int, found: ValueEstimates, reference: Tens
     }
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=120)

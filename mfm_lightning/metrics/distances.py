@@ -69,7 +69,8 @@ def multiscale_kernel(y: Tensor, scales: Sequence[float] = SCALES) -> Callable[[
     median = torch.pdist(y[:2000]).median()
 
     def kernel(distance: Tensor) -> Tensor:
-        return sum(torch.exp(-0.5 * (distance / (scale * median)) ** 2) for scale in scales) / len(scales)
+        kernels = (torch.exp(-0.5 * (distance / (scale * median)) ** 2) for scale in scales)
+        return sum(kernels, start=distance.new_zeros(())) / len(scales)
 
     return kernel
 

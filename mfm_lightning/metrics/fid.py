@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,9 +69,11 @@ class Statistics:
     def save(self, path: str | Path) -> Path:
         """Write them as `load` reads them; the file appears whole."""
         path = Path(path)
-        number = {} if self.num_samples is None else {"num_samples": self.num_samples}
+        arrays: dict[str, Any] = {"mu": self.mu, "sigma": self.sigma}
+        if self.num_samples is not None:
+            arrays["num_samples"] = self.num_samples
         with whole_file(path) as partial, open(partial, "wb") as file:
-            np.savez(file, mu=self.mu, sigma=self.sigma, **number)
+            np.savez(file, **arrays)
         return path
 
 
@@ -81,6 +84,10 @@ class RunningStatistics(Metric):
         num_features: F.
         over_ranks: add up the sums of all processes; each of them must then ask for the statistics.
     """
+
+    total: Tensor
+    products: Tensor
+    num_samples: Tensor
 
     def __init__(self, num_features: int, over_ranks: bool = False) -> None:
         super().__init__(sync_on_compute=over_ranks)

@@ -18,7 +18,8 @@ from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import TargetSettings
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.modules.base import Batch, check_batch, datamodule_of, own_gradients
+from mfm_lightning.evaluation.base import datamodule_of
+from mfm_lightning.modules.base import Batch, check_batch, own_gradients
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.utils.figures import before_after, scatter
 from mfm_rewards import RewardError
@@ -67,7 +68,7 @@ class RewardAlignment(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "predict":
             raise ValueError(f"alignment has nothing to {stage}: run mfm predict")
-        data, model = datamodule_of(self), self.target.model
+        data, model = datamodule_of(self.trainer), self.target.model
         if data is not None and (tuple(data.state_shape), data.num_classes) != (model.state_shape, model.num_classes):
             raise ValueError(
                 f"noise of shape {tuple(data.state_shape)} with {data.num_classes} classes for a model of "

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.evaluation.base import Evaluation
+from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
 from mfm_lightning.training.sharding import gathered, shard
 from mfm_lightning.utils.distributed import gather_ranks, own
@@ -89,7 +89,7 @@ class TrainingModule(L.LightningModule, ABC):
             shard(self.trained, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        data = datamodule_of(self)
+        data = datamodule_of(self.trainer)
         if data is not None and tuple(data.state_shape) != self.state_shape:
             raise ValueError(f"data of shape {tuple(data.state_shape)}, but the network takes {self.state_shape}")
         if data is not None and data.num_classes != self.num_classes:
@@ -195,11 +195,6 @@ class TrainingModule(L.LightningModule, ABC):
                 raise CheckpointError(
                     f"this run was trained with {name} {saved.get(name)}, the config has {ours.get(name)}"
                 )
-
-
-def datamodule_of(module: L.LightningModule) -> Any:
-    """The DataModule of a module's run; None where there is none. (Lightning does not declare it.)"""
-    return getattr(module.trainer, "datamodule", None)
 
 
 @contextmanager

@@ -45,19 +45,21 @@ class BestOfNPool:
     def shrink(self) -> None:
         self.numbers = [n for n in self.numbers if n <= 100] or self.numbers[:1]
 
-    def cells(self, target: Callable[[], Target], num: int, seed: int, identity: dict[str, Any]) -> Iterator[Cell]:
+    def cells(
+        self, target: Callable[[], Target], num: int, seed: int, device: torch.device, identity: dict[str, Any]
+    ) -> Iterator[Cell]:
         """The pool: blocks of `(num, n, *shape)`, cut where one of the numbers ends."""
         block, begin = max(1, min(self.block // num, self.max_rows)), 0
         while begin < self.numbers[-1]:
             n = min(block, min(stop for stop in self.numbers if stop > begin) - begin)
             name = f"pool, candidates {begin + 1} to {begin + n} of each sample, seed {seed}"
             settings = {**identity, "seed": seed, "begin": begin, "n": n, "steps": self.steps}
-            yield Cell(name, settings, lambda begin=begin, n=n: self._generate(target(), num, seed, begin, n))
+            yield Cell(name, settings, lambda begin=begin, n=n: self._generate(target(), num, seed, device, begin, n))
             begin += n
 
     @torch.no_grad()
-    def _generate(self, target: Target, num: int, seed: int, begin: int, n: int) -> Outcome:
-        shape, device = target.state_shape, next(target.model.parameters()).device
+    def _generate(self, target: Target, num: int, seed: int, device: torch.device, begin: int, n: int) -> Outcome:
+        shape = target.state_shape
         x0 = noise(num * n, shape, 7_919 * (seed + 1) + begin, device).reshape(num, n, *shape)
         if begin == 0:
             x0[:, 0] = noise(num, shape, seed, device)
@@ -69,7 +71,9 @@ class BestOfNPool:
         return Outcome(numbers, {"states": torch.cat(parts)})
 
     @torch.no_grad()
-    def choose(self, target: Target, blocks: Sequence[Outcome], quality: Quality | None) -> Outcome:
+    def choose(
+        self, target: Target, blocks: Sequence[Outcome], device: torch.device, quality: Quality | None
+    ) -> Outcome:
         """The best of the first N candidates of each sample, for all N.
 
         Returns:
@@ -77,7 +81,6 @@ class BestOfNPool:
             tensors: as `judge`, stacked over N.
         """
         num = len(blocks[0].tensors["states"])
-        device = next(target.model.parameters()).device
         numbers: dict[str, list[float]] = {"N": [], "nfe": [], "seconds": []}
         tensors: dict[str, list[Tensor]] = {}
         target.meter, network, seconds, done = Meter(), 0, 0.0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,7 @@ class RewardReport:
             if best is None:
                 continue
             number, near = best.label.removeprefix("N "), []
+            limit = math.inf if best.frechet is None else self.frechet_limit * best.frechet.value
             for method, scale in dict.fromkeys((e.method, e.scale) for e in found if e.method != BEST):
                 line = [e for e in found if (e.method, e.scale) == (method, scale)]
                 above = sorted((e for e in line if (e.reward - best.reward).sign > 0), key=lambda e: e.nfe)
@@ -87,14 +89,16 @@ class RewardReport:
                     short.setdefault(f"{method} (λ = {_lambda(scale)})", []).append(reward)
                     continue
                 cheapest = above[0]
-                leave = None if cheapest.frechet is None else cheapest.frechet.value / best.frechet.value
+                leave = None
+                if cheapest.frechet is not None and best.frechet is not None:
+                    leave = cheapest.frechet.value / best.frechet.value
                 row |= {
                     "setting": cheapest.label, "NFE": round(cheapest.nfe), "times fewer NFE": best.nfe / cheapest.nfe,
                     "times fewer seconds": best.seconds / cheapest.seconds, "above by": cheapest.reward - best.reward,
                 }  # fmt: skip
                 rows.append(row if leave is None else {**row, f"Fréchet over {BEST}'s": leave})
                 for e in above:
-                    near_data = e.frechet is None or e.frechet.value <= self.frechet_limit * best.frechet.value
+                    near_data = e.frechet is None or e.frechet.value <= limit
                     if near_data and e.nfe < best.nfe:
                         near.append((best.nfe / e.nfe, f"{method}, λ = {_lambda(scale)}, {e.label}"))
             if near:

@@ -31,7 +31,9 @@ def random_shards(folder: Path, samples: int, shard_size: int, state_shape: Sequ
         if finished(folder, name) is None:
             content = ((f"{first + i:08d}", i % 1000, moments[i]) for i in range(count))
             write_shard(folder, name, content, [])
-        shards.append(Shard.from_dict(finished(folder, name)))
+        if (found := finished(folder, name)) is None:
+            raise OSError(f"{folder / name}: the shard was not written whole")
+        shards.append(Shard.from_dict(found))
     write_text(folder / INDEX, LatentIndex(tuple(state_shape), 1000, 0.18215, shards).text())
     return [folder / shard.name for shard in shards]
 
@@ -50,14 +52,16 @@ def read_tar(paths: Sequence[Path]) -> None:
     for path in paths:
         with tarfile.open(path, "r|") as tar:
             for member in tar:
-                tar.extractfile(member).read()
+                if (file := tar.extractfile(member)) is not None:
+                    file.read()
 
 
 def read_webdataset(paths: Sequence[Path]) -> None:
     """All samples, by webdataset with its decoding of arrays and labels; nothing is drawn, no batches are made."""
-    import webdataset
+    from webdataset.compat import WebDataset
 
-    for _ in webdataset.WebDataset([str(p) for p in paths], shardshuffle=False, empty_check=False).decode():
+    samples = WebDataset([str(p) for p in paths], shardshuffle=False, empty_check=False).decode()
+    for _ in samples:  # pyright: ignore[reportGeneralTypeIssues]  (webdataset declares a mixin, and returns a pipeline)
         pass
 
 

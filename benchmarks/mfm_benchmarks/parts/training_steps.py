@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import Execution, Optimization
 from mfm_lightning.networks import DiT
+from mfm_lightning.networks.base import label_and_guidance
 from mfm_lightning.objectives import InnerSample, Objective, Pair, PairSampler, WeightedTerm
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
 from mfm_lightning.tangents import velocity_and_jvp
@@ -63,7 +65,7 @@ class PlainTeacher(ModelTeacher):
         both = given.cat(given.drop(torch.ones(len(x), dtype=torch.bool, device=x.device), null))
         both = replace(both, guidance=None)
         conditional, unconditional = self.model.drift(torch.cat([t, t]), torch.cat([x, x]), both).chunk(2)
-        return unconditional + expand(as_times(given.guidance, x), x) * (conditional - unconditional)
+        return unconditional + expand(as_times(label_and_guidance(given)[1], x), x) * (conditional - unconditional)
 
 
 class Training:
@@ -75,9 +77,10 @@ class Training:
         precision: of the networks, "fp32", "bf16" or "fp16".
     """
 
-    def __init__(self, network: dict, batch: int, precision: Precision, device: torch.device) -> None:
+    def __init__(self, network: dict[str, Any], batch: int, precision: Precision, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.device, self.precision = device, precision
+        self.device = device
+        self.precision: Precision = precision
         self.model, teacher = (random_model(network).to(device) for _ in range(2))
         self.teacher, self.plain_teacher = ModelTeacher(teacher), PlainTeacher(teacher)
         self.x1 = torch.randn(batch, *self.model.state_shape, device=device)
@@ -98,9 +101,12 @@ class Training:
     def restore(self) -> None:
         """Take the weights back to where they began, and drop gradients and settings."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.network.checkpoint_activations = False
+        self._checkpoint_activations(False)
         for p, kept in zip(self.model.parameters(), self._began, strict=True):
             p.data.copy_(kept)
+
+    def _checkpoint_activations(self, on: bool) -> None:
+        cast(DiT, self.model.network).checkpoint_activations = on  # of `random_model`
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.precision)
@@ -113,7 +119,7 @@ class Training:
             backend=variant.backend,
             share_inner=variant.share,
         )
-        self.model.network.checkpoint_activations = variant.checkpoint
+        self._checkpoint_activations(variant.checkpoint)
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(1)
         attention = sdpa_kernel(SDPBackend.MATH) if variant.plain else nullcontext()
@@ -135,19 +141,19 @@ class Training:
         self.backward(variant)
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
-    def sample(self) -> tuple[Pair, InnerSample]:
-        """A pair and an inner sample, with the teacher's velocity."""
+    def sample(self) -> tuple[Pair, InnerSample, Tensor]:
+        """A pair and an inner sample, and a velocity in place of the teacher's."""
         torch.manual_seed(1)
         pair = PairSampler(guidance_scale=GUIDANCE).sample(self.x1, self.given, self.model.null_conditions)
-        inner = pair.inner(*torch.rand(2, len(self.x1), device=self.device).sort(dim=0).values)
-        inner.teacher_velocity = torch.randn_like(inner.x)
-        return pair, inner
+        s, u = torch.rand(2, len(self.x1), device=self.device).sort(dim=0).values
+        inner = pair.inner(s, u)
+        return pair, inner, torch.randn_like(inner.x)
 
     def parts(self) -> dict[str, Step]:
         """What a step is made of; "forward" is the unit."""
-        pair, inner = self.sample()
+        pair, inner, velocity = self.sample()
         condition = (pair.t, pair.x_t, pair.conditions)
-        tangents = (torch.ones_like(inner.s), torch.zeros_like(inner.u), inner.teacher_velocity)
+        tangents = (torch.ones_like(inner.s), torch.zeros_like(inner.u), velocity)
 
         @torch.no_grad()
         def forward() -> None:
@@ -192,7 +198,7 @@ class Training:
         }
 
 
-def random_model(network: dict) -> MetaFlowMap:
+def random_model(network: dict[str, Any]) -> MetaFlowMap:
     """A Meta Flow Map of random weights, none of them zero."""
     model = MetaFlowMap(DiT(**network))
     for p in model.parameters():

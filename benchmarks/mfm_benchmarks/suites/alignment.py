@@ -19,7 +19,7 @@ from mfm_benchmarks.parts.reward_report import BEST, Entry, RewardReport
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec, plain
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
-from mfm_lightning.alignment.target import LoadedTarget, Target
+from mfm_lightning.alignment.target import Target
 from mfm_lightning.metrics.distances import pairwise_distance
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.metrics.measured import mean, mean_of, resampled
@@ -73,9 +73,9 @@ class AlignmentSuite(Suite):
         rewards: dict[str, RewardSettings],
         methods: dict[str, MethodSettings],
         best_of_n: BestOfNPool | None = None,
-        scales: list[float] = (1.0, 2.5, 5.0),
+        scales: Sequence[float] = (1.0, 2.5, 5.0),
         num_samples: int = 128,
-        seeds: list[int] = (0,),
+        seeds: Sequence[int] = (0,),
         quality: Quality | None = None,
         frechet_limit: float = 1.5,
         batch_size: int | None = None,
@@ -132,7 +132,7 @@ class AlignmentSuite(Suite):
 
     def prepare(self) -> None:
         self._subject = Subject(self.model, self.device)
-        self._loaded: dict[str, LoadedTarget] = {n: self._subject.load(reward) for n, reward in self._rewards.items()}
+        self._loaded = {n: self._subject.load(self.rewards[n].plain, built) for n, built in self._rewards.items()}
         if self.quality is not None:
             self.quality.prepare(self.device)
         quality = self.quality and self.quality.identity
@@ -146,9 +146,8 @@ class AlignmentSuite(Suite):
         self._best: dict[str, list[Cell]] = {name: [] for name in self.rewards}
         found = []
         for seed in self.seeds:
-            pool = tuple(
-                self.best_of_n.cells(self._any_target, self.num_samples, seed, {**self._identity, "quality": None})
-            )
+            identity = {**self._identity, "quality": None}
+            pool = tuple(self.best_of_n.cells(self._any_target, self.num_samples, seed, self.device, identity))
             self._best |= {
                 reward: [*self._best[reward], self._best_cell(seed, reward, pool)] for reward in self.rewards
             }
@@ -184,7 +183,7 @@ class AlignmentSuite(Suite):
 
         def compute(*blocks: Outcome) -> Outcome:
             target = self._subject.target(self._loaded[reward], self.num_samples)
-            return self.best_of_n.choose(target, blocks, self.quality)
+            return self.best_of_n.choose(target, blocks, self.device, self.quality)
 
         return Cell(f"{BEST}, {reward}, seed {seed}", identity, compute, pool)
 
@@ -201,8 +200,9 @@ class AlignmentSuite(Suite):
         return Cell(name, identity, lambda: self._run(seed, reward, factor, point, fit), fit=fit)
 
     def _run(self, seed: int, reward: str, factor: float, point: Point, fit: Fit | None) -> Outcome:
-        method = self._methods.get(point)
-        if fit is not None:
+        if fit is None:
+            method = self._methods[point]
+        else:
             method = point.build(fit.file)
             method.check(self._loaded[reward].reward)
         target = self._subject.target(self._loaded[reward], self.num_samples, factor)

@@ -54,9 +54,9 @@ class DataThroughputSuite(Suite):
         self,
         samples: int = 48_000,
         shard_size: int = 1000,
-        state_shape: list[int] = (4, 32, 32),
+        state_shape: Sequence[int] = (4, 32, 32),
         batch_size: int = 256,
-        workers: list[int] = (0, 1, 2),
+        workers: Sequence[int] = (0, 1, 2),
         passes: int = 2,
         rounds: int = 5,
     ) -> None:

@@ -38,9 +38,9 @@ class ImageNetSuite(AlignmentSuite):
         samples: SampleQuality | None = None,
         fid: Quality | None = None,
         best_of_n: BestOfNPool | None = None,
-        scales: list[float] = (1.0, 2.5, 5.0),
+        scales: Sequence[float] = (1.0, 2.5, 5.0),
         num_samples: int = 128,
-        seeds: list[int] = (0,),
+        seeds: Sequence[int] = (0,),
         frechet_limit: float = 1.5,
         batch_size: int | None = None,
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,16 +48,16 @@ class TrainingSpeedSuite(Suite):
         self,
         sizes: dict[str, int] | None = None,
         gpu_sizes: dict[str, int] | None = None,
-        precisions: list[str] = ("fp32", "bf16"),
-        gpu_precisions: list[str] = ("bf16",),
+        precisions: Sequence[str] = ("fp32", "bf16"),
+        gpu_precisions: Sequence[str] = ("bf16",),
         rounds: int = 5,
         input_size: int = 32,
         in_channels: int = 4,
         compile: bool = True,
     ) -> None:
         self.sizes, self.gpu_sizes = sizes or {"S/2": 8, "B/2": 4}, gpu_sizes or {"S/2": 256, "B/2": 128}
-        self.precisions = [check_precision(p) for p in precisions]
-        self.gpu_precisions = [check_precision(p) for p in gpu_precisions]
+        self.precisions: list[Precision] = [check_precision(p) for p in precisions]
+        self.gpu_precisions: list[Precision] = [check_precision(p) for p in gpu_precisions]
         self.rounds, self.input_size, self.in_channels, self.compile = rounds, input_size, in_channels, compile
         if rounds < 2:
             raise ValueError(f"rounds {rounds}: an interval needs at least 2")
@@ -73,7 +74,7 @@ class TrainingSpeedSuite(Suite):
 
     def prepare(self) -> None:
         on_gpu = self.device.type == "cuda"
-        self._chosen = [
+        self._chosen: list[tuple[str, int, Precision]] = [
             (size, batch, precision)
             for precision in (self.gpu_precisions if on_gpu else self.precisions)
             for size, batch in (self.gpu_sizes if on_gpu else self.sizes).items()
@@ -85,7 +86,7 @@ class TrainingSpeedSuite(Suite):
             (size, batch, precision): Cell(
                 f"{size} {precision} batch {batch}",
                 {**self._shared(size), "batch": batch, "precision": precision, "variants": repr(self._variants)},
-                lambda size=size, batch=batch, precision=precision: self._compute(size, batch, precision),
+                partial(self._compute, size, batch, precision),
             )
             for size, batch, precision in self._chosen
         }
@@ -102,19 +103,17 @@ class TrainingSpeedSuite(Suite):
 
     def _compute(self, size: str, batch: int, precision: Precision) -> Outcome:
         training = Training(self._network(size), batch, precision, self.device)
-        compiled = training.compiled() if self.compile else None
+        by_compile = {False: training} | ({True: training.compiled()} if self.compile else {})
 
         def step(variant: Variant) -> Step:
-            chosen = compiled if variant.compile else training
-            return lambda: chosen.step(variant)
+            return lambda: by_compile[variant.compile].step(variant)
 
         seconds, failures = interleaved({v.name: step(v) for v in self._variants}, self.rounds, self.device)
         memory, error = {}, {}
         for variant in (v for v in self._variants if v.name in seconds):
-            chosen = compiled if variant.compile else training
-            chosen.restore()
-            memory[variant.name] = peak_bytes(lambda c=chosen, v=variant: c.step(v), self.device)
-        compiled = chosen = None
+            by_compile[variant.compile].restore()
+            memory[variant.name] = peak_bytes(step(variant), self.device)
+        by_compile.pop(True, None)
         torch._dynamo.reset()  # it would hold the compiled copy
         training.restore()
         for shared in (False, True):  # what looks at the same samples has the same gradients

@@ -36,7 +36,8 @@ class MomentEncoder:
         allow_download: bool = False,
     ) -> None:
         check_precision(precision)
-        self.device, self.precision = torch.device(device), precision
+        self.device = torch.device(device)
+        self.precision: Precision = precision
         self.vae = load_vae(path, allow_download).to(self.device)
         config = self.vae.config
         self.scale, self.factor = float(config["scaling_factor"]), 2 ** (len(config["block_out_channels"]) - 1)
