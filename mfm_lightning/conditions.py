@@ -29,7 +29,8 @@ class Conditions:
         prompts: B texts, or one for all. Rewards read them; networks do not.
 
     Raises:
-        ValueError: for labels that are not integers, or a field with another number of dimensions.
+        ValueError: for labels that are not integers, a field with another number of dimensions, or fields of different
+            numbers of rows.
     """
 
     label: Tensor | None
@@ -49,7 +50,7 @@ class Conditions:
         prompts: Sequence[str] | str | None = None,
     ) -> None:
         values = {
-            "label": None if label is None else torch.atleast_1d(torch.as_tensor(label)),
+            "label": None if label is None else _integers(torch.atleast_1d(torch.as_tensor(label))),
             "guidance": None if guidance is None else torch.atleast_1d(torch.as_tensor(guidance)),
             "text": text,
             "mask": mask,
@@ -58,11 +59,12 @@ class Conditions:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        if self.label is not None and (self.label.is_floating_point() or self.label.is_complex()):
-            raise ValueError(f"labels of type {self.label.dtype}: expected integers")
         for name, value in self._tensors().items():
             if value.dim() != _DIMENSIONS[name]:
                 raise ValueError(f"conditions: {name} of shape {tuple(value.shape)}, expected {_SHAPES[name]}")
+        rows = {name: len(value) for name, value in self._values().items() if len(value) != 1}
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"conditions of different numbers of rows: {rows}; expected the same, or one for all")
 
     # -- making them ---------------------------------------------------------------------------------------------------
 
@@ -92,12 +94,23 @@ class Conditions:
         return replace(conditions, **given) if given else conditions
 
     @classmethod
-    def of_batch(cls, given: Conditions | Tensor | Mapping[str, Any] | None) -> Conditions:
+    def of_batch(cls, given: Conditions | Tensor | Mapping[str, Any] | None, num: int | None = None) -> Conditions:
         """The conditions of a batch `(x1, given)`: labels `(B,)`, or a dictionary of fields by their names.
 
+        Args:
+            num: B, where each field must have so many rows.
+
         Raises:
-            ValueError: for a field that is not one of these, or anything else.
+            ValueError: for a field that is not one of these, anything else, or another number of rows.
         """
+        found = cls._of_batch(given)
+        for name, value in found._values().items():
+            if num is not None and len(value) != num:
+                raise ValueError(f"{len(value)} rows of {name} in a batch of {num}")
+        return found
+
+    @classmethod
+    def _of_batch(cls, given: Conditions | Tensor | Mapping[str, Any] | None) -> Conditions:
         if given is None or isinstance(given, Conditions):
             return given or cls()
         if isinstance(given, Tensor):
@@ -135,10 +148,6 @@ class Conditions:
         done = self._map(lambda name, value: value if len(value) == num else rows(name, value))
         return done if device is None else done.to(device)
 
-    def repeat(self, times: int) -> Conditions:
-        """Each row `times` times, next to each other; a field of one row, which stands for all, stays."""
-        return self._map(lambda _, value: value if len(value) == 1 else _repeated(value, times))
-
     def take(self, index: Index) -> Conditions:
         """The rows of some samples; a field of one row, which stands for all, stays."""
 
@@ -152,7 +161,14 @@ class Conditions:
         return self._map(rows)
 
     def cat(self, other: Conditions) -> Conditions:
-        """The rows of both, which have the same fields, expanded."""
+        """The rows of both, which are expanded.
+
+        Raises:
+            ValueError: if they have not the same fields.
+        """
+        ours, theirs = list(self._values()), list(other._values())
+        if ours != theirs:
+            raise ValueError(f"conditions of different fields cannot be joined: {ours} and {theirs}")
         return self._map(lambda name, value: _joined(value, getattr(other, name)))
 
     def to(self, device: torch.device | str) -> Conditions:
@@ -220,6 +236,12 @@ class Conditions:
 _SHAPES = {"label": "(B,)", "guidance": "(B,)", "text": "(B, L, D)", "mask": "(B, L)", "pooled": "(B, P)"}
 _DIMENSIONS = {name: shape.count(",") + (shape != "(B,)") for name, shape in _SHAPES.items()}
 _NAMES = tuple(field.name for field in fields(Conditions))
+
+
+def _integers(label: Tensor) -> Tensor:
+    if label.is_floating_point() or label.is_complex():
+        raise ValueError(f"labels of type {label.dtype}: expected integers")
+    return label.long()  # in a smaller type a null label may not fit
 
 
 def _repeated(value: Tensor | tuple[str, ...], times: int) -> Tensor | tuple[str, ...]:

@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand, randn
@@ -27,10 +28,16 @@ class MetaFlowMap(nn.Module):
     Args:
         network: a network of `mfm_lightning.networks`, or any module with the attributes and the `forward` of
             `mfm_lightning.networks.base.VelocityNetwork`.
+
+    Raises:
+        TypeError: for a module without them.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        needed = ("state_shape", "num_classes", "guidance_scales", "null_conditions")
+        if missing := [name for name in needed if not hasattr(network, name)]:
+            raise TypeError(f"a {type(network).__name__} has no {missing[0]}: see mfm_lightning.VelocityNetwork")
         self.network = cast(VelocityNetwork, network)  # or one that keeps to its attributes
 
     @property
@@ -58,13 +65,13 @@ class MetaFlowMap(nn.Module):
     def check(self, conditions: Conditions) -> Conditions:
         """The conditions, if the network knows their labels and guidance scales.
 
-        Only what lies on the CPU is looked at: elsewhere a look would make the device wait.
+        Only numbers on the CPU are looked at: elsewhere a look would make the device wait, and planning has none.
 
         Raises:
             ValueError: for a label outside 0..num_classes, or an unknown guidance scale.
         """
         label, guidance = (
-            None if value is None or value.device.type != "cpu" else value
+            None if value is None or value.device.type != "cpu" or isinstance(value, FakeTensor) else value
             for value in (conditions.label, conditions.guidance)
         )
         if label is not None and len(label) and not 0 <= int(label.min()) <= int(label.max()) <= self.num_classes:
@@ -89,7 +96,7 @@ class MetaFlowMap(nn.Module):
         tangents: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor | Pair:
         """v_{s,u}(x; t, x_t), `(B, *shape)`; with `tangents` (see `velocity_and_jvp`) also its derivative, for networks
-        that propagate tangents themselves.
+        that propagate tangents themselves. Unlike the methods below it does not `check` the conditions.
 
         Raises:
             ValueError: if a state's shape, or the number of conditions, does not fit.
@@ -100,7 +107,10 @@ class MetaFlowMap(nn.Module):
                 f"this network takes (B, {', '.join(map(str, self.state_shape))}) for both"
             )
         s, u, t = (as_times(time, x) for time in (s, u, t))
-        conditions = (conditions or Conditions()).filled(self.null_conditions).expand(len(x), x.device)
+        conditions = (conditions or Conditions()).filled(self.null_conditions)
+        if conditions.num_rows not in (1, len(x)):
+            raise ValueError(f"conditions of {conditions.num_rows} rows for {len(x)} states: expected one, or one each")
+        conditions = conditions.expand(len(x), x.device)
         return self.network(s, u, x, t, x_t, conditions, **({} if tangents is None else {"tangents": tangents}))
 
     def velocity(
@@ -188,6 +198,5 @@ class MetaFlowMap(nn.Module):
     def _conditions(
         self, conditions: Conditions | None, label: Tensor | int | None, guidance: Tensor | float | None
     ) -> Conditions:
-        """Those of a call; given whole, they have been checked by who made them."""
-        given = Conditions.of(conditions, label=label, guidance=guidance)
-        return given if given is conditions else self.check(given)
+        """Those of a call, checked."""
+        return self.check(Conditions.of(conditions, label=label, guidance=guidance))

@@ -24,7 +24,7 @@ class Search(AlignmentMethod):
         num_particles: M, at least 1.
         num_draws: N, at least 1.
         steps: times at which is looked ahead, at least 1: t_0 = 0 < ... < t_{K-1} < 1.
-        power: the times are linspace^power.
+        power: the times are linspace^power; above 0.
         selection: "overall" renoises the best of a sample's M*N draws to all its particles, "per_particle" each
             particle's own best.
         stochastic: renoise with fresh noise; else with the noise that leads from the chosen draw to the particle's
@@ -47,6 +47,8 @@ class Search(AlignmentMethod):
     def __post_init__(self) -> None:
         one_of("selection", self.selection, SELECTIONS)
         positive(num_particles=self.num_particles, num_draws=self.num_draws, steps=self.steps)
+        if self.power <= 0:
+            raise ValueError(f"power {self.power} must be above 0")
 
     @property
     def times(self) -> list[float]:

@@ -8,7 +8,7 @@ the discretised base process, whatever the estimate of the value; how many it ta
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -131,6 +131,7 @@ class FeynmanKac(ParticleMethod):
     """
 
     value: ValueEstimator = field(default_factory=DenoisedValue)
+    _: KW_ONLY
     transition: str = "sde"
     posterior: Posterior | None = None
 
@@ -169,6 +170,7 @@ class TwistedSMC(ParticleMethod):
     """
 
     estimator: GradientEstimator = field(default_factory=DPSGradient)
+    _: KW_ONLY
     strength: float = 1.0
     clip: float | None = None
 

@@ -81,7 +81,8 @@ class OffPolicyDataModule(L.LightningDataModule):
             self._buffer = buffer = self._sample(step, generator(seed))
         pick = torch.randint(self.buffer_size, (k,), generator=generator(seed + 1))
         samples, made_for = buffer
-        mixed = made_for.take(pick).cat(Conditions.of_batch(given).take(slice(k, None)))
+        others = Conditions.of_batch(given).expand(len(x)).take(slice(k, None)).expand(len(x) - k)
+        mixed = made_for.take(pick).expand(k).cat(others)
         return torch.cat([samples[pick], x[k:]]), mixed.as_batch()
 
     def val_dataloader(self) -> DataLoader | list:
@@ -109,11 +110,12 @@ class OffPolicyDataModule(L.LightningDataModule):
         sample_policy = getattr(module, "sample_policy", None)
         if sample_policy is None:
             raise ValueError(f"{type(module).__name__} has no policy to sample: set policy_share to 0")
-        given, later = Conditions.of_batch(self.data.train_batch(step)[1]), step
-        while given.num_rows < self.buffer_size:  # classes as frequent as in the data's batches
-            later += 1
-            given = given.cat(Conditions.of_batch(self.data.train_batch(later)[1]))
-        given = given.take(slice(self.buffer_size))
+        given, num = Conditions(), 0
+        while num < self.buffer_size:  # classes as frequent as in the data's batches
+            x, more = self.data.train_batch(step)
+            more = Conditions.of_batch(more).expand(len(x))
+            given, num, step = given.cat(more) if num else more, num + len(x), step + 1
+        given = given.take(slice(self.buffer_size)).expand(self.buffer_size)
         x0 = torch.randn(self.buffer_size, *self.state_shape, generator=noise)
         samples = [  # in batches of the size that training takes
             sample_policy(x0[rows].to(module.device), given.take(rows).to(module.device), self.ode_steps)

@@ -16,7 +16,7 @@ from mfm_lightning.interpolant import as_times, interpolate
 from mfm_lightning.metrics.distances import correlation, sliced_wasserstein
 from mfm_lightning.metrics.measured import Measured, mean_of
 
-POINT = "DPS point"  # the reward of the denoised state
+POINT = "DPS point estimate"  # the reward of the denoised state
 
 
 @dataclass

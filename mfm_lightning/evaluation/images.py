@@ -113,8 +113,9 @@ class ImageEvaluation(Evaluation[ModelModule]):
         data: ArrayData = data_of(module)
         model, base = module.model, _base_flow(module).drift
         per_class = 10
-        given = Conditions(label=torch.arange(data.num_classes)).repeat(per_class).to(module.device)
-        noise = torch.randn(given.num_rows, *model.state_shape, generator=self._generator()).to(module.device)
+        num = data.num_classes * per_class
+        given = Conditions(label=torch.arange(data.num_classes)).expand(num, module.device)
+        noise = torch.randn(num, *model.state_shape, generator=self._generator()).to(module.device)
         if self.refinement_steps:
             k = max(self.refinement_steps)
             samples = sample_refinement(model, noise, k, given, generator=self._generator(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -208,8 +208,8 @@ def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> N
     """Refuse a batch that the model cannot be trained on.
 
     Raises:
-        ValueError: if it is not `(x1 (B, *state_shape) float, label (B,) integers in 0..num_classes)`, or has another
-            number of rows in a dictionary of conditions in place of the label.
+        ValueError: if it is not `(x1 (B, *state_shape) float, label (B,) integers in 0..num_classes)`, or a dictionary
+            of conditions in place of the label.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise ValueError(f"a batch must be (x1, label) or (x1, {{conditions}}), got {type(batch).__name__}")
@@ -218,16 +218,9 @@ def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> N
         raise ValueError(
             f"batch of {x1.dtype} {tuple(x1.shape)}: expected float (B, {', '.join(map(str, state_shape))})"
         )
-    label = given.get("label") if isinstance(given, Mapping) else given
-    if isinstance(given, Mapping):
-        for name, value in given.items():
-            if len(value) != len(x1):
-                raise ValueError(f"{len(value)} rows of {name} in a batch of {len(x1)}")
-        Conditions.of_batch(given)  # names and dimensions
-    if label is None:
+    label = Conditions.of_batch(given, len(x1)).label
+    if label is None or not len(label):
         return
-    if label.shape != (len(x1),) or label.is_floating_point():
-        raise ValueError(f"labels of {label.dtype} {tuple(label.shape)}: expected integers ({len(x1)},)")
     low, high = int(label.min()), int(label.max())
     if low < 0 or high > num_classes:
         raise ValueError(f"labels in {low}..{high}, outside 0..{num_classes} ({num_classes} is the null label)")

@@ -57,7 +57,8 @@ class MFMPretraining(TrainingModule):
             )
         if initial is not None:
             _initialise(self.model, initial)
-        self.model.check(Conditions(guidance=objective.pairs.guidance_scale))
+        if self.model.guidance_scales:  # a network without scales learns the one it is trained with
+            self.model.check(Conditions(guidance=objective.pairs.guidance_scale))
         self.objective, self.teacher = objective, teacher
         if objective.base_flow_only:
             self.exported_kind = "base_flow"

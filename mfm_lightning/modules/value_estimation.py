@@ -88,7 +88,7 @@ class ValueEstimation(TrainingModule):
         )
 
     def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
-        pair = noised(x1, conditions, self.times, self.class_dropout, self.network.null_conditions)
+        pair = noised(x1, conditions, self.times, self.class_dropout, self.target.model.null_conditions)
         rewards = self._rewards(pair)
         if training and not self._levelled and self.global_step == 0:
             # start at the level of the rewards: e^{r - V} is then near 1

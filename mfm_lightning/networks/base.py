@@ -19,6 +19,7 @@ class VelocityNetwork(nn.Module, ABC):
         state_shape: shape of a state.
         num_classes: number of labels; label `num_classes` is the null label.
         guidance_scales: class-guidance scales that the network knows besides 1 (none).
+        null_conditions: what it takes for no condition at all, one row.
         config: its constructor's arguments, from which a file of its weights makes it again.
     """
 

@@ -55,7 +55,7 @@ def guided_data_velocity(model: MetaFlowMap, pair: Pair, inner: InnerSample) -> 
             value[guided].repeat(2, *[1] * (value.dim() - 1)) for value in (inner.s, inner.x, pair.t, pair.x_t)
         )
         both = with_.cat(with_.drop(without, model.null_conditions))
-        conditional, unconditional = model.velocity(s, s, x, t, x_t, both).chunk(2)
+        conditional, unconditional = model(s, s, x, t, x_t, both).chunk(2)
         shift = expand(1 - 1 / guidance[guided], x) * (conditional - unconditional)
         return target.index_add(0, guided, shift.to(target.dtype))
 
@@ -70,7 +70,7 @@ class DataDiagonal(Term):
 
     def __call__(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         target = self.target(model, pair, inner)
-        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions) - target
+        return model(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions) - target
 
 
 class FlowMatching(DataDiagonal):
@@ -127,10 +127,10 @@ class Semigroup(Consistency):
         gamma = torch.rand_like(s)
         w = s + gamma * (u - s)
         with torch.no_grad():
-            first = model.velocity(s, w, x, *condition)
-            second = model.velocity(w, u, x + expand(w - s, x) * first, *condition)
+            first = model(s, w, x, *condition)
+            second = model(w, u, x + expand(w - s, x) * first, *condition)
             target = expand(gamma, x) * first + expand(1 - gamma, x) * second
-        return model.velocity(s, u, x, *condition) - target
+        return model(s, u, x, *condition) - target
 
 
 class _Lagrangian(Consistency):
@@ -153,7 +153,7 @@ class LagrangianSelf(_Lagrangian):
     """d/du X_{s,u}(x) = v_{u,u}(X_{s,u}(x)), the right side from the student's own diagonal."""
 
     def end_velocity(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, u: Tensor, x: Tensor) -> Tensor:
-        return model.velocity(u, u, x, pair.t, pair.x_t, pair.conditions)
+        return model(u, u, x, pair.t, pair.x_t, pair.conditions)
 
 
 class LagrangianTeacher(_Lagrangian):
@@ -184,14 +184,14 @@ class _Eulerian(Consistency):
     def diagonal(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         with torch.no_grad():
             start = self.start_velocity(model, pair, inner)
-        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions) - start
+        return model(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions) - start
 
 
 class EulerianSelf(_Eulerian):
     """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s from the student's own diagonal."""
 
     def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
-        return model.velocity(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions)
+        return model(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions)
 
 
 class EulerianTeacher(_Eulerian):

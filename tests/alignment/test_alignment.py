@@ -201,6 +201,8 @@ def test_black_boxes_and_failures_are_refused_clearly(model, noise):
         Target(model, lambda images, prompts: images)
     with pytest.raises(ValueError, match="at least 2"):
         DrawGradientFree(1)
+    with pytest.raises(ValueError, match="power 0 must be above 0"):
+        Search(power=0)
     with pytest.raises(ValueError, match="a time grid needs"):
         TimeGrid(0)
 

@@ -303,7 +303,7 @@ def test_digits_suite(workplace):
     assert set(draws) == {"MFM 1", "GLASS 1", "GLASS 2", "SDE rollouts again (floor)"}
     values = {r["estimator"]: r for r in rows(workplace / "out", "value_estimates")}
     assert int(values["GLASS 2"]["NFE"]) == 8 * (2 + 1)
-    assert int(values["DPS point"]["NFE"]) == 2
+    assert int(values["DPS point estimate"]["NFE"]) == 2
 
 
 class TinyQuality(Quality):

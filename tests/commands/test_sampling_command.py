@@ -163,7 +163,7 @@ def test_samplers_are_the_functions_they_name(model):
     with torch.no_grad():
         assert torch.equal(ode, sample_ode(lambda t, x: model.drift(t, x, label=label, guidance=2.5), x0, 3, "heun"))
         step = ModelSampler("flow_map", 1)(model, label, plan.generators(range(4)))
-        assert torch.equal(step, model.flow_map(0.0, 1.0, x0, 0.0, torch.zeros_like(x0), label))
+        assert torch.equal(step, model.flow_map(0.0, 1.0, x0, 0.0, torch.zeros_like(x0), label=label))
     exact = ModelSampler("refinement", 2)(model, label, plan.generators(range(4)))
     half = ModelSampler("refinement", 2, precision="bf16")(model, label, plan.generators(range(4)))
     assert half.dtype == torch.float32
@@ -176,7 +176,7 @@ def test_samplers_are_the_functions_they_name(model):
         (["--seed=5"], ValueError, r"samples of other settings, which differ in seed \(seed: 0 there, 5 now\)"),
         (["--labels=0,4"], ValueError, r"labels in 0..4 must lie in 0..3 \(3 is the null label\)"),
         (["--labels=cat"], ValueError, "expected whole numbers with commas"),
-        (["--guidance=4"], ValueError, r"guidance 4.0 is not a scale that this network knows: \[1.0, 2.5\]"),
+        (["--guidance=4"], ValueError, r"guidance 4 is not a scale that this network knows: \[1.0, 2.5\]"),
         (["--steps=0"], ValueError, "must be at least 1"),
         (["--decoder=no/vae"], FileNotFoundError, "no VAE at no/vae"),
         (["--device=toaster"], ValueError, "device 'toaster' cannot be used here"),

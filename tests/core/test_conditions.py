@@ -10,13 +10,15 @@ from torch.distributed.utils import _apply_to_tensors
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from mfm_lightning.alignment import Steering, Target, TimeGrid
+from mfm_lightning.alignment import Steering, Target, TargetSettings, TimeGrid
+from mfm_lightning.checkpoints import save_model
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules import MFMPretraining, Optimization
-from mfm_lightning.networks import MLP, DiT
+from mfm_lightning.modules import MFMPretraining, Optimization, ValueEstimation
+from mfm_lightning.networks import MLP, NETWORKS, DiT, ValueMLP
 from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.objectives import ModelTeacher, Objective, PairSampler, WeightedTerm
+from mfm_lightning.samplers import sample_refinement
 
 EMPTY = torch.zeros(1, 3, 4)  # the empty prompt's embedding
 NULL = Conditions(text=EMPTY, guidance=1.0)
@@ -59,8 +61,6 @@ def test_rows_follow_their_samples():
     assert wide.prompts == ("a", "a", "b", "b", "c", "c")
     assert wide.guidance.tolist() == [2.5] * 6
     assert wide.expand(6, "cpu") is wide  # nothing to do
-    assert given.repeat(2).label.tolist() == wide.label.tolist()
-    assert given.repeat(2).guidance.tolist() == [2.5]  # for all
     for index in (torch.tensor([2, 0]), slice(None, None, 2)):
         part = given.take(index)
         order = [2, 0] if isinstance(index, torch.Tensor) else [0, 2]
@@ -93,11 +93,16 @@ def test_what_does_not_fit_is_refused(model):
     for make, message in (
         (lambda: Conditions(label=torch.tensor([0.5])), "expected integers"),
         (lambda: Conditions(text=torch.zeros(2, 3)), r"text of shape \(2, 3\), expected \(B, L, D\)"),
+        (lambda: Conditions(label=torch.zeros(4, dtype=torch.long), prompts=["a", "b"]), "different numbers of rows"),
         (lambda: three().expand(4), "4 states for 3 rows of label"),
+        (lambda: three().cat(Conditions(label=1)), "different fields cannot be joined"),
         (lambda: Conditions.of(three(), label=1), "label is given twice"),
         (lambda: Conditions.of_batch({"lable": torch.zeros(2)}), "got lable, expected labels"),
         (lambda: Conditions.of_batch([1, 2]), "got list"),
         (lambda: model.drift(0.5, torch.zeros(2, 2), guidance=2.0), "guidance 2 is not a scale"),
+        (lambda: model.drift(0.5, torch.zeros(2, 2), Conditions(guidance=2.0)), "guidance 2 is not a scale"),
+        (lambda: sample_refinement(model, torch.zeros(2, 2), 1, Conditions(guidance=2.0)), "guidance 2 is not a scale"),
+        (lambda: model.drift(0.5, torch.zeros(4, 2), label=torch.tensor([0, 0])), "2 rows for 4 states"),
         (lambda: MetaFlowMap(MLP(2, 8, 1, 3)).drift(0.5, torch.zeros(2, 2), label=4), r"labels in 4..4 .* 0..3"),
         (lambda: Target(MetaFlowMap(MLP(2, 8, 1, 3)), sum, label=1, guidance=7.0), "guidance 7 is not a scale"),
     ):
@@ -105,6 +110,23 @@ def test_what_does_not_fit_is_refused(model):
             make()
     with pytest.raises(TypeError, match="conditions are a Tensor"):
         model.drift(0.5, torch.zeros(2, 2), torch.tensor([0, 1]))
+
+
+def test_small_integer_types_have_room_for_the_null_label():
+    """Of 300 classes the null label, 300, is 44 in 8 bits."""
+    given = Conditions(label=torch.tensor([44, 7], dtype=torch.uint8))
+    null = Conditions(label=300)
+    assert given.is_null(null).tolist() == [False, False]
+    assert given.drop(torch.tensor([True, False]), null).label.tolist() == [300, 7]
+    network = MLP(2, 8, 1, 300)
+    assert MetaFlowMap(network).drift(0.5, torch.zeros(2, 2), given).shape == (2, 2)
+
+
+def test_a_network_that_lacks_an_attribute_is_refused():
+    network = torch.nn.Linear(2, 2)
+    network.state_shape, network.num_classes, network.guidance_scales = (2,), 0, ()
+    with pytest.raises(TypeError, match="a Linear has no null_conditions"):
+        MetaFlowMap(network)
 
 
 def test_transformations_see_the_tensors():
@@ -197,6 +219,19 @@ def test_texts_train_and_steer(tmp_path):
     moved = (result.states - base.states).norm(dim=1)
     assert moved[0] > 1e-3
     assert moved[1] < 1e-6  # a reward of an empty prompt asks for nothing
+
+
+def test_values_of_texts_are_fitted(tmp_path, model, monkeypatch):
+    """Dropped texts become the model's empty prompt; a value network that reads none has nothing to say of it."""
+    monkeypatch.setitem(NETWORKS, "TextNetwork", TextNetwork)
+    path = str(save_model(model, tmp_path / "model.safetensors"))
+    reward = {"name": "linear_gaussian", "operator": [1.2, -0.8], "observation": -1.0, "noise_std": 1.0}
+    module = ValueEstimation(ValueMLP(2, 8, 1), TargetSettings(path, reward), class_dropout=0.5)
+    seen = []
+    module.target.model.network.register_forward_hook(lambda network, inputs, output: seen.append(inputs[5].text))
+    module.losses(torch.randn(64, 2), Conditions(text=torch.ones(64, 3, 4)), training=False)
+    (text,) = seen
+    assert 12 < (text.abs().sum((1, 2)) == 0).sum() < 52  # P < 1e-6
 
 
 def test_wrong_batches_of_conditions_are_refused(model):

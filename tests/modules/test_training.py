@@ -18,6 +18,7 @@ from mfm_benchmarks.parts.shard_readers import random_shards
 from mfm_lightning.callbacks import EMA
 from mfm_lightning.checkpoints import CheckpointError, import_checkpoint, load_model, load_value, save_model
 from mfm_lightning.commands.main import main, run
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import DigitsDataModule
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import MFMPretraining, NonFiniteLossError, Optimization, check_batch
@@ -136,7 +137,7 @@ def test_value_and_steering_on_digits(folder, digits_outputs):
     small = [f"{EVALUATION}.{option}" for option in options]
     run(["test", *value, *small])
     table = Path("outputs/digits/value/test/value_estimates.json")
-    names = ["MFM 1", "MFM 2", "MFM 4", "GLASS 1", "GLASS 2", "SDE 3", "DPS point"]
+    names = ["MFM 1", "MFM 2", "MFM 4", "GLASS 1", "GLASS 2", "SDE 3", "DPS point estimate"]
     assert [row["estimator"] for row in json.loads(table.read_text())] == names
     run(["fit", *value, *FOUR_STEPS])
     run(["test", *value, *small, "--ckpt_path=outputs/digits/value/last.ckpt"])
@@ -365,7 +366,7 @@ def test_save_and_load_are_exact(tmp_path):
         torch.nn.init.normal_(p, std=0.1)
     loaded = load_model(save_model(model, tmp_path / "model.safetensors"))
     x = torch.randn(3, 1, 8, 8)
-    arguments = (0.2, 0.9, x, 0.4, x.flip(0), 5)
+    arguments = (0.2, 0.9, x, 0.4, x.flip(0), Conditions(label=5))
     assert torch.equal(loaded.velocity(*arguments), model.velocity(*arguments))
     with pytest.raises(ValueError, match=r"this network takes \(B, 1, 8, 8\)"):
         model.velocity(0.2, 0.9, x[:, 0], 0.4, x[:, 0])

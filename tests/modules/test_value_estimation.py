@@ -11,6 +11,7 @@ from mfm_lightning.alignment.posteriors import OraclePosterior, RolloutPosterior
 from mfm_lightning.alignment.target import LoadedTarget, Target, TargetSettings
 from mfm_lightning.alignment.values import NetworkGradient
 from mfm_lightning.checkpoints import CheckpointError, load_model, load_value, save_model, save_network
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import GaussianMixtureDataModule
 from mfm_lightning.evaluation import ValueEvaluation
 from mfm_lightning.models import MetaFlowMap
@@ -95,8 +96,8 @@ def test_networks_are_saved_and_told_apart(tmp_path, model_file):
         torch.nn.init.normal_(p, std=0.1)
     path = save_network(network, tmp_path / "value.safetensors")
     x, t = torch.randn(3, 1, 8, 8), torch.rand(3)
-    assert torch.equal(load_value(path)(t, x), network(t, x, torch.full((3,), 10)))
-    assert not torch.equal(network(t, x), network(t, x, torch.tensor([1, 2, 3])))
+    assert torch.equal(load_value(path)(t, x), network(t, x, Conditions(label=torch.full((3,), 10))))
+    assert not torch.equal(network(t, x), network(t, x, Conditions(label=torch.tensor([1, 2, 3]))))
     with pytest.raises(CheckpointError, match=r"holds a ValueDiT: expected one of DiT, MLP"):
         load_model(path)
     with pytest.raises(CheckpointError, match="holds a MLP"):
@@ -139,9 +140,9 @@ def test_the_evaluation_finds_exact_draws_to_be_exact(tmp_path):
         assert one["variance"] < 0.02
         # the flow map is exact, so that four steps give the same draws from the same noise
         assert four["RMSE"] == pytest.approx(one["RMSE"], abs=1e-4)
-        assert abs(one["bias"]) < abs(rows[t, "DPS point"]["bias"])
+        assert abs(one["bias"]) < abs(rows[t, "DPS point estimate"]["bias"])
         assert rows[t, "GLASS 8"]["RMSE"] < rows[t, "GLASS 1"]["RMSE"]
-        assert (one["NFE"], rows[t, "GLASS 8"]["NFE"], rows[t, "DPS point"]["NFE"]) == (4000, 18000, 2)
+        assert (one["NFE"], rows[t, "GLASS 8"]["NFE"], rows[t, "DPS point estimate"]["NFE"]) == (4000, 18000, 2)
     assert logged["test/pearson_r/MFM 1/t=0.3"] == rows[0.3, "MFM 1"]["r"]
     evaluation.draw(module, tmp_path)
     assert {"scatter.png", "scatter.svg", "r_against_nfe.png", "r_against_nfe.svg"} <= {

@@ -1,0 +1,37 @@
+"""Pictures of what a model draws, on data whose numbers of classes are at the ends."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from mfm_lightning.data.base import ArrayDataModule
+from mfm_lightning.evaluation import ImageEvaluation
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks import DiT
+
+
+class Dots(ArrayDataModule):
+    state_shape, num_classes = (1, 4, 4), 1
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.num_classes = num_classes
+        self.splits = {"test": (torch.rand(6, 1, 4, 4), torch.arange(6) % num_classes)}
+
+    def train_batch(self, step):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("num_classes", [1, 3])
+@pytest.mark.parametrize("refinement_steps", [[2], []])
+def test_one_class_a_row(tmp_path, num_classes, refinement_steps):
+    model = MetaFlowMap(DiT(4, 2, 1, 16, 2, 2, 1, num_classes=num_classes))
+    trainer = SimpleNamespace(datamodule=Dots(num_classes))
+    module = SimpleNamespace(model=model, teacher=None, device=torch.device("cpu"), trainer=trainer)
+    ImageEvaluation(refinement_steps=refinement_steps, ode_steps=2, picture_times=[0.5]).draw(module, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == ({"samples.png", "posterior_t0.5.png"} if refinement_steps else {"samples.png"})
+    width, height = Image.open(tmp_path / "samples.png").size
+    assert width / height > 10 / num_classes * 0.5
