@@ -144,6 +144,7 @@ def test_nfe_is_counted_as_in_the_paper(model, noise):
     assert BestOfN(N, K, max_rows=7)(target, noise).nfe.total == B * (K + 1) * N
 
 
+@pytest.mark.slow
 def test_steering_reaches_the_tilted_mixture():
     """With exact gradients the steered ODE's mean is that of the tilted distribution, within 5 standard errors."""
     from mfm_lightning.alignment.values import ExactGradient

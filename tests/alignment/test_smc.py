@@ -95,6 +95,7 @@ def test_the_normaliser_is_estimated_without_bias(method):
         assert min(step["ess"] for step in result.trace) > 0.5 * 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "reward"), [("sde", MILD), ("tds", LIKELIHOOD)], ids=["sde", "tds"])
 def test_4096_particles_sample_the_tilted_mixture(method, reward):
     options = dict(num_particles=4096, grid=TimeGrid(200), keep="all")

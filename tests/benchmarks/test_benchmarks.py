@@ -186,6 +186,7 @@ def test_the_documented_comparison_runs_and_its_costs_are_the_papers(workplace, 
     assert probes[0] != probes[1]
 
 
+@pytest.mark.slow
 def test_failures_and_what_is_left_out_are_on_the_page(workplace):
     (workplace / "bad_rewards.py").write_text(
         "def broken(images):\n    raise RuntimeError('the scorer is down')\n\n\n"
@@ -226,6 +227,7 @@ def test_failures_and_what_is_left_out_are_on_the_page(workplace):
     assert not any(reward == "down" for reward, _ in kept)
 
 
+@pytest.mark.slow
 def test_trained_methods_are_fitted_for_each_multiplier(workplace):
     shutil.copytree(ROOT / "configs", workplace / "configs")
     small = {
@@ -280,6 +282,7 @@ def test_gmm_suite(tmp_path, monkeypatch):
     assert all(float(r["W2 std of seeds"]) > 0 for r in found.values())
 
 
+@pytest.mark.slow
 def test_digits_suite(workplace):
     settings = yaml.safe_load((ROOT / "configs/benchmarks/digits.yaml").read_text())
     part = {

@@ -22,6 +22,7 @@ NETWORK = {"input_size": 16, "hidden_size": 64, "depth": 4, "num_heads": 4, "enc
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_activations_and_operations_are_those_of_a_real_step(precision, checkpointed):
     """Memory within 5 % (the real peak has some of the gradients), operations within 5 % (whose labels are dropped)."""
     with FakeTensorMode() as fake:
@@ -39,6 +40,7 @@ def test_activations_and_operations_are_those_of_a_real_step(precision, checkpoi
     assert plan.flops == pytest.approx(count_flops(lambda: training.backward(variant)), rel=0.05)
 
 
+@pytest.mark.slow
 def test_guidance_of_the_data_by_the_model_itself_is_counted():
     """Operations within 5 % of real steps of the from-data objectives, whose guidance takes two more passes."""
     torch.manual_seed(0)
@@ -56,7 +58,9 @@ def test_guidance_of_the_data_by_the_model_itself_is_counted():
 PRETRAINING = [p for p in sorted(Path("configs").glob("*/*.yaml")) if MODULE in p.read_text()]
 
 
-@pytest.mark.parametrize("path", PRETRAINING, ids=str)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.slow] * ("imagenet256" in str(p)), id=str(p)) for p in PRETRAINING]
+)
 def test_every_config_can_be_planned(path, tmp_path):
     config = yaml.safe_load(path.read_text())
     network = config["model"]["init_args"]["network"]["init_args"]
@@ -70,6 +74,7 @@ def test_every_config_can_be_planned(path, tmp_path):
     assert (plan.teacher > 0) == ("teacher:" in path.read_text())
 
 
+@pytest.mark.slow
 def test_sharding_divides_what_is_trained():
     plan = plan_config("configs/imagenet256/mfm_b2.yaml", devices=16, batch_size=1)
     assert plan.parameters == pytest.approx(134.65e6, rel=1e-4)  # the release's

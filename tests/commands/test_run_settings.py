@@ -89,6 +89,7 @@ def test_loggers_and_callbacks_of_the_users_own(trainer_of):
     assert not [c for c in bare.callbacks if isinstance(c, (Checkpoint, ProgressBar))]
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_is_moved_leaves_all_of_it_there(tmp_path, monkeypatch):
     """By a config that comes with the package: the current folder is empty."""
     monkeypatch.setattr(sys, "argv", ["mfm"])

@@ -113,6 +113,7 @@ sample.main(sys.argv[2:])
 
 
 @pytest.mark.parametrize(("form", "call"), [("png", 6), ("npz", 4), ("webdataset", 8)])
+@pytest.mark.slow
 def test_a_killed_run_is_gone_on_with(model, tmp_path, form, call):
     """Killed within the second batch, while labels are put into the npz, and while shards are written."""
     if form == "webdataset":

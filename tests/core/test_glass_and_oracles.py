@@ -56,6 +56,7 @@ def energy_z(x: torch.Tensor, y: torch.Tensor, permutations: int = 199) -> float
 
 
 @pytest.mark.parametrize("t", [0.1, 0.4])
+@pytest.mark.slow
 def test_glass_with_the_exact_drift_gives_the_mixture_posterior(t):
     # Permutation test; fails for p <= 1/200, so a false-alarm rate of 0.5 % were the seed not fixed.
     torch.manual_seed(1)
@@ -142,6 +143,7 @@ def test_mixture_value_refuses_other_rewards():
 
 
 @pytest.mark.parametrize("sampler", ["ode", "sde"])
+@pytest.mark.slow
 def test_base_samplers_reach_the_data(sampler):
     # Mean and variance of the mixture's first coordinate: 0 and 6.5; z-tests at 4.5 standard errors.
     torch.manual_seed(0)

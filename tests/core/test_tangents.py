@@ -226,6 +226,7 @@ def test_shared_sample_has_one_teacher_evaluation_and_the_same_gradients(model):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["checkpoint_activations", "both"])
 def test_execution_leaves_losses_and_gradients(setting):
     if setting == "both" and shutil.which("g++") is None:

@@ -58,6 +58,7 @@ def place(made, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_fit_on_photographs(place, made):
     fit = ["fit", "--config", "tiny.yaml"]
     decoder = f"{{class_path: mfm_lightning.networks.VAEDecoder, init_args: {{path: '{made / 'vae'}'}}}}"
@@ -71,6 +72,7 @@ def test_fit_on_photographs(place, made):
     run([*fit, "--data.init_args.val_shards=0"])  # without validation
 
 
+@pytest.mark.slow
 def test_wrong_networks_and_settings_are_refused(place, capsys):
     network, init = "--model.init_args.network.init_args", "--data.init_args"
     for change, message in (
@@ -89,6 +91,7 @@ def test_wrong_networks_and_settings_are_refused(place, capsys):
     run(["fit", "--config", "tiny.yaml", f"{init}.folder=pipe:cat shards/{{name}}", f"{init}.allow_pipe=true"])
 
 
+@pytest.mark.slow
 def test_two_processes_and_uneven_shards(place):
     """Two gloo ranks train and validate to their end, also resumed, where shards of 7 and 1 would leave one waiting."""
     shards(place / "uneven", [7, 1, 8, 1, 5], num_classes=2, state_shape=(4, 8, 8), std=0.5)
@@ -100,6 +103,7 @@ def test_two_processes_and_uneven_shards(place):
         assert torch.load("outputs/last.ckpt", weights_only=True)["global_step"] == steps
 
 
+@pytest.mark.slow
 def test_killed_in_an_epoch_and_resumed_exactly(place, monkeypatch):
     """kill -9 while training: the resumed run has the losses that an uninterrupted one has."""
     shards(place / "uneven", [7, 1, 8, 6], num_classes=2, state_shape=(4, 8, 8), std=0.5)

@@ -69,6 +69,7 @@ def test_crops_are_those_of_adm():
         assert np.array_equal(center_crop(image, 32), adm(image, 32))
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same_shards(made, monkeypatch, tmp_path):
     main([*arguments(made), "--output", str(tmp_path / "workers"), "--num-workers", "2"])
     assert_same(made / "shards", tmp_path / "workers")

@@ -281,6 +281,7 @@ def test_non_finite_loss_stops_with_a_description(tmp_path):
         trained(tmp_path, 10, callbacks=[Poison()])
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_that_fit_continues_from(folder, monkeypatch):
     step = MFMPretraining.training_step
 

@@ -66,6 +66,7 @@ def model_file(tmp_path):
     return str(save_model(MetaFlowMap(MLP(2, 16, 1)), tmp_path / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_network_learns_the_exact_value_from_single_draws(tmp_path, model_file):
     torch.manual_seed(0)
     module = ValueEstimation(
@@ -115,6 +116,7 @@ def test_what_does_not_fit_is_refused(tmp_path, model_file):
         ValueEvaluation(reference="truth")
 
 
+@pytest.mark.slow
 def test_the_evaluation_finds_exact_draws_to_be_exact(tmp_path):
     """One Gaussian, whose flow map is exact: values from its draws are the closed form's, up to Monte Carlo."""
     oracle = GaussianMixture([MEAN], VARIANCE)

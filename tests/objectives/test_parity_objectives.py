@@ -46,6 +46,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "p", "batches"), CASES)
+@pytest.mark.slow
 def test_expected_value_within_four_standard_errors(name, p, batches, tmp_path):
     # Two-sided z-test at 4 standard errors: false-alarm rate 6e-5 for each of the ten numbers.
     student, data = imported("official_objectives.safetensors", "student.", tmp_path)

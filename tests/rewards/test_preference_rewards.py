@@ -275,6 +275,7 @@ def test_execution_changes_neither_values_nor_gradients(tiny, images, name):
 
 @pytest.mark.parametrize("name", ["pickscore", "image_reward"])
 @pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}], ids=["plain", "checkpointed"])
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same(tiny, images, options, name):
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler on CPU")

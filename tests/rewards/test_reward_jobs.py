@@ -49,6 +49,7 @@ def target(name: str, options: dict, prompts: str | None = PROMPT, class_names: 
     return [f"{prefix}.{key}={value}" for key, value in given.items() if value is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip_score", "pickscore", "hpsv2", "aesthetic", "image_reward"])
 def test_steering_search_and_finetuning(tiny, folder, name):
     data = ["--data.init_args.num_samples=4", "--data.init_args.labels=[3, 7]", "--return_predictions=false"]
@@ -80,6 +81,7 @@ def test_steering_search_and_finetuning(tiny, folder, name):
             main(["fit", "--config", "configs/digits/finetune.yaml", *other, *short, *goes_on])
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_all(tiny, folder):
     settings = {
         "model": {
