@@ -11,8 +11,9 @@ from mfm_benchmarks.parts.training_steps import Training, Variant
 from mfm_benchmarks.timing import count_flops, peak_bytes
 from mfm_lightning.commands.plan import MODULE, main, plan_config
 from mfm_lightning.commands.planning import plan_training
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules import Execution
+from mfm_lightning.modules import TrainingExecution
 from mfm_lightning.networks import DiT
 from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm
 
@@ -26,7 +27,7 @@ def test_activations_and_operations_are_those_of_a_real_step(precision, checkpoi
     with FakeTensorMode() as fake:
         network = DiT(**NETWORK)
     objective = Objective(pairs=PairSampler(guidance_scale=2.5), share_inner=True)
-    execution = Execution(checkpoint_activations=checkpointed)
+    execution = TrainingExecution(checkpoint_activations=checkpointed)
     plan = plan_training(network, objective, 32, precision=precision, execution=execution, fake=fake)
     training, variant = Training(NETWORK, 32, precision, torch.device("cpu")), Variant("", checkpoint=checkpointed)
     training.restore()
@@ -48,7 +49,7 @@ def test_guidance_of_the_data_by_the_model_itself_is_counted():
             network = DiT(**NETWORK)
         plan = plan_training(network, objective, 64, precision="fp32", fake=fake)
         model, x, label = MetaFlowMap(DiT(**NETWORK)), torch.randn(64, 4, 16, 16), torch.randint(10, (64,))
-        real = count_flops(lambda: objective(model, None, x, label)["loss"].backward())  # noqa: B023
+        real = count_flops(lambda: objective(model, None, x, Conditions(label=label))["loss"].backward())  # noqa: B023
         assert plan.flops == pytest.approx(real, rel=0.05), names
 
 
