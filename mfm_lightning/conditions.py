@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Index = slice | Tensor
+Batch = tuple[Tensor, Tensor | Mapping[str, Any]]  # x1, and labels or a dictionary of conditions
 
 
 @dataclass(frozen=True, eq=False, init=False)

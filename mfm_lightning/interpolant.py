@@ -61,6 +61,11 @@ def diffusion(t: Tensor, max_value: float = 25.0) -> Tensor:
     return ((1 - t) / t.clamp_min(torch.finfo(t.dtype).tiny)).clamp(0.0, max_value)
 
 
+def drawn_on(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    """Where random numbers are drawn: on the generator's device, that of `like` where there is no generator."""
+    return like.device if generator is None else generator.device
+
+
 def randn(shape: Sequence[int], like: Tensor, generator: Generators = None) -> Tensor:
     """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices).
 
@@ -71,5 +76,5 @@ def randn(shape: Sequence[int], like: Tensor, generator: Generators = None) -> T
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} rows of noise: give one a row")
         return torch.stack([randn(shape[1:], like, g) for g in generator])
-    device = generator.device if generator is not None else like.device
+    device = drawn_on(generator, like)
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

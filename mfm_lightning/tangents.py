@@ -1,7 +1,4 @@
-"""Directional derivatives of the average velocity, by a backend that the config selects.
-
-`register_backend` adds another one: a function with the signature of `functorch` below.
-"""
+"""Directional derivatives of the average velocity, by a backend that the config selects (`BACKENDS`)."""
 
 from __future__ import annotations
 
@@ -97,11 +94,6 @@ BACKENDS: dict[str, Backend] = {
     "functorch": functorch,
     "finite_difference": finite_difference,
 }
-
-
-def register_backend(name: str, backend: Backend) -> None:
-    """Make `backend` selectable by `name`."""
-    BACKENDS[name] = backend
 
 
 def get_backend(name: str) -> Backend:

@@ -11,7 +11,7 @@ from mfm_lightning.callbacks import EMA
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data.base import ArrayDataModule
 from mfm_lightning.modules import MFMPretraining
-from mfm_lightning.modules.execution import Execution
+from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.objectives.objective import squared_error
 
 GLOBAL_BATCH, SHAPE, CLASSES = 8, (1, 8, 8), 5
@@ -77,7 +77,7 @@ class InterruptedPretraining(StepPretraining):
 class CompiledPretraining(StepPretraining):
     """Sees to it that blocks are compiled where they are to be."""
 
-    def __init__(self, *args: Any, execution: Execution | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, execution: TrainingExecution | None = None, **kwargs: Any) -> None:
         super().__init__(*args, execution=execution, **kwargs)
         self.compiles = execution is not None and execution.compile
 

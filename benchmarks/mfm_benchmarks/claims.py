@@ -25,7 +25,7 @@ def verdict(
         difference = mine - other
         sign = difference.sign
         said[sign].append(f"{name}{gap(difference)}" if sign and gap else name)
-    words = ((1, above), (-1, below), (0, "not told apart from"))
+    words = ((1, above), (-1, below), (0, "not significantly different from"))
     return "; ".join(f"{text} {_listed(said[sign])}" for sign, text in words if said[sign])
 
 
@@ -35,7 +35,7 @@ def change(name: str, what: str, values: Mapping[int, Measured], letter: str = "
     sign = (values[many] - values[few]).sign
     ends = f"{values[few].text()} with {letter} = {few}", f"{values[many].text()} with {letter} = {many}"
     if not sign:
-        return f"{name}: {what} is not told apart between {ends[0]} and {ends[1]}."
+        return f"{name}: {what} does not differ significantly between {ends[0]} and {ends[1]}."
     return f"{name}: {what} {'rises' if sign > 0 else 'falls'} from {ends[0]} to {ends[1]}."
 
 

@@ -34,7 +34,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What results are told apart by."""
+    """The GPU's name, or "cpu": results of different devices are kept apart."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

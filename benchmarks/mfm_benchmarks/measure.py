@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.suite import Outcome
 from mfm_lightning.alignment import AlignmentMethod
 from mfm_lightning.alignment.nfe import Meter
@@ -28,7 +29,12 @@ def clock(device: torch.device) -> float:
 
 
 def measure(
-    method: AlignmentMethod, target: Target, x0: Tensor, seed: int, batch_size: int | None = None, quality=None
+    method: AlignmentMethod,
+    target: Target,
+    x0: Tensor,
+    seed: int,
+    batch_size: int | None = None,
+    quality: Quality | None = None,
 ) -> Outcome:
     """Samples of a method, with what they cost and what they are worth.
 
@@ -62,7 +68,7 @@ def measure(
 
 
 @torch.no_grad()
-def judge(target: Target, states: Tensor, quality=None, batch_size: int = 512) -> Outcome:
+def judge(target: Target, states: Tensor, quality: Quality | None = None, batch_size: int = 512) -> Outcome:
     """Rewards, images and features of finished states."""
     rewards, shown, features = [], [], []
     for rows in torch.arange(len(states)).split(batch_size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import torch
@@ -11,10 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from mfm_benchmarks.parts.entry import Entry
 from mfm_lightning.metrics.measured import Measured
-
-if TYPE_CHECKING:
-    from mfm_benchmarks.parts.reward_report import Entry
 
 MARKERS = "osD^vP*Xh<>d"
 

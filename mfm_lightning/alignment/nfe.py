@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Meter:
     def counted(self, kind: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`function`, with the rows of what it returns counted as `kind`, and again when a gradient comes back."""
 
-        def call(*args, **kwargs) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
             result = function(*args, **kwargs)
             self._add(kind, len(result))
             if result.requires_grad:

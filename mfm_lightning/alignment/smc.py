@@ -27,7 +27,7 @@ from mfm_lightning.alignment.values import (
     effective_sample_size,
     log_mean_exp,
 )
-from mfm_lightning.interpolant import as_times, diffusion, expand, randn, score
+from mfm_lightning.interpolant import as_times, diffusion, drawn_on, expand, randn, score
 
 TRANSITIONS = ("sde", "glass")
 KEEP = ("sample", "best", "all")
@@ -44,7 +44,7 @@ def systematic_resample(log_weights: Tensor, generator: Generator = None) -> Ten
     B, M = log_weights.shape
     cumulative = log_weights.double().softmax(dim=1).cumsum(dim=1)
     cumulative[:, -1] = 1.0
-    device = generator.device if generator is not None else log_weights.device
+    device = drawn_on(generator, log_weights)
     first = torch.rand(B, 1, generator=generator, device=device, dtype=torch.float64).to(log_weights.device)
     points = (torch.arange(M, device=log_weights.device) + first) / M
     return torch.searchsorted(cumulative, points, right=True).clamp_max(M - 1)
@@ -287,7 +287,7 @@ def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generator)
     if keep == "all":
         return index
     # a random one of the resampled, which has the weights' distribution
-    device = generator.device if generator is not None else log_weights.device
+    device = drawn_on(generator, log_weights)
     pick = torch.randint(index.shape[1], (len(index), 1), generator=generator, device=device).to(index.device)
     return index.gather(1, pick)
 

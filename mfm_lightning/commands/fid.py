@@ -15,12 +15,10 @@ from rich.table import Table
 from mfm_lightning.metrics.fid import (
     Quality,
     Statistics,
-    collect,
     has_statistics,
-    inception_score,
+    measure_images,
     reference_statistics,
 )
-from mfm_lightning.metrics.frechet import frechet
 from mfm_lightning.metrics.inception import FEATURES, Inception, find_inception_weights
 from mfm_lightning.utils.devices import find_device
 from mfm_lightning.utils.images import ImageSet
@@ -77,17 +75,14 @@ def _reference(options: argparse.Namespace, inception: Inception | None) -> Stat
 def _measure(
     options: argparse.Namespace, images: ImageSet | None, inception: Inception | None, reference: Statistics | None
 ) -> Quality:
-    logits = None
-    if images is None or inception is None:
-        statistics = Statistics.load(options.samples)
-    else:
+    save, what = options.save_statistics, str(options.samples)
+    if images is not None and inception is not None:
         batches = images.batches(options.batch_size, options.workers)
-        statistics, logits = collect(batches, inception, str(options.samples), images.number)
-    if options.save_statistics is not None:
-        statistics.save(options.save_statistics)
-    fid = None if reference is None else frechet(statistics.gaussian, reference.gaussian)
-    score = (None, None) if logits is None else inception_score(logits, options.splits)
-    return Quality(statistics.num_samples, fid, *score)
+        return measure_images(batches, inception, reference, options.splits, what, images.number, save)
+    statistics = Statistics.load(options.samples)
+    if save is not None:
+        statistics.save(save)
+    return Quality.of(statistics, reference=reference)
 
 
 def _show(options: argparse.Namespace, quality: Quality) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mfm_lightning.commands.planning import Plan, plan_training
-from mfm_lightning.modules import Execution
+from mfm_lightning.modules import TrainingExecution
 from mfm_lightning.objectives import Objective
 from mfm_lightning.utils.configs import default_settings, find_config
 
@@ -107,7 +107,7 @@ def _instantiate(path: Path, settings: dict[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--network", type=nn.Module)
     parser.add_argument("--objective", type=Objective)
-    parser.add_argument("--execution", type=Execution | None, default=None)
+    parser.add_argument("--execution", type=TrainingExecution | None, default=None)
     try:
         return parser.instantiate(parser.parse_object({k: v for k, v in settings.items() if v is not None}))
     except (argparse.ArgumentError, TypeError) as error:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.execution import Execution
+from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.objectives import InnerSample, Objective, Pair, Teacher, squared_error
 from mfm_rewards.execution import Precision, autocast
 
@@ -76,7 +76,7 @@ def plan_training(
     devices: int = 1,
     accumulate: int = 1,
     precision: Precision = "bf16",
-    execution: Execution | None = None,
+    execution: TrainingExecution | None = None,
     fake: FakeTensorMode | None = None,
 ) -> Plan:
     """Plan a step of `MFMPretraining`; the teacher is taken to be a network of the same size.
@@ -90,7 +90,7 @@ def plan_training(
     with fake or FakeTensorMode():
         model = MetaFlowMap(network)
         if execution is not None and execution.checkpoint_activations:
-            Execution(checkpoint_activations=True).prepare(network)  # compiling would change little here
+            TrainingExecution(checkpoint_activations=True).prepare(network)  # compiling would change little here
         trained = [p for p in model.parameters() if p.requires_grad]
         with _Allocations(model) as allocations:
             _step(model, objective, batch_size, precision)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mfm_lightning.data.stream import Batch, BatchStream, StepLoader
+from mfm_lightning.conditions import Batch
+from mfm_lightning.data.stream import BatchStream, StepLoader
 
 
 class StepDataModule(L.LightningDataModule, ABC):
-    """Training is counted in steps; batches are `(x1 (B, *shape), label (B,))`.
+    """Training is counted in steps; batches are `(x1 (B, *shape), label (B,))`, or `(x1, {...})` with other conditions.
 
     A subclass says `state_shape` and `num_classes`, and implements `train_batch(step)`, which must depend on the step,
     the seed and the rank alone.
@@ -73,7 +74,7 @@ class ArrayDataModule(StepDataModule):
     A subclass sets `splits`, a dictionary of `(x, label)` by "train", "val" and "test", in `setup`.
     """
 
-    splits: dict[str, Batch]
+    splits: dict[str, tuple[Tensor, Tensor]]
 
     def val_dataloader(self) -> DataLoader:
         return self._loader("val")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import ArrayDataModule
-from mfm_lightning.data.stream import Batch, shuffled_batch
+from mfm_lightning.data.stream import shuffled_batch
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 
 

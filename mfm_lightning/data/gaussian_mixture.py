@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import ArrayDataModule, generator
-from mfm_lightning.data.stream import Batch
 from mfm_lightning.oracles import GaussianMixture
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor]
+from mfm_lightning.conditions import Batch
 
 
 class StepLoader(ABC):
@@ -52,7 +52,7 @@ class BatchStream(StepLoader):
         return (self.batch(step) for step in range(self.start, self.length))
 
 
-def shuffled_batch(x: Tensor, label: Tensor, batch_size: int, seed: int, step: int) -> Batch:
+def shuffled_batch(x: Tensor, label: Tensor, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Batch `step` of the data repeated without end, each pass in an order of its own."""
     first = step * batch_size
     index = torch.arange(first, first + batch_size)

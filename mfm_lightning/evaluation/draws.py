@@ -53,7 +53,7 @@ def posteriors(model_steps: Sequence[int], glass_steps: Sequence[int]) -> dict[s
     return found | {f"GLASS {k}": GlassPosterior(k) for k in glass_steps}
 
 
-def noised(x1: Tensor, t: float, generator: torch.Generator) -> Tensor:
+def noisy_states(x1: Tensor, t: float, generator: torch.Generator) -> Tensor:
     """`x_t` of clean states `(B, *shape)`; the same noise at all times, given a fresh generator."""
     return interpolate(as_times(t, x1), torch.randn(x1.shape, generator=generator).to(x1), x1)
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from mfm_lightning.alignment.target import Flow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, ModelModule, data_of
-from mfm_lightning.evaluation.draws import noised
-from mfm_lightning.interpolant import interpolate
+from mfm_lightning.evaluation.draws import noisy_states
 from mfm_lightning.metrics.classifier import accuracy, train_classifier
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
@@ -87,7 +86,7 @@ class ImageEvaluation(Evaluation[ModelModule]):
 
         def posterior(t: float, steps: int | None) -> Tensor:
             """One-step draws, or by so many steps of the GLASS ODE; both from the same noise."""
-            x_t = interpolate(torch.full((len(x1),), t, device=x1.device), noise, x1)
+            x_t = noisy_states(x1, t, self._generator(1))  # of the same noise as the samples
             eps = torch.randn(x1[:, None].shape, generator=self._generator(3)).to(x1)
             if steps is None:
                 return model.sample_posterior(x_t, t, noise=eps, conditions=given)[:, 0]
@@ -131,7 +130,7 @@ class ImageEvaluation(Evaluation[ModelModule]):
     def _posterior_picture(self, module: ModelModule, data: ArrayData, t: float, path: Path) -> None:
         x, y = data.splits["test"]
         first = torch.stack([x[y == c][0] for c in range(data.num_classes)]).to(module.device)
-        x_t = noised(first, t, self._generator(5))
+        x_t = noisy_states(first, t, self._generator(5))
         draws = module.model.sample_posterior(x_t, t, 8, generator=self._generator(6))
         rows = torch.cat([first[:, None], x_t[:, None], draws], dim=1).cpu()
         rows = data.decode(rows.flatten(0, 1)).reshape(rows.shape)
@@ -151,7 +150,7 @@ class ImageEvaluation(Evaluation[ModelModule]):
                 module.model, noise, k, given, generator=generator
             ).cpu()
         for t in self.times:
-            x_t = interpolate(torch.full((len(x1),), t, device=x1.device), noise, x1)
+            x_t = noisy_states(x1, t, self._generator(100 + batch_idx))  # of the same noise as the samples
             result[f"x_t/t={t}"] = x_t.cpu()
             result[f"draws/t={t}"] = module.model.sample_posterior(
                 x_t, t, 8, conditions=given, generator=generator

@@ -14,7 +14,7 @@ from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior,
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.evaluation.base import Evaluation, ModelModule, data_of
-from mfm_lightning.evaluation.draws import draw, draw_distance, noised
+from mfm_lightning.evaluation.draws import draw, draw_distance, noisy_states
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.oracles import GaussianMixture
 from mfm_lightning.utils.console import track, write_table
@@ -56,7 +56,7 @@ class MixtureEvaluation(Evaluation[ModelModule]):
         self.compare, self.max_rows = dict(compare or {}), max_rows
 
     def _states(self, oracle: GaussianMixture, t: float, num: int, generator: torch.Generator) -> Tensor:
-        return noised(oracle.sample(num, generator), t, generator)
+        return noisy_states(oracle.sample(num, generator), t, generator)
 
     @torch.no_grad()
     def measure(self, module: ModelModule, folder: Path) -> None:
@@ -125,7 +125,7 @@ class MixtureEvaluation(Evaluation[ModelModule]):
         generator = torch.Generator().manual_seed(self.seed + batch_idx)
         result = {"x1": x1.cpu()}
         for t in self.times:
-            x_t = noised(x1, t, generator)
+            x_t = noisy_states(x1, t, generator)
             result[f"x_t/t={t}"] = x_t.cpu()
             result[f"draws/t={t}"] = module.model.sample_posterior(x_t, t, num_samples=16, generator=generator).cpu()
         torch.save(result, folder / f"batch_{batch_idx:04d}.pt")

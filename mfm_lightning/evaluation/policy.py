@@ -13,7 +13,7 @@ from mfm_lightning.alignment.method import AlignmentMethod
 from mfm_lightning.alignment.target import Target, require_gradient
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, PolicyModule, data_of, datamodule_of
-from mfm_lightning.evaluation.draws import noised
+from mfm_lightning.evaluation.draws import noisy_states
 from mfm_lightning.interpolant import as_times, diffusion, expand
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 from mfm_lightning.metrics.distances import pairwise_distance, sliced_wasserstein
@@ -224,7 +224,7 @@ class TiltedMixtureEvaluation(Evaluation[PolicyModule]):
         for t in self.times:
             generator = torch.Generator().manual_seed(self.seed)
             x1 = exact.sample(self.num_samples, generator)
-            x = noised(x1, t, generator)
+            x = noisy_states(x1, t, generator)
             base = oracle.drift(t, x)
             optimal = base + expand(diffusion(as_times(t, x)), x) * oracle.value_gradient(x, t, reward)
             on_device = x.to(module.device)

@@ -21,7 +21,7 @@ from mfm_lightning.evaluation.draws import (
     ValueErrors,
     ValueEstimates,
     estimate_values,
-    noised,
+    noisy_states,
 )
 from mfm_lightning.interpolant import Times, as_times
 from mfm_lightning.networks.value import ValueNetwork
@@ -101,7 +101,7 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
         estimators = self._estimators(network)
         jobs = [(t, name) for t in self.times for name in ("reference", *estimators)]
         for t, name in track(jobs, describe=lambda job: f"t = {job[0]}: {job[1]}"):
-            x = noised(x1, t, self._generator(1))
+            x = noisy_states(x1, t, self._generator(1))
             if name == "reference" and oracle is not None:
                 references[t] = oracle.value(x, t, target.reward).float().cpu()
             elif name == "reference":

@@ -129,6 +129,15 @@ class Quality:
     inception_score: float | None = None
     inception_score_std: float | None = None
 
+    @classmethod
+    def of(
+        cls, statistics: Statistics, logits: Tensor | None = None, reference: Statistics | None = None, splits: int = 10
+    ) -> Quality:
+        """Of a set's statistics and logits `(N, 1008)`; without a reference no FID, without logits no score."""
+        fid = None if reference is None else frechet(statistics.gaussian, reference.gaussian)
+        score = (None, None) if logits is None else inception_score(logits, splits)
+        return cls(statistics.num_samples, fid, *score)
+
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """Mean and standard deviation over `splits` parts of logits `(N, 1008)`, by torch-fidelity, which shuffles them."""
@@ -162,13 +171,26 @@ def collect(
 
 
 def measure_images(
-    batches: Iterable[Tensor], inception: Inception, reference: Statistics | None = None, splits: int = 10
+    batches: Iterable[Tensor],
+    inception: Inception,
+    reference: Statistics | None = None,
+    splits: int = 10,
+    what: str = "samples",
+    total: int | None = None,
+    save: str | Path | None = None,
 ) -> Quality:
-    """FID to a reference, and the Inception score where `inception` computes logits, of a stream of images."""
-    statistics, logits = collect(batches, inception, "samples")
-    score = (None, None) if logits is None else inception_score(logits, splits)
-    fid = None if reference is None else frechet(statistics.gaussian, reference.gaussian)
-    return Quality(statistics.num_samples, fid, *score)
+    """FID to a reference, and the Inception score where `inception` computes logits, of a stream of images.
+
+    Args:
+        batches: as `collect` takes them, as well as `what` and `total`.
+        reference: statistics of real images; without, there is no FID.
+        splits: of the Inception score.
+        save: write the images' statistics to this .npz.
+    """
+    statistics, logits = collect(batches, inception, what, total)
+    if save is not None:
+        statistics.save(save)
+    return Quality.of(statistics, logits, reference, splits)
 
 
 def reference_statistics(

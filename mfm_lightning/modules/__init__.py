@@ -2,7 +2,7 @@
 
 from mfm_lightning.modules.alignment import RewardAlignment
 from mfm_lightning.modules.base import NonFiniteLossError, TrainingModule, check_batch
-from mfm_lightning.modules.execution import Execution
+from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.finetuning import DiffusionSchedule, LowRank, RewardFinetuning
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
@@ -11,7 +11,6 @@ from mfm_lightning.modules.value_estimation import ValueEstimation
 
 __all__ = [
     "DiffusionSchedule",
-    "Execution",
     "LogNormaliser",
     "LowRank",
     "MFMPretraining",
@@ -19,6 +18,7 @@ __all__ = [
     "Optimization",
     "RewardAlignment",
     "RewardFinetuning",
+    "TrainingExecution",
     "TrainingModule",
     "ValueEstimation",
     "check_batch",

@@ -17,9 +17,9 @@ from mfm_lightning.alignment.method import AlignmentMethod
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import TargetSettings
-from mfm_lightning.conditions import Conditions
+from mfm_lightning.conditions import Batch, Conditions
 from mfm_lightning.evaluation.base import datamodule_of
-from mfm_lightning.modules.base import Batch, check_batch, own_gradients
+from mfm_lightning.modules.base import check_batch, own_gradients
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.utils.figures import before_after, scatter
 from mfm_rewards import RewardError

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfm_lightning.checkpoints import CheckpointError
-from mfm_lightning.conditions import Conditions
+from mfm_lightning.conditions import Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
 from mfm_lightning.training.sharding import gathered, shard
 from mfm_lightning.utils.distributed import gather_ranks, own
-
-Batch = tuple[Tensor, Any]  # x1 and labels, or a dictionary of conditions
 
 
 class NonFiniteLossError(RuntimeError):

@@ -8,8 +8,8 @@ from torch import nn
 
 
 @dataclass
-class Execution:
-    """How a network is executed.
+class TrainingExecution:
+    """How the network in training is executed.
 
     Args:
         compile: `torch.compile`, block by block (blocks are alike: one is compiled for all). CPUs need a C++ compiler.

@@ -14,11 +14,11 @@ from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import TargetSettings, require_gradient
 from mfm_lightning.alignment.values import effective_sample_size
 from mfm_lightning.checkpoints import fingerprint, load_model
-from mfm_lightning.conditions import Conditions
+from mfm_lightning.conditions import Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import diffusion, randn
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import Batch, TrainingModule
+from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.networks.base import VelocityNetwork

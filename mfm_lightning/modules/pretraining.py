@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mfm_lightning.checkpoints import CheckpointError, load_model
-from mfm_lightning.conditions import Conditions
+from mfm_lightning.conditions import Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import Batch, TrainingModule
-from mfm_lightning.modules.execution import Execution
+from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import Objective
 from mfm_lightning.objectives.teachers import ModelTeacher, Teacher
@@ -44,7 +44,7 @@ class MFMPretraining(TrainingModule):
         initial: str | None = None,
         optimization: Optimization | None = None,
         evaluation: Evaluation | None = None,
-        execution: Execution | None = None,
+        execution: TrainingExecution | None = None,
     ) -> None:
         super().__init__(optimization, evaluation)
         if objective.needs_teacher and teacher is None:
@@ -62,10 +62,10 @@ class MFMPretraining(TrainingModule):
         self.objective, self.teacher = objective, teacher
         if objective.base_flow_only:
             self.exported_kind = "base_flow"
-        execution = execution or Execution()
+        execution = execution or TrainingExecution()
         execution.prepare(network)
         if execution.compile and isinstance(teacher, ModelTeacher):
-            Execution(compile=True).prepare(teacher.model.network)
+            TrainingExecution(compile=True).prepare(teacher.model.network)
 
     @property
     def trained(self) -> nn.Module:

@@ -308,7 +308,15 @@ class DiT(VelocityNetwork):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, H, W)
 
 
-def _check_sizes(input_size, patch_size, hidden_size, depth, num_heads, encoder_depth, guidance_scales) -> None:
+def _check_sizes(
+    input_size: int,
+    patch_size: int,
+    hidden_size: int,
+    depth: int,
+    num_heads: int,
+    encoder_depth: int,
+    guidance_scales: Sequence[float],
+) -> None:
     if input_size % patch_size:
         raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
     if hidden_size % num_heads or hidden_size % 4:

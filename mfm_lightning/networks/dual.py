@@ -7,6 +7,7 @@ operation is nothing but itself, so a network of these operations is its own for
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -25,11 +26,11 @@ class Dual(NamedTuple):
     value: Tensor
     tangent: Tensor | None = None
 
-    def map(self, function) -> Dual:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Dual:
         """A linear, parameter-free `function` (a change of shape or type) of both."""
         return Dual(function(self.value), None if self.tangent is None else function(self.tangent))
 
-    def split(self, function) -> list[Dual]:
+    def split(self, function: Callable[[Tensor], Sequence[Tensor]]) -> list[Dual]:
         """The parts that a linear `function` takes both into."""
         values = function(self.value)
         tangents = [None] * len(values) if self.tangent is None else function(self.tangent)

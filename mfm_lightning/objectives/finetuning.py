@@ -7,6 +7,7 @@ with e^{r-c} for any c that does not depend on the draw, so that a normaliser c 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,12 @@ class Tilt(NamedTuple):
 
 
 def tilt_by_reward_gradient(
-    target: Target, t: Tensor, x: Tensor, noise: Tensor, posterior: Posterior, log_normaliser
+    target: Target,
+    t: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    posterior: Posterior,
+    log_normaliser: Callable[[Tensor], Tensor],
 ) -> Tilt:
     """e^{r-c} differentiated through the draws, their noise fixed (as MFM-G, Eq. 22).
 
@@ -51,7 +57,13 @@ def tilt_by_reward_gradient(
 
 @torch.no_grad()
 def tilt_without_gradient(
-    target: Target, t: Tensor, x: Tensor, noise: Tensor, posterior: Posterior, log_normaliser, base: Tensor
+    target: Target,
+    t: Tensor,
+    x: Tensor,
+    noise: Tensor,
+    posterior: Posterior,
+    log_normaliser: Callable[[Tensor], Tensor],
+    base: Tensor,
 ) -> Tilt:
     """The same for black-box rewards, by grad_x E[f(X1) | x] = t/(1-t)^2 Cov(f(X1), X1 | x) (as MFM-GF, Eq. 20).
 

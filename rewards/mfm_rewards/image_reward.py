@@ -190,7 +190,7 @@ def _package() -> ModuleType:
     return package
 
 
-def _load_tokenizer(folder: str | Path):
+def _load_tokenizer(folder: str | Path) -> Any:
     """BERT's, with the two tokens that BLIP adds."""
     from transformers import BertTokenizer
 

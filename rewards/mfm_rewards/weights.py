@@ -11,6 +11,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def _repository(text: str, what: str) -> tuple[str, str | None]:
     return match["repo"], match["file"]
 
 
-def _hub(text: str):
+def _hub(text: str) -> ModuleType:
     try:
         import huggingface_hub
     except ImportError as error:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mfm_benchmarks.blocks import Page, Picture, Table
-from mfm_benchmarks.parts.reward_report import Entry, RewardReport
+from mfm_benchmarks.parts.entry import Entry
+from mfm_benchmarks.parts.reward_report import RewardReport
 from mfm_benchmarks.report import write_report
 from mfm_lightning.metrics.measured import Measured
 

@@ -13,7 +13,7 @@ from mfm_lightning.commands.plan import MODULE, main, plan_config
 from mfm_lightning.commands.planning import plan_training
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules import Execution
+from mfm_lightning.modules import TrainingExecution
 from mfm_lightning.networks import DiT
 from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm
 
@@ -28,7 +28,7 @@ def test_activations_and_operations_are_those_of_a_real_step(precision, checkpoi
     with FakeTensorMode() as fake:
         network = DiT(**NETWORK)
     objective = Objective(pairs=PairSampler(guidance_scale=2.5), share_inner=True)
-    execution = Execution(checkpoint_activations=checkpointed)
+    execution = TrainingExecution(checkpoint_activations=checkpointed)
     plan = plan_training(network, objective, 32, precision=precision, execution=execution, fake=fake)
     training, variant = Training(NETWORK, 32, precision, torch.device("cpu")), Variant("", checkpoint=checkpointed)
     training.restore()

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules import Execution
+from mfm_lightning.modules import TrainingExecution
 from mfm_lightning.networks import MLP, DiT, dual
 from mfm_lightning.networks.dual import Dual
 from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm, adaptive_loss, squared_error
@@ -239,7 +239,7 @@ def test_execution_leaves_losses_and_gradients(setting):
     kept = saved_bytes(lambda: loss_and_gradients(model, objective))
     expected = loss_and_gradients(model, objective)
     names = list(model.state_dict())
-    Execution(compile=setting == "both", checkpoint_activations=True).prepare(model.network)
+    TrainingExecution(compile=setting == "both", checkpoint_activations=True).prepare(model.network)
     found = loss_and_gradients(model, objective)
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
@@ -264,4 +264,4 @@ def saved_bytes(step) -> int:
 
 def test_checkpointing_a_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match="MLP has no blocks to checkpoint"):
-        Execution(checkpoint_activations=True).prepare(MLP(2, 8, 1))
+        TrainingExecution(checkpoint_activations=True).prepare(MLP(2, 8, 1))

@@ -14,7 +14,7 @@ from mfm_lightning.evaluation.draws import (
     draw,
     draw_distance,
     estimate_values,
-    noised,
+    noisy_states,
     posteriors,
 )
 from mfm_lightning.metrics.distances import sliced_wasserstein
@@ -48,8 +48,8 @@ def test_draws_in_parts_are_those_at_once():
 
 
 def test_the_distance_is_that_of_each_state():
-    x_t = noised(ORACLE.sample(3, seeded()), 0.4, seeded(1))
-    assert torch.equal(x_t, noised(ORACLE.sample(3, seeded()), 0.4, seeded(1)))
+    x_t = noisy_states(ORACLE.sample(3, seeded()), 0.4, seeded(1))
+    assert torch.equal(x_t, noisy_states(ORACLE.sample(3, seeded()), 0.4, seeded(1)))
     a, b = (
         draw(OraclePosterior(ORACLE, seeded(s)), Target(ORACLE, REWARD), 0.4, x_t, torch.empty(3, 50, 2))
         for s in (2, 3)
@@ -62,7 +62,7 @@ def test_the_distance_is_that_of_each_state():
 
 def test_estimates_of_exact_draws_are_the_closed_form():
     """4.5 standard errors of 4,000 draws; and evaluations of one value."""
-    x = noised(ORACLE.sample(8, seeded()), 0.4, seeded(1))
+    x = noisy_states(ORACLE.sample(8, seeded()), 0.4, seeded(1))
     target, exact = Target(gaussian_model().requires_grad_(False), REWARD), ORACLE.value(x, 0.4, REWARD).float()
     found = estimate_values(DrawValue(4000, FlowMapPosterior(2)), target, 0.4, x, seeded(2), repeats=3)
     assert found.values.shape == (3, 8)

@@ -83,6 +83,6 @@ def test_differences_are_paired_and_claims_follow_them():
     words = verdict(
         a, {"b": b, "c": c, "d": Measured(a.value + 1, a.replicates + 1)}, gap=lambda d: f" by {d.value:.1f}"
     )
-    assert words == "higher than b by 0.1; lower than d by -1.0; not told apart from c"
+    assert words == "higher than b by 0.1; lower than d by -1.0; not significantly different from c"
     assert change("X", "W2", {1: a, 8: b}) == f"X: W2 falls from {a.text()} with N = 1 to {b.text()} with N = 8."
-    assert "is not told apart" in change("X", "W2", {1: a, 8: c})
+    assert "does not differ significantly" in change("X", "W2", {1: a, 8: c})

@@ -81,7 +81,7 @@ class FrequencyComparison:
                     "clip": self.clip,
                 }
 
-                def compute(method=method, seed=seed) -> Outcome:
+                def compute(method: AlignmentMethod = method, seed: int = seed) -> Outcome:
                     x0 = noise(self.num_samples, target.state_shape, seed, device)
                     outcome = measure(method, target, x0, seed)
                     with torch.no_grad():

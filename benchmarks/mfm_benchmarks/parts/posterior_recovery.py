@@ -17,7 +17,7 @@ from mfm_benchmarks.measure import clock
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.posteriors import Posterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.evaluation.draws import DrawSettings, draw, draw_distance, noised, posteriors
+from mfm_lightning.evaluation.draws import DrawSettings, draw, draw_distance, noisy_states, posteriors
 from mfm_lightning.metrics.measured import Measured, mean_of
 
 REFERENCE, FLOOR = "reference", "SDE rollouts again (floor)"
@@ -43,7 +43,7 @@ class PosteriorRecovery(DrawSettings):
         self._cells: dict[tuple[float, str], Cell] = {}
         found = []
         for t in self.times:
-            x_t = noised(x1, t, torch.Generator().manual_seed(1))
+            x_t = noisy_states(x1, t, torch.Generator().manual_seed(1))
             rollouts = settings | {"t": t, "rollouts": self.rollout_steps}
             reference = Cell(
                 f"posterior, t = {t:g}, {REFERENCE}", rollouts, self._draw(target, t, x_t, self._rollouts(101), 1)

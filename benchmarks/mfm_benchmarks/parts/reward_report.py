@@ -12,38 +12,10 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
 from mfm_benchmarks.claims import verdict
-from mfm_lightning.metrics.measured import Measured, rounded
+from mfm_benchmarks.parts.entry import Entry
+from mfm_lightning.metrics.measured import rounded
 
 BASE, BEST = "base flow", "Best-of-N"
-
-
-@dataclass
-class Entry:
-    """A point of a curve: one method and setting for one reward and lambda, over all seeds.
-
-    Attributes:
-        label: of the setting; scale: lambda, None where the method does not depend on it.
-        nfe, seconds: of a sample.
-        reward: mean, without multipliers; frechet: of the samples' features to the data's.
-        diversity: mean distance between two samples.
-        images: the first few, `(b, C, H, W)`.
-        fit_seconds: of the training that it took.
-    """
-
-    method: str
-    label: str
-    scale: float | None
-    nfe: float
-    seconds: float
-    reward: Measured
-    frechet: Measured | None
-    diversity: Measured
-    images: Tensor
-    fit_seconds: float | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.method} ({self.label})" if self.label else self.method
 
 
 @dataclass
@@ -124,10 +96,10 @@ class RewardReport:
         return f"{before} at most {self.frechet_limit:g} times its Fréchet distance" if self._judged else ""
 
     def _claims(self) -> Claims:
-        """Our method against each of the others, all in their dearest settings."""
+        """Our method against each of the others, all in their settings of most evaluations."""
         lines = []
         for (reward, found), scale in itertools.product(self.entries.items(), self.scales):
-            last = _dearest(found, scale)
+            last = _most_evaluations(found, scale)
             if self.ours not in last or len(last) < 2:
                 continue
             mine = last.pop(self.ours)
@@ -136,7 +108,7 @@ class RewardReport:
             lines.append(
                 f"{reward}, λ = {scale:g}: the mean reward of {mine.name}, {round(mine.nfe):,} NFE, is {said}."
             )
-        return Claims(f"{self.ours} against the others, each in its dearest setting", lines)
+        return Claims(f"{self.ours} against the others, each in its setting of most evaluations", lines)
 
     def _pictures(self) -> list[Picture]:
         found = [
@@ -159,7 +131,7 @@ class RewardReport:
             if entries[0].images.dim() == 4:
                 caption = (
                     f"The same noise in each column, λ = {self.scales[0]:g}; beside each row the method, in its "
-                    "dearest setting, and its mean reward."
+                    "setting of most evaluations, and its mean reward."
                 )
                 plot = plots.gallery(self._gallery(entries))
                 found.append(Picture(f"samples_{_slug(reward)}", f"Samples: {reward}", plot, caption))
@@ -167,7 +139,7 @@ class RewardReport:
 
     def _gallery(self, found: Sequence[Entry]) -> list[tuple[str, Tensor]]:
         rows = [(f"{BASE}\n{e.reward.value:.3g}", e.images) for e in found if (e.method, e.label) == (BEST, "N 1")]
-        for entry in _dearest(found, self.scales[0]).values():
+        for entry in _most_evaluations(found, self.scales[0]).values():
             name = entry.label.replace("N ", "Best-of-") if entry.method == BEST else entry.method
             rows.append((f"{name}\n{entry.reward.value:.3g}", entry.images))
         return rows
@@ -189,7 +161,7 @@ class RewardReport:
         return Table("results", "All results", rows, caption, folded=True)
 
 
-def _dearest(found: Sequence[Entry], scale: float) -> dict[str, Entry]:
+def _most_evaluations(found: Sequence[Entry], scale: float) -> dict[str, Entry]:
     """Each method's setting of most evaluations."""
     last: dict[str, Entry] = {}
     for e in found:

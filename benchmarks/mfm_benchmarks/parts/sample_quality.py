@@ -57,7 +57,7 @@ class SampleQuality:
                 n = min(self.chunk, self.num_samples - begin)
                 settings = {**identity, "steps": k, "begin": begin, "n": n, "guidance": self.guidance}
 
-                def compute(k=k, begin=begin, n=n) -> Outcome:
+                def compute(k: int = k, begin: int = begin, n: int = n) -> Outcome:
                     return self._features(model(), decoder, quality, device, k, begin, n)
 
                 cell = Cell(f"{k}-step samples {begin + 1} to {begin + n}", settings, compute)
@@ -65,7 +65,9 @@ class SampleQuality:
         return [cell for cells in self._cells.values() for cell in cells]
 
     @torch.no_grad()
-    def _features(self, model, decoder, quality, device, k: int, begin: int, n: int) -> Outcome:
+    def _features(
+        self, model: MetaFlowMap, decoder: Decoder, quality: Quality, device: torch.device, k: int, begin: int, n: int
+    ) -> Outcome:
         x0 = noise(n, model.state_shape, 31_337 + begin, device)
         label = (torch.arange(begin, begin + n, device=device) % model.num_classes) if model.num_classes else None
         generator, start, features = torch.Generator().manual_seed(begin), clock(device), []

@@ -16,7 +16,7 @@ from mfm_lightning.callbacks import EMA
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules import Execution, Optimization
+from mfm_lightning.modules import Optimization, TrainingExecution
 from mfm_lightning.networks import DiT
 from mfm_lightning.networks.base import label_and_guidance
 from mfm_lightning.objectives import InnerSample, Objective, Pair, PairSampler, WeightedTerm
@@ -95,7 +95,7 @@ class Training:
         other = copy.deepcopy(self)
         other.optimizer = Optimization().configure(other.model.parameters(), 1)["optimizer"]
         for model in (other.model, other.teacher.model):
-            Execution(compile=True).prepare(model.network)
+            TrainingExecution(compile=True).prepare(model.network)
         return other
 
     def restore(self) -> None:

@@ -18,7 +18,7 @@ from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.posteriors import RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DenoisedValue, DrawValue, ValueEstimator
-from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, estimate_values, noised
+from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, estimate_values, noisy_states
 from mfm_lightning.metrics.measured import Measured
 
 Found = dict[tuple[float, str], Measured]  # by time and estimator
@@ -40,7 +40,7 @@ class ValueComparison(DrawSettings):
         self._reference: dict[float, Cell] = {}
         for t in self.times:
             settings = {**identity, "states": len(x1), "draws": self.num_draws, "t": t}
-            x_t = noised(x1, t, torch.Generator().manual_seed(1))
+            x_t = noisy_states(x1, t, torch.Generator().manual_seed(1))
             source = RolloutPosterior(self.rollout_steps, generator=torch.Generator().manual_seed(301))
             rollouts = DrawValue(self.num_draws, source, max_rows=self.max_rows)
             self._reference[t] = Cell(

@@ -15,7 +15,8 @@ from mfm_benchmarks.measure import measure, noise
 from mfm_benchmarks.methods import MethodSettings, Point, job, points
 from mfm_benchmarks.models import ModelSettings, Subject
 from mfm_benchmarks.parts.best_of_n import BestOfNPool
-from mfm_benchmarks.parts.reward_report import BEST, Entry, RewardReport
+from mfm_benchmarks.parts.entry import Entry
+from mfm_benchmarks.parts.reward_report import BEST, RewardReport
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec, plain
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
@@ -245,7 +246,15 @@ class AlignmentSuite(Suite):
             entry.fit_seconds = outcomes[0].numbers.get("fit_seconds")
             yield entry
 
-    def _entry(self, method, label, scale, nfe, seconds, parts: list[dict[str, Tensor]]) -> Entry:
+    def _entry(
+        self,
+        method: str,
+        label: str,
+        scale: float | None,
+        nfe: float,
+        seconds: float,
+        parts: list[dict[str, Tensor]],
+    ) -> Entry:
         reward = mean([mean_of(part["rewards"]) for part in parts])
         diversity = mean([resampled(pairwise_distance, part["states"]) for part in parts])
         frechet = None

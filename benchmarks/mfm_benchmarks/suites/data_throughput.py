@@ -196,7 +196,7 @@ def _ours(workers: int) -> str:
 
 
 def _claim(name: str, share: Measured) -> str:
-    goal = "at least" if share.low >= GOAL else "less than" if share.high < GOAL else "not told apart from"
+    goal = "at least" if share.low >= GOAL else "less than" if share.high < GOAL else "not significantly different from"
     return f"{name}: {share.text(2)} of a raw read's samples in a second, {goal} {GOAL:.0%}."
 
 

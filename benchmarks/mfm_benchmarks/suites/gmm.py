@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from mfm_benchmarks import plots
@@ -19,7 +20,7 @@ from mfm_lightning.alignment import AlignmentMethod, FeynmanKac, Steering, TimeG
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.posteriors import GlassPosterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree, ExactGradient
+from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree, ExactGradient, GradientEstimator
 from mfm_lightning.checkpoints import fingerprint, load_model
 from mfm_lightning.data import GaussianMixtureDataModule
 from mfm_lightning.metrics.distances import mmd, sliced_wasserstein
@@ -122,7 +123,7 @@ class MixtureSuite(Suite):
         grid, found = TimeGrid(self.steps, power=self.power), {}
         for dynamics in ("ode", "sde"):
 
-            def steering(estimator, dynamics=dynamics) -> Steering:
+            def steering(estimator: GradientEstimator, dynamics: str = dynamics) -> Steering:
                 return Steering(estimator, grid, dynamics, max_diffusion=self.max_diffusion)
 
             words = dynamics.upper()
@@ -240,7 +241,7 @@ class MixtureSuite(Suite):
             items.append(_large(found[FLOOR, 0]["W2"], "of exact samples: the floor"))
         return [Headline(items)]
 
-    def _plot(self, found, what: str, words: str, yscale: str):
+    def _plot(self, found: dict[Key, dict[str, Measured]], what: str, words: str, yscale: str) -> Figure:
         panels: dict[str, dict[str, Any]] = {}
         for dynamics in ("ODE", "SDE"):
             lines: dict[str, Any] = {}
@@ -257,7 +258,7 @@ class MixtureSuite(Suite):
                 axis.set_yscale("symlog", linthresh=1e-3)
         return figure
 
-    def _clouds(self, done: dict[Key, list[Outcome]]):
+    def _clouds(self, done: dict[Key, list[Outcome]]) -> Figure:
         most = max(self.draws)
         some = (self.draws[0], self.draws[len(self.draws) // 2])
         wanted = [key for key in done if key[1] in (0, most) or (key[0] == "MFM-G, ODE" and key[1] in some)]

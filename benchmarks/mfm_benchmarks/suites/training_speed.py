@@ -18,6 +18,7 @@ from mfm_lightning.networks.dit import architecture
 from mfm_rewards.execution import DTYPES, Precision, check_precision
 
 DEFAULT = "explicit"
+Done = dict[tuple[str, int, str], dict[str, Any]]  # numbers by size, batch and precision
 
 
 class TrainingSpeedSuite(Suite):
@@ -150,7 +151,7 @@ class TrainingSpeedSuite(Suite):
             ]
         return blocks or [Text("No result", ["Every run failed; the messages are above."])]
 
-    def _headline(self, done) -> list[Block]:
+    def _headline(self, done: Done) -> list[Block]:
         items = []
         for (size, _, precision), numbers in done.items():
             speed, memory = _speed(numbers, DEFAULT), _memory(numbers, DEFAULT)
@@ -160,14 +161,14 @@ class TrainingSpeedSuite(Suite):
                 items.append((f"{rounded(memory, 2)}x", f"its peak memory, {size} {precision}"))
         return [Headline(items)] if items else []
 
-    def _claims(self, done) -> Claims:
+    def _claims(self, done: Done) -> Claims:
         lines = []
         for (size, batch, precision), numbers in done.items():
             for name in (DEFAULT, "explicit, compiled"):
                 speed, memory = _speed(numbers, name), _memory(numbers, name)
                 if speed is None:
                     continue
-                words = "faster" if speed.low > 1 else "slower" if speed.high < 1 else "not told apart"
+                words = "faster" if speed.low > 1 else "slower" if speed.high < 1 else "no significant difference"
                 kept = "" if memory is None else f"; {rounded(memory, 2)} of its peak memory"
                 lines.append(
                     f"{size}, {precision}, batch {batch}: {name}, one shared sample: {words}, {speed.text()} times "
@@ -175,7 +176,7 @@ class TrainingSpeedSuite(Suite):
                 )
         return Claims("Against the straightforward step", lines)
 
-    def _picture(self, done) -> Picture:
+    def _picture(self, done: Done) -> Picture:
         names = [v.name for v in self._variants]
         panels = {
             f"{size}, {precision}, batch {batch}": {n: s for n in names if (s := _speed(numbers, n)) is not None}
@@ -185,7 +186,7 @@ class TrainingSpeedSuite(Suite):
         figure = plots.bars(panels, lambda name: looks[name]["color"], one, "steps in the time of one reference step")
         return Picture("speed", "Speed against the straightforward step", figure, STEPS_CAPTION)
 
-    def _step_rows(self, done) -> list[dict[str, Any]]:
+    def _step_rows(self, done: Done) -> list[dict[str, Any]]:
         rows = []
         for (size, batch, precision), numbers in done.items():
             for variant in self._variants:
@@ -209,7 +210,7 @@ class TrainingSpeedSuite(Suite):
                 )
         return rows
 
-    def _part_rows(self, done) -> list[dict[str, Any]]:
+    def _part_rows(self, done: Done) -> list[dict[str, Any]]:
         rows = []
         for (size, batch, precision), numbers in done.items():
             unit = numbers["parts"].get("forward, no graph")

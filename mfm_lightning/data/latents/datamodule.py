@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import StepDataModule
 from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
 from mfm_lightning.data.latents.urls import join, local_path
-from mfm_lightning.data.stream import Batch
 from mfm_lightning.networks.decoders import Decoder
 
 log = logging.getLogger(__name__)
