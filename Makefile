@@ -1,5 +1,6 @@
 # make demo: set up everything and run the main job on real data.   make test: set up everything and pass the tests.
 # make quick: the tests that together take under two minutes.   make lint, make types: what else a change must pass.
+# make test COVERAGE=--cov also reports which lines ran; before Python 3.12 that takes about 40 % longer.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
@@ -19,7 +20,7 @@ demo: setup
 	$(BIN)/mfm demo
 
 test: setup
-	$(BIN)/python -m pytest -q --cov
+	$(BIN)/python -m pytest -q $(COVERAGE)
 
 quick: setup
 	$(BIN)/python -m pytest -q -m "not slow"
