@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.interpolant import Times, as_times
 from mfm_lightning.oracles import Oracle
@@ -31,8 +32,7 @@ class FlowMapPosterior(Posterior):
     """
 
     def __init__(self, steps: int = 1) -> None:
-        if steps < 1:
-            raise ValueError(f"steps ({steps}) must be at least 1")
+        positive(steps=steps)
         self.steps = steps
 
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
@@ -55,8 +55,7 @@ class GlassPosterior(Posterior):
     """
 
     def __init__(self, steps: int = 8, method: str = "euler") -> None:
-        if steps < 1:
-            raise ValueError(f"steps ({steps}) must be at least 1")
+        positive(steps=steps)
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
         self.steps, self.method = steps, method
@@ -96,8 +95,7 @@ class RolloutPosterior(Posterior):
     """
 
     def __init__(self, steps: int = 200, max_diffusion: float = 25.0, generator: torch.Generator | None = None) -> None:
-        if steps < 1:
-            raise ValueError(f"steps ({steps}) must be at least 1")
+        positive(steps=steps)
         self.steps, self.max_diffusion, self.generator = steps, max_diffusion, generator
 
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:

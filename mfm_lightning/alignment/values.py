@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_value
@@ -62,16 +63,6 @@ def effective_sample_size(log_weights: Tensor, dim: int = -1) -> Tensor:
     return (2 * log_weights.logsumexp(dim) - (2 * log_weights).logsumexp(dim)).exp()
 
 
-def inner_noise(
-    x: Tensor, num_draws: int, antithetic: bool = False, generator: torch.Generator | None = None
-) -> Tensor:
-    """Noise for draws, `(B, N, *shape)`; antithetic: the second half is the negative of the first (N even)."""
-    if num_draws < 1 or (antithetic and num_draws % 2):
-        raise ValueError(f"num_draws ({num_draws}) must be at least 1, and even with antithetic noise")
-    noise = randn((len(x), num_draws // 2 if antithetic else num_draws, *x.shape[1:]), x, generator)
-    return torch.cat([noise, -noise], dim=1) if antithetic else noise
-
-
 @dataclass
 class Draws:
     """How an estimator draws from the posterior of a state.
@@ -94,16 +85,18 @@ class Draws:
     def __post_init__(self) -> None:
         if self.num_draws < 1 or (self.antithetic and self.num_draws % 2):
             raise ValueError(f"num_draws ({self.num_draws}) must be at least 1, and even with antithetic noise")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"max_rows {self.max_rows} must be at least 1")
+        if self.max_rows is not None:
+            positive(max_rows=self.max_rows)
 
     def draw(self, target: Target, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
         """Draws `(B, N, *shape)` by the posterior."""
         return (self.posterior or FlowMapPosterior())(target, t, x, noise)
 
     def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Inner noise, `(B, N, *shape)`."""
-        return inner_noise(x, self.num_draws, self.antithetic, generator)
+        """Inner noise, `(B, N, *shape)`; antithetic: the second half is the negative of the first."""
+        num = self.num_draws // 2 if self.antithetic else self.num_draws
+        noise = randn((len(x), num, *x.shape[1:]), x, generator)
+        return torch.cat([noise, -noise], dim=1) if self.antithetic else noise
 
     def chunks(self, target: Target, x: Tensor) -> Iterator[Chunk]:
         """See `chunks`."""
@@ -263,8 +256,8 @@ class ExactGradient(GradientEstimator):
 def chunks(target: Target, x: Tensor, num_draws: int, max_rows: int | None) -> Iterator[Chunk]:
     """Cover all pairs of a state and a draw with at most `max_rows` pairs at once: the target of some states, and the
     slices of states and draws."""
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows {max_rows} must be at least 1")
+    if max_rows is not None:
+        positive(max_rows=max_rows)
     draws = num_draws if max_rows is None else min(num_draws, max_rows)
     rows, target = len(x) if max_rows is None else max(1, max_rows // draws), target.expand(x)
     for i in range(0, len(x), rows):

@@ -11,9 +11,8 @@ from mfm_rewards.protocol import Reward
 from mfm_rewards.registry import register
 
 
-@register("brightness")
-class Brightness(Reward):
-    """Mean of all pixels, times `scale`.
+class Statistic(Reward):
+    """A number of an image, times a factor.
 
     Args:
         scale: factor of the reward.
@@ -22,22 +21,19 @@ class Brightness(Reward):
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         self.scale = scale
+
+
+@register("brightness")
+class Brightness(Statistic):
+    """Mean of all pixels, times `scale`."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.scale * images.flatten(1).mean(dim=1)
 
 
 @register("contrast")
-class Contrast(Reward):
-    """Standard deviation of the pixels' grey values, times `scale`.
-
-    Args:
-        scale: factor of the reward.
-    """
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
+class Contrast(Statistic):
+    """Standard deviation of the pixels' grey values, times `scale`."""
 
     def forward(self, images: Tensor) -> Tensor:
         grey = images.mean(dim=1).flatten(1)
@@ -46,32 +42,16 @@ class Contrast(Reward):
 
 
 @register("saturation")
-class Saturation(Reward):
-    """Mean over pixels of the largest minus the smallest channel, times `scale`; 0 for grey images.
-
-    Args:
-        scale: factor of the reward.
-    """
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
+class Saturation(Statistic):
+    """Mean over pixels of the largest minus the smallest channel, times `scale`; 0 for grey images."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.scale * (images.amax(dim=1) - images.amin(dim=1)).flatten(1).mean(dim=1)
 
 
 @register("smoothness")
-class Smoothness(Reward):
-    """Minus the mean absolute difference of neighbouring pixels (total variation), times `scale`.
-
-    Args:
-        scale: factor of the reward.
-    """
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
+class Smoothness(Statistic):
+    """Minus the mean absolute difference of neighbouring pixels (total variation), times `scale`."""
 
     def forward(self, images: Tensor) -> Tensor:
         rows, columns = images.diff(dim=2).abs().flatten(1), images.diff(dim=3).abs().flatten(1)
@@ -79,7 +59,7 @@ class Smoothness(Reward):
 
 
 @register("colour")
-class Colour(Reward):
+class Colour(Statistic):
     """Minus the squared distance of the mean colour from a target, times `scale`.
 
     Args:
@@ -90,8 +70,7 @@ class Colour(Reward):
     target: Tensor
 
     def __init__(self, target: Sequence[float], scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
+        super().__init__(scale)
         self.register_buffer("target", torch.as_tensor(target, dtype=torch.float32))
         if self.target.dim() != 1 or not ((self.target >= 0) & (self.target <= 1)).all():
             raise ValueError(f"target {list(target)} must be one number in [0, 1] a channel")

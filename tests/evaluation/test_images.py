@@ -21,7 +21,7 @@ class Dots(ArrayDataModule):
         self.splits = {"test": (torch.rand(6, 1, 4, 4), torch.arange(6) % num_classes)}
 
     def train_batch(self, step):
-        raise NotImplementedError
+        return self.splits["test"]
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
