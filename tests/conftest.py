@@ -1,18 +1,27 @@
 """Fixtures of several files."""
 
+import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from mfm_lightning.commands.main import run
 from mfm_lightning.commands.prepare_latents import main
 from tests import latent_data, processes
-from tests.short_jobs import FOUR_STEPS
+from tests.short_jobs import short
 from tests.tiny_rewards import tiny_rewards
+
+ROOT = Path(__file__).parents[1]
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, and for the processes that it starts
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +69,32 @@ def photos():
     return [*found, found[0].crop((100, 20, 353, 420))]
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder with the configs in it, as the current one."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _argv(monkeypatch):
+    """A command that is run here has not been given the tests' own arguments."""
+    monkeypatch.setattr(sys, "argv", ["mfm"])
+
+
 @pytest.fixture(scope="session")
-def _digits_runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(folder)
-        patched.setattr(sys, "argv", ["mfm"])
-        for name in ("flow", "mfm"):
-            run(["fit", "--config", f"configs/digits/{name}.yaml", *FOUR_STEPS])
+def _digits_runs(tmp_path_factory, worker_id):
+    # one folder for all workers of pytest-xdist
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "digits"
+    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patched:
+        if not (folder / "outputs/digits/mfm/last.ckpt").exists():
+            folder.mkdir()
+            patched.chdir(folder)
+            patched.setattr(sys, "argv", ["mfm"])
+            for name in ("flow", "mfm"):
+                run(short("fit", f"digits/{name}"))
     return folder / "outputs"
 
 

@@ -1,3 +1,28 @@
-"""Jobs of `mfm fit` for tests that need their files, however good."""
+"""Jobs of `mfm` that are over in seconds, for tests that need their files, however good."""
 
 FOUR_STEPS = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--trainer.log_every_n_steps=1"]
+EVALUATION, DATA_MODULE = "--model.init_args.evaluation.init_args", "--data.init_args"
+STEERING = f"{EVALUATION}.steering.init_args.grid.steps=2"
+IMAGES = [f"{EVALUATION}.{option}" for option in ("num_samples=64", "ode_steps=10", "glass_steps=5")]
+BUFFER = [f"{DATA_MODULE}.buffer_size=64", f"{DATA_MODULE}.ode_steps=2"]
+VALUES = ["num_states=8", "num_draws=4", "rollout_draws=4", "rollout_steps=3", "times=[0.3]", "glass_steps=[1, 2]"]
+SHORT = {  # by config: what makes the rest of a job short
+    "digits/flow": IMAGES,
+    "digits/mfm": IMAGES,
+    "digits/mfm_from_data": IMAGES,
+    "digits/value": [f"{EVALUATION}.{option}" for option in VALUES],
+    "digits/finetune": [
+        *[f"{EVALUATION}.{option}" for option in ("samples_per_class=3", "ode_steps=3", "pictures=10")],
+        STEERING,
+        *BUFFER,
+    ],
+    "gmm/mfm": [f"{EVALUATION}.num_states=2"],
+    "gmm/finetune": [f"{EVALUATION}.num_samples=64", f"{EVALUATION}.ode_steps=3", *BUFFER],
+    "digits/steer": [f"{DATA_MODULE}.num_samples=4", "--model.init_args.method.init_args.grid.steps=2"],
+}
+
+
+def short(command: str, config: str) -> list[str]:
+    """The command with a config by its name, such as "digits/mfm", and what makes it short."""
+    steps = FOUR_STEPS if command == "fit" else []
+    return [command, "--config", f"configs/{config}.yaml", *steps, *SHORT.get(config, [])]
