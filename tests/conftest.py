@@ -13,7 +13,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from mfm_lightning.commands.main import run
-from mfm_lightning.commands.prepare_latents import main
 from tests import latent_data, processes
 from tests.short_jobs import short
 from tests.tiny_rewards import tiny_rewards
@@ -38,7 +37,7 @@ def made(tmp_path_factory):
     latent_data.photographs(folder / "images")
     vae = latent_data.small_vae(folder / "vae")
     with processes.one_thread():
-        main([*latent_data.arguments(folder, vae), "--output", str(folder / "shards"), "--verify"])
+        run(["prepare-latents", *latent_data.arguments(folder, vae), "--output", str(folder / "shards"), "--verify"])
     return folder
 
 

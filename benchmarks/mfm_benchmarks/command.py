@@ -3,64 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import shlex
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import yaml
-from jsonargparse import ArgumentParser
-from rich import get_console
-from rich.table import Table
+from mfm_lightning.commands.errors import CommandLineError, explain
+from mfm_lightning.commands.options import add_options, help_only
 
-from mfm_benchmarks.runner import Settings, run_suite
-from mfm_benchmarks.suite import Suite, find_suite, suites
-from mfm_lightning.utils.configs import find_config
-from mfm_lightning.utils.devices import find_device
+if TYPE_CHECKING:
+    from mfm_benchmarks.suite import Suite
 
 CONFIGS = Path("configs/benchmarks")
 OUTPUT = Path("outputs/benchmarks")
 
 
-def main(args: Sequence[str]) -> None:
-    """Entry point of the subcommand.
+def benchmark(args: Sequence[str]) -> None:
+    """Run a suite of comparisons and write its report.
+
+    One HTML page, figures and tables. A run that was stopped goes on where it was. Without a suite: list them.
 
     Raises:
-        ValueError: for an unknown suite, or settings that do not fit it.
+        CommandLineError: for an unknown suite, or settings that do not fit it.
         MissingInput: if something that the suite must be given is not there.
     """
-    parser = argparse.ArgumentParser(
-        prog="mfm benchmark",
-        description="Run a suite and write its report: one HTML page, figures, tables. A run that was stopped goes on "
-        "where it was. Without a suite: list them. Other options set the suite's parameters, e.g. --num_samples 64.",
-    )
-    parser.add_argument("suite", nargs="?", help="name of a suite, or the path of a Suite class")
-    parser.add_argument(
-        "--config", type=Path, help=f"YAML with the suite's parameters; {CONFIGS}/SUITE.yaml if it is left out"
-    )
-    parser.add_argument("--quick", action="store_true", help="a small version, within two minutes on two cores")
-    parser.add_argument("--output", type=Path, help=f"folder of results and report; {OUTPUT}/SUITE if left out")
-    parser.add_argument("--fresh", action="store_true", help="compute all again")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...")
-    options, rest = parser.parse_known_args(args)
-    console = get_console()
-    if options.suite is None:
-        table = Table("suite", "what it measures")
-        for name, kind in suites().items():
-            table.add_row(name, kind.about)
-        console.print(table)
+    name = next((arg for arg in args if not arg.startswith("-")), None) if args[:1] and args[0][0] != "-" else None
+    if name is None:
+        if others := [arg for arg in args if arg not in ("-h", "--help")]:
+            raise CommandLineError(f"the suite comes first, as in mfm benchmark alignment --quick; got {others[0]}")
+        print(_listing())
         return
-    suite, settings = load_suite(options.suite, options.config, rest)
-    suite.device = find_device(options.device)
-    stem = options.config.stem if options.config else suite.name or type(suite).__name__
-    suite.output = options.output or OUTPUT / (f"{stem}_quick" if options.quick else stem)
-    if options.quick:
+    from rich import get_console
+
+    from mfm_benchmarks.runner import Settings, run_suite
+    from mfm_lightning.utils.devices import find_device
+
+    suite, settings, how = load_suite(name, args[1:])
+    suite.device = find_device(how["device"])
+    stem = how["config"].stem if how["config"] else suite.name or type(suite).__name__
+    suite.output = how["output"] or OUTPUT / (f"{stem}_quick" if how["quick"] else stem)
+    if how["quick"]:
         suite.shrink()
         settings = {"quick": "a small version of these settings", **settings}
-    how = Settings(options.fresh, shlex.join(["mfm", "benchmark", *args]), settings)
+    console = get_console()
     try:
-        path = run_suite(suite, how)
+        path = run_suite(suite, Settings(how["fresh"], shlex.join(["mfm", "benchmark", *args]), settings))
     except KeyboardInterrupt:
         console.print(
             f"Stopped; what is done is in {suite.output / 'results'}, and the same command goes on from there."
@@ -69,30 +59,92 @@ def main(args: Sequence[str]) -> None:
     console.print(f"Report: {path}")
 
 
-def load_suite(name: str, config: Path | None = None, args: Sequence[str] = ()) -> tuple[Suite, dict]:
-    """A suite by name, with the parameters of a YAML and of the command line; and those parameters.
+def _how(
+    *,
+    config: Path | None = None,
+    quick: bool = False,
+    output: Path | None = None,
+    fresh: bool = False,
+    device: str = "auto",
+) -> None:
+    """How a suite is run.
+
+    Args:
+        config: YAML with the suite's parameters; configs/benchmarks/SUITE.yaml if left out.
+        quick: a small version, within two minutes on two cores.
+        output: folder of results and report; outputs/benchmarks/SUITE if left out.
+        fresh: compute all again.
+        device: auto, cpu, cuda, cuda:1, ...
+    """
+
+
+def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, Any], dict[str, Any]]:
+    """A suite by name, with the parameters of its YAML and of the command line; those parameters; and how it is run.
 
     Raises:
+        CommandLineError: if there is no such suite, or a parameter is unknown or does not fit.
         FileNotFoundError: if the config is not there.
-        ValueError: if a parameter is unknown or does not fit.
     """
+    from jsonargparse import ArgumentParser
+
+    from mfm_benchmarks.suite import find_suite
+    from mfm_lightning.utils.configs import find_config
+
     kind = find_suite(name)
-    parser = ArgumentParser(prog=f"mfm benchmark {name}", exit_on_error=False)
-    parser.add_class_arguments(kind, "suite")
-    if config is not None:
-        config = find_config(config)
-    else:
-        with suppress(FileNotFoundError):  # a suite of the user's own needs none
-            config = find_config(CONFIGS / f"{name}.yaml")
-    given = [f"--suite.{arg[2:]}" if arg.startswith("--") else arg for arg in args]
+    first = ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"mfm benchmark {name}", description=kind.about, exit_on_error=False, allow_abbrev=False
+    )
+    for each in (first, parser):
+        add_options(each, _how)
+    names = parser.add_class_arguments(kind, None)
     try:
-        read = [] if config is None else ["--suite", str(config)]
-        parsed = parser.parse_args([*read, *given])
+        config = first.parse_known_args(list(args))[0].config
+        if config is not None:
+            config = find_config(config)
+        else:
+            with suppress(FileNotFoundError):  # a suite of the user's own needs none
+                config = find_config(CONFIGS / f"{name}.yaml")
+        base = parser.get_defaults() if config is None else parser.parse_path(str(config))
+        parsed = parser.parse_args(list(args), namespace=base)
         made = parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"settings of the suite {name} do not fit: {error}") from error
-    return made.suite, yaml.safe_load(parser.dump(parsed))["suite"]
+        keys = [action.dest for action in parser._actions]
+        where = "" if config is None else f" (with {config})"
+        raise CommandLineError(f"suite {name}: {explain(str(error), keys)}{where}") from error
+    suite = kind(**{key: made[key] for key in names})
+    settings = _plain(parser.dump(parsed))
+    how = {key: parsed[key] for key in inspect.signature(_how).parameters}
+    return suite, {key: settings.get(key) for key in names}, how
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _plain(text: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def _listing() -> str:
+    """The suites with a line each, and the options of all; without importing one."""
+    about = dict(_described())
+    width = max(map(len, about))
+    lines = [f"  {name:<{width}}  {text}" for name, text in about.items()]
+    head = "Usage: mfm benchmark SUITE [options]      mfm benchmark SUITE --help tells the suite's parameters"
+    own = "A suite of your own is named by its path: mfm benchmark my_module.MySuite."
+    return "\n".join([head, "", *lines, "", own, "", help_only(_how)])
+
+
+def _described() -> Iterator[tuple[str, str]]:
+    """Name and description of each suite, read from the sources."""
+    for path in sorted(Path(__file__).with_name("suites").glob("[a-z]*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                said = {
+                    target.id: ast.literal_eval(line.value)
+                    for line in node.body
+                    if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)
+                    for target in line.targets
+                    if isinstance(target, ast.Name)
+                }
+                if said.get("name"):
+                    yield said["name"], said.get("about", "").partition(": ")[0].partition(". ")[0].rstrip(".")

@@ -95,6 +95,7 @@ class Fit:
             FileNotFoundError: if the config is not there, or does not write the file.
             ValueError: if the options do not fit the config.
         """
+        from mfm_lightning.commands.errors import CommandLineError
         from mfm_lightning.commands.main import run
 
         options = [part for key, value in self.options.items() for part in (f"--{key}", _as_argument(value))]
@@ -102,11 +103,11 @@ class Fit:
         if not self.remember and checkpoint.is_file() and not Path(self.file).is_file():
             options += ["--ckpt_path", str(checkpoint)]
         try:
-            run(["fit", "--config", self.config, *options])
-        except SystemExit as error:
-            if error.code != 2:  # Lightning's way to stop at Ctrl-C; 2 is the parser's way to refuse options
-                raise KeyboardInterrupt from error
-            raise ValueError(f"mfm fit --config {self.config} was refused, with the options {self.options}") from error
+            run(["fit", "--config", self.config, "--overwrite", *options])
+        except SystemExit as error:  # Lightning's way to stop at Ctrl-C
+            raise KeyboardInterrupt from error
+        except CommandLineError as error:
+            raise ValueError(f"mfm fit --config {self.config} refuses the options {self.options}: {error}") from error
         if not Path(self.file).is_file():
             raise FileNotFoundError(f"{self.config} did not write {self.file}: is it stopped, or of another folder?")
         if self.remember:

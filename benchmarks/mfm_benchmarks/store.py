@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mfm_benchmarks.suite import Cell, Outcome
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_tensors, whole_file
 
 
 class Store:
@@ -46,8 +46,7 @@ class Store:
         path = self.path(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         if outcome.tensors:
-            tensors = {k: v.detach().cpu().contiguous().clone() for k, v in outcome.tensors.items()}
-            save_file(tensors, path.with_suffix(".safetensors"))
+            save_tensors(outcome.tensors, path.with_suffix(".safetensors"))
         content = {
             "cell": cell.name,
             "identity": {**self.shared, **cell.identity},

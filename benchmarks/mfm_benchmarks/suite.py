@@ -161,7 +161,7 @@ def find_suite(name: str) -> type[Suite]:
     if name in known:
         return known[name]
     module, _, attribute = name.rpartition(".")
-    if module and "/" not in name:
+    if module and "/" not in name:  # of the user's own
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:

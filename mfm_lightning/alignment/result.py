@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.target import Target
+from mfm_lightning.utils.atomic import save_tensors
 from mfm_rewards import RewardError
 
 
@@ -65,12 +66,9 @@ class AlignmentResult:
 
     def save(self, folder: str | Path, name: str = "result") -> Path:
         """Write `NAME.json` and the states and images as `NAME.safetensors`; the path of the former."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {"states": self.states, "images": self.images, "rewards": self.rewards}
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
+        save_tensors(tensors, folder / f"{name}.safetensors")
         path = folder / f"{name}.json"
         path.write_text(json.dumps(self.summary(), indent=1))
         return path

@@ -4,6 +4,6 @@ from mfm_lightning.callbacks.checkpoint import LastCheckpoint
 from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.callbacks.export import ExportModel
 from mfm_lightning.callbacks.fid import SampleFID
-from mfm_lightning.callbacks.progress import StepProgressBar
+from mfm_lightning.callbacks.progress import PlainProgress, StepProgressBar
 
-__all__ = ["EMA", "ExportModel", "LastCheckpoint", "SampleFID", "StepProgressBar"]
+__all__ = ["EMA", "ExportModel", "LastCheckpoint", "PlainProgress", "SampleFID", "StepProgressBar"]

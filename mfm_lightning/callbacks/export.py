@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 
 from mfm_lightning.callbacks.ema import EMA
-from mfm_lightning.checkpoints import save_network
+from mfm_lightning.checkpoints import check_network, save_network
 from mfm_lightning.modules.base import TrainingModule
 
 log = logging.getLogger(__name__)
@@ -19,17 +19,28 @@ class ExportModel(L.Callback):
 
     Args:
         filename: in the trainer's `default_root_dir`.
+        overwrite: begin a run in the folder of a finished one, whose file is there.
 
     Raises:
-        ValueError: before training, if the LightningModule has no network to be written.
+        ValueError: before training, if the LightningModule has no network to be written, or the network cannot be made
+            again from what it says of itself (`checkpoints.save_network`).
+        FileExistsError: before training, if a finished run's file is there, and this one does not go on from a
+            checkpoint.
     """
 
-    def __init__(self, filename: str = "model.safetensors") -> None:
-        self.filename = filename
+    def __init__(self, filename: str = "model.safetensors", overwrite: bool = False) -> None:
+        self.filename, self.overwrite = filename, overwrite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            _exporting(pl_module)
+        if stage != "fit":
+            return
+        check_network(_exporting(pl_module).exported)
+        path = Path(trainer.default_root_dir) / self.filename
+        if path.exists() and trainer.ckpt_path is None and not self.overwrite:
+            raise FileExistsError(
+                f"{path} is of a finished run, which this one would write over: go on from it by --ckpt_path, begin "
+                "anew by --overwrite, or take another folder by --trainer.default_root_dir"
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = _exporting(pl_module)

@@ -3,28 +3,92 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import NETWORKS, VALUE_NETWORKS
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_tensors
 from mfm_rewards.weights import CheckpointError, load_into
+
+_LIBRARIES = ("torch", "lightning", "mfm_lightning", "mfm_rewards", "mfm_benchmarks")  # not a user's own
 
 
 def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Write a network's weights, and in the file's metadata its class and `config`, as safetensors."""
-    path = Path(path)
-    header = {"network": type(network).__name__, "config": json.dumps(network.config), **(metadata or {})}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata=header)
+    """Write a network's weights, and in the file's metadata its class and `config`, as safetensors.
+
+    Raises:
+        CheckpointError: if the network cannot be made again from them; `check_network` says so before any training.
+    """
+    header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
+    return save_tensors(network.state_dict(), path, header)
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse a network that a file of its weights could not make again: it is made from what the file would say.
+
+    Raises:
+        CheckpointError: with what is missing, and how it is given.
+    """
+    kind = type(network)
+    path, config = _class_path(kind), json.loads(_config(network))
+    try:
+        with torch.device("meta"):  # no memory, no time
+            again = kind(**config)
+    except NotImplementedError:  # a constructor that looks at its numbers
+        with torch.random.fork_rng([]):
+            again = kind(**config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the network's config {config} does not make a {path} again: {error}. It must hold its constructor's "
+            "arguments"
+        ) from error
+    ours, theirs = ({k: tuple(v.shape) for k, v in made.state_dict().items()} for made in (network, again))
+    if different := [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]:
+        name = min(different)
+        raise CheckpointError(
+            f"the network's config {config} makes another {path}: {name} has shape {theirs.get(name)}, the network's "
+            f"{ours.get(name)}. It must hold its constructor's arguments"
+        )
+
+
+def _class_path(kind: type[nn.Module]) -> str:
+    """What a file calls a class: one of ours by its name, another by its path.
+
+    Raises:
+        CheckpointError: if no later process could import it.
+    """
+    if {**NETWORKS, **VALUE_NETWORKS}.get(kind.__name__) is kind:
+        return kind.__name__
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__ == "__main__" or "<locals>" in path:
+        raise CheckpointError(
+            f"a file of {path} could not be loaded: its class must stand in a module of its own, such as my_networks.py"
+        )
     return path
+
+
+def _config(network: nn.Module) -> str:
+    """A network's `config` as JSON."""
+    if not isinstance(config := getattr(network, "config", None), dict):
+        raise CheckpointError(
+            f"a {type(network).__name__} has no config, from which a file of its weights makes it again: set "
+            "self.config to the dictionary of its constructor's arguments"
+        )
+    try:
+        return json.dumps(config)
+    except TypeError as error:
+        raise CheckpointError(
+            f"the config of a {type(network).__name__} must be numbers, texts and lists: {error}"
+        ) from error
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -48,7 +112,7 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
     """Build the network that `save_network` wrote.
 
     Args:
-        known: the classes that are wanted, by name.
+        known: the classes of ours that are wanted, by name; a class of the user's own is imported by its path.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -58,11 +122,42 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
     name = header.get("network")
     if name is None:
         raise CheckpointError(f"{path} was not written by mfm-lightning: use import_checkpoint for released weights")
-    if name not in known:
+    if name in known:
+        kind = known[name]
+    elif "." in name and (header.get("kind") == "value") == (known is VALUE_NETWORKS):
+        kind = _users_class(name, path)
+    else:
         raise CheckpointError(f"{path} holds a {name}: expected one of {', '.join(known)}")
-    network = known[name](**json.loads(header["config"]))
+    try:
+        network = kind(**json.loads(header["config"]))
+    except TypeError as error:
+        raise CheckpointError(f"{path} holds a {name} that the class does not make any more: {error}") from error
     load_into(network, load_file(path), set(network.state_dict()), path, "mfm-lightning")
     return network
+
+
+def _users_class(name: str, path: str | Path) -> type[nn.Module]:
+    """The class at a path that a file names. A file must not be able to call anything else: only a network is taken,
+    and none of the libraries that are used here."""
+    module, _, attribute = name.rpartition(".")
+    if module.split(".")[0] in (
+        *sys.stdlib_module_names,
+        "torch",
+        "lightning",
+        "mfm_lightning",
+        "mfm_rewards",
+        "mfm_benchmarks",
+    ):
+        raise CheckpointError(f"{path} names {name}, which is no network of a user's own")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} holds a {name}, which cannot be imported: {error}. Run in the folder of that module, or install it"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise CheckpointError(f"{path} names {name}, which is no torch.nn.Module")
+    return kind
 
 
 def save_model(model: MetaFlowMap, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
@@ -72,7 +167,11 @@ def save_model(model: MetaFlowMap, path: str | Path, metadata: dict[str, str] | 
 
 def load_model(path: str | Path) -> MetaFlowMap:
     """Load what `save_model` wrote; raises as `load_network`."""
-    return MetaFlowMap(load_network(path))
+    network = load_network(path)
+    try:
+        return MetaFlowMap(network)
+    except TypeError as error:
+        raise CheckpointError(f"{path} holds no Meta Flow Map: {error}") from error
 
 
 def load_value(path: str | Path) -> nn.Module:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from mfm_lightning.commands.errors import CommandLineError
 
 STAGES = (
     ("fit", "configs/digits/flow.yaml", "Base flow"),
@@ -16,28 +15,41 @@ STAGES = (
     ("fit", "configs/digits/finetune.yaml", "Fine-tune the base flow to a reward"),
     ("test", "configs/digits/finetune.yaml", "Before and after"),
 )
-
 REPORT = Path("outputs/benchmarks/alignment_quick/report/index.html")
+HELP = """Usage: mfm demo [--overwrite] [options of mfm fit and mfm test, such as --trainer.accelerator cpu]
+
+Fit a base flow and a Meta Flow Map on real digits, fine-tune to a reward, and compare methods in a report; all in the
+folder outputs/ of the current one. Six to eight minutes on two cores. A model that an earlier demo has left is taken
+as it is; --overwrite fits it again."""
 
 
-def demo(args: Sequence[str] = ()) -> None:
-    """Entry point of the subcommand: run the stages, and the alignment suite's small version."""
-    from mfm_lightning.commands.main import commands, run
+def demo(args: Sequence[str]) -> None:
+    """Fit a base flow and a Meta Flow Map on digits, fine-tune, compare methods in a report.
 
-    parser = argparse.ArgumentParser(
-        prog="mfm demo",
-        description="Fit a base flow and a Meta Flow Map on real digits, fine-tune to a reward, and compare methods in "
-        "a report; all in the folder outputs/ of the current one. Six to eight minutes on two cores.",
-        epilog="Other options go to each mfm fit and mfm test, e.g. --trainer.accelerator cpu.",
-    )
-    _, extra = parser.parse_known_args(args)
-    console, begin, num = Console(), time.monotonic(), len(STAGES) + 1
+    Raises:
+        CommandLineError: for an option that mfm fit does not know.
+    """
+    if {"-h", "--help"} & set(args):
+        print(HELP)
+        return
+    from rich import get_console
+
+    from mfm_lightning.commands.main import run
+
+    if args and not args[0].startswith("-"):
+        raise CommandLineError(f"mfm demo takes options only, got {args[0]!r} (mfm demo --help)")
+    fresh, others = "--overwrite" in args, [arg for arg in args if arg != "--overwrite"]
+    console, begin, num = get_console(), time.monotonic(), len(STAGES) + 1
     for i, (command, config, title) in enumerate(STAGES, start=1):
         console.rule(f"{i}/{num}  {title}  (mfm {command} --config {config})")
-        checkpoint = ["--ckpt_path", f"outputs/digits/{Path(config).stem}/last.ckpt"] if command == "test" else []
-        run([command, "--config", config, *checkpoint, *extra])
+        folder = Path("outputs/digits") / Path(config).stem
+        if command == "fit" and not fresh and (model := folder / "model.safetensors").exists():
+            console.print(f"{model} is there already, and taken as it is; mfm demo --overwrite fits it again")
+            continue
+        more = ["--ckpt_path", f"{folder}/last.ckpt"] if command == "test" else ["--overwrite"] if fresh else []
+        run([command, "--config", config, *more, *others])
     console.rule(f"{num}/{num}  Compare with Best-of-N, GLASS and others  (mfm benchmark alignment --quick)")
-    commands()["benchmark"].load()(["alignment", "--quick"])
+    run(["benchmark", "alignment", "--quick", *(["--fresh"] if fresh else [])])
     console.print(f"Done in {time.monotonic() - begin:.0f} s. Pictures and tables:")
     for path in (*sorted(Path("outputs/digits").glob("*/test/*")), REPORT):
         console.print(f"  {path}")

@@ -1,143 +1,135 @@
-"""The command `mfm`: `fit`, `validate`, `test` and `predict` with a YAML (LightningCLI), and tools by entry points."""
+"""The command `mfm`: finds the command of a name, hands it its arguments, and says in a line or two what went wrong.
+
+Nothing here imports torch: `mfm --help` and the help of each command are there at once.
+"""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import StrategyRegistry
-
-from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, StepProgressBar
-from mfm_lightning.modules import NonFiniteLossError
-from mfm_lightning.training.fsdp import FSDP
-from mfm_lightning.utils.configs import DEFAULTS, find_config
+from mfm_lightning._version import __version__
+from mfm_lightning.commands.errors import CommandLineError, unknown, users_line
+from mfm_lightning.commands.imports import import_named
+from mfm_lightning.commands.jobs import JOBS, short_help
 
 log = logging.getLogger(__name__)
-COMMANDS = "mfm_lightning.commands"
-CALLBACKS = {"ema": EMA, "export": ExportModel, "checkpoint": LastCheckpoint}  # of every run, by their key
-
-
-class MFMCLI(LightningCLI):
-    """LightningCLI whose runs begin with `configs/defaults.yaml`, and have the callbacks of `CALLBACKS`, a progress bar
-    and loggers. Checkpoints are loaded as plain tensors only, and printing results is left to the evaluation."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for key, kind in CALLBACKS.items():
-            parser.add_class_arguments(kind, key)
-
-    def before_instantiate_classes(self) -> None:
-        settings = self.config[str(self.subcommand)]
-        if settings.get("weights_only") is None:
-            settings["weights_only"] = True
-        if self.subcommand == "test":
-            settings["verbose"] = False
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        for noise in (".*overridden `on_before_batch_transfer`.*", ".*LeafSpec.*", ".*exists and is not empty.*"):
-            warnings.filterwarnings("ignore", message=noise)
-
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        settings = self.config_init[str(self.subcommand)]
-        trainer = settings.trainer
-        given = trainer.callbacks or []
-        given = given if isinstance(given, list) else [given]
-        kwargs["callbacks"] = [*_missing_callbacks(settings, given), *given]
-        if trainer.logger is None or trainer.logger is True:
-            folder = trainer.default_root_dir or os.getcwd()
-            kwargs["logger"] = [
-                TensorBoardLogger(folder, name="logs", version="tensorboard"),
-                CSVLogger(folder, name="logs", version="csv"),
-            ]
-        return super().instantiate_trainer(**kwargs)
-
-
-def _missing_callbacks(settings: Any, given: Sequence[Callback]) -> list[Callback]:
-    """Those of every run, without what the trainer does not want; one that is given takes the place of ours."""
-    ours = {kind: settings[key] for key, kind in CALLBACKS.items()}
-    if settings.trainer.enable_checkpointing is False:
-        del ours[LastCheckpoint]
-    if settings.trainer.enable_progress_bar is not False:
-        ours = {ProgressBar: StepProgressBar(), **ours}
-    return [callback for kind, callback in ours.items() if not any(isinstance(other, kind) for other in given)]
-
-
-def _with_found_configs(args: Sequence[str]) -> list[str]:
-    """The arguments with the file of each `--config` in place of its name."""
-    found, is_config = [], False
-    for arg in args:
-        name, equals, value = arg.partition("=")
-        if is_config:
-            arg = _config_file(arg)
-        elif equals and name in ("--config", "-c"):
-            arg = f"{name}={_config_file(value)}"
-        is_config = arg in ("--config", "-c")
-        found.append(arg)
-    return found
-
-
-def _config_file(text: str) -> str:
-    # else it is the YAML itself
-    return str(find_config(text)) if text.endswith((".yaml", ".yml", ".json")) else text
-
-
-def run(args: Sequence[str] | None = None) -> MFMCLI:
-    """Run the command with these arguments (the process's own where None), raising what goes wrong."""
-    if "fsdp2" not in StrategyRegistry:
-        StrategyRegistry.register("fsdp2", FSDP, description="parameters, gradients and optimiser state in shards")
-    # LightningCLI reads these, and warns where both are given
-    sys.argv[1:] = _with_found_configs(sys.argv[1:] if args is None else args)
-    return MFMCLI(
-        model_class=L.LightningModule,
-        datamodule_class=L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        parser_kwargs={name: {"default_config_files": [str(DEFAULTS)]} for name in MFMCLI.subcommands()},
-    )
-
-
-def commands() -> dict[str, EntryPoint]:
-    """The commands besides LightningCLI's, by name, to be loaded and called with their arguments; packages add theirs
-    by the entry-point group of `COMMANDS`."""
-    return {point.name: point for point in entry_points(group=COMMANDS)}
+ENTRY_POINTS = "mfm_lightning.commands"  # the group by which packages add commands
+USAGE = "Usage: mfm COMMAND [options]        mfm COMMAND --help tells a command's options"
+CLOSING = """Of every command:
+  --imports MODULE  imports a module of yours, whose rewards then have names
+  --debug           shows the whole traceback of an error; so does MFM_DEBUG=1
+Dashes and underscores in the names of options are the same."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point: errors that the user can mend end with their message and status 1, without a traceback."""
+    """Entry point: what the user can mend ends with its message and status 1 (2 for the command line itself), without a
+    traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     args = list(sys.argv[1:] if args is None else args)
-    if "" not in sys.path:
-        sys.path.append("")  # rewards and methods of a user's own, in the folder that the command runs in
+    debug = "--debug" in args or os.environ.get("MFM_DEBUG", "") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
     try:
-        tools = commands()
-        if args[:1] and args[0] in tools:
-            tools[args[0]].load()(args[1:])
-        else:
-            run(args)
-    except (FileNotFoundError, FloatingPointError, ImportError, NonFiniteLossError, ValueError) as error:
-        if log.isEnabledFor(logging.DEBUG):
+        run(args)
+    except CommandLineError as error:
+        if debug:
             raise
-        sys.exit(f"mfm: {type(error).__name__}: {_reason(error)}")
+        print(f"mfm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        if debug or not _can_be_mended(error):
+            raise
+        where = users_line(error)
+        sys.exit(f"mfm: {type(error).__name__}: {error}" + (f"\n  raised at {where}" if where else ""))
 
 
-def _reason(error: Exception) -> str:
-    """The message; of jsonargparse's, which repeat the whole config, the part that says what was wrong."""
-    found = re.search(r"\nErrors:\n(.*?)\nGiven value type:", str(error), re.DOTALL)
-    if found is None:
-        return str(error)
-    reasons = [reason for reason in re.split(r"^\s*- ", found[1], flags=re.MULTILINE) if reason.strip()]
-    return "; ".join(r.strip() for r in reasons if r.strip() != "Expected a <class 'NoneType'>") or str(error)
+def run(args: Sequence[str]) -> Any:
+    """Run the command with these arguments, raising what goes wrong; what `mfm fit` and its like return is their
+    `MFMCLI`.
+
+    Raises:
+        CommandLineError: for a command, an option or a value that is not known.
+    """
+    name, *given = list(args) or ["--help"]
+    if name in ("-h", "--help"):
+        print(overview())
+        return None
+    if name == "--version":
+        print(f"mfm-lightning {__version__}")
+        return None
+    tools = commands()
+    if name not in tools and name not in JOBS:
+        raise CommandLineError(f"{unknown('command', name, [*JOBS, *tools])} (mfm --help lists all)")
+    if "" not in sys.path:
+        sys.path.append("")  # modules of the user's own, in the folder that the command runs in
+    given = import_named(spelled(given))
+    if name in JOBS and {"-h", "--help"} & set(given):
+        print(short_help(name))
+        return None
+    if name in tools:
+        return call(tools[name].load(), name, given)
+    from mfm_lightning.commands.fit import run_job
+
+    return run_job(name, given)
+
+
+def call(tool: Callable[..., Any], name: str, args: Sequence[str]) -> Any:
+    """Call a tool with what the command line says: its parameters are the options. A tool whose only parameter is
+    `args` reads the command line by itself."""
+    from mfm_lightning.commands.options import parse
+
+    if list(inspect.signature(tool).parameters) == ["args"]:
+        return tool(args)
+    positional, options = parse(tool, f"mfm {name}", args)
+    return tool(*positional, **options)
+
+
+def commands() -> dict[str, EntryPoint]:
+    """The commands besides `JOBS` by name; packages add theirs by the entry-point group of `ENTRY_POINTS`: a function
+    whose parameters are the options, and whose docstring is the help."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def overview() -> str:
+    """All commands with a line each."""
+    about = dict(JOBS)
+    for name, point in sorted(commands().items()):
+        try:
+            about[name] = _first_sentence(inspect.getdoc(point.load()) or "")
+        except Exception as error:  # another package's, which must not take the help of all others with it
+            about[name] = f"(of {point.value}, cannot be imported: {error})"
+    width = max(map(len, about))
+    lines = [f"  {name:<{width}}  {text}" for name, text in about.items()]
+    title = "Meta Flow Maps: train them, draw from them, steer, search and fine-tune to a reward, and compare."
+    return "\n".join([USAGE, "", title, "", *lines, "", CLOSING])
+
+
+def spelled(args: Sequence[str]) -> list[str]:
+    """The arguments with the names of options spelled with underscores: `--batch-size 8` is `--batch_size 8`."""
+    found = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        found.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if re.match(r"--[A-Za-z]", arg) else arg)
+    return found
+
+
+def _first_sentence(doc: str) -> str:
+    """Up to the first full stop, as a line of a list: "Write samples of a model." is "write samples of a model"."""
+    text = re.split(r"\.(?:\s|$)", " ".join(doc.split("\n\n")[0].split()))[0]
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _can_be_mended(error: Exception) -> bool:
+    """Whether the message says it all: errors that are raised for the user, and those of files and imports."""
+    if isinstance(error, FileNotFoundError | FileExistsError | FloatingPointError | ImportError | ValueError):
+        return True
+    return type(error).__name__ in ("NonFiniteLossError", "MisconfigurationException")  # of modules that import torch
 
 
 if __name__ == "__main__":

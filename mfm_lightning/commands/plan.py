@@ -2,129 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
-from jsonargparse import ArgumentParser
-from rich import get_console
-from rich.table import Table
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from mfm_lightning.commands.planning import Plan, plan_training
-from mfm_lightning.modules import TrainingExecution
-from mfm_lightning.objectives import Objective
-from mfm_lightning.utils.configs import default_settings, find_config
-
-MODULE = "mfm_lightning.modules.MFMPretraining"
 
 
-def main(args: Sequence[str]) -> None:
-    """Entry point of the subcommand.
+def plan(*, config: Path, devices: int | None = None, batch_size: int | None = None, memory: float = 80.0) -> None:
+    """Tell parameters, operations and memory of a training step on each GPU, under DDP and FSDP.
 
-    Raises:
-        FileNotFoundError: if there is no such config.
-        ValueError: if it is not one of `MFMPretraining`, or a setting is unknown.
-    """
-    parser = argparse.ArgumentParser(
-        prog="mfm plan",
-        description="Parameters, operations and memory of a training step on each GPU, under DDP and FSDP; computed "
-        "without the config's files, data or devices.",
-    )
-    parser.add_argument("--config", type=Path, required=True, help="YAML of mfm fit")
-    parser.add_argument("--devices", type=int, help="GPUs in all; the config's where left out")
-    parser.add_argument("--batch_size", type=int, help="samples on each GPU; the config's where left out")
-    parser.add_argument("--memory", type=float, default=80, help="of a GPU, in GB (default: 80)")
-    options = parser.parse_args(args)
-    plan = plan_config(options.config, options.devices, options.batch_size)
-    show(plan, options.memory)
-
-
-def plan_config(path: Path, devices: int | None = None, batch_size: int | None = None) -> Plan:
-    """Plan the job of a config.
+    Computed without the config's files, data or devices.
 
     Args:
-        devices, batch_size: instead of the config's.
+        config: YAML of mfm fit: its path, or the name of a packaged one, such as imagenet256/mfm_b2.
+        devices: GPUs in all; the config's where left out.
+        batch_size: samples on each GPU; the config's where left out.
+        memory: of a GPU, in GB.
 
     Raises:
         FileNotFoundError: if there is no such config.
         ValueError: if it is not one of `MFMPretraining`, or a setting is unknown.
     """
-    path = find_config(path)
-    try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no config: expected the sections model, data and trainer of mfm fit")
-    model, trainer = config.get("model") or {}, default_settings()["trainer"] | (config.get("trainer") or {})
-    if model.get("class_path") != MODULE:
-        raise ValueError(f"{path} trains {model.get('class_path')}: mfm plan knows jobs of {MODULE}")
-    arguments = model.get("init_args") or {}
-    if "network" not in arguments:
-        raise ValueError(f"{path}: model.init_args has no network")
-    fake = FakeTensorMode()
-    with fake:
-        made = _instantiate(path, {k: arguments.get(k) for k in ("network", "objective", "execution")})
-    return plan_training(
-        made.network,
-        made.objective,
-        batch_size or _batch_size(config),
-        devices or _devices(trainer),
-        trainer.get("accumulate_grad_batches", 1),
-        "bf16" if "bf16" in str(trainer["precision"]) else "fp32",
-        made.execution,
-        fake,
-    )
+    from mfm_lightning.commands.config_plan import plan_config, show
 
-
-def show(plan: Plan, memory: float) -> None:
-    """Print a plan."""
-    console = get_console()
-    samples = plan.devices * plan.batch_size * plan.accumulate
-    console.print(f"{plan.parameters / 1e6:,.2f} M trained parameters, {plan.teacher / 1e6:,.2f} M of the teacher")
-    console.print(
-        f"a step: {samples:,} samples on {plan.devices} devices ({plan.batch_size} each"
-        f"{f', {plan.accumulate} times' if plan.accumulate > 1 else ''}), {plan.flops / 1e12:,.2f} TFLOP on each"
-    )
-    table = Table("GB on each device", "DDP", "FSDP")
-    columns = [plan.memory(sharded) for sharded in (False, True)]
-    for name in dict.fromkeys([*columns[0], *columns[1]]):
-        table.add_row(name, *[f"{column[name] / 1e9:,.2f}" if name in column else "" for column in columns])
-    totals = [sum(column.values()) / 1e9 for column in columns]
-    table.add_row("sum", *[f"{total:,.2f}{'' if total < memory else '  (too much)'}" for total in totals], style="bold")
-    console.print(table)
-    console.print(
-        f"Of {memory:g} GB. Not counted: CUDA's context and NCCL's buffers (about 1 GB), what the allocator wastes, "
-        "the VAE and rewards. Less memory: execution.checkpoint_activations, a smaller batch with accumulation, FSDP."
-    )
-
-
-def _instantiate(path: Path, settings: dict[str, Any]) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--network", type=nn.Module)
-    parser.add_argument("--objective", type=Objective)
-    parser.add_argument("--execution", type=TrainingExecution | None, default=None)
-    try:
-        return parser.instantiate(parser.parse_object({k: v for k, v in settings.items() if v is not None}))
-    except (argparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _batch_size(config: dict[str, Any]) -> int:
-    found = config.get("data", {}).get("init_args", {}).get("batch_size")
-    if found is None:
-        raise ValueError("the config's data has no batch_size: give --batch_size")
-    return int(found)
-
-
-def _devices(trainer: dict[str, Any]) -> int:
-    devices = trainer["devices"]
-    if isinstance(devices, list):
-        devices = len(devices)
-    if not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"the config's devices are {devices!r}: say how many by --devices")
-    return devices * int(trainer.get("num_nodes", 1))
+    show(plan_config(config, devices, batch_size), memory)

@@ -2,48 +2,94 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import fields
+from typing import TYPE_CHECKING, Literal
 
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+from mfm_lightning.commands.errors import CommandLineError
 
-from mfm_lightning.data.latents.preparation import Preparation, check, prepare, write_index
-from mfm_lightning.data.latents.verify import verify
-from mfm_lightning.utils.distributed import Process
+if TYPE_CHECKING:
+    from mfm_lightning.data.latents.preparation import Preparation
+    from mfm_lightning.utils.distributed import Process
 
 log = logging.getLogger(__name__)
 
 
-def main(args: Sequence[str]) -> None:
-    """Entry point of the subcommand.
+def prepare_latents(
+    *,
+    output: str,
+    input: list[str] | None = None,
+    verify: bool = False,
+    vae: str = "stabilityai/sd-vae-ft-mse",
+    image_size: int = 256,
+    shard_size: int = 1000,
+    batch_size: int = 32,
+    num_workers: int = 1,
+    threads: int = 4,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "auto",
+    seed: int = 0,
+    class_index: str | None = None,
+    skip_broken: bool = False,
+    allow_pipe: bool = False,
+    allow_download: bool = False,
+) -> None:
+    """Encode images by a VAE into WebDataset shards of moments, for LatentShards.
+
+    Run again after a stop, it goes on. Under torchrun or srun each process makes its share.
+
+    Args:
+        output: folder of the shards; with --verify alone also a URL.
+        input: a folder of class folders, or WebDataset shards, a folder of tars, paths, https:, s3:, gs:, with {a..b}.
+        verify: re-read all shards and compare with the index.
+        vae: AutoencoderKL of diffusers, a folder or Hugging Face id.
+        image_size: images are cropped to it.
+        shard_size: samples of a shard.
+        batch_size: images that the VAE encodes at once.
+        num_workers: processes here, on its GPUs in turn.
+        threads: that decode images, in each process.
+        precision: of the VAE.
+        device: auto, cpu, cuda, cuda:1, ...
+        seed: of the order of a folder's images.
+        class_index: JSON of labels by class name, for WebDataset input.
+        skip_broken: leave out images that cannot be decoded.
+        allow_pipe: run the shell commands of pipe URLs.
+        allow_download: fetch the VAE from the Hugging Face hub.
 
     Raises:
-        FileNotFoundError, ValueError: for input, VAE or settings that cannot be used; a failed verification.
+        CommandLineError, FileNotFoundError, ValueError: for input, VAE or settings that cannot be used; a failed
+            verification.
     """
-    options = _parser().parse_args(args)
-    if not options.input and not options.verify:
-        raise ValueError("give --input (a folder of class folders, or WebDataset shards), or --verify")
+    if not input and not verify:
+        raise CommandLineError("give --input (a folder of class folders, or WebDataset shards), or --verify")
+    from mfm_lightning.data.latents.preparation import Preparation
+    from mfm_lightning.data.latents.verify import verify as verify_shards
+    from mfm_lightning.utils.distributed import Process
+
     process = Process.from_environment()
     done = True
-    if options.input:
-        known = {field.name for field in fields(Preparation)} - {"inputs"}
-        job = Preparation(tuple(options.input), **{k: v for k, v in vars(options).items() if k in known})
-        done = _run(job, options.num_workers, process)
+    if input:
+        job = Preparation(
+            tuple(input), output, vae, image_size, shard_size, batch_size, threads, precision, device, seed,
+            class_index, skip_broken, allow_pipe, allow_download,
+        )  # fmt: skip
+        done = _run(job, num_workers, process)
         if done:
             log.info("%s is complete", job.output)
-    if options.verify and process.rank == 0:
+    if verify and process.rank == 0:
         if done:
-            verify(options.output, options.allow_pipe)
+            verify_shards(output, allow_pipe)
         else:
-            log.warning("not verified, for other processes are not done: run --verify --output %s", options.output)
+            log.warning("not verified, for other processes are not done: run --verify --output %s", output)
 
 
 def _run(job: Preparation, workers: int, process: Process) -> bool:
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+    from mfm_lightning.data.latents.preparation import check, prepare, write_index
+
     if workers < 1:
-        raise ValueError(f"--num-workers {workers} must be at least 1")
+        raise ValueError(f"--num_workers {workers} must be at least 1")
     if workers == 1:
         return prepare(job, process.rank, process.world_size, process.local_rank)
     source, encoder = job.source(), job.encoder(process.local_rank * workers)
@@ -58,6 +104,8 @@ def _run(job: Preparation, workers: int, process: Process) -> bool:
 
 
 def _worker(i: int, job: Preparation, workers: int, parent: Process) -> None:
+    from mfm_lightning.data.latents.preparation import prepare
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     rank, world_size, local_rank = (
         parent.rank * workers + i,
@@ -65,32 +113,3 @@ def _worker(i: int, job: Preparation, workers: int, parent: Process) -> None:
         parent.local_rank * workers + i,
     )
     prepare(job, rank, world_size, local_rank, i == 0, os.getppid())
-
-
-def _parser() -> argparse.ArgumentParser:
-    default = Preparation((), "")
-    parser = argparse.ArgumentParser(
-        prog="mfm prepare-latents",
-        description="Encode images by a VAE into WebDataset shards of moments, for LatentShards. Run again after a "
-        "stop, it goes on. Under torchrun or srun each process makes its share.",
-    )
-    parser.add_argument(
-        "--input", nargs="+", metavar="PATH_OR_URL", default=[],
-        help="a folder of class folders; or WebDataset shards: a folder of tars, paths, https:, s3:, gs:, with {a..b}",
-    )  # fmt: skip
-    parser.add_argument("--output", required=True, help="folder of the shards; with --verify alone also a URL")
-    parser.add_argument("--verify", action="store_true", help="re-read all shards and compare with the index")
-    parser.add_argument("--vae", default=default.vae, help="AutoencoderKL of diffusers: folder or Hugging Face id")
-    parser.add_argument("--image-size", type=int, default=default.image_size, help="crop; default %(default)s")
-    parser.add_argument("--shard-size", type=int, default=default.shard_size, help="samples; default %(default)s")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size, help="of the VAE; default %(default)s")
-    parser.add_argument("--num-workers", type=int, default=1, help="processes here, on its GPUs in turn")
-    parser.add_argument("--threads", type=int, default=default.threads, help="that decode images, a process")
-    parser.add_argument("--precision", default=default.precision, help="of the VAE: fp32, bf16 or fp16")
-    parser.add_argument("--device", default=default.device, help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of the order of a folder's images")
-    parser.add_argument("--class-index", help="JSON of labels by class name, for WebDataset input")
-    parser.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be decoded")
-    parser.add_argument("--allow-pipe", action="store_true", help="run the shell commands of pipe: URLs")
-    parser.add_argument("--allow-download", action="store_true", help="fetch the VAE from the Hugging Face hub")
-    return parser

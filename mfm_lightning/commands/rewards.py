@@ -1,249 +1,117 @@
-"""`mfm rewards`: list the rewards, show one, score images with one, or check that one keeps to what methods rely on."""
+"""`mfm rewards`: the zoo on the command line."""
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
-import torch
-import yaml
-from rich import get_console
-from rich.console import Group
-from rich.markup import escape
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor
-
-import mfm_rewards
-from mfm_lightning.utils.devices import find_device
-from mfm_lightning.utils.images import SUFFIXES
-from mfm_rewards import RewardError
-from mfm_rewards.execution import Execution
-from mfm_rewards.prompts import PLACEHOLDER, class_prompts, load_class_names
-from mfm_rewards.protocol import device_of
-from mfm_rewards.registry import factory
-from mfm_rewards.testing import Conformance, check_reward, smooth_images
+from mfm_lightning.commands.errors import CommandLineError
 
 
-def main(args: Sequence[str]) -> None:
-    """Entry point of the subcommand.
+def rewards(
+    *,
+    show: str | None = None,
+    score: str | None = None,
+    check: str | None = None,
+    images: Path | None = None,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    label: int | None = None,
+    class_names: str | None = None,
+    device: str = "auto",
+    option: list[str] | None = None,
+) -> None:
+    """List the rewards, show, check or use one.
+
+    A reward is named by its registered name, or by its path, my_module.my_reward.
+
+    Args:
+        show: a reward; what it measures, its options, its weights and how to get them.
+        score: a reward; score the images of a folder with it.
+        check: a reward; run the conformance checks of mfm_rewards.testing on it.
+        images: folder of images (--score, --check).
+        prompt: text for rewards that need one; {class} stands for the name of --label.
+        prompts: JSON of a text for each image, {"name.png": "..."}.
+        label: class for rewards that need one.
+        class_names: file of names by label; ImageNet's where left out.
+        device: auto, cpu, cuda, cuda:1, ...
+        option: of the reward, KEY=VALUE, the value as YAML; several after each other.
 
     Raises:
+        CommandLineError: if options do not fit together.
         RewardError: for an unknown reward, options that do not fit, missing weights or a missing prompt.
         FileNotFoundError: if the folder holds no images, or there is no file of prompts.
         SystemExit: with status 1, if a checked reward fails.
     """
-    parser = argparse.ArgumentParser(prog="mfm rewards", description="List the rewards, show, check or use one.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--show", metavar="NAME", help="what it measures, its options, its weights and how to get them")
-    what.add_argument("--score", metavar="NAME", help="score the images of a folder with it")
-    what.add_argument("--check", metavar="NAME", help="run the conformance checks of mfm_rewards.testing on it")
-    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of images (--score, --check)")
-    parser.add_argument("--prompt", help=f"text for rewards that need one; {PLACEHOLDER} stands for the label's name")
-    parser.add_argument(
-        "--prompts", metavar="FILE", type=Path, help='JSON of a text for each image, {"name.png": "..."}'
-    )
-    parser.add_argument("--label", type=int, help="class for rewards that need one")
-    parser.add_argument("--class-names", metavar="FILE", help="names by label; ImageNet's where left out")
-    parser.add_argument("--device", default="auto", help="such as cuda or cpu; a GPU where there is one")
-    parser.add_argument(
-        "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the reward, value as YAML"
-    )
-    options = parser.parse_args(args)
-    settings = dict(_option(text) for text in options.option)
-    if options.show:
-        get_console().print(describe(options.show))
+    chosen = {"--show": show, "--score": score, "--check": check}
+    given = [flag for flag, name in chosen.items() if name is not None]
+    if len(given) > 1:
+        raise CommandLineError(f"{' and '.join(given)}: one at a time")
+    if not given and (option or images or prompt or prompts):
+        raise CommandLineError("no reward is named: give --show, --score or --check NAME")
+    if score and images is None:
+        raise CommandLineError("--score needs --images DIR")
+    if prompts is not None and images is None:
+        raise CommandLineError("--prompts FILE names the images of --images DIR")
+    settings = dict(_option(text) for text in option or [])
+
+    from rich import get_console
+    from rich.table import Table
+
+    import mfm_rewards
+    from mfm_lightning.commands import reward_tables
+    from mfm_lightning.utils.devices import find_device
+
+    if not given or show is not None:
+        get_console().print(reward_tables.describe(show, settings) if show else reward_tables.listing())
         return
-    if not options.score and not options.check:
-        get_console().print(listing())
+    reward = mfm_rewards.build(score or check or "", **settings)
+    reward = reward.to(find_device(device)).eval().requires_grad_(False)
+    texts = _prompts(prompt, prompts, images, label, class_names)
+    if check or images is None:
+        reward_tables.show_checks(reward_tables.check(reward, images, texts, label))
         return
-    reward = mfm_rewards.build(options.score or options.check, **settings)
-    reward = reward.to(find_device(options.device)).eval().requires_grad_(False)
-    if options.score and options.images is None:
-        parser.error("--score needs --images DIR")
-    if options.prompts is not None and options.images is None:
-        parser.error("--prompts FILE names the images of --images DIR")
-    prompts = _prompts(options)
-    if options.check:
-        show_checks(check(reward, options.images, prompts, options.label))
-        return
-    scores = score_folder(reward, options.images, prompts, options.label)
-    table = Table("image", options.score)
-    for name, score in sorted(scores.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{score:.5g}")
+    scores = reward_tables.score_folder(reward, images, texts, label)
+    table = Table("image", str(score))
+    for name, value in sorted(scores.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{value:.5g}")
     get_console().print(table)
 
 
-def listing() -> Table:
-    """All rewards, with what they need, whether they have a gradient, and the memory they are expected to take."""
-    table = Table(row_styles=["", "dim"])
-    for column in ("name", "needs", "gradient", "memory", "what it is"):
-        table.add_column(column, no_wrap=column in ("name", "needs"))
-    for name, description in mfm_rewards.available().items():
-        made = factory(name)
-        # what an installed package's reward needs is not known before it is imported
-        needs = getattr(made, "needs", ("images",))[1:]
-        card = getattr(made, "card", None)
-        gradient = "yes" if getattr(made, "differentiable", True) else "no"
-        table.add_row(name, ", ".join(needs), gradient, card.memory if card else "", escape(description))
-    return table
-
-
-def describe(name: str) -> Table:
-    """A reward's description, weights and options."""
-    made = factory(name)
-    table = Table(show_header=False, box=None)
-    table.add_row(name, escape(docstring_parser.parse(inspect.getdoc(made) or "").description or ""))
-    if (card := getattr(made, "card", None)) is not None:
-        for field in ("measures", "values", "memory", "licence", "source", "fetch"):
-            table.add_row(field, escape(getattr(card, field)))
-    for signature, text in options_of(made).items():
-        table.add_row("option", Group(Text(signature), Padding(Text(text, style="dim"), (0, 0, 0, 2))))
-    return table
-
-
-def options_of(made: Callable[..., Any], prefix: str = "") -> dict[str, str]:
-    """Options of a class or function, "name: type = default", each with its line of help; "" where it has none.
-
-    The options of `execution` follow it, with their names in full, such as `execution.precision`.
-    """
-    help_of: dict[str, str] = {}
-    for source in reversed(inspect.getmro(made)) if inspect.isclass(made) else (made,):  # a class's own lines count
-        parsed = docstring_parser.parse(inspect.cleandoc(source.__doc__ or ""))
-        help_of |= {p.arg_name: " ".join((p.description or "").split()) for p in parsed.params}
-    found = {}
-    for parameter in inspect.signature(made).parameters.values():
-        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        kind = "" if parameter.annotation is parameter.empty else f": {_type_name(parameter.annotation)}"
-        found[f"{prefix}{parameter.name}{kind}{default}"] = help_of.get(parameter.name, "")
-        if parameter.name == "execution":
-            found |= options_of(Execution, "execution.")
-    return found
-
-
-def _type_name(annotation: Any) -> str:
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-
-
-def check(
-    reward: mfm_rewards.Reward,
-    folder: Path | None,
-    prompts: str | Callable[[str], str] | None,
-    label: int | None,
-) -> Conformance:
-    """The conformance checks on a folder's images, all of one size, or on random ones.
-
-    Args:
-        prompts, label: as in `score_folder`; the checks' own where None.
-    """
-    if folder is None:
-        images = smooth_images(4)
-        names = [""] * len(images)
-    else:
-        images, names = _batch(folder)
-    device = device_of(reward)
-    texts = None if prompts is None else [_prompt(prompts, name) for name in names]
-    labels = None if label is None else torch.full((len(names),), label, device=device)
-    return check_reward(reward, images.to(device), texts, labels)
-
-
-def show_checks(result: Conformance) -> None:
-    """Print the outcome; SystemExit with status 1 if anything failed."""
-    table = Table("check", "outcome", "found", title=result.reward)
-    for check in result.checks:
-        table.add_row(check.name, check.outcome, check.found)
-    get_console().print(table)
-    if result.failures:
-        raise SystemExit(1)
-
-
-def score_folder(
-    reward: mfm_rewards.Reward,
-    folder: Path,
-    prompts: str | Callable[[str], str] | None = None,
-    label: int | None = None,
-) -> dict[str, float]:
-    """The reward of each image in a folder, by file name; images may differ in size.
-
-    Args:
-        prompts: one for all, or what gives one for a file's name.
-    """
-    device, scores = device_of(reward), {}
-    for path in _paths(folder):
-        try:
-            with torch.no_grad():
-                text = None if prompts is None else [_prompt(prompts, path.name)]
-                labels = None if label is None else torch.tensor([label], device=device)
-                value = mfm_rewards.evaluate(reward, load_image(path)[None].to(device), text, labels)
-        except RewardError as error:
-            raise RewardError(f"{path}: {error}") from error
-        scores[path.name] = value.item()
-    return scores
-
-
-def _paths(folder: Path) -> list[Path]:
-    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
-    return paths
-
-
-def _batch(folder: Path) -> tuple[Tensor, list[str]]:
-    """A folder's images, which must have one shape, and their files' names."""
-    paths = _paths(folder)
-    images = [load_image(path) for path in paths]
-    for path, image in zip(paths, images, strict=True):
-        if image.shape != images[0].shape:
-            raise RewardError(
-                f"{path} has shape {tuple(image.shape)}, {paths[0]} {tuple(images[0].shape)}: the checks take a batch "
-                "of one size"
-            )
-    return torch.stack(images), [path.name for path in paths]
-
-
-def _prompt(prompts: str | Callable[[str], str], name: str) -> str:
-    return prompts(name) if callable(prompts) else prompts
-
-
-def _prompts(options: argparse.Namespace) -> str | Callable[[str], str] | None:
+def _prompts(
+    prompt: str | None, prompts: Path | None, images: Path | None, label: int | None, class_names: str | None
+) -> str | Callable[[str], str] | None:
     """What the command line says about prompts."""
-    if options.prompts is not None:
-        if not options.prompts.is_file():
-            raise FileNotFoundError(f"no prompts at {options.prompts}")
+    from mfm_lightning.commands.reward_tables import image_paths
+    from mfm_rewards import RewardError
+    from mfm_rewards.prompts import PLACEHOLDER, class_prompts, load_class_names
+
+    if prompts is not None and images is not None:
+        if not prompts.is_file():
+            raise FileNotFoundError(f"no prompts at {prompts}")
         try:
-            given: Any = json.loads(options.prompts.read_text())
+            given: Any = json.loads(prompts.read_text())
         except json.JSONDecodeError as error:
-            raise RewardError(f"{options.prompts} is no JSON: {error}") from error
+            raise RewardError(f"{prompts} is no JSON: {error}") from error
         if not isinstance(given, dict):
-            raise RewardError(f'{options.prompts} must be an object of a text for each file, {{"name.png": "..."}}')
-        if absent := [p.name for p in _paths(options.images) if p.name not in given]:
-            raise RewardError(f"{options.prompts} has no prompt for {len(absent)} images, first {absent[0]}")
+            raise RewardError(f'{prompts} must be an object of a text for each file, {{"name.png": "..."}}')
+        if absent := [p.name for p in image_paths(images) if p.name not in given]:
+            raise RewardError(f"{prompts} has no prompt for {len(absent)} images, first {absent[0]}")
         return given.__getitem__
-    if options.prompt is None or PLACEHOLDER not in options.prompt:
-        return options.prompt
-    names = load_class_names(options.class_names)
-    if options.label is None or not 0 <= options.label < len(names):
+    if prompt is None or PLACEHOLDER not in prompt:
+        return prompt
+    names = load_class_names(class_names)
+    if label is None or not 0 <= label < len(names):
         raise RewardError(f"a prompt with {PLACEHOLDER} needs --label, in 0..{len(names) - 1}")
-    return class_prompts(options.prompt, names)[options.label]
+    return class_prompts(prompt, names)[label]
 
 
-def load_image(path: Path) -> Tensor:
-    """An image file as `(C, H, W)` in [0, 1]; grey files have one channel, others three."""
-    from PIL import Image
-    from torchvision.transforms.functional import to_tensor
+def _option(text: str) -> tuple[str, Any]:
+    import yaml
 
-    with Image.open(path) as image:
-        return to_tensor(image if image.mode == "L" else image.convert("RGB"))
-
-
-def _option(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise RewardError(f"option {text!r} must be KEY=VALUE")
+        raise CommandLineError(f"--option {text!r} must be KEY=VALUE")
     return key, yaml.safe_load(value)

@@ -2,78 +2,84 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from mfm_lightning.checkpoints import (
-    SOURCES,
-    export_checkpoint,
-    find_file,
-    import_checkpoint,
-    imported_kind,
-    load_model,
-    read_metadata,
-    save_model,
-)
+from mfm_lightning.commands.errors import CommandLineError
 
 log = logging.getLogger(__name__)
-_SIZES = {
-    "input_size": "height and width of a state",
-    "patch_size": "of a token",
-    "in_channels": "of a state",
-    "hidden_size": "width of the transformer",
-    "depth": "number of blocks",
-    "num_heads": "of each block's attention",
-    "encoder_depth": "number of the encoder's blocks",
-    "num_classes": "number of labels",
-}
 
 
-def import_main(args: Sequence[str]) -> None:
-    """Entry point of `mfm import`; raises as `import_checkpoint`."""
-    parser = argparse.ArgumentParser(
-        prog="mfm import",
-        description="Convert released MFM, DMF or SiT weights to a model.safetensors of ours. Sizes are read from the "
-        "shapes; those given here win.",
-    )
-    parser.add_argument("path", help="a file, or a Hugging Face repository: org/name or org/name/file")
-    parser.add_argument("--source", choices=SOURCES, default="mfm", help="whose weights; mfm if left out")
-    parser.add_argument("--output", type=Path, required=True, help="file to write, .safetensors")
-    for name, meaning in _SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=meaning)
-    parser.add_argument("--guidance-scales", type=float, nargs="*", help="class-guidance scales besides 1, as trained")
-    parser.add_argument(
-        "--flip-time",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="the weights take t=1 for noise, which is taken for granted; --no-flip-time for the original SiT release",
-    )
-    parser.add_argument("--allow-download", action="store_true", help="fetch the file where it is not on this machine")
-    parser.add_argument("--revision", help="of a Hugging Face repository")
-    options = vars(parser.parse_args(args))
-    output, source = options.pop("output"), options["source"]
+def import_weights(
+    path: str,
+    *,
+    output: Path,
+    source: Literal["mfm", "dmf", "sit"] = "mfm",
+    input_size: int | None = None,
+    patch_size: int | None = None,
+    in_channels: int | None = None,
+    hidden_size: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    encoder_depth: int | None = None,
+    num_classes: int | None = None,
+    guidance_scales: list[float] | None = None,
+    flip_time: bool | None = None,
+    allow_download: bool = False,
+    revision: str | None = None,
+) -> None:
+    """Convert released MFM, DMF or SiT weights to a model.safetensors of ours.
+
+    Sizes are read from the shapes; those given here win.
+
+    Args:
+        path: a file, or a Hugging Face repository, org/name or org/name/file.
+        output: file to write, .safetensors.
+        source: whose weights they are.
+        input_size: height and width of a state.
+        patch_size: of a token.
+        in_channels: of a state.
+        hidden_size: width of the transformer.
+        depth: number of blocks.
+        num_heads: of each block's attention.
+        encoder_depth: number of the encoder's blocks.
+        num_classes: number of labels.
+        guidance_scales: class-guidance scales besides 1, as trained.
+        flip_time: the weights take t=1 for noise, which is taken for granted; --no_flip_time for the original SiT.
+        allow_download: fetch the file where it is not on this machine.
+        revision: of a Hugging Face repository.
+
+    Raises:
+        CommandLineError, FileNotFoundError, CheckpointError: as `import_checkpoint`.
+    """
     if output.suffix != ".safetensors":
-        parser.error(f"--output {output}: expected a name that ends in .safetensors")
-    path = options.pop("path")
-    file = find_file(path, options["allow_download"], options["revision"])
-    model = import_checkpoint(file, **options)
+        raise CommandLineError(f"--output {output}: expected a name that ends in .safetensors")
+    from mfm_lightning.checkpoints import find_file, import_checkpoint, imported_kind, save_model
+
+    file = find_file(path, allow_download, revision)
+    model = import_checkpoint(
+        file, source, input_size=input_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
+        depth=depth, num_heads=num_heads, encoder_depth=encoder_depth, num_classes=num_classes,
+        guidance_scales=guidance_scales, flip_time=flip_time,
+    )  # fmt: skip
     save_model(model, output, {"kind": imported_kind(file, source), "imported_from": f"{source}: {path}"})
     log.info("%s (%s) written to %s: %s", path, source, output, model.network.config)
 
 
-def export_main(args: Sequence[str]) -> None:
-    """Entry point of `mfm export`; raises as `load_model` and `export_checkpoint`."""
-    parser = argparse.ArgumentParser(
-        prog="mfm export", description="Convert a model.safetensors of ours to the released MFM's parameter names."
-    )
-    parser.add_argument("path", type=Path, help="a model.safetensors that was written here")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="file to write: .safetensors, or .pt, .pth, .ckpt (a state_dict)"
-    )
-    parser.add_argument("--prefix", default="dit.", help="before each name; 'dit.' if left out, as released")
-    options = parser.parse_args(args)
-    model, kind = load_model(options.path), read_metadata(options.path).get("kind", "meta_flow_map")
-    export_checkpoint(model, options.output, options.prefix, kind)
-    log.info("%s (%s) written to %s", options.path, kind, options.output)
+def export_weights(path: Path, *, output: Path, prefix: str = "dit.") -> None:
+    """Convert a model.safetensors of ours to the released MFM's parameter names.
+
+    Args:
+        path: a model.safetensors that was written here.
+        output: file to write, .safetensors, or .pt, .pth, .ckpt (a state_dict).
+        prefix: before each name; the release's if left out.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: as `load_model` and `export_checkpoint`.
+    """
+    from mfm_lightning.checkpoints import export_checkpoint, load_model, read_metadata
+
+    model, kind = load_model(path), read_metadata(path).get("kind", "meta_flow_map")
+    export_checkpoint(model, output, prefix, kind)
+    log.info("%s (%s) written to %s", path, kind, output)

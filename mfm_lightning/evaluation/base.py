@@ -78,10 +78,18 @@ Module = TypeVar("Module", bound=EvaluatedModule, contravariant=True)
 
 
 class Evaluation(ABC, Generic[Module]):
-    """Base class. Methods take the LightningModule, and a folder to write to; `Module` says what they use of it."""
+    """Base class. Methods take the LightningModule, and a folder to write to; `Module` says what they use of it.
+
+    Attributes:
+        needs_data: attributes that the run's DataModule must have, keys of `DATA`.
+    """
+
+    needs_data: tuple[str, ...] = ()
 
     def check(self, module: Module) -> None:
         """Raise ValueError, before any work, if the module's target or data cannot be evaluated so."""
+        if self.needs_data:
+            data_of(module, *self.needs_data, by=type(self).__name__)
 
     @abstractmethod
     def draw(self, module: Module, folder: Path) -> None:
@@ -100,13 +108,30 @@ def datamodule_of(trainer: L.Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
 
 
-def data_of(module: EvaluatedModule) -> Any:
+DATA = {  # what an evaluation may need of a DataModule, besides batches
+    "splits": 'splits: data that fit in memory, {"train": (x, label), "val": ..., "test": ...}',
+    "decode": "decode(x): images in [0, 1] of states",
+    "num_classes": "num_classes: the number of labels",
+    "oracle": "oracle: the exact distribution, such as mfm_lightning.GaussianMixture",
+}
+
+
+def data_of(module: EvaluatedModule, *needed: str, by: str = "this evaluation") -> Any:
     """The DataModule that an evaluation needs.
 
+    Args:
+        needed: attributes of it, keys of `DATA`.
+        by: who needs them.
+
     Raises:
-        ValueError: if the run has none.
+        ValueError: if the run has none, or one without them.
     """
     data = datamodule_of(module.trainer)
     if data is None:
-        raise ValueError("this evaluation needs the run's DataModule: give the trainer one, not only data loaders")
+        raise ValueError(f"{by} needs the run's DataModule: give the trainer one, not only data loaders")
+    if missing := [name for name in needed if getattr(data, name, None) is None]:
+        raise ValueError(
+            f"{by} needs of {type(data).__name__} also {'; '.join(DATA[name] for name in missing)}. Give it that, or "
+            "leave model.evaluation out: losses are logged without it"
+        )
     return data

@@ -37,6 +37,8 @@ class ImageEvaluation(Evaluation[ModelModule]):
         seed: of all noise.
     """
 
+    needs_data = ("splits", "decode", "num_classes")
+
     def __init__(
         self,
         num_samples: int = 2000,

@@ -40,6 +40,8 @@ class MixtureEvaluation(Evaluation[ModelModule]):
         seed: of states, draws and projections.
     """
 
+    needs_data = ("oracle",)
+
     def __init__(
         self,
         times: Sequence[float] = (0.1, 0.3, 0.5, 0.7),

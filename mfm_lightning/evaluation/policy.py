@@ -63,6 +63,9 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
         self._base_row: dict[str, float] | None = None
 
     def check(self, module: PolicyModule) -> None:
+        super().check(module)
+        if self.likeness:
+            data_of(module, "splits", "decode", "num_classes", by="PolicyEvaluation with likeness")
         if module.num_classes < 1 or len(module.state_shape) != 3:
             raise ValueError("PolicyEvaluation is for images with classes: for a mixture use TiltedMixtureEvaluation")
         if self.steering is not None and self.steering.needs_reward_gradient:

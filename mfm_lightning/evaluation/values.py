@@ -61,6 +61,8 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
         ValueError: for an unknown reference.
     """
 
+    needs_data = ("splits",)
+
     num_states: int = 64
     num_draws: int = 200
     num_repeats: int = 2
@@ -76,6 +78,7 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
         self._values: dict[tuple[float, str], tuple[Tensor, Tensor]] = {}
 
     def check(self, module: ValueModule) -> None:
+        super().check(module)
         oracle, scale = self._oracle(module), module.target.settings.reward_scale
         if self.reference == "exact" and oracle is None:
             raise ValueError("reference 'exact' needs a DataModule with an oracle: use 'rollouts'")

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -21,6 +20,7 @@ from mfm_lightning.conditions import Batch, Conditions
 from mfm_lightning.evaluation.base import datamodule_of
 from mfm_lightning.modules.base import check_batch, own_gradients
 from mfm_lightning.samplers import sample_ode
+from mfm_lightning.utils.atomic import save_tensors
 from mfm_lightning.utils.figures import before_after, scatter
 from mfm_rewards import RewardError
 
@@ -69,9 +69,11 @@ class RewardAlignment(L.LightningModule):
         if stage != "predict":
             raise ValueError(f"alignment has nothing to {stage}: run mfm predict")
         data, model = datamodule_of(self.trainer), self.target.model
-        if data is not None and (tuple(data.state_shape), data.num_classes) != (model.state_shape, model.num_classes):
+        shape = tuple(getattr(data, "state_shape", model.state_shape))
+        classes = getattr(data, "num_classes", model.num_classes)
+        if (shape, classes) != (model.state_shape, model.num_classes):
             raise ValueError(
-                f"noise of shape {tuple(data.state_shape)} with {data.num_classes} classes for a model of "
+                f"noise of shape {shape} with {classes} classes for a model of "
                 f"{model.state_shape} with {model.num_classes}: set data.state_shape and data.num_classes"
             )
         self.target.to(self.trainer.strategy.root_device)  # this module's own device is known only later
@@ -102,11 +104,12 @@ class RewardAlignment(L.LightningModule):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         name = f"batch_{number:04d}"
         try:
-            result = self.method(target, x0, generator)
+            with torch.enable_grad():  # as in Python: a method of the user's own may take gradients
+                result = self.method(target, x0, generator)
         except (RewardError, FloatingPointError) as error:
             if (states := getattr(error, "states", None)) is not None:
                 path = self.folder / f"{name}_unfinished.safetensors"
-                save_file({"states": states.cpu().contiguous()}, path)
+                save_tensors({"states": states}, path)
                 raise type(error)(f"{error}; the states so far are in {path}") from error
             raise
         result.save(self.folder, name)

@@ -44,6 +44,7 @@ class TrainingModule(L.LightningModule, ABC):
     state_shape: tuple[int, ...]
     num_classes: int
     exported_kind = "meta_flow_map"
+    measures_untrained = False  # whether `test` has something to measure where there are no trained weights
     measures_at_validation = False  # whether validation measures, too, or only draws
 
     def __init__(self, optimization: Optimization | None = None, evaluation: Evaluation | None = None) -> None:
@@ -88,10 +89,12 @@ class TrainingModule(L.LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         data = datamodule_of(self.trainer)
-        if data is not None and tuple(data.state_shape) != self.state_shape:
-            raise ValueError(f"data of shape {tuple(data.state_shape)}, but the network takes {self.state_shape}")
-        if data is not None and data.num_classes != self.num_classes:
-            raise ValueError(f"data of {data.num_classes} classes, but the network has {self.num_classes}")
+        # a DataModule that does not say them is found out by its first batch
+        shape, classes = getattr(data, "state_shape", None), getattr(data, "num_classes", None)
+        if shape is not None and tuple(shape) != self.state_shape:
+            raise ValueError(f"data of shape {tuple(shape)}, but the network takes {self.state_shape}")
+        if classes is not None and classes != self.num_classes:
+            raise ValueError(f"data of {classes} classes, but the network has {self.num_classes}")
         if self.evaluation is not None:
             self.evaluation.check(self)
         self.to_device(self.trainer.strategy.root_device)  # Lightning moves this module itself, but later

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
@@ -31,6 +30,7 @@ from mfm_lightning.objectives.finetuning import (
     tilt_without_gradient,
 )
 from mfm_lightning.samplers import sample_ode
+from mfm_lightning.utils.atomic import save_tensors
 
 
 @dataclass
@@ -212,9 +212,7 @@ class RewardFinetuning(TrainingModule):
         samples = {"base": self.sample_base(noise, conditions), "policy": self.sample_policy(noise, conditions)}
         if conditions.label is not None:
             samples["label"] = conditions.label
-        folder = self.folder / "predict"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.cpu().contiguous() for k, v in samples.items()}, folder / f"batch_{number:04d}.safetensors")
+        save_tensors(samples, self.folder / "predict" / f"batch_{number:04d}.safetensors")
 
     def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
         pair = noised(x1, conditions, self.times, self.class_dropout, self.target.model.null_conditions)

@@ -39,6 +39,7 @@ class ValueEstimation(TrainingModule):
     """
 
     exported_kind = "value"
+    measures_untrained = True  # the estimators from draws
 
     def __init__(
         self,

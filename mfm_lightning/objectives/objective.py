@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +23,15 @@ class WeightedTerm:
     """A term of the objective by name, and how much it counts.
 
     Args:
-        name: a key of `mfm_lightning.objectives.TERMS`.
+        name: a key of `mfm_lightning.objectives.TERMS`, or the path of a `Term` of your own, such as my_terms.MyTerm.
         p: power of the adaptive weight 1 / (|residual|^2 + c)^p (Eq. 73); 0 for none.
         c: of the adaptive weight, positive.
         weight: factor of the term.
         start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
+        options: arguments of a term of your own, by name.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or options that the term does not take.
     """
 
     name: str
@@ -35,10 +39,40 @@ class WeightedTerm:
     c: float = 0.01
     weight: float = 1.0
     start_step: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in TERMS:
-            raise ValueError(f"unknown objective {self.name!r}: expected one of {', '.join(TERMS)}")
+        if self.name in TERMS and self.options:
+            raise ValueError(f"objective {self.name!r} has no options, got {', '.join(self.options)}")
+        self.kind()
+
+    def kind(self) -> type[Term]:
+        """The class that the name stands for."""
+        if self.name in TERMS:
+            return TERMS[self.name]
+        module, _, attribute = self.name.rpartition(".")
+        if not module:
+            meant = get_close_matches(self.name, TERMS, n=1)
+            hint = f"did you mean {meant[0]!r}? " if meant else ""
+            raise ValueError(
+                f"unknown objective {self.name!r}: {hint}expected one of {', '.join(TERMS)}, or the path of a Term"
+            )
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"objective {self.name!r} cannot be imported: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, Term)):
+            raise ValueError(f"objective {self.name!r} is no subclass of mfm_lightning.objectives.Term")
+        return found
+
+    def build(self, backend: str) -> Term:
+        """The term; a consistency term takes the objective's tangent `backend`."""
+        kind = self.kind()
+        settings = {"backend": backend, **self.options} if issubclass(kind, Consistency) else self.options
+        try:
+            return kind(**settings)
+        except TypeError as error:
+            raise ValueError(f"objective {self.name!r}: {error}") from error
 
 
 def squared_error(residual: Tensor) -> Tensor:
@@ -82,11 +116,7 @@ class Objective:
         if not self.terms:
             raise ValueError("an objective needs at least one term")
         get_backend(self.backend)
-        self.built_terms = [self._build(term.name) for term in self.terms]
-
-    def _build(self, name: str) -> Term:
-        kind = TERMS[name]
-        return kind(self.backend) if issubclass(kind, Consistency) else kind()
+        self.built_terms = [term.build(self.backend) for term in self.terms]
 
     @property
     def needs_teacher(self) -> list[str]:

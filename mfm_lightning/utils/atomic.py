@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".partial-"  # between the name of a file that is being written and what is its writer's alone
 OLD = ".old"  # after the name of what is being replaced by, or is, a folder
@@ -27,14 +29,29 @@ def whole_file(path: str | Path, sync: bool = False) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}{PARTIAL}{uuid.uuid4().hex[:12]}")
+    partial.touch(exist_ok=False)
+    mode = stat.S_IMODE(partial.stat().st_mode)  # by the umask; some writers, safetensors among them, make it 0600
+    partial.unlink()
     try:
         yield partial
+        with contextlib.suppress(PermissionError):  # of file systems that know no modes
+            partial.chmod(mode)
         if sync:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, Any], path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+    """Write tensors, of any device and layout, as one whole safetensors file."""
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with whole_file(path) as partial:
+        save_file(plain, partial, metadata=metadata)
+    return Path(path)
 
 
 def clear_partials(folder: str | Path, name: str = "*") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,39 @@ SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.
 DEFAULTS = SHIPPED / "defaults.yaml"  # what every job starts from
 
 
-def find_config(path: str | Path) -> Path:
-    """The file at a path; where there is none and the path begins with `configs/`, the package's own config.
+def find_config(name: str | Path) -> Path:
+    """The file at a path; where there is none, the config of that name, such as "digits/mfm" or
+    "configs/digits/mfm.yaml": in the folder `configs` here, then among those of the package.
 
     Raises:
-        FileNotFoundError: if neither is there.
+        FileNotFoundError: if it is nowhere; with the nearest name.
     """
-    path = Path(path)
+    path = Path(name)
     if path.is_file():
         return path
-    if path.parts[:1] == ("configs",) and (shipped := SHIPPED.joinpath(*path.parts[1:])).is_file():
-        return shipped
-    raise FileNotFoundError(f"no config at {path}: the package's own are configs/*/*.yaml, in {SHIPPED}")
+    if not path.is_absolute():
+        named = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+        if named.suffix not in (".yaml", ".yml", ".json"):
+            named = named.with_name(f"{named.name}.yaml")
+        for folder in (Path(), Path("configs"), SHIPPED):
+            if (found := folder / named).is_file():
+                return found
+    from difflib import get_close_matches
+
+    wanted = re.sub(r"^configs/|\.yaml$", "", str(name))
+    meant = get_close_matches(wanted, packaged(), n=1)
+    hint = f"did you mean {meant[0]}?" if meant else "mfm configs lists those of the package"
+    raise FileNotFoundError(f"no config at {name}: {hint}")
+
+
+def packaged() -> dict[str, str]:
+    """The package's configs by name, such as "digits/mfm", each with the first line of its comment."""
+    found = {}
+    for path in sorted(SHIPPED.glob("*/*.yaml")):
+        first = path.read_text().partition("\n")[0]
+        about = first.lstrip("# ") if first.startswith("#") else ""
+        found[str(path.relative_to(SHIPPED).with_suffix(""))] = re.sub(r":?\s+mfm .*|\s*\(fit .*|:$", "", about)
+    return found
 
 
 def default_settings() -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +14,7 @@ from rich import get_console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
+log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 
 
@@ -22,8 +25,27 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=get_console(), transient=True)
 
 
-def track(jobs: Sequence[Job], describe: Callable[[Job], str]) -> Iterator[Job]:
-    """The jobs one after the other, with a progress bar that says which one is under way."""
+def duration(seconds: float) -> str:
+    """As people say it: "45 s", "3 min 20 s", "2 h 5 min"."""
+    whole = round(seconds)
+    for size, names in ((3600, ("h", "min", 60)), (60, ("min", "s", 1))):
+        if whole >= size:
+            rest = whole % size // names[2]
+            return f"{whole // size} {names[0]}" + (f" {rest} {names[1]}" if rest else "")
+    return f"{whole} s"
+
+
+def track(jobs: Sequence[Job], describe: Callable[[Job], str], every: float = 30.0) -> Iterator[Job]:
+    """The jobs one after the other, with a progress bar that says which one is under way; where there is no terminal,
+    a line with the time left at most `every` so many seconds."""
+    if not get_console().is_terminal:
+        begin = last = time.monotonic()
+        for i, job in enumerate(jobs):
+            if (now := time.monotonic()) - last >= every:
+                last, left = now, (now - begin) / i * (len(jobs) - i)
+                log.info("%s (%d of %d), %s left", describe(job), i + 1, len(jobs), duration(left))
+            yield job
+        return
     with progress_bar() as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, overload
 
@@ -81,11 +82,16 @@ def available() -> dict[str, str]:
 def factory(name: str) -> Callable[..., Any]:
     """What `name` stands for: a class, a function, or an installed package's reward that is not imported yet.
 
+    Args:
+        name: a registered name, or the path of what is registered under none, "my_module.my_reward".
+
     Raises:
-        RewardError: if the name is unknown; the nearest known one is suggested.
+        RewardError: if the name is unknown (the nearest known one is suggested), or the path leads nowhere.
     """
     _load_plugins()
     if name not in _FACTORIES:
+        if "." in name:
+            return _imported(name)
         known = ", ".join(sorted(_FACTORIES))
         raise RewardError(f"unknown reward {name!r}: did you mean {nearest(name, _FACTORIES)!r}? Known are {known}")
     return _FACTORIES[name]
@@ -112,11 +118,7 @@ def _build_from_dict(settings: dict[str, Any], options: dict[str, Any]) -> Rewar
     settings = {**settings, **options}
     if "class_path" in settings:
         path = settings["class_path"]
-        module, _, attribute = path.rpartition(".")
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise RewardError(f"reward class_path {path!r} cannot be imported: {error}") from error
+        factory = _imported(path)
         others = {key: value for key, value in settings.items() if key not in ("class_path", "init_args")}
         return _call(factory, path, {**others, **dict(settings.get("init_args") or {})})
     if "name" not in settings:
@@ -126,16 +128,51 @@ def _build_from_dict(settings: dict[str, Any], options: dict[str, Any]) -> Rewar
     return build(name, **{**settings, **dict(settings.pop("options", None) or {})})
 
 
-def _call(factory: Callable, name: str, options: dict[str, Any]) -> Reward:
+def _imported(path: str) -> Callable[..., Any]:
+    """What stands at "module.name"."""
+    module, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RewardError(f"reward class_path {path!r} cannot be imported: {error}") from error
+
+
+def check_options(factory: Callable[..., Any], name: str, options: Mapping[str, Any], complete: bool = True) -> None:
+    """Refuse options that a reward does not have.
+
+    Args:
+        factory: what `name` stands for.
+        complete: whether those without a default must be among them.
+
+    Raises:
+        RewardError: with the nearest option's name, and all that there are.
+    """
+    if isinstance(factory, _Plugin):
+        factory = factory.point.load()
     if _is_reward_itself(factory):
         if options:
             raise RewardError(f"reward {name!r} is a function of images and has no options, got {', '.join(options)}")
-        return as_reward(factory, name)
+        return
     signature = inspect.signature(factory)
+    known = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if not takes_all and (strange := [option for option in options if option not in known]):
+        if moved := _moved(signature, options):
+            raise RewardError(f"options of reward {name!r} do not fit:{moved}")
+        meant = difflib.get_close_matches(strange[0], known, n=1)
+        hint = f"did you mean {meant[0]!r}? It has" if meant else "it has"
+        has = f"{hint} {', '.join(known)}" if known else "it has none"
+        raise RewardError(f"options of reward {name!r} do not fit: no option {strange[0]!r}; {has}")
     try:
-        signature.bind(**options)
+        signature.bind(**options) if complete else signature.bind_partial(**options)
     except TypeError as error:
-        raise RewardError(f"options of reward {name!r} do not fit: {error}{_moved(signature, options)}") from error
+        raise RewardError(f"options of reward {name!r} do not fit: {error}") from error
+
+
+def _call(factory: Callable, name: str, options: dict[str, Any]) -> Reward:
+    check_options(factory, name, options)
+    if not isinstance(factory, _Plugin) and _is_reward_itself(factory):
+        return as_reward(factory, name)
     try:
         return as_reward(factory(**options), name)
     except RewardError:
@@ -144,7 +181,7 @@ def _call(factory: Callable, name: str, options: dict[str, Any]) -> Reward:
         raise RewardError(f"reward {name!r} cannot be built: {error}") from error
 
 
-def _moved(signature: inspect.Signature, options: dict[str, Any]) -> str:
+def _moved(signature: inspect.Signature, options: Mapping[str, Any]) -> str:
     """A hint for options that stand beside `execution`, and belong under it."""
     names = [name for name in options if name in OPTIONS and name not in signature.parameters]
     if not names or "execution" not in signature.parameters:

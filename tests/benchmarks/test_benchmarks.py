@@ -179,7 +179,7 @@ def test_the_documented_comparison_runs_and_its_costs_are_the_papers(workplace, 
     for scale in (1.0, 2.0):
         settings["rewards"]["r"] = {"reward": {"name": "scale", "reward": "brightness", "factor": scale}}
         (workplace / "probe.yaml").write_text(yaml.safe_dump({**settings, "methods": {}}))
-        suite, _ = load_suite("alignment", Path("probe.yaml"))
+        suite, _, _ = load_suite("alignment", ["--config", "probe.yaml"])
         assert suite.missing() == []
         suite.prepare()
         probes.append(suite._probes)
@@ -403,7 +403,7 @@ def test_bad_settings_are_refused_before_any_work(workplace):
 def test_every_suite_has_a_config_that_fits_it():
     assert {"gmm", "digits", "alignment", "imagenet256"} <= set(suites())
     for name, kind in suites().items():
-        suite, settings = load_suite(name, ROOT / f"configs/benchmarks/{name}.yaml")
+        suite, settings, _ = load_suite(name)
         assert isinstance(suite, kind)
         assert settings
         suite.shrink()

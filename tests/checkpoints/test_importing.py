@@ -19,9 +19,17 @@ from mfm_lightning.checkpoints import (
     save_model,
 )
 from mfm_lightning.checkpoints.architecture import infer_architecture
-from mfm_lightning.commands.weights import export_main, import_main
+from mfm_lightning.commands.main import run
 from mfm_lightning.networks import DiT, architecture
 from tests.parity import ARCHITECTURE, DATA, NOT_IN_SHAPES, weights
+
+
+def import_main(args):
+    run(["import", *args])
+
+
+def export_main(args):
+    run(["export", *args])
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 A config names the subclasses of `ROOTS`, the networks and the rewards; and what their constructors' types ask for.
 """
 
-import argparse
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -18,13 +18,22 @@ from lightning.pytorch.strategies import Strategy
 import mfm_benchmarks
 import mfm_lightning
 import mfm_rewards
+from mfm_benchmarks.command import _how
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.suite import Suite
+from mfm_lightning.checkpoints import SOURCES
 from mfm_lightning.commands.main import commands, run
+from mfm_lightning.commands.options import parser_of
 from mfm_lightning.data import LatentShards
+from mfm_lightning.data.latents.preparation import Preparation
 from mfm_lightning.metrics.classifier import SmallClassifier
+from mfm_lightning.metrics.inception import FEATURES
 from mfm_lightning.networks import NETWORKS, VALUE_NETWORKS
+from mfm_lightning.samplers import METHODS
+from mfm_lightning.sampling import OUTPUTS
+from mfm_lightning.sampling.model_sampler import KINDS
+from mfm_rewards.execution import Precision
 from mfm_rewards.registry import factory
 
 PACKAGES = (mfm_lightning, mfm_rewards, mfm_benchmarks)
@@ -108,10 +117,40 @@ def test_help_of_a_class_shows_them(monkeypatch, capsys):
         assert " ".join(entry.description.split()) in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("name", sorted(commands().keys() - {"demo"}))  # which takes the options of `mfm fit`
-def test_every_option_of_a_command_has_a_help_text(name, monkeypatch):
-    parsers = []
-    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: parsers.append(parser))
-    with pytest.raises(SystemExit, match=r"^0$"):
-        commands()[name].load()(["--help"])
-    assert [action.dest for action in parsers[0]._actions if not action.help] == []
+TOOLS = {name: point.load() for name, point in commands().items()}
+
+
+@pytest.mark.parametrize("name", sorted(TOOLS))
+def test_every_option_of_a_command_has_a_help_text(name):
+    # demo takes the options of `mfm fit`, and benchmark those of a suite
+    tool = {"demo": None, "benchmark": _how}.get(name, TOOLS[name])
+    actions = parser_of(tool, name)._actions if tool else []
+    assert [action.dest for action in actions if not action.help] == []
+
+
+@pytest.mark.parametrize(
+    ("light", "heavy"),
+    [
+        (("fid", "num_features"), FEATURES),
+        (("sample", "format"), sorted(OUTPUTS)),
+        (("sample", "sampler"), KINDS),
+        (("sample", "method"), METHODS),
+        (("sample", "precision"), typing.get_args(Precision)),
+        (("prepare-latents", "precision"), typing.get_args(Precision)),
+        (("import", "source"), SOURCES),
+    ],
+)
+def test_a_command_offers_what_there_is(light, heavy):
+    """A command says its choices without importing what knows them."""
+    name, option = light
+    kind = inspect.signature(TOOLS[name], eval_str=True).parameters[option].annotation
+    choices = {
+        c for k in (kind, *typing.get_args(kind)) if typing.get_origin(k) is typing.Literal for c in typing.get_args(k)
+    }
+    assert choices == set(heavy)
+
+
+def test_a_command_has_the_defaults_of_what_it_calls():
+    defaults = {p.name: p.default for p in inspect.signature(TOOLS["prepare-latents"]).parameters.values()}
+    for field in dataclasses.fields(Preparation):
+        assert field.name in ("inputs", "output") or defaults[field.name] == field.default, field.name

@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mfm_benchmarks.parts.training_steps import Training, Variant
 from mfm_benchmarks.timing import count_flops, peak_bytes
-from mfm_lightning.commands.plan import MODULE, main, plan_config
+from mfm_lightning.commands.config_plan import MODULE, plan_config
+from mfm_lightning.commands.main import run
 from mfm_lightning.commands.planning import plan_training
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
@@ -85,17 +86,17 @@ def test_sharding_divides_what_is_trained():
 
 
 def test_command_and_its_errors(capsys, tmp_path):
-    main(["--config", "configs/digits/mfm.yaml", "--devices", "4", "--memory", "0.05"])
+    run(["plan", "--config", "configs/digits/mfm.yaml", "--devices", "4", "--memory", "0.05"])
     printed = capsys.readouterr().out
     assert "1.51 M trained parameters" in printed
     assert "1,024 samples on 4 devices" in printed
     assert "too much" in printed
     with pytest.raises(ValueError, match=r"trains mfm_lightning\.modules\.RewardAlignment: mfm plan knows"):
-        main(["--config", "configs/digits/steer.yaml"])
+        run(["plan", "--config", "configs/digits/steer.yaml"])
     text = Path("configs/digits/mfm.yaml").read_text().replace("hidden_size: 128", "hidden_sise: 128")
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(ValueError, match="hidden_sise"):
-        main(["--config", str(tmp_path / "bad.yaml")])
+        run(["plan", "--config", str(tmp_path / "bad.yaml")])
     for text, message in (
         ("", r"bad\.yaml holds no config"),
         ("model: [", r"bad\.yaml is no YAML"),
@@ -103,6 +104,6 @@ def test_command_and_its_errors(capsys, tmp_path):
     ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
-            main(["--config", str(tmp_path / "bad.yaml")])
+            run(["plan", "--config", str(tmp_path / "bad.yaml")])
     with pytest.raises(FileNotFoundError, match=r"no config at nowhere\.yaml"):
-        main(["--config", "nowhere.yaml"])
+        run(["plan", "--config", "nowhere.yaml"])

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from mfm_lightning.checkpoints import load_model, save_model
-from mfm_lightning.commands.sample import main
+from mfm_lightning.commands.main import run
 from mfm_lightning.data.latents.moments import MomentEncoder
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
@@ -24,6 +24,11 @@ from mfm_lightning.sampling import ModelSampler, SamplePlan
 from mfm_lightning.sampling.plan import noise_seed
 from mfm_lightning.utils.distributed import Process
 from tests.latent_data import small_vae
+
+
+def main(args):
+    run(["sample", *args])
+
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--num-samples=10", "--batch-size=4", "--steps=2", "--device=cpu"]
@@ -93,7 +98,7 @@ def test_forms_that_others_read(model, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from mfm_lightning.commands import sample
+from mfm_lightning.commands.main import run
 from mfm_lightning.sampling import outputs
 calls, encode, save = [0], outputs.encode_png, outputs.np.save
 
@@ -108,7 +113,7 @@ def dies(inner):
     return write
 
 outputs.encode_png, outputs.np.save = dies(encode), dies(save)
-sample.main(sys.argv[2:])
+run(["sample", *sys.argv[2:]])
 """
 
 

@@ -13,12 +13,17 @@ import numpy as np
 import pytest
 import webdataset
 
-from mfm_lightning.commands.prepare_latents import main
+from mfm_lightning.commands.main import run
 from mfm_lightning.data import LatentShards
 from mfm_lightning.data.latents.index import INDEX, LatentIndex, LatentIndexError, Layout
 from mfm_lightning.data.latents.shard_reader import CorruptSampleError
 from mfm_lightning.data.latents.shard_writer import write_shard
 from tests.latent_data import STATE_SHAPE, numbers, shards
+
+
+def main(args):
+    run(["prepare-latents", *args])
+
 
 LAYOUT = Layout(STATE_SHAPE)
 COUNTS = [6, 5, 7, 6]

@@ -15,7 +15,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from mfm_lightning.commands.prepare_latents import main
+from mfm_lightning.commands.main import run
 from mfm_lightning.data.latents.image_sources import InputError, WebDatasetSource, center_crop
 from mfm_lightning.data.latents.index import LatentIndex
 from mfm_lightning.data.latents.moments import MomentEncoder
@@ -24,6 +24,11 @@ from mfm_lightning.data.latents.shard_writer import finished, write_shard
 from mfm_lightning.utils.distributed import Process
 from tests.latent_data import arguments, photographs
 from tests.processes import forked
+
+
+def main(args):
+    run(["prepare-latents", *args])
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mfm_lightning.commands.main import commands
+from mfm_lightning.commands.main import run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quality", "checkpoints", "imagenet", "data"))]
@@ -30,7 +30,7 @@ def test_documented_commands_lack_files_alone(tmp_path, monkeypatch):
             assert {"--allow-download", "--weights"} & set(arguments), arguments
         here = [argument for argument in arguments if argument != "--allow-download"]  # no network is asked
         with pytest.raises(FileNotFoundError):
-            commands()[name].load()(here)
+            run([name, *here])
 
 
 def test_imports_have_the_direction_of_time_of_the_configs_that_start_from_them():

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 from mfm_lightning.callbacks import SampleFID
 from mfm_lightning.checkpoints import CheckpointError, load_model
-from mfm_lightning.commands.fid import main
 from mfm_lightning.commands.main import run
 from mfm_lightning.data.latents.image_sources import RawImage
 from mfm_lightning.metrics.fid import RunningStatistics, Statistics, measure_images, reference_statistics
@@ -33,6 +32,11 @@ from mfm_lightning.networks import DiT
 from mfm_lightning.objectives import Objective, WeightedTerm
 from mfm_lightning.sampling import ModelSampler, SamplePlan
 from mfm_lightning.utils.images import ImageSet, to_uint8
+
+
+def main(args):
+    run(["fid", *args])
+
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 ROOT = Path(__file__).parents[2]
@@ -280,7 +284,7 @@ def config(folder: Path, weights: Path, reference: Path, strategy: str = "auto",
 
 def two_processes(folder: Path, subcommand: str, arguments: list[str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mfm_lightning.commands.main", subcommand, *arguments]
+    command = [sys.executable, "-m", "mfm_lightning", subcommand, *arguments]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 

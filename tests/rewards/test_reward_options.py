@@ -9,7 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 import mfm_rewards
-from mfm_lightning.commands.rewards import options_of
+from mfm_lightning.commands.reward_tables import options_of
 from mfm_rewards import Reward, RewardError
 from mfm_rewards.execution import Execution, as_execution, autocast
 from mfm_rewards.pretrained import PretrainedReward

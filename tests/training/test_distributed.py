@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "mfm_lightning.commands.main", *arguments]
+    command = [sys.executable, "-m", "mfm_lightning", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -1,0 +1,228 @@
+"""`mfm fit`, `validate`, `test` and `predict`: LightningCLI with a YAML."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import ActionYesNo, Namespace
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
+from rich import get_console
+
+from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, StepProgressBar
+from mfm_lightning.commands.errors import CommandLineError, explain
+from mfm_lightning.commands.imports import import_modules
+from mfm_lightning.training.fsdp import FSDP
+from mfm_lightning.utils.configs import DEFAULTS, find_config
+
+log = logging.getLogger(__name__)
+CALLBACKS = {"ema": EMA, "export": ExportModel, "checkpoint": LastCheckpoint}  # of every run, by their key
+NOISE = (  # warnings that say nothing a user could act on
+    ".*does not have many workers.*",
+    ".*overridden `on_before_batch_transfer`.*",
+    ".*LeafSpec.*",
+    ".*exists and is not empty.*",
+)
+
+
+class Parser(LightningArgumentParser):
+    """Errors are raised, not printed with all options, and options are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"exit_on_error": False, "allow_abbrev": False, **kwargs})
+
+
+class MFMCLI(LightningCLI):
+    """LightningCLI whose runs begin with `configs/defaults.yaml`, and have the callbacks of `CALLBACKS`, a progress bar
+    and loggers. Checkpoints are loaded as plain tensors only, and printing results is left to the evaluation.
+
+    Args:
+        args: the command line, the process's own where None.
+        run: run the subcommand; else the objects are made alone, of a config without one.
+        only: the subcommand, if it is known, so that the options of the others need not be looked up.
+
+    Raises:
+        CommandLineError: for a key, a class or a value that is not known.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True, only: str | None = None) -> None:
+        self._only = only
+        defaults = {"default_config_files": [str(DEFAULTS)]}
+        super().__init__(
+            model_class=L.LightningModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfigCallback if run else None,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={name: dict(defaults) for name in self.subcommands()} if run else defaults,
+            run=run,
+            args=args,  # type: ignore[arg-type] # LightningCLI says list, and takes any
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands()
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        if self._only is not None:
+            wanted = {self._only: LightningCLI.subcommands()[self._only]}
+            self.subcommands = lambda: wanted  # type: ignore[method-assign] # of this object
+        super()._add_subcommands(parser, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key, kind in CALLBACKS.items():
+            parser.add_class_arguments(kind, key)
+        parser.add_argument(
+            "--imports",
+            type=str | list[str],
+            default=[],
+            help="modules of yours to import; what they register has a name",
+        )
+        parser.add_argument(
+            "--overwrite", action=ActionYesNo, default=False, help="begin anew in the folder of a finished run"
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            ours = parser if self._only is None else self._subcommand_parsers[self._only]
+            keys = [action.dest for action in ours._actions]
+            raise CommandLineError(explain(str(error), keys)) from error
+
+    @property
+    def settings(self) -> Namespace:
+        """What the config and the command line say, of the subcommand that is run."""
+        return self.config if self.subcommand is None else self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        settings = self.settings
+        import_modules([settings.imports] if isinstance(settings.imports, str) else settings.imports)
+        settings.export.overwrite = settings.export.overwrite or settings.overwrite
+        if "weights_only" in settings and settings.weights_only is None:
+            settings.weights_only = True
+        if self.subcommand == "test":
+            settings.verbose = False
+        for noise in NOISE:
+            warnings.filterwarnings("ignore", message=noise)
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        _say_config(self.model, self.settings.model)
+        if self.subcommand in ("validate", "test", "predict"):
+            self._find_weights()
+
+    def _find_weights(self) -> None:
+        """What is measured without --ckpt_path: the run's own last checkpoint.
+
+        Raises:
+            FileNotFoundError: if there is none, and the model says nothing before it is trained.
+        """
+        given = self.config_init[str(self.subcommand)]
+        if given.get("ckpt_path") is not None:
+            return
+        last = Path(self.trainer.default_root_dir) / "last.ckpt"
+        if not any(p.requires_grad for p in self.model.parameters()):
+            return  # nothing was trained that could be loaded
+        if last.exists():
+            log.info("weights: %s (--ckpt_path takes others)", last)
+            given.ckpt_path = str(last)
+        elif not getattr(self.model, "measures_untrained", False):
+            raise FileNotFoundError(
+                f"no weights to {self.subcommand}: there is no {last}; run mfm fit with this config first, or give "
+                "--ckpt_path"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        settings = self._get_settings(self.config_init)
+        trainer = settings.trainer
+        given = trainer.callbacks or []
+        given = given if isinstance(given, list) else [given]
+        kwargs["callbacks"] = [*_missing_callbacks(settings, given), *given]
+        if trainer.logger is None or trainer.logger is True:
+            folder = trainer.default_root_dir or os.getcwd()
+            kwargs["logger"] = [
+                TensorBoardLogger(folder, name="logs", version="tensorboard"),
+                CSVLogger(folder, name="logs", version="csv"),
+            ]
+        return super().instantiate_trainer(**kwargs)
+
+    def _get_settings(self, config: Namespace) -> Namespace:
+        return config if self.subcommand is None else config[self.subcommand]
+
+
+def _say_config(model: L.LightningModule, settings: Any) -> None:
+    """Give a network that does not say how it was made what the config says, so that its file can make it again."""
+    made = settings.get("init_args", {}).get("network") if settings else None
+    network = getattr(getattr(model, "model", None), "network", None) or getattr(model, "network", None)
+    if made is None or network is None or isinstance(getattr(network, "config", None), dict):
+        return
+    network.config = made.get("init_args", Namespace()).as_dict()
+
+
+def _missing_callbacks(settings: Any, given: Sequence[Callback]) -> list[Callback]:
+    """Those of every run, without what the trainer does not want; one that is given takes the place of ours."""
+    ours: dict[type, Callback] = {kind: settings[key] for key, kind in CALLBACKS.items()}
+    if settings.trainer.enable_checkpointing is False:
+        del ours[LastCheckpoint]
+    if settings.trainer.enable_progress_bar is not False:
+        bar = StepProgressBar() if get_console().is_terminal else PlainProgress()
+        ours = {ProgressBar: bar, **ours}
+    return [callback for kind, callback in ours.items() if not any(isinstance(other, kind) for other in given)]
+
+
+def _with_found_configs(args: Sequence[str]) -> list[str]:
+    """The arguments with the file of each `--config` in place of its name."""
+    found, is_config = [], False
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if is_config:
+            arg = _config_file(arg)
+        elif equals and name in ("--config", "-c"):
+            arg = f"{name}={_config_file(value)}"
+        is_config = arg in ("--config", "-c")
+        found.append(arg)
+    return found
+
+
+def _config_file(text: str) -> str:
+    # else it is the YAML itself
+    return text if re.search(r"[\s:{}\[\]]", text) else str(find_config(text))
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says of devices that are not there, of its defaults, and of its vendor."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.trainer.connectors.checkpoint_connector"):
+        logger = logging.getLogger(name)
+        if _worth_saying not in logger.filters:
+            logger.addFilter(_worth_saying)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(part in message for part in ("litlogger", "litmodels", "💡", "TPU available", "`weights_only` was"))
+
+
+def run_job(name: str, args: Sequence[str]) -> MFMCLI | None:
+    """Run `mfm fit`, `validate`, `test` or `predict` with these arguments; raises as `MFMCLI` and what it runs."""
+    if "fsdp2" not in StrategyRegistry:
+        StrategyRegistry.register("fsdp2", FSDP, description="parameters, gradients and optimiser state in shards")
+    args = ["--help" if arg == "--help_all" else arg for arg in args]
+    _quiet()
+    # LightningCLI reads these, and warns where both are given
+    sys.argv[1:] = [name, *_with_found_configs(args)]
+    return MFMCLI(only=name)
