@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import itertools
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -70,7 +71,7 @@ def _how(
     """How a suite is run.
 
     Args:
-        config: YAML with the suite's parameters; configs/benchmarks/SUITE.yaml if left out.
+        config: YAML with the suite's parameters; configs/benchmarks/NAME.yaml, for a suite NAME, if left out.
         quick: a small version, within two minutes on two cores.
         output: folder of results and report; outputs/benchmarks/SUITE if left out.
         fresh: compute all again.
@@ -91,20 +92,18 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
     from mfm_lightning.utils.configs import find_config
 
     kind = find_suite(name)
-    first = ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
     parser = ArgumentParser(
         prog=f"mfm benchmark {name}", description=kind.about, exit_on_error=False, allow_abbrev=False
     )
-    for each in (first, parser):
-        add_options(each, _how)
+    add_options(parser, _how)
     names = parser.add_class_arguments(kind, None)
+    config = _config_of(args)
+    if config is not None:
+        config = find_config(config)
+    else:
+        with suppress(FileNotFoundError):  # a suite of the user's own needs none
+            config = find_config(CONFIGS / f"{name}.yaml")
     try:
-        config = first.parse_known_args(list(args))[0].config
-        if config is not None:
-            config = find_config(config)
-        else:
-            with suppress(FileNotFoundError):  # a suite of the user's own needs none
-                config = find_config(CONFIGS / f"{name}.yaml")
         base = parser.get_defaults() if config is None else parser.parse_path(str(config))
         parsed = parser.parse_args(list(args), namespace=base)
         made = parser.instantiate(parsed)
@@ -116,6 +115,14 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
     settings = _plain(parser.dump(parsed))
     how = {key: parsed[key] for key in inspect.signature(_how).parameters}
     return suite, {key: settings.get(key) for key in names}, how
+
+
+def _config_of(args: Sequence[str]) -> str | None:
+    """The value of --config, which must be known before the rest is read."""
+    for arg, then in itertools.zip_longest(args, args[1:]):
+        if arg == "--config" or arg.startswith("--config="):
+            return then if arg == "--config" else arg.partition("=")[2]
+    return None
 
 
 def _plain(text: str) -> dict[str, Any]:

@@ -32,11 +32,17 @@ class ExportModel(L.Callback):
         self.filename, self.overwrite = filename, overwrite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        check_network(_exporting(pl_module).exported)
-        path = Path(trainer.default_root_dir) / self.filename
-        if path.exists() and trainer.ckpt_path is None and not self.overwrite:
+        if stage == "fit":
+            check_network(_exporting(pl_module).exported)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.ckpt_path is None:
+            self.refuse_overwriting(trainer.default_root_dir)
+
+    def refuse_overwriting(self, folder: str | Path) -> None:
+        """Raise FileExistsError if a run that begins would write over a finished one's file."""
+        path = Path(folder) / self.filename
+        if path.exists() and not self.overwrite:
             raise FileExistsError(
                 f"{path} is of a finished run, which this one would write over: go on from it by --ckpt_path, begin "
                 "anew by --overwrite, or take another folder by --trainer.default_root_dir"

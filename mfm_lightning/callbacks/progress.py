@@ -37,7 +37,7 @@ class PlainProgress(ProgressBar):
     def __init__(self, every: float = 30.0) -> None:
         super().__init__()
         self.every = every
-        self._enabled, self._begin, self._first, self._last = True, 0.0, 0, 0.0
+        self._enabled, self._begin, self._first, self._done, self._last = True, 0.0, 0, 0, 0.0
 
     def disable(self) -> None:
         self._enabled = False
@@ -71,22 +71,19 @@ class PlainProgress(ProgressBar):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start(0)
 
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._batch(batch_idx, self.total_test_batches_current_dataloader)
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._batch(sum(trainer.num_test_batches))
 
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._batch(batch_idx, self.total_predict_batches_current_dataloader)
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self._batch(sum(trainer.num_predict_batches))
 
-    def _batch(self, index: int, total: float) -> None:
-        if self._due(index + 1 == total):
-            self._say("batch", index + 1, total, [])
+    def _batch(self, total: float) -> None:
+        self._done += 1
+        if self._due(self._done == total):
+            self._say("batch", self._done, total, [])
 
     def _start(self, done: int) -> None:
-        self._begin, self._first, self._last = time.monotonic(), done, time.monotonic()
+        self._begin, self._first, self._done, self._last = time.monotonic(), done, done, time.monotonic()
 
     def _due(self, at_end: bool) -> bool:
         if not self._enabled or not (at_end or time.monotonic() - self._last >= self.every):

@@ -1,6 +1,7 @@
 """Weights in and out: our own safetensors files, Lightning checkpoints, and the released MFM, DMF and SiT weights."""
 
 from mfm_lightning.checkpoints.files import (
+    check_checkpoint,
     check_network,
     fingerprint,
     load_model,
@@ -26,6 +27,7 @@ __all__ = [
     "RELEASED_NAMES",
     "SOURCES",
     "CheckpointError",
+    "check_checkpoint",
     "check_network",
     "export_checkpoint",
     "find_file",

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,7 +106,30 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
+        if zipfile.is_zipfile(path):  # as torch.save writes them
+            raise CheckpointError(
+                f"{path} is not a safetensors file but one of torch.save: of a run's checkpoint, give the "
+                "model.safetensors beside it; of released weights, mfm import converts them"
+            ) from error
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse what training cannot go on from, nor load weights from, before anything is built.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        CheckpointError: if it is a file of another kind.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_file() and not zipfile.is_zipfile(path):
+        what = "a model" if path.suffix == ".safetensors" else "no file of torch.save"
+        raise CheckpointError(
+            f"{path} is {what}, not a run's checkpoint: --ckpt_path takes the last.ckpt of a run (a model is given in "
+            "the config, as teacher, initial or target.model)"
+        )
 
 
 def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWORKS) -> nn.Module:
@@ -128,10 +152,13 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
         kind = _users_class(name, path)
     else:
         raise CheckpointError(f"{path} holds a {name}: expected one of {', '.join(known)}")
+    config = json.loads(header["config"])
     try:
-        network = kind(**json.loads(header["config"]))
+        network = kind(**config)
     except TypeError as error:
         raise CheckpointError(f"{path} holds a {name} that the class does not make any more: {error}") from error
+    if not hasattr(network, "config"):
+        network.config = config
     load_into(network, load_file(path), set(network.state_dict()), path, "mfm-lightning")
     return network
 

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 from rich import get_console
 from rich.table import Table
@@ -17,7 +16,7 @@ from mfm_lightning.commands.errors import explain
 from mfm_lightning.commands.planning import Plan, plan_training
 from mfm_lightning.modules import TrainingExecution
 from mfm_lightning.objectives import Objective
-from mfm_lightning.utils.configs import default_settings, find_config
+from mfm_lightning.utils.configs import default_settings, find_config, read_config
 
 MODULE = "mfm_lightning.modules.MFMPretraining"
 
@@ -33,12 +32,7 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
         ValueError: if it is not one of `MFMPretraining`, or a setting is unknown.
     """
     path = find_config(path)
-    try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no config: expected the sections model, data and trainer of mfm fit")
+    config = read_config(path)
     model, trainer = config.get("model") or {}, default_settings()["trainer"] | (config.get("trainer") or {})
     if model.get("class_path") != MODULE:
         raise ValueError(f"{path} trains {model.get('class_path')}: mfm plan knows jobs of {MODULE}")

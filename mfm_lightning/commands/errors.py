@@ -66,11 +66,13 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
 
 def _reasons(message: str) -> Iterator[str]:
     """The leaves of the message's tree, each with the keys and classes that it stands under."""
+    values = re.findall(r"^ *Given value: ([^\s({\[]+)$", message, re.MULTILINE)
+    given = values[0] if values else None  # the innermost one, where it is no structure
     above: list[tuple[int, str, str]] = []  # indentation, kind, name
     wanted: dict[int, list[str]] = {}  # types that were tried, by indentation
-    for line in message.splitlines():
+    for line in filter(str.strip, message.splitlines()):
         bare = line.strip().removeprefix("- ")
-        indent = len(line) - len(line.lstrip()) + (2 if line.strip().startswith("- ") else 0)
+        indent = len(line) - len(line.lstrip()) + (1 if line.strip().startswith("- ") else 0)
         above = [level for level in above if level[0] < indent]
         if bare.startswith("Subtypes:"):
             wanted[indent] = re.findall(r"<class '([\w.]+)'>", bare)
@@ -83,16 +85,17 @@ def _reasons(message: str) -> Iterator[str]:
         keys = ".".join(name for _, kind, name in above if kind == "key")
         inside = next((name for _, kind, name in reversed(above) if kind == "class"), None)
         classes = [name for tried in wanted.values() for name in tried]
-        if reason := _reason(bare, inside, classes):
+        if reason := _reason(bare, inside, classes, given):
             yield f"{keys}: {reason}" if keys else reason
 
 
-def _reason(bare: str, inside: str | None, classes: list[str]) -> str:
+def _reason(bare: str, inside: str | None, classes: list[str], given: str | None) -> str:
     """One leaf in plain words.
 
     Args:
         inside: path of the class whose arguments are spoken of.
         classes: paths of the classes that were possible.
+        given: the value, where it stands elsewhere in the message.
     """
     if found := re.match(r"Option '([^']+)' is not accepted|unrecognized arguments: --([\w.]+)", bare):
         name = (found[1] or found[2]).split(".")[0]
@@ -105,7 +108,8 @@ def _reason(bare: str, inside: str | None, classes: list[str]) -> str:
     if found := re.match(r"the following arguments are required: (.*)", bare):
         return f"{inside or 'it'} needs {_and(found[1].split(', '))}"
     if found := _EXPECTED.match(bare):
-        return f"{found['value']!r} is not {_type(found['type'])}" if found["value"] else f"expected {_type(found[1])}"
+        value = given if found["value"] is None else found["value"]
+        return f"expected {_type(found['type'])}" if value is None else f"{value!r} is not {_type(found['type'])}"
     return bare
 
 
@@ -163,9 +167,10 @@ def _imported(path: str) -> Any:
 
 def _public(module: str) -> list[str]:
     try:
-        return [name for name in dir(importlib.import_module(module)) if not name.startswith("_")]
+        found = vars(importlib.import_module(module))
     except ImportError:
         return []
+    return [name for name, value in found.items() if callable(value) and not name.startswith("_")]
 
 
 def arguments_of(path: str) -> list[str]:

@@ -19,15 +19,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from rich import get_console
+from torch import nn
 
 from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, StepProgressBar
+from mfm_lightning.checkpoints import check_checkpoint
 from mfm_lightning.commands.errors import CommandLineError, explain
 from mfm_lightning.commands.imports import import_modules
 from mfm_lightning.training.fsdp import FSDP
-from mfm_lightning.utils.configs import DEFAULTS, find_config
+from mfm_lightning.utils.configs import DEFAULTS, find_config, read_config
 
 log = logging.getLogger(__name__)
 CALLBACKS = {"ema": EMA, "export": ExportModel, "checkpoint": LastCheckpoint}  # of every run, by their key
+KEYWORDS = ("last", "best", "hpc", "registry")  # that --ckpt_path takes in place of a path
 NOISE = (  # warnings that say nothing a user could act on
     ".*does not have many workers.*",
     ".*overridden `on_before_batch_transfer`.*",
@@ -104,10 +107,21 @@ class MFMCLI(LightningCLI):
             keys = [action.dest for action in ours._actions]
             raise CommandLineError(explain(str(error), keys)) from error
 
+    def _parse_ckpt_path(self) -> None:
+        given = self.settings_of(self.config).get("ckpt_path")
+        if given is not None and given not in KEYWORDS and "://" not in str(given):
+            check_checkpoint(given)
+        super()._parse_ckpt_path()
+
     @property
     def settings(self) -> Namespace:
         """What the config and the command line say, of the subcommand that is run."""
-        return self.config if self.subcommand is None else self.config[self.subcommand]
+        return self.settings_of(self.config)
+
+    def settings_of(self, config: Namespace) -> Namespace:
+        """A config's part of the subcommand."""
+        name = config.get("subcommand")
+        return config if name is None else config[name]
 
     def before_instantiate_classes(self) -> None:
         settings = self.settings
@@ -120,11 +134,23 @@ class MFMCLI(LightningCLI):
         for noise in NOISE:
             warnings.filterwarnings("ignore", message=noise)
 
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        _say_config(self.model, self.settings.model)
-        if self.subcommand in ("validate", "test", "predict"):
-            self._find_weights()
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()  # of LightningModules, which come first
+        self.parser.add_instantiator(_with_config, nn.Module)
+
+    def before_fit(self) -> None:
+        if self.config_init["fit"].get("ckpt_path") is None:  # said before a config or a log is written
+            for callback in (c for c in self.trainer.callbacks if isinstance(c, ExportModel)):  # type: ignore[attr-defined]
+                callback.refuse_overwriting(self.trainer.default_root_dir)
+
+    def before_validate(self) -> None:
+        self._find_weights()
+
+    def before_test(self) -> None:
+        self._find_weights()
+
+    def before_predict(self) -> None:
+        self._find_weights()
 
     def _find_weights(self) -> None:
         """What is measured without --ckpt_path: the run's own last checkpoint.
@@ -148,7 +174,7 @@ class MFMCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        settings = self._get_settings(self.config_init)
+        settings = self.settings_of(self.config_init)
         trainer = settings.trainer
         given = trainer.callbacks or []
         given = given if isinstance(given, list) else [given]
@@ -161,17 +187,13 @@ class MFMCLI(LightningCLI):
             ]
         return super().instantiate_trainer(**kwargs)
 
-    def _get_settings(self, config: Namespace) -> Namespace:
-        return config if self.subcommand is None else config[self.subcommand]
 
-
-def _say_config(model: L.LightningModule, settings: Any) -> None:
-    """Give a network that does not say how it was made what the config says, so that its file can make it again."""
-    made = settings.get("init_args", {}).get("network") if settings else None
-    network = getattr(getattr(model, "model", None), "network", None) or getattr(model, "network", None)
-    if made is None or network is None or isinstance(getattr(network, "config", None), dict):
-        return
-    network.config = made.get("init_args", Namespace()).as_dict()
+def _with_config(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """Make a module; one that does not say how it was made is told, so that its file can make it again."""
+    made = kind(*args, **kwargs)
+    if not args and not hasattr(made, "config"):
+        made.config = kwargs
+    return made
 
 
 def _missing_callbacks(settings: Any, given: Sequence[Callback]) -> list[Callback]:
@@ -200,8 +222,11 @@ def _with_found_configs(args: Sequence[str]) -> list[str]:
 
 
 def _config_file(text: str) -> str:
-    # else it is the YAML itself
-    return text if re.search(r"[\s:{}\[\]]", text) else str(find_config(text))
+    if re.search(r"[\s:{}\[\]]", text):  # the YAML itself
+        return text
+    path = find_config(text)
+    read_config(path)
+    return str(path)
 
 
 def _quiet() -> None:

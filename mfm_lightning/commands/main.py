@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from mfm_lightning._version import __version__
-from mfm_lightning.commands.errors import CommandLineError, unknown, users_line
+from mfm_lightning.commands.errors import CommandLineError, explain, unknown, users_line
 from mfm_lightning.commands.imports import import_named
 from mfm_lightning.commands.jobs import JOBS, short_help
 
@@ -46,7 +46,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if debug or not _can_be_mended(error):
             raise
         where = users_line(error)
-        sys.exit(f"mfm: {type(error).__name__}: {error}" + (f"\n  raised at {where}" if where else ""))
+        # what a constructor raises comes in jsonargparse's wrapping
+        message = explain(str(error)) if "\nErrors:\n" in str(error) else str(error)
+        sys.exit(f"mfm: {type(error).__name__}: {message}" + (f"\n  raised at {where}" if where else ""))
 
 
 def run(args: Sequence[str]) -> Any:

@@ -3,12 +3,13 @@
 from mfm_lightning.objectives.objective import Objective, WeightedTerm, adaptive_loss, squared_error
 from mfm_lightning.objectives.pairs import ConditionTimes, InnerSample, InnerTimes, Pair, PairSampler, noised
 from mfm_lightning.objectives.teachers import CheckpointTeacher, ModelTeacher, OracleTeacher, Teacher
-from mfm_lightning.objectives.terms import TERMS
+from mfm_lightning.objectives.terms import TERMS, Consistency, Term
 
 __all__ = [
     "TERMS",
     "CheckpointTeacher",
     "ConditionTimes",
+    "Consistency",
     "InnerSample",
     "InnerTimes",
     "ModelTeacher",
@@ -17,6 +18,7 @@ __all__ = [
     "Pair",
     "PairSampler",
     "Teacher",
+    "Term",
     "WeightedTerm",
     "adaptive_loss",
     "noised",

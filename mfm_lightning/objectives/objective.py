@@ -147,9 +147,10 @@ class Objective:
                 continue
             residual = self.residual(term, model, teacher, pair, step, shared)
             error = squared_error(residual)
-            results[settings.name] = adaptive_loss(error, settings.p, settings.c).mean()
-            results[f"error/{settings.name}"] = error.detach().mean()
-            total = total + settings.weight * results[settings.name]
+            key = settings.name.rpartition(".")[2]
+            results[key] = adaptive_loss(error, settings.p, settings.c).mean()
+            results[f"error/{key}"] = error.detach().mean()
+            total = total + settings.weight * results[key]
         return {"loss": total, **results}
 
     def residual(

@@ -39,6 +39,25 @@ def find_config(name: str | Path) -> Path:
     raise FileNotFoundError(f"no config at {name}: {hint}")
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """What a config holds.
+
+    Raises:
+        ValueError: if it is no YAML, or holds no settings; with the line.
+    """
+    try:
+        found = yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path} is no YAML: {error.problem}{where}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings: expected sections such as model, data and trainer")
+    return found
+
+
 def packaged() -> dict[str, str]:
     """The package's configs by name, such as "digits/mfm", each with the first line of its comment."""
     found = {}

@@ -98,7 +98,7 @@ def test_command_and_its_errors(capsys, tmp_path):
     with pytest.raises(ValueError, match="hidden_sise"):
         run(["plan", "--config", str(tmp_path / "bad.yaml")])
     for text, message in (
-        ("", r"bad\.yaml holds no config"),
+        ("", r"bad\.yaml holds no settings"),
         ("model: [", r"bad\.yaml is no YAML"),
         (f"model: {{class_path: {MODULE}}}", r"bad\.yaml: model\.init_args has no network"),
     ):

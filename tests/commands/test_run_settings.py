@@ -1,20 +1,35 @@
 """What a run has when its config does not say: the trainer's settings, callbacks and loggers; and where configs are."""
 
+import itertools
+import re
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
 
-from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, SampleFID, StepProgressBar
+from mfm_lightning.callbacks import (
+    EMA,
+    ExportModel,
+    LastCheckpoint,
+    PlainProgress,
+    SampleFID,
+    StepProgressBar,
+    progress,
+)
+from mfm_lightning.commands import fit
 from mfm_lightning.commands.config_plan import plan_config
 from mfm_lightning.commands.fit import MFMCLI
 from mfm_lightning.commands.main import run
 from mfm_lightning.utils import configs
 from mfm_lightning.utils.configs import default_settings, find_config
+from mfm_lightning.utils.console import duration
 
 ROOT = Path(__file__).parents[2]
 EMA_PATH, FID_PATH = "mfm_lightning.callbacks.EMA", "mfm_lightning.callbacks.SampleFID"
@@ -62,7 +77,7 @@ def test_a_job_has_its_own_settings_and_the_defaults(trainer_of, name):
     )  # fmt: skip
     assert (trainer.max_epochs, trainer.check_val_every_n_epoch, trainer.num_sanity_val_steps) == (-1, None, 0)
     # checkpoints come last by themselves
-    kinds = [StepProgressBar, EMA, ExportModel, SaveConfigCallback, LastCheckpoint]
+    kinds = [PlainProgress, EMA, ExportModel, SaveConfigCallback, LastCheckpoint]  # no terminal here: no bar
     assert [type(c) for c in trainer.callbacks] == kinds
     assert trainer.default_root_dir == f"outputs/{name}"
     logs = [(TensorBoardLogger, f"outputs/{name}/logs/tensorboard"), (CSVLogger, f"outputs/{name}/logs/csv")]
@@ -87,6 +102,46 @@ def test_loggers_and_callbacks_of_the_users_own(trainer_of):
     )
     bare = trainer_of("digits/flow", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
     assert not [c for c in bare.callbacks if isinstance(c, (Checkpoint, ProgressBar))]
+
+
+def test_a_terminal_has_a_bar(trainer_of, monkeypatch):
+    monkeypatch.setattr(fit, "get_console", lambda: Console(force_terminal=True))
+    assert callback(trainer_of("digits/flow"), StepProgressBar)
+
+
+class Quarter(BoringModel):
+    """A loss of 0.25, on the bar."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", 0.25, prog_bar=True)
+        return super().training_step(batch, batch_idx)["loss"]
+
+
+def test_without_a_terminal_progress_is_lines(tmp_path, caplog, monkeypatch):
+    """Of a clock that goes on by 10 s at each look: a line for each 30 s, with what is left at the rate so far."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_steps=12, default_root_dir=tmp_path, callbacks=[PlainProgress(30.0)], **options)
+    with caplog.at_level("INFO", "mfm_lightning"):
+        trainer.fit(Quarter(), BoringDataModule())
+    lines = [record.getMessage() for record in caplog.records if record.name == progress.__name__]
+    steps = [line for line in lines if line.startswith("step ")]
+    assert all("train/loss 0.25" in line and "v_num" not in line for line in steps)
+    assert steps[-1].startswith("step 12 of 12")
+    assert "left" not in steps[-1]
+    done, left = re.match(r"step (\d+) of 12, .* a second, (.*) left", steps[0]).groups()
+    assert 2 <= int(done) <= 4
+    assert re.fullmatch(r"\d+ min( \d+ s)?", left)
+    assert 2 <= len(steps) <= 6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.4, "59 s"), (60, "1 min"), (200, "3 min 20 s"), (3599.6, "1 h"), (7500, "2 h 5 min")],
+)
+def test_durations_as_people_say_them(seconds, text):
+    assert duration(seconds) == text
 
 
 @pytest.mark.slow

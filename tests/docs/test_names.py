@@ -28,8 +28,8 @@ PYTHON_FILE = re.compile(r"[\w./-]*\w\.py\b")
 IN_REPOSITORY = re.compile(r"(?<![\w./-])(?:mfm_lightning|rewards|benchmarks|configs|tests|docs)/[\w./*-]*\w")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 PLACEHOLDER = re.compile(r"\b(?:NAME|FOLDER|ROOM)\b")
-A_USERS_OWN = {"my_rewards", "my_rewards.py", "my_module.MySuite"}
-OTHERS = {"AutoencoderKL"}  # classes of other packages
+A_USERS_OWN = {"my_rewards", "my_rewards.py", "my_module.MySuite", "my_parts"}
+OTHERS = {"AutoencoderKL", "LightningDataModule"}  # classes of other packages
 
 
 def resolves(dotted: str) -> bool:
