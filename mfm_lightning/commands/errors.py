@@ -52,8 +52,8 @@ def explain(message: str, options: Iterable[str] = ()) -> str:
     options = list(options)
     if (found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)) is not None:
         return _unrecognized(found[1].split(), options)
-    if found := re.search(r"does not accept option '([^']+)'", message):
-        return _not_an_option(found[1], options)
+    if found := re.search(r"does not accept option '([^']+)'|^Option '([^']+)' is not accepted$", message):
+        return _not_an_option(found[1] or found[2], options)
     if found := re.match(r"the following arguments are required: (.*)", message):
         return f"{_and(found[1].split(', '))} must be given"
     if found := re.match(r"(?:Problems parsing config|Unable to load config.*?): (.*)", message, re.DOTALL):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ActionYesNo, Namespace
+from jsonargparse import ActionYesNo
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -114,11 +114,11 @@ class MFMCLI(LightningCLI):
         super()._parse_ckpt_path()
 
     @property
-    def settings(self) -> Namespace:
+    def settings(self) -> Any:
         """What the config and the command line say, of the subcommand that is run."""
         return self.settings_of(self.config)
 
-    def settings_of(self, config: Namespace) -> Namespace:
+    def settings_of(self, config: Any) -> Any:
         """A config's part of the subcommand."""
         name = config.get("subcommand")
         return config if name is None else config[name]
@@ -192,7 +192,7 @@ def _with_config(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """Make a module; one that does not say how it was made is told, so that its file can make it again."""
     made = kind(*args, **kwargs)
     if not args and not hasattr(made, "config"):
-        made.config = kwargs
+        setattr(made, "config", kwargs)  # noqa: B010 # a Module declares tensors and modules alone
     return made
 
 

@@ -366,7 +366,7 @@ def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path,
 # bad input
 
 
-def test_bad_settings_are_refused_before_any_work(workplace):
+def test_bad_settings_are_refused_before_any_work(workplace, capsys):
     base = {"model": {"file": "outputs/digits/mfm/model.safetensors"}, "rewards": {"b": {"reward": "brightness"}}}
     good = {"class_path": "Steering"}
     cases = [
@@ -383,12 +383,13 @@ def test_bad_settings_are_refused_before_any_work(workplace):
         ({"methods": {}, "rewards": {"b": {"reward": "brightnes"}}}, "did you mean 'brightness'"),
         ({"methods": {}, "model": {"file": "nowhere.safetensors"}}, "no model at nowhere.safetensors"),
         ({"methods": {}, "best_of_n": {"numbers": [3, 1]}}, "smallest first"),
-        ({"methods": {}, "samples": 3}, "settings of the suite alignment do not fit"),
+        ({"methods": {}, "num_sample": 3}, "suite alignment: .*num_samples.*bad.yaml"),
     ]
     for change, message in cases:
         (workplace / "bad.yaml").write_text(yaml.safe_dump({**base, **change}))
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit) as stopped:
             benchmark("alignment", "--config", "bad.yaml")
+        assert re.search(message, str(stopped.value) + capsys.readouterr().err)
         assert not (workplace / "outputs/benchmarks").exists()
     for args, message in (
         (("alignmen",), "unknown suite 'alignmen': did you mean 'alignment'"),

@@ -181,7 +181,7 @@ def test_samplers_are_the_functions_they_name(model):
     [
         (["--seed=5"], ValueError, r"samples of other settings, which differ in seed \(seed: 0 there, 5 now\)"),
         (["--labels=0,4"], ValueError, r"labels in 0..4 must lie in 0..3 \(3 is the null label\)"),
-        (["--labels=cat"], ValueError, "expected whole numbers with commas"),
+        (["--labels=cat"], ValueError, "expected whole numbers, e.g. 281,282"),
         (["--guidance=4"], ValueError, r"guidance 4 is not a scale that this network knows: \[1.0, 2.5\]"),
         (["--steps=0"], ValueError, "must be at least 1"),
         (["--decoder=no/vae"], FileNotFoundError, "no VAE at no/vae"),

@@ -177,7 +177,7 @@ def test_bad_input_is_refused_before_work(made, tmp_path, capsys):
     refused("no VAE at", "--vae", str(tmp_path / "empty"))
     refused("must be a multiple of 4", "--image-size", "30")
     refused("shard size 0", "--shard-size", "0")
-    refused("precision 'fp8'", "--precision", "fp8")
+    refused("precision: 'fp8' is not one of", "--precision", "fp8")
     (tmp_path / "classes.json").write_text('{"a": 1, "b": 3}')
     refused("labels must be 0..1, each once", "--class-index", str(tmp_path / "classes.json"))
     # other settings than those that the shards were begun with

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from mfm_lightning.callbacks import SampleFID
 from mfm_lightning.checkpoints import CheckpointError, load_model
+from mfm_lightning.commands.errors import CommandLineError
 from mfm_lightning.commands.main import run
 from mfm_lightning.data.latents.image_sources import RawImage
 from mfm_lightning.metrics.fid import RunningStatistics, Statistics, measure_images, reference_statistics
@@ -254,7 +255,7 @@ def test_several_processes_find_the_statistics_or_the_command_that_makes_them(we
     assert callback.real.num_samples == NUM
     assert (Statistics.load(tmp_path / "real.npz").sigma == kept.sigma).all()
     for wrong in ([], ["--reference", str(tmp_path / "real.npz")], ["--reference", str(sets[0]), "--output=f.json"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(CommandLineError):
             main(wrong)
 
 

@@ -150,7 +150,10 @@ def test_annealing_and_start_step():
 @pytest.mark.parametrize("bad", [{"terms": []}, {"terms": [{"name": "eulerian"}]}, {"backend": "magic"}])
 def test_unknown_names_are_refused(bad):
     if bad.get("terms"):
-        with pytest.raises(ValueError, match=r"unknown objective 'eulerian': expected one of .*eulerian_teacher"):
+        with pytest.raises(
+            ValueError,
+            match=r"unknown objective 'eulerian': did you mean 'eulerian_\w+'\? expected one of .*eulerian_teacher",
+        ):
             WeightedTerm(**bad["terms"][0])
     else:
         with pytest.raises(ValueError, match=r"at least one term|unknown tangent backend 'magic'"):
