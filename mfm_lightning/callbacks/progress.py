@@ -60,7 +60,8 @@ class PlainProgress(ProgressBar):
         if total < 0 and isinstance(self.total_train_batches, int):
             total = self.total_train_batches * (trainer.max_epochs or 1)
         if self._due(done == total):
-            metrics = [f"{k} {v}" for k, v in self.get_metrics(trainer, pl_module).items()]
+            found = self.get_metrics(trainer, pl_module).items()
+            metrics = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found]
             self._say("step", done, total, metrics)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -235,6 +235,15 @@ def _quiet() -> None:
         logger = logging.getLogger(name)
         if _worth_saying not in logger.filters:
             logger.addFilter(_worth_saying)
+    if not logging.getLogger().handlers:  # called from Python, which has not said where messages go
+        return
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning.fabric",
+    ):  # each would say again what the root logger says
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
