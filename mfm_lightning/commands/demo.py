@@ -27,7 +27,8 @@ def demo(args: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(
         prog="mfm demo",
         description="Fit a base flow and a Meta Flow Map on real digits, fine-tune to a reward, and compare methods in "
-        "a report; all in the folder outputs/ of the current one. Six to eight minutes on two cores, eleven on slow ones.",
+        "a report; all in the folder outputs/ of the current one. Six to eight minutes on two cores, eleven on slow "
+        "ones.",
         epilog="Other options go to each mfm fit and mfm test, e.g. --trainer.accelerator cpu.",
     )
     _, extra = parser.parse_known_args(args)
