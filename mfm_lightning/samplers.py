@@ -56,6 +56,30 @@ def sample_ode(
     return integrate(drift, x0, torch.linspace(0, 1, steps + 1), method, callback)
 
 
+def euler_maruyama(
+    now: float, then: float, x: Tensor, drift: Tensor, half: Tensor, steering: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Mean `(B, *shape)` and deviation of an Euler-Maruyama step of dx = (b + h score + 2 c) dt + sqrt(2 h) dW.
+
+    The step to 1 is the denoiser, x + (1-t) (b + c), without noise. With c = h grad V and h = (1-t)/t it is the mean of
+    x1 given x under the posterior tilted by e^r. The plain step would leave noise of size (1-t)/t on the sample.
+
+    Args:
+        now, then: the step's time and the next.
+        x: states `(B, *shape)` at `now`, and their `drift` b.
+        half: h = sigma^2/2, `(B,)`.
+        steering: c, `(B, *shape)`.
+
+    Returns:
+        The deviation broadcasts against x; None where there is no noise.
+    """
+    t, dt = as_times(now, x), then - now
+    if then == 1:
+        return x + dt * (drift + steering), None
+    velocity = drift + expand(half, x) * score(t, x, drift) + 2 * steering
+    return x + dt * velocity, expand((2 * half * dt).sqrt(), x)
+
+
 def sample_sde(
     drift: BaseDrift,
     x0: Tensor,
@@ -65,20 +89,22 @@ def sample_sde(
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Base SDE dx = (b + sigma^2/2 score) dt + sigma dW (Eq. 14), by Euler-Maruyama, ending in a noiseless step.
+    """Base SDE dx = (b + sigma^2/2 score) dt + sigma dW (Eq. 14), by Euler-Maruyama; its step to 1 is the denoiser.
 
     Args:
         x0: noise `(B, *shape)`, taken as the state at `t_start`.
+        t_start: first time, in [0, 1]; from 1 there is no step, and x0 is returned.
         max_diffusion: clamp of sigma^2/2 = (1-t)/t near t=0. The clamped SDE has the same marginals.
     """
     x = x0
-    times = _grid(torch.linspace(t_start, 1, steps + 1))
+    if t_start == 1:
+        return x
+    times = _grid(torch.linspace(t_start, 1, steps + 1, dtype=torch.float64))
     for k, (now, then) in enumerate(itertools.pairwise(times)):
-        t, dt = as_times(now, x), then - now
-        b, half = drift(t, x), diffusion(as_times(now, x), max_diffusion)
-        x = x + dt * (b + expand(half, x) * score(t, x, b))
-        if then < 1:
-            x = x + expand((2 * half * dt).sqrt(), x) * randn(x.shape, x, generator)
+        t = as_times(now, x)
+        x, deviation = euler_maruyama(now, then, x, drift(t, x), diffusion(t, max_diffusion))
+        if deviation is not None:
+            x = x + deviation * randn(x.shape, x, generator)
         if callback:
             callback(k, x)
     return x
