@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from mfm_lightning.alignment import FeynmanKac, RolloutPosterior, Steering, Target, TimeGrid, TwistedSMC
+from mfm_lightning.alignment import (
+    FeynmanKac,
+    GlassPosterior,
+    OraclePosterior,
+    RolloutPosterior,
+    Steering,
+    Target,
+    TimeGrid,
+    TwistedSMC,
+)
+from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
 from tests.finite_data import FiniteData, FiniteGradient
 
 DATA = FiniteData(
@@ -64,3 +74,12 @@ def test_rollouts_end_on_the_data_and_start_there_too():
     assert DATA.rms_distance(draws.flatten(0, 1)) < 1e-3
     draws = RolloutPosterior(20)(target(), 1.0, x_t, torch.empty(3, 2, 4))
     assert torch.equal(draws, x_t[:, None].expand(3, 2, 4))
+
+
+def test_draws_at_1_are_the_state():
+    """Of the data, for an oracle that is a finite data set."""
+    mixture = GaussianMixture(DATA.points, 0.04)
+    sources = [RolloutPosterior(8), GlassPosterior(8), GlassPosterior(8, "heun"), OraclePosterior(mixture)]
+    for source in [*sources, OraclePosterior(EmpiricalDistribution(DATA.points))]:
+        draws = source(Target(mixture, DATA.reward), 1.0, DATA.points, torch.randn(6, 3, 4, dtype=torch.float64))
+        torch.testing.assert_close(draws, DATA.points[:, None].expand(6, 3, 4))
