@@ -26,6 +26,10 @@ def integrate(
 ) -> Tensor:
     """Solve dx/dt = velocity(t, x) over the grid `times`.
 
+    Heun's step to 1 is a midpoint step, of second order and two evaluations too. Velocities are those of flows to data
+    at 1, and jump there where a step is longer than the data's (or the posterior's) deviation: a corrector at 1 would
+    leave half of the step undone.
+
     Args:
         velocity: takes times `(B,)` and states `(B, *shape)`.
         x: the state at `times[0]`, `(B, *shape)`.
@@ -41,8 +45,10 @@ def integrate(
     times = _grid(times)
     for k, (now, then) in enumerate(itertools.pairwise(times)):
         v = velocity(as_times(now, x), x)
-        if method == "heun":
+        if method == "heun" and then < 1:
             v = (v + velocity(as_times(then, x), x + (then - now) * v)) / 2
+        elif method == "heun":
+            v = velocity(as_times((now + then) / 2, x), x + (then - now) / 2 * v)
         x = x + (then - now) * v
         if callback:
             callback(k, x)
@@ -56,6 +62,30 @@ def sample_ode(
     return integrate(drift, x0, torch.linspace(0, 1, steps + 1), method, callback)
 
 
+def euler_maruyama(
+    now: float, then: float, x: Tensor, drift: Tensor, half: Tensor, steering: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    """Mean `(B, *shape)` and deviation of an Euler-Maruyama step of dx = (b + h score + 2 c) dt + sqrt(2 h) dW.
+
+    The step to 1 is the denoiser, x + (1-t) (b + c), without noise. With c = h grad V and h = (1-t)/t it is the mean of
+    x1 given x under the posterior tilted by e^r. The plain step would leave noise of size (1-t)/t on the sample.
+
+    Args:
+        now, then: the step's time and the next.
+        x: states `(B, *shape)` at `now`, and their `drift` b.
+        half: h = sigma^2/2, `(B,)`.
+        steering: c, `(B, *shape)`.
+
+    Returns:
+        The deviation broadcasts against x; None where there is no noise.
+    """
+    t, dt = as_times(now, x), then - now
+    if then == 1:
+        return x + dt * (drift + steering), None
+    velocity = drift + expand(half, x) * score(t, x, drift) + 2 * steering
+    return x + dt * velocity, expand((2 * half * dt).sqrt(), x)
+
+
 def sample_sde(
     drift: BaseDrift,
     x0: Tensor,
@@ -65,20 +95,22 @@ def sample_sde(
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Base SDE dx = (b + sigma^2/2 score) dt + sigma dW (Eq. 14), by Euler-Maruyama, ending in a noiseless step.
+    """Base SDE dx = (b + sigma^2/2 score) dt + sigma dW (Eq. 14), by Euler-Maruyama; its step to 1 is the denoiser.
 
     Args:
         x0: noise `(B, *shape)`, taken as the state at `t_start`.
+        t_start: first time, in [0, 1]; from 1 there is no step, and x0 is returned.
         max_diffusion: clamp of sigma^2/2 = (1-t)/t near t=0. The clamped SDE has the same marginals.
     """
     x = x0
-    times = _grid(torch.linspace(t_start, 1, steps + 1))
+    if t_start == 1:
+        return x
+    times = _grid(torch.linspace(t_start, 1, steps + 1, dtype=torch.float64))
     for k, (now, then) in enumerate(itertools.pairwise(times)):
-        t, dt = as_times(now, x), then - now
-        b, half = drift(t, x), diffusion(as_times(now, x), max_diffusion)
-        x = x + dt * (b + expand(half, x) * score(t, x, b))
-        if then < 1:
-            x = x + expand((2 * half * dt).sqrt(), x) * randn(x.shape, x, generator)
+        t = as_times(now, x)
+        x, deviation = euler_maruyama(now, then, x, drift(t, x), diffusion(t, max_diffusion))
+        if deviation is not None:
+            x = x + deviation * randn(x.shape, x, generator)
         if callback:
             callback(k, x)
     return x

@@ -27,7 +27,8 @@ from mfm_lightning.alignment.values import (
     effective_sample_size,
     log_mean_exp,
 )
-from mfm_lightning.interpolant import as_times, diffusion, drawn_on, expand, randn, score
+from mfm_lightning.interpolant import as_times, diffusion, drawn_on, expand, randn
+from mfm_lightning.samplers import euler_maruyama
 
 TRANSITIONS = ("sde", "glass")
 KEEP = ("sample", "best", "all")
@@ -122,7 +123,7 @@ class FeynmanKac(ParticleMethod):
 
     Args:
         value: estimator of V at a state; the reward of the denoised state by default.
-        transition: "sde": Euler-Maruyama steps of the base SDE, the last one without noise; "glass": exact transitions
+        transition: "sde": Euler-Maruyama steps of the base SDE, the last one the denoiser; "glass": exact transitions
             p(x_t' | x_t), a posterior draw x1 and then the Gaussian p(x_t' | x_t, x1), for few, large steps.
         posterior: draws for the latter; 4 GLASS steps where None.
 
@@ -195,7 +196,9 @@ def sde_step(
     clip: float | None = None,
     generator: Generator = None,
 ) -> Moved:
-    """An Euler-Maruyama step, steered where the estimate has a gradient; the one to 1 has no noise.
+    """An Euler-Maruyama step, steered where the estimate has a gradient; the one to 1 is the base's denoiser.
+
+    The last step has no noise, and so no density by which weights could make up for a twist: it is not steered.
 
     Args:
         step: its time and the next.
@@ -203,13 +206,12 @@ def sde_step(
         strength, clip: as in `TwistedSMC`.
     """
     now, then = step
-    t, dt = as_times(now, x), then - now
+    t = as_times(now, x)
     b = target.drift(t, x) if estimate.drift is None else estimate.drift
-    half = diffusion(t, max_diffusion)
-    mean = x + dt * (b + expand(half, x) * score(t, x, b))
-    if then >= 1:  # without noise there is nothing to weigh a twist against
+    mean, deviation = euler_maruyama(now, then, x, b, diffusion(t, max_diffusion))
+    if deviation is None:
         return mean, x.new_zeros(len(x))
-    noise, deviation = randn(x.shape, x, generator), expand((2 * half * dt).sqrt(), x)
+    noise = randn(x.shape, x, generator)
     if not strength or estimate.gradient is None:
         return mean + deviation * noise, x.new_zeros(len(x))
     shift = strength * deviation * estimate.gradient  # in standard deviations of the step

@@ -11,8 +11,8 @@ from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, one_of
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawGradient, GradientEstimator
-from mfm_lightning.interpolant import as_times, diffusion, expand, randn, score
-from mfm_lightning.samplers import Callback
+from mfm_lightning.interpolant import as_times, diffusion, expand, randn
+from mfm_lightning.samplers import Callback, euler_maruyama
 
 DYNAMICS = ("ode", "sde")
 
@@ -30,7 +30,8 @@ class DivergedError(FloatingPointError):
 @dataclass
 class Steering(AlignmentMethod):
     """The steered ODE, dx = (b + lambda sigma^2/2 grad V) dt, or SDE,
-    dx = (b + sigma^2/2 score + lambda sigma^2 grad V) dt + sigma dW, with sigma^2/2 = (1-t)/t (Eq. 14).
+    dx = (b + sigma^2/2 score + lambda sigma^2 grad V) dt + sigma dW, with sigma^2/2 = (1-t)/t (Eq. 14). The SDE's step
+    to 1 is the tilted denoiser (`mfm_lightning.samplers.euler_maruyama`).
 
     Args:
         estimator: of the gradient of V; MFM-G by default.
@@ -117,21 +118,24 @@ def steer(
         renormalise=method.renormalise,
     )  # fmt: skip
     for k, (now, then) in enumerate(pairs):
-        t, dt, estimate = as_times(now, x), then - now, None
+        t, estimate = as_times(now, x), None
         half = diffusion(t, method.max_diffusion)
         if method.strength and method.steer_from <= now <= method.steer_to:
             with run.step(k, len(pairs), now, x):
                 estimate = method.estimator(target, t, x, generator)
         b = target.drift(t, x) if estimate is None or estimate.drift is None else estimate.drift
-        velocity = b if method.dynamics == "ode" else b + expand(half, x) * score(t, x, b)
+        term: Tensor | float = 0.0
         if estimate is not None and estimate.gradient is not None:
             term = method.term(estimate.gradient, b, half)
-            velocity = velocity + (term if method.dynamics == "ode" else 2 * term)
             size = term.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-20)
             run.note(now, value=estimate.value, ess=estimate.ess, steering_over_drift=size)
-        previous, x = x, x + dt * velocity
-        if method.dynamics == "sde" and then < 1:
-            x = x + expand((2 * half * dt).sqrt(), x) * randn(x.shape, x, generator)
+        previous = x
+        if method.dynamics == "ode":
+            x = x + (then - now) * (b + term)
+        else:
+            x, deviation = euler_maruyama(now, then, x, b, half, term)
+            if deviation is not None:
+                x = x + deviation * randn(x.shape, x, generator)
         _require_finite(x, previous, k, then)
         if callback:
             callback(k, x)
