@@ -21,7 +21,10 @@ class WeightedTerm:
 
     Args:
         name: a key of `mfm_lightning.objectives.TERMS`.
-        p: power of the adaptive weight 1 / (|residual|^2 + c)^p (Eq. 73); 0 for none.
+        p: power of the adaptive weight 1 / (|residual|^2 + c)^p (Eq. 73); 0 for none. Where None: 0 for terms on data
+            (flow_matching, data_diagonal, mean_flow), 1 for all others. On data p > 0 draws the minimiser away from
+            the mean of the target x1 - eps, which is the velocity, towards its mode: the weight counts a sample for
+            less, the further it is from the prediction. The paper's recipe on ImageNet has p > 0 on data, too.
         c: of the adaptive weight, positive.
         weight: factor of the term.
         start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
@@ -31,7 +34,7 @@ class WeightedTerm:
     """
 
     name: str
-    p: float = 1.0
+    p: float | None = None
     c: float = 0.01
     weight: float = 1.0
     start_step: int = 0
@@ -39,6 +42,11 @@ class WeightedTerm:
     def __post_init__(self) -> None:
         if self.name not in TERMS:
             raise ValueError(f"unknown objective {self.name!r}: expected one of {', '.join(TERMS)}")
+
+    @property
+    def power(self) -> float:
+        """p, or what stands for None."""
+        return (0.0 if TERMS[self.name].noisy_target else 1.0) if self.p is None else self.p
 
 
 def squared_error(residual: Tensor) -> Tensor:
@@ -67,7 +75,10 @@ class Objective:
         built_terms: the objects that `terms` name, in their order.
 
     Raises:
-        ValueError: for no term, or an unknown tangent backend.
+        ValueError: for no term, an unknown tangent backend, no term at the first step, or consistency terms with
+            nothing that pins the diagonal as long as they train: semigroup, lagrangian_self and eulerian_self hold for
+            the flow map of any velocity, so that a constant map has loss 0. flow_matching pins them only where
+            all condition times are 0.
     """
 
     terms: list[WeightedTerm] = field(
@@ -83,10 +94,27 @@ class Objective:
             raise ValueError("an objective needs at least one term")
         get_backend(self.backend)
         self.built_terms = [self._build(term.name) for term in self.terms]
+        self._check_pinned()
 
     def _build(self, name: str) -> Term:
         kind = TERMS[name]
         return kind(self.backend) if issubclass(kind, Consistency) else kind()
+
+    def _check_pinned(self) -> None:
+        active = [(t, term) for t, term in zip(self.terms, self.built_terms, strict=True) if t.weight > 0]
+        if not any(settings.start_step <= 0 for settings, _ in active):
+            raise ValueError("no term trains at the first step: one needs start_step 0 and a weight above 0")
+        at_zero = self.pairs.condition_times.always_zero
+        pinning = [t.start_step for t, term in active if term.pins_diagonal and (at_zero or not term.base_flow_only)]
+        first = min(pinning, default=None)
+        for settings, term in active:
+            if not term.pins_diagonal and (first is None or first > settings.start_step):
+                others = [name for name, kind in TERMS.items() if kind.pins_diagonal and not kind.base_flow_only]
+                raise ValueError(
+                    f"nothing pins the diagonal v_(s,s) when {settings.name!r} starts to train (step "
+                    f"{settings.start_step}), and a constant map satisfies it: add one of {', '.join(others)}, with a "
+                    "weight above 0, that starts no later"
+                )
 
     @property
     def needs_teacher(self) -> list[str]:
@@ -96,7 +124,7 @@ class Objective:
     @property
     def base_flow_only(self) -> bool:
         """Whether nothing trains the condition (t, x_t), so that the result draws no posteriors."""
-        return all(term.name == "flow_matching" for term in self.terms)
+        return all(term.base_flow_only for term in self.built_terms)
 
     def __call__(
         self, model: MetaFlowMap, teacher: Teacher | None, x1: Tensor, conditions: Conditions, step: int = 0
@@ -117,7 +145,7 @@ class Objective:
                 continue
             residual = self.residual(term, model, teacher, pair, step, shared)
             error = squared_error(residual)
-            results[settings.name] = adaptive_loss(error, settings.p, settings.c).mean()
+            results[settings.name] = adaptive_loss(error, settings.power, settings.c).mean()
             results[f"error/{settings.name}"] = error.detach().mean()
             total = total + settings.weight * results[settings.name]
         return {"loss": total, **results}
