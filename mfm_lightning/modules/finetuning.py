@@ -25,6 +25,7 @@ from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.objectives.finetuning import (
     GRADIENTS,
     Tilt,
+    control_cost,
     finetuning_target,
     tilt_by_reward_gradient,
     tilt_without_gradient,
@@ -76,6 +77,10 @@ class RewardFinetuning(TrainingModule):
     """Trains a policy, a copy of the base flow, on Eq. 43; the base flow, the Meta Flow Map and the reward are frozen.
 
     The policy is exported as a base flow: a `model.safetensors` that every sampler here takes.
+
+    Among what is logged, `control_cost` is the mean of `mfm_lightning.objectives.finetuning.control_cost` over the
+    states that are trained on. With uniform `times` that is KL(base || policy) where they come from data. Where they
+    are the policy's own samples, it is KL(policy || base), once the policy is near its optimum. Of a mix it is neither.
 
     Args:
         target: the Meta Flow Map for the draws, the reward, its decoder, and `reward_scale` (the paper's lambda).
@@ -254,8 +259,7 @@ class RewardFinetuning(TrainingModule):
         log_weights = (tilt.rewards - normaliser[:, None]).flatten()
         return {
             "reward": (tilt.rewards / scale if scale else tilt.rewards).mean(),
-            # of the controlled SDE from the base SDE: the integral of |b_theta - b|^2 / (sigma^2/2)
-            "kl": (change / half.clamp_min(0.05)).mean(),
+            "control_cost": control_cost(base, policy, half).mean(),
             "relative_change": change.mean() / base.flatten(1).square().sum(dim=1).mean(),
             **{f"share/{name}": n / norms.sum() for name, n in zip(("base", "weight", "reward"), norms, strict=True)},
             "ess": effective_sample_size(log_weights, dim=0) / len(log_weights),

@@ -83,6 +83,22 @@ def tilt_without_gradient(
     return Tilt(log_weights.exp().mean(dim=1), expand(factor, x) * mean, rewards)
 
 
+def control_cost(base: Tensor, policy: Tensor, half_diffusion: Tensor) -> Tensor:
+    """|b_theta - b|^2 / (sigma^2/2), `(B,)`: what the policy's SDE spends per unit of time to leave the base SDE.
+
+    By Girsanov its integral over t in (0, 1), averaged over the states of a process, is the KL divergence of that
+    process from the other one: KL(policy || base) over the policy's states, KL(base || policy) over noised data. With
+    sigma^2/2 = (1-t)/t the base SDE forgets its start, so that at b + (sigma^2/2) grad V these are KL(tilted || data)
+    over noised samples of the tilted distribution, and KL(data || tilted) over noised data. Over other states it is
+    neither.
+
+    Args:
+        base, policy: b_t(x) and b_theta(t, x), `(B, *shape)`.
+        half_diffusion: sigma^2/2, `(B,)`; counted as 0.05 where it is less, at times t above 0.95.
+    """
+    return (policy - base).flatten(1).square().sum(dim=1) / half_diffusion.clamp_min(0.05)
+
+
 def finetuning_target(base: Tensor, policy: Tensor, tilt: Tilt, half_diffusion: Tensor) -> tuple[Tensor, ...]:
     """The three terms whose sum b_theta regresses on (Eq. 43): b, -(e^r - 1)(b_theta - b), (sigma^2/2) grad e^r.
 

@@ -24,7 +24,10 @@ class WeightedTerm:
 
     Args:
         name: a key of `mfm_lightning.objectives.TERMS`, or the path of a `Term` of your own, such as my_terms.MyTerm.
-        p: power of the adaptive weight 1 / (|residual|^2 + c)^p (Eq. 73); 0 for none.
+        p: power of the adaptive weight 1 / (|residual|^2 + c)^p (Eq. 73); 0 for none. Where None: 0 for terms on data
+            (flow_matching, data_diagonal, mean_flow), 1 for all others. On data p > 0 draws the minimiser away from
+            the mean of the target x1 - eps, which is the velocity, towards its mode: the weight counts a sample for
+            less, the further it is from the prediction. The paper's recipe on ImageNet has p > 0 on data, too.
         c: of the adaptive weight, positive.
         weight: factor of the term.
         start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
@@ -35,7 +38,7 @@ class WeightedTerm:
     """
 
     name: str
-    p: float = 1.0
+    p: float | None = None
     c: float = 0.01
     weight: float = 1.0
     start_step: int = 0
@@ -74,6 +77,11 @@ class WeightedTerm:
         except TypeError as error:
             raise ValueError(f"objective {self.name!r}: {error}") from error
 
+    @property
+    def power(self) -> float:
+        """p, or what stands for None."""
+        return (0.0 if self.kind().noisy_target else 1.0) if self.p is None else self.p
+
 
 def squared_error(residual: Tensor) -> Tensor:
     """Sum over the state's dimensions, `(B, *shape) -> (B,)`, in float32."""
@@ -101,7 +109,10 @@ class Objective:
         built_terms: the objects that `terms` name, in their order.
 
     Raises:
-        ValueError: for no term, or an unknown tangent backend.
+        ValueError: for no term, an unknown tangent backend, no term at the first step, or consistency terms with
+            nothing that pins the diagonal as long as they train: semigroup, lagrangian_self and eulerian_self hold for
+            the flow map of any velocity, so that a constant map has loss 0. flow_matching pins them only where
+            all condition times are 0.
     """
 
     terms: list[WeightedTerm] = field(
@@ -117,6 +128,23 @@ class Objective:
             raise ValueError("an objective needs at least one term")
         get_backend(self.backend)
         self.built_terms = [term.build(self.backend) for term in self.terms]
+        self._check_pinned()
+
+    def _check_pinned(self) -> None:
+        active = [(t, term) for t, term in zip(self.terms, self.built_terms, strict=True) if t.weight > 0]
+        if not any(settings.start_step <= 0 for settings, _ in active):
+            raise ValueError("no term trains at the first step: one needs start_step 0 and a weight above 0")
+        at_zero = self.pairs.condition_times.always_zero
+        pinning = [t.start_step for t, term in active if term.pins_diagonal and (at_zero or not term.base_flow_only)]
+        first = min(pinning, default=None)
+        for settings, term in active:
+            if not term.pins_diagonal and (first is None or first > settings.start_step):
+                others = [name for name, kind in TERMS.items() if kind.pins_diagonal and not kind.base_flow_only]
+                raise ValueError(
+                    f"nothing pins the diagonal v_(s,s) when {settings.name!r} starts to train (step "
+                    f"{settings.start_step}), and a constant map satisfies it: add one of {', '.join(others)}, with a "
+                    "weight above 0, that starts no later; a term of your own that pins it has pins_diagonal = True"
+                )
 
     @property
     def needs_teacher(self) -> list[str]:
@@ -126,7 +154,7 @@ class Objective:
     @property
     def base_flow_only(self) -> bool:
         """Whether nothing trains the condition (t, x_t), so that the result draws no posteriors."""
-        return all(term.name == "flow_matching" for term in self.terms)
+        return all(term.base_flow_only for term in self.built_terms)
 
     def __call__(
         self, model: MetaFlowMap, teacher: Teacher | None, x1: Tensor, conditions: Conditions, step: int = 0
@@ -148,7 +176,7 @@ class Objective:
             residual = self.residual(term, model, teacher, pair, step, shared)
             error = squared_error(residual)
             key = settings.name.rpartition(".")[2]
-            results[key] = adaptive_loss(error, settings.p, settings.c).mean()
+            results[key] = adaptive_loss(error, settings.power, settings.c).mean()
             results[f"error/{key}"] = error.detach().mean()
             total = total + settings.weight * results[key]
         return {"loss": total, **results}

@@ -90,6 +90,11 @@ class ConditionTimes:
         if self.power < 0 or not 0 <= self.zero_rate <= 1:
             raise ValueError(f"power {self.power} must be >= 0 and zero_rate {self.zero_rate} in [0, 1]")
 
+    @property
+    def always_zero(self) -> bool:
+        """Whether every time is 0."""
+        return self.power == 0 or self.zero_rate == 1
+
     def sample(self, num: int, device: torch.device) -> Tensor:
         """`(num,)` times in [0, 1)."""
         t = torch.rand(num, device=device) ** self.power if self.power else torch.zeros(num, device=device)

@@ -26,11 +26,19 @@ class Term(ABC):
         teacher_at_start: the teacher's velocity at (s, x) must be in the inner sample, where terms that look at the
             same sample share it.
         guides_data: it guides the data's velocity by the model itself.
+        noisy_target: the target holds x1 - eps, of which the network is to learn the mean given the states; other
+            targets are functions of the states.
+        pins_diagonal: where its residual vanishes on average, v_{s,s} is the velocity of the data or of the teacher. A
+            term without it holds for the flow map of any velocity, a constant one included.
+        base_flow_only: it looks at t = 0 alone.
     """
 
     needs_teacher: bool = False
     teacher_at_start: bool = False
     guides_data: bool = False
+    noisy_target: bool = False
+    pins_diagonal: bool = False
+    base_flow_only: bool = False
 
     def condition(self, pair: Pair) -> Pair:
         """What the term is conditioned on."""
@@ -63,7 +71,7 @@ def guided_data_velocity(model: MetaFlowMap, pair: Pair, inner: InnerSample) -> 
 class DataDiagonal(Term):
     """v_{s,s} regresses on x1 - eps, with model guidance where the pair has a scale above 1."""
 
-    guides_data = True
+    guides_data = noisy_target = pins_diagonal = True
 
     def target(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
         return guided_data_velocity(model, pair, inner)
@@ -76,6 +84,8 @@ class DataDiagonal(Term):
 class FlowMatching(DataDiagonal):
     """The base flow: v_{s,s}(I_s; 0, x_0) regresses on x1 - eps. The condition is pure noise, to be ignored."""
 
+    base_flow_only = True
+
     def condition(self, pair: Pair) -> Pair:
         return Pair(pair.x1, torch.zeros_like(pair.t), torch.randn_like(pair.x1), pair.conditions)
 
@@ -84,7 +94,7 @@ class DistilledDiagonal(DataDiagonal):
     """v_{s,s} regresses on the GLASS velocity of the frozen, class-guided teacher."""
 
     needs_teacher = teacher_at_start = True
-    guides_data = False
+    guides_data = noisy_target = False
 
     def target(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
         return inner.at_start
@@ -157,9 +167,13 @@ class LagrangianSelf(_Lagrangian):
 
 
 class LagrangianTeacher(_Lagrangian):
-    """d/du X_{s,u}(x) = v_{u,u}(X_{s,u}(x)), the right side from the teacher's GLASS velocity."""
+    """d/du X_{s,u}(x) = v_{u,u}(X_{s,u}(x)), the right side from the teacher's GLASS velocity.
 
-    needs_teacher = True
+    X_{s,s}(x) = x by construction, so that the equation has one solution: the teacher's flow map. As u -> s it gives
+    v_{s,s}, whether or not samples with u = s are among them.
+    """
+
+    needs_teacher = pins_diagonal = True
 
     def end_velocity(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, u: Tensor, x: Tensor) -> Tensor:
         if teacher is None:
@@ -195,9 +209,12 @@ class EulerianSelf(_Eulerian):
 
 
 class EulerianTeacher(_Eulerian):
-    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s from the teacher by GLASS."""
+    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s from the teacher by GLASS.
 
-    needs_teacher = teacher_at_start = True
+    It pins the diagonal as `LagrangianTeacher` does.
+    """
+
+    needs_teacher = teacher_at_start = pins_diagonal = True
 
     def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
         return inner.at_start
@@ -205,9 +222,9 @@ class EulerianTeacher(_Eulerian):
 
 class MeanFlow(_Eulerian):
     """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s = x1 - eps of the data, with model guidance
-    (Eq. 69)."""
+    (Eq. 69). The target is affine in v_s, so that its mean is that of `EulerianTeacher` with the exact velocity."""
 
-    guides_data = True
+    guides_data = noisy_target = pins_diagonal = True
 
     def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
         return guided_data_velocity(model, pair, inner)

@@ -118,7 +118,10 @@ def test_losses_and_gradients_equal_functorch(model, name):
     found = {}
     for backend in ("explicit", "functorch"):
         torch.manual_seed(1)
-        objective = Objective([WeightedTerm(name)], PairSampler(guidance_scale=2.5), backend=backend)
+        terms = [WeightedTerm(name, p=1.0)]
+        if not TERMS[name].pins_diagonal:
+            terms.append(WeightedTerm("data_diagonal", p=1.0))
+        objective = Objective(terms, PairSampler(guidance_scale=2.5), backend=backend)
         model.zero_grad()
         loss = objective(model, teacher, x1, Conditions(label=label))["loss"]
         loss.backward()
@@ -218,7 +221,7 @@ def test_shared_sample_has_one_teacher_evaluation_and_the_same_gradients(model):
         inner.teacher_velocity = teacher_velocity(teacher, inner.s, inner.x, pair.t, pair.x_t, pair.conditions)
         term.backend = "functorch"
         error = squared_error(term(model, teacher, pair, inner))
-        loss = loss + settings.weight * adaptive_loss(error, settings.p, settings.c).mean()
+        loss = loss + settings.weight * adaptive_loss(error, settings.power, settings.c).mean()
     loss.backward()
     reference = [loss.detach(), *[p.grad for p in model.parameters() if p.grad is not None]]
     assert len(ours) == len(reference)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mfm_lightning.checkpoints import import_checkpoint
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm
+from mfm_lightning.objectives import TERMS, Objective, PairSampler
 from mfm_lightning.objectives.objective import adaptive_loss, squared_error
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
 from tests.parity import DATA, released_architecture
@@ -52,14 +52,14 @@ def test_expected_value_within_four_standard_errors(name, p, batches, tmp_path):
     student, data = imported("official_objectives.safetensors", "student.", tmp_path)
     teacher = ModelTeacher(imported("official_objectives.safetensors", "teacher.", tmp_path)[0], omega=0.6)
     expected = json.loads((DATA / "official_objectives.json").read_text())[name]
-    objective = Objective([WeightedTerm(name, p=p)], PairSampler(class_dropout=0.2, guidance_scale=2.5))
+    objective, term = Objective(pairs=PairSampler(class_dropout=0.2, guidance_scale=2.5)), TERMS[name]()
     torch.manual_seed(0)
     x1, label = data["x1"].repeat(8, 1, 1, 1), data["label"].repeat(8)
     means = {"squared_error": [], "adaptive_loss": [], "squared_error_over_samples_with_label": []}
     with torch.no_grad():
         for _ in range(batches):
             pair = objective.pairs.sample(x1, Conditions(label=label), student.null_conditions)
-            error = squared_error(objective.residual(objective.built_terms[0], student, teacher, pair))
+            error = squared_error(objective.residual(term, student, teacher, pair))
             means["squared_error"].append(error.mean())
             means["squared_error_over_samples_with_label"].append(
                 error[pair.conditions.label != student.num_classes].mean()

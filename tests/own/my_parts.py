@@ -42,6 +42,8 @@ class SmallNet(nn.Module):
 class Huber(Term):
     """Flow matching whose residual is bounded."""
 
+    noisy_target = pins_diagonal = base_flow_only = True
+
     def __init__(self, bound: float = 1.0) -> None:
         self.bound = bound
 

@@ -243,7 +243,7 @@ def test_fine_tuning_on_two_processes(tmp_path):
     torchrun(tmp_path, 2, *fit, "--trainer.max_steps=4")
     last = tmp_path / "outputs/gmm/finetune/last.ckpt"
     half = torch.load(last, weights_only=True)
-    assert half["state_dict"]["normaliser.updates"].tolist() == [4]  # once a step, with the draws of both
+    assert half["state_dict"]["normaliser.updates"].tolist() == [4, 4]  # once a step, with the draws of both
     # noise and policy samples are each rank's own, and all are in the checkpoint
     first, second = (state["cpu"] for state in half["rng_state"])
     assert not torch.equal(first, second)
@@ -252,5 +252,5 @@ def test_fine_tuning_on_two_processes(tmp_path):
     assert not torch.equal(buffers[0][0], buffers[1][0])
     torchrun(tmp_path, 2, *fit, "--trainer.max_steps=8", "--ckpt_path=outputs/gmm/finetune/last.ckpt")
     resumed = torch.load(last, weights_only=True)
-    assert resumed["state_dict"]["normaliser.updates"].tolist() == [8]
+    assert resumed["state_dict"]["normaliser.updates"].tolist() == [8, 8]
     assert load_model(tmp_path / "outputs/gmm/finetune/model.safetensors").state_shape == (2,)
