@@ -45,8 +45,8 @@ def residual_mean(gradient: str, optimal: bool, shift: float = 0.0) -> tuple[tor
     def normaliser(rewards):
         return torch.full((len(rewards),), -1.0 + shift)
 
-    arguments = (target, t, x, noise, FlowMapPosterior(), normaliser)
-    tilt = tilt_by_reward_gradient(*arguments) if gradient == "reward" else tilt_without_gradient(*arguments, base)
+    tilted = tilt_by_reward_gradient if gradient == "reward" else tilt_without_gradient
+    tilt = tilted(target, t, x, noise, FlowMapPosterior(), normaliser, base)
     residual = (policy - sum(finetuning_target(base, policy, tilt, half))).reshape(8, num, 2)
     return residual.mean(dim=1), residual.std(dim=1) / num**0.5
 
