@@ -140,8 +140,8 @@ class DrawGradient(Draws, GradientEstimator):
     """MFM-G (Eq. 22): the value estimate differentiated through the draws, their noise fixed. With a GLASS posterior:
     differentiated GLASS rollouts.
 
-    Near t = 0 the draws hardly depend on x: the gradient goes to zero, and sigma^2/2 grows without bound. Where steering
-    clamps sigma^2/2, it takes `Estimate.steering`: MFM-GF's form of the product, from the same draws and without further
+    Near t = 0 the draws hardly depend on x: the gradient goes to zero, and sigma^2/2 grows without bound. Where it is
+    clamped, steering takes `Estimate.steering`: MFM-GF's form of the product, from the same draws and without further
     evaluations. It needs two draws. With one (None) the clamp takes away 1 - max_diffusion t/(1-t) of the product: all
     of it at t = 0, three quarters at 0.01 and nothing from 0.04, with the default of 25.
     """
