@@ -7,8 +7,10 @@ distribution is meant. An oracle knows nothing of guidance.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,15 +34,43 @@ class LinearGaussian(Protocol):
     noise_std: float
 
 
+@dataclass
+class Likelihood:
+    """A `LinearGaussian` and a constant beside it: log N(y; A x1, noise_std^2 I) + offset."""
+
+    operator: Tensor
+    observation: Tensor
+    noise_std: float
+    offset: float = 0.0
+
+
+def scaled(reward: Any, scale: float) -> Likelihood:
+    """`scale` log N(y; A x1, s^2 I) = log N(y; A x1, s^2 / scale I) + offset, again a linear-Gaussian likelihood.
+
+    Raises:
+        TypeError: if the reward is of another kind.
+        ValueError: for a scale that is not positive.
+    """
+    given = require_linear_gaussian(reward)
+    if not scale > 0:
+        raise ValueError(f"reward_scale {scale} of a likelihood must be positive: else there is no closed form")
+    normal = (1 - scale) * math.log(2 * math.pi * given.noise_std**2) - math.log(scale)
+    offset = len(given.observation) / 2 * normal
+    return Likelihood(given.operator, given.observation, given.noise_std / scale**0.5, offset)
+
+
 class Oracle(ABC):
     """A distribution whose flow, posterior and value are known exactly.
 
     Attributes:
         state_shape: shape of a state.
         num_classes: number of labels; `num_classes` is the null label.
+        needs_likelihood: whether V is known only for a linear-Gaussian likelihood of the state itself; else for any
+            function of the state.
     """
 
     num_classes: int
+    needs_likelihood: bool = False
 
     @property
     @abstractmethod
@@ -69,6 +99,11 @@ class Oracle(ABC):
     def value_gradient(self, x: Tensor, t: Times, reward: Any, conditions: Conditions | None = None) -> Tensor:
         """grad_x V_t(x), `(B, *shape)`."""
 
+    @abstractmethod
+    def steering(self, x: Tensor, t: Times, reward: Any, conditions: Conditions | None = None) -> Tensor:
+        """(sigma^2/2) grad V = (E'[x1 | x] - E[x1 | x]) / (1-t), sigma^2/2 = (1-t)/t, `(B, *shape)`; E' is under the
+        posterior tilted by e^r. Finite also at t = 0, where sigma^2/2 is not."""
+
 
 class GaussianMixture(Oracle):
     """A mixture of Gaussians, sum_k w_k N(m_k, C_k).
@@ -83,6 +118,7 @@ class GaussianMixture(Oracle):
     """
 
     num_classes = 0
+    needs_likelihood = True
 
     def __init__(
         self,
@@ -151,20 +187,15 @@ class GaussianMixture(Oracle):
 
         Args:
             reward: r(x1) = log N(y; A x1, noise_std^2 I), with attributes `operator` A `(M, D)`, `observation` y `(M,)`
-                and `noise_std`; e.g. `mfm_rewards.linear_gaussian.LinearGaussianLikelihood`.
+                and `noise_std`; e.g. `mfm_rewards.linear_gaussian.LinearGaussianLikelihood`. A constant `offset`, where
+                it has one (`scaled`), is added.
 
         Raises:
             TypeError: if the reward is of another kind, for which a mixture has no closed form.
         """
-        require_linear_gaussian(reward)
-        t = as_times(t, x)
-        log_joint, means, variances = self._posterior_moments(t, x)
-        A, y = reward.operator.to(x), reward.observation.to(x)
-        axes = torch.einsum("mi,kij->kmj", A, self.axes.to(x))
-        evidence = torch.einsum("kmj,bkj,knj->bkmn", axes, variances, axes)
-        evidence = evidence + reward.noise_std**2 * torch.eye(len(y), dtype=x.dtype, device=x.device)
-        normal = torch.distributions.MultivariateNormal(means @ A.T, evidence)
-        return (log_joint.log_softmax(dim=1) + normal.log_prob(y)).logsumexp(dim=1)
+        log_joint, _, _, normal = self._measured(as_times(t, x), x, reward)
+        log_evidence = normal.log_prob(reward.observation.to(x))
+        return (log_joint.log_softmax(dim=1) + log_evidence).logsumexp(dim=1) + getattr(reward, "offset", 0.0)
 
     def value_gradient(
         self, x: Tensor, t: Times, reward: LinearGaussian, conditions: Conditions | None = None
@@ -173,6 +204,19 @@ class GaussianMixture(Oracle):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             return torch.autograd.grad(self.value(x, t, reward).sum(), x)[0]
+
+    def steering(self, x: Tensor, t: Times, reward: LinearGaussian, conditions: Conditions | None = None) -> Tensor:
+        """(sigma^2/2) grad V, `(B, D)`, from the components' posteriors and those after the measurement: weights times
+        the evidence, means moved by the Kalman gain."""
+        t = as_times(t, x)
+        log_joint, means, gain, normal = self._measured(t, x, reward)
+        y = reward.observation.to(x)
+        tilted = (log_joint + normal.log_prob(y)).softmax(dim=1)
+        residual = torch.linalg.solve(normal.covariance_matrix, (y - normal.mean)[..., None])
+        moved = (tilted[..., None] * (gain @ residual)[..., 0]).sum(dim=1)
+        weights = tilted - log_joint.softmax(dim=1)  # sum to 0, so that any common point may be taken from the means
+        moved = moved + (weights[..., None] * (means - x[:, None])).sum(dim=1)
+        return moved / expand((1 - t).clamp_min(1e-6), x)
 
     def tilted(self, reward: LinearGaussian) -> GaussianMixture:
         """p(x1) e^{r(x1)} / Z, again a mixture, for a linear-Gaussian likelihood reward (as in `value`).
@@ -203,6 +247,19 @@ class GaussianMixture(Oracle):
         lam, time = self.variances.to(x), t[:, None, None]
         gain = torch.einsum("kij,bkj->bki", self.axes.to(x), time * lam / noisy * centred)
         return log_joint, self.means.to(x) + gain, (1 - time) ** 2 * lam / noisy
+
+    def _measured(
+        self, t: Tensor, x: Tensor, reward: LinearGaussian
+    ) -> tuple[Tensor, Tensor, Tensor, torch.distributions.MultivariateNormal]:
+        # of the components' posteriors N(m, V): log weights, m, V A^T, and the distribution of y
+        require_linear_gaussian(reward)
+        log_joint, means, variances = self._posterior_moments(t, x)
+        A, y = reward.operator.to(x), reward.observation.to(x)
+        axes = torch.einsum("mi,kij->kmj", A, self.axes.to(x))
+        cross = torch.einsum("kij,bkj,kmj->bkim", self.axes.to(x), variances, axes)
+        evidence = A @ cross + reward.noise_std**2 * torch.eye(len(y), dtype=x.dtype, device=x.device)
+        normal = torch.distributions.MultivariateNormal(means @ A.T, evidence)
+        return log_joint, means, cross, normal
 
 
 def require_linear_gaussian(reward: Any) -> LinearGaussian:
@@ -291,10 +348,16 @@ class EmpiricalDistribution(Oracle):
 
         The reward's gradient is not needed.
         """
+        t = as_times(t, x)
+        ratio = t / (1 - t).clamp_min(self.min_noise)
+        return expand(ratio, x) * self.steering(x, t, reward, conditions)
+
+    def steering(self, x: Tensor, t: Times, reward: Reward, conditions: Conditions | None = None) -> Tensor:
+        """(sigma^2/2) grad V = (E'[x1 | x] - E[x1 | x]) / (1-t), `(B, *shape)`."""
         t, r = as_times(t, x), self._rewards(reward)
         weights = self._log_weights(t, x, conditions)
         shift = torch.cat([((w + r).softmax(1) - w.softmax(1)) @ self._flat for w in weights]).reshape(x.shape)
-        return expand(t / (1 - t).clamp_min(self.min_noise) ** 2, x) * shift
+        return shift / expand((1 - t).clamp_min(self.min_noise), x)
 
     @torch.no_grad()
     def _rewards(self, reward: Reward, batch: int = 1024) -> Tensor:

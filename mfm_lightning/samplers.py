@@ -63,9 +63,15 @@ def sample_ode(
 
 
 def euler_maruyama(
-    now: float, then: float, x: Tensor, drift: Tensor, half: Tensor, steering: Tensor | float = 0.0
+    now: float,
+    then: float,
+    x: Tensor,
+    drift: Tensor,
+    half: Tensor,
+    steering: Tensor | float = 0.0,
+    share: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean `(B, *shape)` and deviation of an Euler-Maruyama step of dx = (b + h score + 2 c) dt + sqrt(2 h) dW.
+    """Mean `(B, *shape)` and deviation of an Euler-Maruyama step of dx = (b + h score + c + k c) dt + sqrt(2 h) dW.
 
     The step to 1 is the denoiser, x + (1-t) (b + c), without noise. With c = h grad V and h = (1-t)/t it is the mean of
     x1 given x under the posterior tilted by e^r. The plain step would leave noise of size (1-t)/t on the sample.
@@ -75,6 +81,7 @@ def euler_maruyama(
         x: states `(B, *shape)` at `now`, and their `drift` b.
         half: h = sigma^2/2, `(B,)`.
         steering: c, `(B, *shape)`.
+        share: k = h / ((1-t)/t), what the clamp leaves of sigma^2/2, where c is (1-t)/t grad V; 1 where c is h grad V.
 
     Returns:
         The deviation broadcasts against x; None where there is no noise.
@@ -82,7 +89,7 @@ def euler_maruyama(
     t, dt = as_times(now, x), then - now
     if then == 1:
         return x + dt * (drift + steering), None
-    velocity = drift + expand(half, x) * score(t, x, drift) + 2 * steering
+    velocity = drift + expand(half, x) * score(t, x, drift) + (1 + share) * steering
     return x + dt * velocity, expand((2 * half * dt).sqrt(), x)
 
 

@@ -42,7 +42,9 @@ class Steering(AlignmentMethod):
         steer_to: steer only at times up to here.
         renormalise: give the steering the base drift's norm, sample by sample, times strength (Eq. 136).
         clip: largest norm of the steering, in norms of the base drift; None for no limit.
-        max_diffusion: clamp of sigma^2/2 near t=0.
+        max_diffusion: clamp of sigma^2/2 near t=0, at times below 1 / (1 + max_diffusion). There the steering is the
+            estimate's product (sigma^2/2) grad V, unclamped, where it has one: MFM-GF, the exact gradient, and MFM-G
+            from two draws. Of other gradients the clamp takes away 1 - max_diffusion t/(1-t).
 
     Raises:
         ValueError: for unknown dynamics.
@@ -68,15 +70,20 @@ class Steering(AlignmentMethod):
     def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
         return steer(target, x0, self, generator)
 
-    def term(self, gradient: Tensor, drift: Tensor, half_diffusion: Tensor) -> Tensor:
+    def term(self, gradient: Tensor, drift: Tensor, t: Tensor, steering: Tensor | None = None) -> Tensor:
         """What is added to the base drift `(B, *shape)`: strength * (sigma^2/2) * gradient, with its remedies.
 
         Args:
             gradient: of the value.
             drift: of the base flow.
-            half_diffusion: sigma^2/2, `(B,)`.
+            t: times `(B,)`, below 1.
+            steering: the product (sigma^2/2) * gradient, which is taken where sigma^2/2 is clamped; with `renormalise`,
+                where no clamp matters, at t = 0 only, where the gradient is zero.
         """
-        term = expand(half_diffusion, gradient) * gradient
+        term = expand(diffusion(t, self.max_diffusion), gradient) * gradient
+        if steering is not None:
+            clamped = t == 0 if self.renormalise else t * self.max_diffusion < 1 - t
+            term = torch.where(expand(clamped, term), steering, term)
         base = expand(drift.flatten(1).norm(dim=1), drift)
         if self.renormalise:
             # a gradient of zero stays zero: there is no direction to go
@@ -125,15 +132,18 @@ def steer(
                 estimate = method.estimator(target, t, x, generator)
         b = target.drift(t, x) if estimate is None or estimate.drift is None else estimate.drift
         term: Tensor | float = 0.0
+        share: Tensor | float = 1.0
         if estimate is not None and estimate.gradient is not None:
-            term = method.term(estimate.gradient, b, half)
+            term = method.term(estimate.gradient, b, t, estimate.steering)
+            if estimate.steering is not None:  # the SDE's other half is of its own, clamped sigma^2/2
+                share = expand(half * t / (1 - t), x)
             size = term.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-20)
             run.note(now, value=estimate.value, ess=estimate.ess, steering_over_drift=size)
         previous = x
         if method.dynamics == "ode":
             x = x + (then - now) * (b + term)
         else:
-            x, deviation = euler_maruyama(now, then, x, b, half, term)
+            x, deviation = euler_maruyama(now, then, x, b, half, term, share)
             if deviation is not None:
                 x = x + deviation * randn(x.shape, x, generator)
         _require_finite(x, previous, k, then)

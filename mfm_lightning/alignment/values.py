@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_value
 from mfm_lightning.interpolant import Times, as_times, denoiser, expand, randn
-from mfm_lightning.oracles import Oracle
+from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
+from mfm_lightning.oracles import Likelihood, Oracle, scaled
 
 Chunk = tuple[Target, slice, slice]
 
@@ -29,6 +31,8 @@ class Estimate:
 
     Attributes:
         gradient: of V, `(B, *shape)`; None from an estimator of the value alone.
+        steering: (sigma^2/2) grad V with sigma^2/2 = (1-t)/t, `(B, *shape)`, in a form that needs no clamp near t = 0:
+            (E'[x1 | x] - E[x1 | x]) / (1-t), E' under the posterior tilted by e^r. None where there is no such form.
         value: of V, `(B,)`.
         ess: effective number of draws, `(B,)`, in 1..N.
         drift: b_t(x), `(B, *shape)`, where the estimator had to compute it anyway.
@@ -38,6 +42,7 @@ class Estimate:
     value: Tensor
     ess: Tensor
     drift: Tensor | None = None
+    steering: Tensor | None = None
 
 
 class ValueEstimator(ABC):
@@ -134,6 +139,11 @@ class DenoisedValue(ValueEstimator):
 class DrawGradient(Draws, GradientEstimator):
     """MFM-G (Eq. 22): the value estimate differentiated through the draws, their noise fixed. With a GLASS posterior:
     differentiated GLASS rollouts.
+
+    Near t = 0 the draws hardly depend on x: the gradient goes to zero, and sigma^2/2 grows without bound. Where it is
+    clamped, steering takes `Estimate.steering`: MFM-GF's form of the product, from the same draws and without further
+    evaluations. It needs two draws. With one (None) the clamp takes away 1 - max_diffusion t/(1-t) of the product: all
+    of it at t = 0, three quarters at 0.01 and nothing from 0.04, with the default of 25.
     """
 
     needs_reward_gradient = True
@@ -143,6 +153,7 @@ class DrawGradient(Draws, GradientEstimator):
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         # gradients of chunks' log-sum-exps average, by the chunks' shares, to the gradient of the whole
         gradient, value = torch.zeros_like(x), torch.full((len(x),), -torch.inf, device=x.device)
+        tilted, mean = torch.zeros_like(x), torch.zeros_like(x)  # of the draws
         for part, rows, draws in self.chunks(target, x):
             with torch.enable_grad():
                 state = x[rows].detach().requires_grad_()
@@ -154,13 +165,19 @@ class DrawGradient(Draws, GradientEstimator):
             total = torch.logaddexp(value[rows], chunk.detach())
             before, now = (value[rows] - total).exp(), (chunk.detach() - total).exp()
             gradient[rows] = expand(before, x) * gradient[rows] + expand(now, x) * chunk_gradient
+            x1, weights = x1.detach(), r.detach().softmax(dim=1).to(x.dtype)
+            chunk_tilted = torch.einsum("bn,bn...->b...", weights, x1)
+            tilted[rows] = expand(before, x) * tilted[rows] + expand(now, x) * chunk_tilted
+            mean[rows] += x1.sum(dim=1) / self.num_draws
             value[rows] = total
-        return Estimate(gradient, log_mean_exp(rewards), effective_sample_size(rewards))
+        steering = (tilted - mean) / expand((1 - t).clamp_min(1e-4), x) if self.num_draws > 1 else None
+        return Estimate(gradient, log_mean_exp(rewards), effective_sample_size(rewards), steering=steering)
 
 
 @dataclass
 class DrawGradientFree(Draws, GradientEstimator):
-    """MFM-GF (Eq. 20), without a reward gradient: t / (1-t)^2 (sum_i w_i x1_i - mean_i x1_i), w = softmax r.
+    """MFM-GF (Eq. 20), without a reward gradient: (sigma^2/2) grad V = (sum_i w_i x1_i - mean_i x1_i) / (1-t),
+    w = softmax r. The gradient is t/(1-t) times that. 1-t is kept at least 1e-4.
 
     Args:
         num_draws: N, at least 2: draws are weighed against each other.
@@ -186,13 +203,16 @@ class DrawGradientFree(Draws, GradientEstimator):
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
         weights = rewards.softmax(dim=1).to(x.dtype) - 1 / self.num_draws
         shift = torch.einsum("bn,bn...->b...", weights, drawn)
-        factor = t / (1 - t).clamp_min(1e-4) ** 2
-        return Estimate(expand(factor, x) * shift, log_mean_exp(rewards), effective_sample_size(rewards))
+        noise_left = (1 - t).clamp_min(1e-4)
+        steering = shift / expand(noise_left, x)
+        gradient, value = expand(t / noise_left, x) * steering, log_mean_exp(rewards)
+        return Estimate(gradient, value, effective_sample_size(rewards), steering=steering)
 
 
 @dataclass
 class DPSGradient(GradientEstimator):
-    """The gradient of r(D_t(x)): the posterior replaced by its mean (Chung et al., arXiv 2209.14687).
+    """The gradient of r(D_t(x)): the posterior replaced by its mean (Chung et al., arXiv 2209.14687). Near t = 0 the
+    clamp of sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
 
     Args:
         max_rows: memory budget, at most so many states at once.
@@ -214,7 +234,8 @@ class DPSGradient(GradientEstimator):
 
 
 class NetworkGradient(GradientEstimator):
-    """The gradient of an amortised value network V_phi(t, x, conditions): no draws, no reward.
+    """The gradient of an amortised value network V_phi(t, x, conditions): no draws, no reward. Near t = 0 the clamp of
+    sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
 
     Args:
         network: the network, or the `.safetensors` file that fitting `ValueEstimation` exported.
@@ -236,21 +257,63 @@ class NetworkGradient(GradientEstimator):
 
 @dataclass
 class ExactGradient(GradientEstimator):
-    """An oracle's closed form: what all estimators are measured against.
+    """An oracle's closed form: what all estimators are measured against. The reward is the target's: of decoded images,
+    with each sample's label and prompt, times its scale.
 
     Args:
         oracle: a distribution of `mfm_lightning.oracles`.
+
+    Raises:
+        TypeError, ValueError: when called, as `exact_likelihood`, for a mixture.
     """
 
     oracle: Oracle
 
+    @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
-        t, given = as_times(t, x), target.expand(x).conditions
-        reward = (
-            target.reward if target.reward_scale == 1 else lambda x1: target.reward_scale * target.plain_rewards(x1)
+        t, target = as_times(t, x), target.expand(x)
+        value = x.new_empty(len(x), dtype=torch.float32)
+        gradient, steering = torch.empty_like(x), torch.empty_like(x)
+        for rows, reward in self._rewards(target, len(x)):
+            given = target.conditions.take(rows)
+            value[rows] = self.oracle.value(x[rows], t[rows], reward, given).float()
+            gradient[rows] = self.oracle.value_gradient(x[rows], t[rows], reward, given)
+            steering[rows] = self.oracle.steering(x[rows], t[rows], reward, given)
+        return Estimate(gradient, value, torch.ones_like(value), steering=steering)
+
+    def _rewards(self, target: Target, num: int) -> Iterator[tuple[Tensor, Any]]:
+        """Samples whose reward is one function of the state, and that function: one for each label and prompt."""
+        if self.oracle.needs_likelihood:
+            yield torch.arange(num), exact_likelihood(target.reward, target.decoder, target.reward_scale)
+            return
+        given, needs = target.conditions, target.reward.needs
+        labels = given.label.tolist() if "labels" in needs and given.label is not None else [None] * num
+        prompts = given.prompts if "prompts" in needs and given.prompts is not None else [None] * num
+        groups: dict[Any, list[int]] = {}
+        for row, context in enumerate(zip(labels, prompts, strict=True)):
+            groups.setdefault(context, []).append(row)
+        for rows in groups.values():
+            yield torch.tensor(rows), _of_states(target.take(torch.tensor(rows[:1])))
+
+
+def exact_likelihood(reward: Any, decoder: Decoder | None, scale: float) -> Likelihood:
+    """A target's reward as a mixture's closed forms need it: a linear-Gaussian likelihood of the state itself.
+
+    Raises:
+        TypeError: if the reward is of another kind, or is of decoded states.
+        ValueError: for a scale that is not positive.
+    """
+    if decoder is not None and not isinstance(decoder, IdentityDecoder):
+        raise TypeError(
+            f"a mixture's closed forms are for a reward of the state itself, not of what {type(decoder).__name__} "
+            "decodes: leave the decoder out, or use an EmpiricalDistribution"
         )
-        value = self.oracle.value(x, t, reward, given).float()
-        return Estimate(self.oracle.value_gradient(x, t, reward, given), value, torch.ones_like(value))
+    return scaled(reward, scale)
+
+
+def _of_states(target: Target) -> Callable[[Tensor], Tensor]:
+    """The reward of any number of states, all with the one condition of a target; not counted."""
+    return lambda x1: target.reward_scale * target.expand(x1).plain_rewards(x1)
 
 
 def chunks(target: Target, x: Tensor, num_draws: int, max_rows: int | None) -> Iterator[Chunk]:

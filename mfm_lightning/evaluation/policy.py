@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mfm_lightning.alignment.method import AlignmentMethod
 from mfm_lightning.alignment.target import Target, require_gradient
+from mfm_lightning.alignment.values import exact_likelihood
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, PolicyModule, data_of, datamodule_of
 from mfm_lightning.evaluation.draws import noisy_states
-from mfm_lightning.interpolant import as_times, diffusion, expand
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 from mfm_lightning.metrics.distances import pairwise_distance, sliced_wasserstein
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
-from mfm_lightning.oracles import GaussianMixture, LinearGaussian, require_linear_gaussian
+from mfm_lightning.oracles import GaussianMixture, LinearGaussian
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import before_after, scatter
 from mfm_rewards import build, evaluate
@@ -184,13 +184,11 @@ class TiltedMixtureEvaluation(Evaluation[PolicyModule]):
     def check(self, module: PolicyModule) -> None:
         if not isinstance(getattr(datamodule_of(module.trainer), "oracle", None), GaussianMixture):
             raise ValueError("TiltedMixtureEvaluation needs a DataModule of a Gaussian mixture")
-        require_linear_gaussian(module.target.reward)
-        if module.target.settings.reward_scale != 1:
-            raise ValueError(f"the tilted mixture is for reward_scale 1, not {module.target.settings.reward_scale}")
+        _likelihood(module)
 
     @torch.no_grad()
     def measure(self, module: PolicyModule, folder: Path) -> None:
-        oracle, reward = _mixture(module), require_linear_gaussian(module.target.reward)
+        oracle, reward = _mixture(module), _likelihood(module)
         exact, testing = oracle.tilted(reward), module.trainer.testing
         distances: dict[str, list[float]] = {"exact (floor)": [], "base flow": [], "policy": []}
         for repeat in track(range(self.repeats if testing else 1), describe=lambda i: f"samples {i + 1}"):
@@ -229,7 +227,7 @@ class TiltedMixtureEvaluation(Evaluation[PolicyModule]):
             x1 = exact.sample(self.num_samples, generator)
             x = noisy_states(x1, t, generator)
             base = oracle.drift(t, x)
-            optimal = base + expand(diffusion(as_times(t, x)), x) * oracle.value_gradient(x, t, reward)
+            optimal = base + oracle.steering(x, t, reward)
             on_device = x.to(module.device)
             row = {"t": t}
             for name, flow in (("base flow", module.base), ("policy", module.policy)):
@@ -240,7 +238,7 @@ class TiltedMixtureEvaluation(Evaluation[PolicyModule]):
 
     @torch.no_grad()
     def draw(self, module: PolicyModule, folder: Path) -> None:
-        oracle, reward = _mixture(module), require_linear_gaussian(module.target.reward)
+        oracle, reward = _mixture(module), _likelihood(module)
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(2000, *module.state_shape, generator=generator).to(module.device)
         samples = {
@@ -253,6 +251,12 @@ class TiltedMixtureEvaluation(Evaluation[PolicyModule]):
 
 def _mixture(module: PolicyModule) -> GaussianMixture:
     return data_of(module).oracle
+
+
+def _likelihood(module: PolicyModule) -> LinearGaussian:
+    """The reward, times its scale."""
+    settings = module.target.settings
+    return exact_likelihood(module.target.reward, settings.decoder, settings.reward_scale)
 
 
 def _standard_error(x: Tensor) -> float:

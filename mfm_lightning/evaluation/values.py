@@ -12,7 +12,14 @@ from torch import Tensor
 
 from mfm_lightning.alignment.posteriors import RolloutPosterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.alignment.values import DenoisedValue, DrawValue, Estimate, ValueEstimator
+from mfm_lightning.alignment.values import (
+    DenoisedValue,
+    DrawValue,
+    Estimate,
+    ExactGradient,
+    ValueEstimator,
+    exact_likelihood,
+)
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, TargetModule, data_of, datamodule_of
 from mfm_lightning.evaluation.draws import (
@@ -25,7 +32,7 @@ from mfm_lightning.evaluation.draws import (
 )
 from mfm_lightning.interpolant import Times, as_times
 from mfm_lightning.networks.value import ValueNetwork
-from mfm_lightning.oracles import Oracle, require_linear_gaussian
+from mfm_lightning.oracles import Oracle
 from mfm_lightning.utils.console import track, write_table
 
 if TYPE_CHECKING:
@@ -82,10 +89,8 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
         oracle, scale = self._oracle(module), module.target.settings.reward_scale
         if self.reference == "exact" and oracle is None:
             raise ValueError("reference 'exact' needs a DataModule with an oracle: use 'rollouts'")
-        if oracle is not None:
-            require_linear_gaussian(module.target.reward)
-            if scale != 1:
-                raise ValueError(f"the exact value is for reward_scale 1, not {scale}: use 'rollouts'")
+        if oracle is not None and oracle.needs_likelihood:
+            exact_likelihood(module.target.reward, module.target.settings.decoder, scale)
         module.target.check_labels(self.use_labels)
 
     def _oracle(self, module: ValueModule) -> Oracle | None:
@@ -106,7 +111,7 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
         for t, name in track(jobs, describe=lambda job: f"t = {job[0]}: {job[1]}"):
             x = noisy_states(x1, t, self._generator(1))
             if name == "reference" and oracle is not None:
-                references[t] = oracle.value(x, t, target.reward).float().cpu()
+                references[t] = ExactGradient(oracle)(target, t, x).value.cpu()
             elif name == "reference":
                 rollouts = self._rollouts(self.num_draws, seed=2)
                 references[t] = estimate_values(rollouts, target, t, x, self._generator(3)).values[0].cpu()

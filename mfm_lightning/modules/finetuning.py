@@ -39,7 +39,8 @@ class DiffusionSchedule:
     """sigma^2/2 of the objective: (1-t)/t, clamped (Eq. 14), or a constant.
 
     Args:
-        max_value: the clamp, positive.
+        max_value: the clamp, positive. Below t = 1 / (1 + max_value), where it acts, (sigma^2/2) grad e^r is taken
+            unclamped, in the gradient-free form.
         constant: taken in place of (1-t)/t (the release: 100, as its sigma^2 = 200); the fixed point is then
             b + constant grad V, no longer the tilted distribution's flow. None for (1-t)/t.
 
@@ -56,6 +57,10 @@ class DiffusionSchedule:
 
     def __call__(self, t: Tensor) -> Tensor:
         return diffusion(t, self.max_value) if self.constant is None else torch.full_like(t, self.constant)
+
+    def clamped(self, t: Tensor) -> Tensor:
+        """Whether sigma^2/2 is less than the (1-t)/t that is meant, `(B,)`."""
+        return (t * self.max_value < 1 - t) & (self.constant is None)
 
 
 @dataclass
@@ -229,7 +234,7 @@ class RewardFinetuning(TrainingModule):
             rewards, labels = self.all_gather((tilt.rewards, label[:, None].expand_as(tilt.rewards).contiguous()))
             self._seen.append((rewards.flatten(), labels.flatten()))
         policy = self.target(pair.conditions, self.policy).drift(pair.t, pair.x_t)
-        terms = finetuning_target(base, policy, tilt, half)
+        terms = finetuning_target(base, policy, tilt, half, self.half_diffusion.clamped(pair.t))
         error = (policy - sum(terms)).float().flatten(1).square().sum(dim=1)
         return {"loss": error.mean(), **self._account(label, half, base, policy.detach(), tilt, terms)}
 
@@ -245,7 +250,7 @@ class RewardFinetuning(TrainingModule):
         t, x, target = pair.t, pair.x_t, self.target(pair.conditions)
         noise = randn((len(x), self.num_draws, *x.shape[1:]), x)
         if self.gradient == "reward":
-            return tilt_by_reward_gradient(target, t, x, noise, self.posterior, log_normaliser)
+            return tilt_by_reward_gradient(target, t, x, noise, self.posterior, log_normaliser, base)
         return tilt_without_gradient(target, t, x, noise, self.posterior, log_normaliser, base)
 
     @torch.no_grad()

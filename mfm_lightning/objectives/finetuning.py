@@ -23,11 +23,13 @@ MAX_LOG_WEIGHT = 12.0  # e^{r-c} ends here; reached only while the normaliser c 
 
 class Tilt(NamedTuple):
     """weight: mean over draws of e^{r-c}, `(B,)`; gradient: unbiased for grad_x E[e^{r-c} | x_t = x], `(B, *shape)`;
-    rewards: r of the draws (scaled, without the normaliser), `(B, N)`."""
+    rewards: r of the draws (scaled, without the normaliser), `(B, N)`; product: unbiased for (1-t)/t times that
+    gradient, in the gradient-free form, which is finite at t = 0, `(B, *shape)`."""
 
     weight: Tensor
     gradient: Tensor
     rewards: Tensor
+    product: Tensor
 
 
 def tilt_by_reward_gradient(
@@ -37,6 +39,7 @@ def tilt_by_reward_gradient(
     noise: Tensor,
     posterior: Posterior,
     log_normaliser: Callable[[Tensor], Tensor],
+    base: Tensor,
 ) -> Tilt:
     """e^{r-c} differentiated through the draws, their noise fixed (as MFM-G, Eq. 22).
 
@@ -44,6 +47,7 @@ def tilt_by_reward_gradient(
         t, x: outer times `(B,)` and states `(B, *shape)`.
         noise: of N draws, `(B, N, *shape)`.
         log_normaliser: a function of the rewards `(B, N)` that gives c, `(B,)`.
+        base: b_t(x), `(B, *shape)`.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -52,7 +56,8 @@ def tilt_by_reward_gradient(
         log_weights = rewards - log_normaliser(rewards.detach())[:, None]
         weight = log_weights.clamp_max(MAX_LOG_WEIGHT).exp().mean(dim=1)
         (gradient,) = torch.autograd.grad(weight.sum(), x)
-    return Tilt(weight.detach(), gradient, rewards.detach())
+    product = _product(t, x.detach(), base, x1.detach(), log_weights.detach().clamp_max(MAX_LOG_WEIGHT))
+    return Tilt(weight.detach(), gradient, rewards.detach(), product)
 
 
 @torch.no_grad()
@@ -70,17 +75,20 @@ def tilt_without_gradient(
     The score of the posterior in x is t (x1 - E[x1 | x]) / (1-t)^2, and the base flow gives E[x1 | x] = D_t(x) =
     x + (1-t) b_t(x). So (e^{r-c} - 1) t (x1 - D_t(x)) / (1-t)^2 is unbiased even from one draw; the -1, whose term has
     mean zero, takes away most of the noise.
-
-    Args:
-        base: b_t(x), `(B, *shape)`.
     """
     x1 = posterior(target, t, x, noise)
     rewards = target.rewards(x1.flatten(0, 1)).reshape(noise.shape[:2])
     log_weights = (rewards - log_normaliser(rewards)[:, None]).clamp_max(MAX_LOG_WEIGHT)
+    product = _product(t, x, base, x1, log_weights)
+    gradient = expand(t / (1 - t).clamp_min(1e-3), x) * product
+    return Tilt(log_weights.exp().mean(dim=1), gradient, rewards, product)
+
+
+def _product(t: Tensor, x: Tensor, base: Tensor, x1: Tensor, log_weights: Tensor) -> Tensor:
+    """Mean over draws of (e^{r-c} - 1) (x1 - D_t(x)) / (1-t), `(B, *shape)`: (1-t)/t grad_x E[e^{r-c} | x]."""
     centred = x1 - (x + expand(1 - t, x) * base)[:, None]
-    mean = torch.einsum("bn,bn...->b...", log_weights.expm1().to(x.dtype), centred) / noise.shape[1]
-    factor = t / (1 - t).clamp_min(1e-3) ** 2
-    return Tilt(log_weights.exp().mean(dim=1), expand(factor, x) * mean, rewards)
+    mean = torch.einsum("bn,bn...->b...", log_weights.expm1().to(x.dtype), centred) / x1.shape[1]
+    return mean / expand((1 - t).clamp_min(1e-3), x)
 
 
 def control_cost(base: Tensor, policy: Tensor, half_diffusion: Tensor) -> Tensor:
@@ -99,12 +107,19 @@ def control_cost(base: Tensor, policy: Tensor, half_diffusion: Tensor) -> Tensor
     return (policy - base).flatten(1).square().sum(dim=1) / half_diffusion.clamp_min(0.05)
 
 
-def finetuning_target(base: Tensor, policy: Tensor, tilt: Tilt, half_diffusion: Tensor) -> tuple[Tensor, ...]:
+def finetuning_target(
+    base: Tensor, policy: Tensor, tilt: Tilt, half_diffusion: Tensor, clamped: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """The three terms whose sum b_theta regresses on (Eq. 43): b, -(e^r - 1)(b_theta - b), (sigma^2/2) grad e^r.
 
     Args:
         base, policy: b_t(x) and b_theta(t, x), `(B, *shape)`.
         half_diffusion: sigma^2/2, `(B,)`.
+        clamped: where it is less than the (1-t)/t that is meant, `(B,)`: there the third term is the tilt's product,
+            of which the clamp would take away a part. Nowhere where None.
     """
     policy = policy.detach()
-    return base, -expand(tilt.weight - 1, base) * (policy - base), expand(half_diffusion, base) * tilt.gradient
+    term = expand(half_diffusion, base) * tilt.gradient
+    if clamped is not None:
+        term = torch.where(expand(clamped, base), tilt.product, term)
+    return base, -expand(tilt.weight - 1, base) * (policy - base), term
