@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,12 +101,12 @@ class ValueComparison(DrawSettings):
         lines, ours = [], f"MFM {self.model_steps[0]}"
         for t in self.times:
             mine = found.get((t, ours))
-            if mine is None:
+            if mine is None or math.isnan(mine.value):
                 continue
             others = {
                 name: found[t, name]
                 for name in (POINT, *(f"GLASS {k}" for k in self.glass_steps))
-                if (t, name) in found and len(found[t, name].replicates) == len(mine.replicates)
+                if (t, name) in found and not math.isnan(found[t, name].value)
             }
             lines.append(f"t = {t:g}: {what} of {ours}, {mine.text()}, is {verdict(mine, others)}.")
         return lines

@@ -292,10 +292,11 @@ def _by_draws(found: dict[Key, dict[str, Measured]], name: str, what: str) -> di
 
 
 def _over_seeds(name: str, what: str, parts: list[Outcome]) -> Measured:
-    """Samples of a run are independent, and resampled; particles of one population are not: there only runs count."""
+    """Samples of a run are independent, and resampled; particles of one population are not: there only runs count. The
+    difference of the two kinds is Welch's."""
     if name in PARTICLES:
-        return of_runs([o.numbers[what] for o in parts], seed=PARTICLES.index(name))
-    return mean([Measured(o.numbers[what], o.tensors[what]) for o in parts])
+        return of_runs([o.numbers[what] for o in parts])
+    return mean([Measured(o.numbers[what], o.tensors[what], samples=len(o.tensors["states"])) for o in parts])
 
 
 def _large(number: Measured, words: str) -> tuple[str, str]:
