@@ -14,7 +14,6 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
 from mfm_benchmarks.claims import verdict
-from mfm_benchmarks.measure import clock
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.posteriors import RolloutPosterior
 from mfm_lightning.alignment.target import Target
@@ -58,10 +57,8 @@ class ValueComparison(DrawSettings):
 
     def _estimate(self, target: Target, t: float, x_t: Tensor, estimator: ValueEstimator) -> Callable[[], Outcome]:
         def compute() -> Outcome:
-            begin = clock(x_t.device)
             found = estimate_values(estimator, target, t, x_t, torch.Generator().manual_seed(302))
-            numbers = {"nfe": found.nfe, "seconds": clock(x_t.device) - begin}
-            return Outcome(numbers, {"values": found.values[0]})
+            return Outcome({"nfe": found.nfe}, {"values": found.values[0]})
 
         return compute
 
