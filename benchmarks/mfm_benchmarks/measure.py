@@ -38,8 +38,8 @@ def measure(
 ) -> Outcome:
     """Samples of a method, with what they cost and what they are worth.
 
-    NFE are what went through the target's counter, seconds are wall time, and rewards are those of the decoded images,
-    whatever the method says of itself. Judging is not counted.
+    NFE are what went through the target's counter, and rewards are those of the decoded images, whatever the method
+    says of itself. Judging is not counted.
 
     Args:
         x0: noise `(B, *shape)`.
@@ -48,22 +48,20 @@ def measure(
         quality: features to keep.
 
     Returns:
-        numbers: `network` and `reward` evaluations a sample, `nfe` their sum, `seconds` for all samples; tensors:
-        `rewards` `(B,)`, `states`, `images` (the first few), and `features` `(B, F)` with a quality.
+        numbers: `network` and `reward` evaluations a sample, `nfe` their sum; tensors: `rewards` `(B,)`, `states`,
+        `images` (the first few), and `features` `(B, F)` with a quality.
     """
-    meter, seconds, states = Meter(), 0.0, []
+    meter, states = Meter(), []
     for i, rows in enumerate(torch.arange(len(x0)).split(batch_size or len(x0))):
         part = target.take(rows)
         part.meter = meter
-        begin = clock(x0.device)
         result = method(part, x0[rows], torch.Generator().manual_seed(1_000_003 * (seed + 1) + i))
-        seconds += clock(x0.device) - begin
         if len(result.states) != len(rows):
             raise ValueError(f"{len(result.states)} samples for {len(rows)}: a suite compares one for each noise")
         states.append(result.states)
     outcome = judge(target, torch.cat(states), quality)
     network, reward = meter.network / len(x0), meter.reward / len(x0)
-    outcome.numbers = {"network": network, "reward": reward, "nfe": network + reward, "seconds": seconds}
+    outcome.numbers = {"network": network, "reward": reward, "nfe": network + reward}
     return outcome
 
 

@@ -49,10 +49,9 @@ def legend_below(figure: Figure, axes: Iterable[Axes], columns: int = 4) -> None
     )
 
 
-def curves(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float], cost: str) -> Figure:
-    """Mean reward by `nfe` or `seconds` a sample: a row a reward, a column a lambda."""
-    words = {"nfe": "NFE a sample", "seconds": "seconds a sample"}[cost]
-    return _grid(entries, scales, lambda e: getattr(e, cost), lambda e: e.reward, words, "mean reward", xscale="log")
+def curves(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float]) -> Figure:
+    """Mean reward by evaluations a sample: a row a reward, a column a lambda."""
+    return _grid(entries, scales, lambda e: e.nfe, lambda e: e.reward, "NFE a sample", "mean reward", xscale="log")
 
 
 def hacking(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float]) -> Figure:

@@ -21,7 +21,7 @@ def test_the_headline_takes_what_is_cheaper_above_and_near_the_data():
 
     def entry(method, label, nfe, reward, frechet, sign=1):
         values = [Measured(v, v + sign * 0.01 * spread) for v in (reward, frechet)]
-        return Entry(method, label, None, nfe, 1.0, *values, values[0], torch.rand(2, 1, 4, 4))
+        return Entry(method, label, None, nfe, *values, values[0], torch.rand(2, 1, 4, 4))
 
     best = entry("Best-of-N", "N 10", 100, 1.0, 10.0)
     far, near, dear, level = (
@@ -29,7 +29,7 @@ def test_the_headline_takes_what_is_cheaper_above_and_near_the_data():
         entry("B", "", 200, 3.0, 9.0), entry("C", "", 5, 1.001, 9.0, sign=-1),
     )  # fmt: skip
     report = RewardReport({"r": [best, far, near, dear, level]}, [1.0], "A", "", "")
-    headline, table, short = report.blocks()[:3]
+    headline, table, _, short = report.blocks()[:4]
     # the cheapest of A is too far from the data, B is dearer than Best-of-N, C is not above it
     assert headline.items[0][0] == "2 x"
     assert "A, λ = any, 25" in headline.items[0][1]

@@ -170,13 +170,24 @@ def test_correlation_and_frequencies():
     assert shares.replicates[0].item() == pytest.approx(np.linalg.norm(counts - [1, 0, 0]))
 
 
-def test_the_interval_of_a_correlation_is_that_of_resampled_pairs():
-    y = samples(40)
-    x = torch.stack([y + samples(40, seed=k) for k in (1, 2)])
-    rows = weights(40)[1:]
-    again = [np.mean([pearsonr(resampled_set(v, row), resampled_set(y, row)).statistic for v in x]) for row in rows]
+def test_the_interval_of_a_correlation_is_fishers_or_wider():
+    """Of pairs as scattered as a normal distribution's, tanh(atanh r +- 1.96 / (n - 3)^(1/2)) and not much more."""
+    x, y = samples(400), samples(400, seed=1)
+    found, z = correlation(x + y, y), math.atanh(pearsonr(x + y, y).statistic)
+    fisher = math.tanh(z - 1.96 / 397**0.5), math.tanh(z + 1.96 / 397**0.5)
+    assert fisher[0] - 0.02 < found.low <= fisher[0] + 1e-6
+    assert fisher[1] - 1e-6 <= found.high < fisher[1] + 0.02
+
+
+def test_the_parts_of_a_correlation_are_those_of_leaving_one_out():
+    """Jackknife: n r - (n - 1) r without the i-th pair is r + its part, to first order in 1/n."""
+    x, y = samples(300), samples(300, seed=1)
+    x = torch.stack([x + y, x - y])
+    r = lambda keep: np.mean([pearsonr(row[keep], y[keep]).statistic for row in x])  # noqa: E731
+    index = torch.arange(300)
+    left = torch.tensor([300 * r(index >= 0) - 299 * r(index != i) for i in range(20)], dtype=torch.float64)
     found = correlation(x, y)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(again, [0.025, 0.975])), abs=1e-6)
+    assert torch.allclose(left - found.value, found.parts[:20], atol=0.05 * float(found.parts.std()))
 
 
 @pytest.mark.parametrize("level", [0.1, 0.0, 1e9])

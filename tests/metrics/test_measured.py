@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import t as student
+from scipy.stats import ttest_ind, ttest_rel
 
 from mfm_benchmarks.claims import change, verdict
 from mfm_lightning.metrics.distances import pairwise_distance
@@ -26,11 +28,31 @@ def test_resampling_draws_as_many_samples_with_replacement():
 
 
 def test_the_standard_error_is_that_of_the_mean():
+    """s / n^(1/2) for a mean, and the same from replicates of any measure (5 standard errors of a deviation of 400)."""
     x = samples(400)
-    found = mean_of(x, 2000)
+    found, again = mean_of(x), resampled(lambda x, weights: weights @ x.double() / len(x), x)
     assert found.value == pytest.approx(float(x.mean()), abs=1e-6)
-    assert found.error == pytest.approx(float(x.std(correction=0)) / 20, rel=0.08)  # 5 standard errors of 2,000
-    assert found.high - found.value == pytest.approx(1.96 * found.error, rel=1e-4)
+    assert found.error == pytest.approx(float(x.std()) / 20, rel=1e-6)
+    assert again.error == pytest.approx(found.error, rel=5 / 800**0.5)
+    assert again.high - again.value == pytest.approx(float(student.ppf(0.975, 399)) * again.error, rel=1e-9)
+    assert torch.allclose(found.replicates, again.replicates)
+
+
+def test_an_interval_of_a_mean_is_the_further_of_students_and_bootstrap_t():
+    """Both from their formulas, with the resampled sets drawn one by one."""
+    x = samples(24).double().exp()
+    s = float(x.std()) / 24**0.5
+    t = []
+    for row in weights(24)[1:].long():
+        drawn = x.repeat_interleave(row)
+        t.append((float(drawn.mean() - x.mean())) / (float(drawn.var(correction=0)) / 23) ** 0.5)
+    low, high = np.quantile(t, [0.025, 0.975])
+    factor = float(student.ppf(0.975, 23))
+    assert max(factor, high) == factor  # of a skew sample one end is Student's, the other one bootstrap-t's
+    assert -low > factor
+    found = mean_of(x)
+    assert (found.low, found.high) == pytest.approx((found.value - factor * s, found.value - low * s), rel=1e-6)
+    assert resampled(lambda x, weights: weights @ x / len(x), x).studentised().std().item() == pytest.approx(1)
 
 
 def test_without_resampling_there_is_a_number_and_no_interval():
@@ -39,36 +61,55 @@ def test_without_resampling_there_is_a_number_and_no_interval():
     assert found.value == float(pairwise_distance(x))
     assert math.isnan(found.low)
     assert math.isnan(found.high)
-    assert math.isnan(Measured(0.5, torch.empty(0), percentile=True).low)
+    assert math.isnan(Measured(0.5, torch.empty(0), scale="fisher").low)
     assert found.sign == 0
 
 
-def test_intervals_cover_the_mean_and_the_mean_of_seeds():
-    """95 % intervals of 300 independent data sets; false alarm below 1e-3 for a coverage of 92 % or more, which is what
-    the bootstrap's small-sample error leaves at n = 60 (and 100 % would be as wrong)."""
-    num, hits, hits_seeds = 300, 0, 0
-    for i in range(num):
-        data = samples(2, 60, seed=100 + i).exp()
-        parts = [mean_of(part, 200) for part in data]
-        truth = float(torch.tensor(0.5).exp())
-        hits += parts[0].low < truth < parts[0].high
-        both = mean(parts)
-        hits_seeds += both.low < truth < both.high
-    for count in (hits, hits_seeds):
-        assert binom.ppf(0.0005, num, 0.88) < count <= binom.ppf(0.9995, num, 0.97)
-    # two independent seeds make the error smaller by the root of two
-    assert both.error == pytest.approx((parts[0].error ** 2 + parts[1].error ** 2) ** 0.5 / 2, rel=0.2)
+def test_the_mean_of_seeds_is_that_of_all_their_samples():
+    data = samples(2, 60).exp()
+    parts = [mean_of(part) for part in data]
+    both = mean(parts)
+    assert (both.value, both.low, both.high) == pytest.approx(
+        (float(data.mean()), mean_of(data.flatten()).low, mean_of(data.flatten()).high), rel=1e-6
+    )
+    # distances have no parts: then the errors of independent seeds add in squares (15 %: 400 replicates)
+    parts = [resampled(pairwise_distance, samples(60, 3, seed=k)) for k in (1, 2)]
+    both = mean(parts)
+    assert both.error == pytest.approx((parts[0].error ** 2 + parts[1].error ** 2) ** 0.5 / 2, rel=0.15)
+    assert both.samples == 120
+
+
+def test_ratios_are_paired_and_have_intervals_of_their_logarithm():
+    x, y = samples(50, 3), samples(50, 3, seed=1)
+    a, b = resampled(pairwise_distance, 2 * x), resampled(pairwise_distance, x)
+    exact, found = a.over(b), resampled(pairwise_distance, y).over(b)
+    assert (exact.value, exact.low, exact.high) == pytest.approx((2, 2, 2))
+    width = float(student.ppf(0.975, 49)) * float((found.replicates).log().std()) * (50 / 49) ** 0.5
+    assert math.log(found.high) == pytest.approx(math.log(found.value) + width)
+    assert math.log(found.low) == pytest.approx(math.log(found.value) - width)
+    assert (found.side(0.1), found.side(found.value), found.side(10)) == (1, 0, -1)
+    with pytest.raises(ValueError, match="expected as many"):
+        a.over(resampled(pairwise_distance, x[:40]))
 
 
 def test_runs_have_students_interval():
-    from scipy.stats import t as student
-
     runs = [1.0, 1.4, 0.9, 1.1]
     found, numbers = of_runs(runs), torch.tensor(runs, dtype=torch.float64)
     low, high = student.interval(0.95, 3, float(numbers.mean()), float(numbers.std()) / 2)
     assert (found.value, found.low, found.high) == pytest.approx((float(numbers.mean()), low, high), rel=1e-6)
-    assert ratio_of_runs([2.0, 3.0], [1.0, 2.0]).value == pytest.approx(1.75)
+    ratio = ratio_of_runs([2.0, 3.0], [1.0, 2.0])
+    assert ratio.value == pytest.approx(3**0.5)  # geometric: which of the two is divided by the other does not matter
+    assert ratio.low == pytest.approx(1 / ratio_of_runs([1.0, 2.0], [2.0, 3.0]).high)
     assert math.isnan(of_runs([1.0]).low)
+
+
+def test_differences_of_runs_are_paired_t_intervals_or_welchs():
+    a, b = [1.0, 1.4, 0.9, 1.1], [0.7, 1.3, 0.8, 0.6]
+    found, theirs = of_runs(a) - of_runs(b), ttest_rel(a, b).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=1e-9)
+    b = [2.0, 3.5, 2.9, 1.1, 4.0, 2.2]
+    found, theirs = of_runs(a) - of_runs(b), ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=1e-6)
 
 
 def test_differences_are_paired_and_claims_follow_them():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_benchmarks.measure import clock, judge, noise
+from mfm_benchmarks.measure import judge, noise
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.suite import Cell, Outcome
 from mfm_lightning.alignment.nfe import Meter
@@ -63,12 +63,11 @@ class BestOfNPool:
         x0 = noise(num * n, shape, 7_919 * (seed + 1) + begin, device).reshape(num, n, *shape)
         if begin == 0:
             x0[:, 0] = noise(num, shape, seed, device)
-        target.meter, start, parts = Meter(), clock(device), []
+        target.meter, parts = Meter(), []
         for rows in torch.arange(num).split(max(1, self.max_rows // n)):
             states = x0[rows].flatten(0, 1)
             parts.append(sample_ode(target.take(rows).drift, states, self.steps).reshape(-1, n, *shape))
-        numbers = {"seconds": clock(device) - start, "network": target.meter.network}
-        return Outcome(numbers, {"states": torch.cat(parts)})
+        return Outcome({"network": target.meter.network}, {"states": torch.cat(parts)})
 
     @torch.no_grad()
     def choose(
@@ -77,29 +76,26 @@ class BestOfNPool:
         """The best of the first N candidates of each sample, for all N.
 
         Returns:
-            numbers: lists over N of `N`, `nfe` (a sample) and `seconds` (of all samples, those of the pool with them);
-            tensors: as `judge`, stacked over N.
+            numbers: lists over N of `N` and `nfe` (a sample); tensors: as `judge`, stacked over N.
         """
         num = len(blocks[0].tensors["states"])
-        numbers: dict[str, list[float]] = {"N": [], "nfe": [], "seconds": []}
+        numbers: dict[str, list[float]] = {"N": [], "nfe": []}
         tensors: dict[str, list[Tensor]] = {}
-        target.meter, network, seconds, done = Meter(), 0, 0.0, 0
+        target.meter, network, done = Meter(), 0, 0
         best = torch.zeros_like(blocks[0].tensors["states"][:, 0], device=device)
         best_reward = torch.full((num,), -torch.inf, device=device)
         for block in blocks:
             states = block.tensors["states"].to(device)
-            n, start, values = states.shape[1], clock(device), []
+            n, values = states.shape[1], []
             for rows in torch.arange(num).split(max(1, self.max_rows // n)):
                 values.append(target.take(rows).rewards(states[rows].flatten(0, 1)).reshape(-1, n))
             top, which = torch.cat(values).max(dim=1)
             better = top > best_reward
             best[better], best_reward[better] = states[torch.arange(num, device=device), which][better], top[better]
-            seconds += clock(device) - start + block.numbers["seconds"]
             network, done = network + block.numbers["network"], done + n
             if done in self.numbers:
                 for key, value in judge(target, best, quality).tensors.items():
                     tensors.setdefault(key, []).append(value)
                 numbers["N"].append(done)
                 numbers["nfe"].append((network + target.meter.reward) / num)
-                numbers["seconds"].append(seconds)
         return Outcome(numbers, {key: torch.stack(values) for key, values in tensors.items()})

@@ -15,23 +15,22 @@ class Entry:
 
     Attributes:
         label: of the setting; scale: lambda, None where the method does not depend on it.
-        nfe, seconds: of a sample.
+        nfe: of a sample.
         reward: mean, without multipliers; frechet: of the samples' features to the data's.
         diversity: mean distance between two samples.
         images: the first few, `(b, C, H, W)`.
-        fit_seconds: of the training that it took.
+        trained: whether a training for this reward came first.
     """
 
     method: str
     label: str
     scale: float | None
     nfe: float
-    seconds: float
     reward: Measured
     frechet: Measured | None
     diversity: Measured
     images: Tensor
-    fit_seconds: float | None = None
+    trained: bool = False
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
 from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.parts.entry import Entry
-from mfm_lightning.metrics.measured import rounded
+from mfm_lightning.metrics.measured import Measured, rounded, simultaneous
 
 BASE, BEST = "base flow", "Best-of-N"
 
@@ -45,52 +46,77 @@ class RewardReport:
 
     def _reaching(self) -> list[Block]:
         """For each method, the least cost at which its reward is above that of Best-of-N with the largest N."""
-        items, rows, number = [], [], "N"
+        items, rows, said, number = [], [], [], "N"
         short: dict[str, list[str]] = {}  # what does not reach it, in which rewards
         for reward, found in self.entries.items():
             best = next((e for e in reversed(found) if e.method == BEST), None)
             if best is None:
                 continue
-            number, near = best.label.removeprefix("N "), []
-            limit = math.inf if best.frechet is None else self.frechet_limit * best.frechet.value
-            for method, scale in dict.fromkeys((e.method, e.scale) for e in found if e.method != BEST):
-                line = [e for e in found if (e.method, e.scale) == (method, scale)]
-                above = sorted((e for e in line if (e.reward - best.reward).sign > 0), key=lambda e: e.nfe)
-                row = {"reward": reward, "method": method, "λ": _lambda(scale)}
-                if not above:
+            number = best.label.removeprefix("N ")
+            settings = [e for e in found if e.method != BEST]
+            contests = contest(settings, best, self.frechet_limit)
+            for method, scale in dict.fromkeys((e.method, e.scale) for e in settings):
+                line = [c for c in contests if (c.entry.method, c.entry.scale) == (method, scale) and c.above]
+                if line:
+                    rows.append(self._row(reward, min(line, key=lambda c: c.entry.nfe), best))
+                else:
                     short.setdefault(f"{method} (λ = {_lambda(scale)})", []).append(reward)
-                    continue
-                cheapest = above[0]
-                leave = None
-                if cheapest.frechet is not None and best.frechet is not None:
-                    leave = cheapest.frechet.value / best.frechet.value
-                row |= {
-                    "setting": cheapest.label, "NFE": round(cheapest.nfe), "times fewer NFE": best.nfe / cheapest.nfe,
-                    "times fewer seconds": best.seconds / cheapest.seconds, "above by": cheapest.reward - best.reward,
-                }  # fmt: skip
-                rows.append(row if leave is None else {**row, f"Fréchet over {BEST}'s": leave})
-                for e in above:
-                    near_data = e.frechet is None or e.frechet.value <= limit
-                    if near_data and e.nfe < best.nfe:
-                        near.append((best.nfe / e.nfe, f"{method}, λ = {_lambda(scale)}, {e.label}"))
-            if near:
-                ratio, winner = max(near)
-                words = f"fewer evaluations than Best-of-{number} for a higher reward, {reward}: {winner}"
-                items.append((f"{rounded(ratio)} x", words))
-            else:
-                items.append(
-                    ("none", f"is above Best-of-{number} in {reward} with fewer evaluations{self._limit_words(' and')}")
-                )
+            cheaper = sorted((c for c in contests if c.above and c.entry.nfe < best.nfe), key=lambda c: c.entry.nfe)
+            items.append(self._headline(reward, cheaper, best, number))
+            said.append(self._decided(reward, cheaper, number, len(settings)))
         caption = (
             f"For each method the cheapest setting whose mean reward is above that of Best-of-{number} "
-            f"({self.candidates}): the interval of the paired difference is above zero. At the top are the largest "
-            f"ratios{self._limit_words()}. Ratios are of point estimates, seconds of one run."
+            f"({self.candidates}), for all settings of a reward at once. Intervals in the table are of one comparison "
+            "each; ratios of evaluations are exact."
         )
         table = Table("reaching_best_of_n", f"Cost of reaching Best-of-{number}", rows, caption)
-        if not short:
-            return [Headline(items), table]
-        said = [f"{who}: {', '.join(rewards)}." for who, rewards in short.items()]
-        return [Headline(items), table, Claims(f"Not above Best-of-{number} in any setting", said)]
+        blocks = [Headline(items), table, Claims("What decided", said)]
+        if short:
+            said = [f"{who}: {', '.join(rewards)}." for who, rewards in short.items()]
+            blocks.append(Claims(f"Not above Best-of-{number} in any setting", said))
+        return blocks
+
+    def _row(self, reward: str, cheapest: Contest, best: Entry) -> dict[str, Any]:
+        e = cheapest.entry
+        row = {
+            "reward": reward, "method": e.method, "λ": _lambda(e.scale), "setting": e.label, "NFE": round(e.nfe),
+            "times fewer NFE": best.nfe / e.nfe, "above by": cheapest.gain,
+        }  # fmt: skip
+        if cheapest.ratio is None:
+            return row
+        near = {1: "yes", -1: "no", 0: "not decided"}[cheapest.near]
+        return {**row, f"Fréchet over {BEST}'s": cheapest.ratio, f"at most {self.frechet_limit:g}": near}
+
+    def _headline(self, reward: str, cheaper: Sequence[Contest], best: Entry, number: str) -> tuple[str, str]:
+        """The cheapest setting that is above and near; else whether there may be one."""
+        if near := [c for c in cheaper if c.near > 0]:
+            e = near[0].entry
+            words = f"fewer evaluations than Best-of-{number} for a higher reward, {reward}: {_setting(e)}"
+            return f"{rounded(best.nfe / e.nfe)} x", words
+        words = f"above Best-of-{number} in {reward} with fewer evaluations{self._limit_words(' and')}"
+        if open_ := [c for c in cheaper if c.near == 0]:
+            e = open_[0].entry
+            return "not decided", f"whether {_setting(e)}, {rounded(best.nfe / e.nfe)} times fewer, is {words}"
+        return "none", f"is {words}"
+
+    def _decided(self, reward: str, cheaper: Sequence[Contest], number: str, num: int) -> str:
+        """The sentence on what decided a headline."""
+        if not cheaper:
+            return f"{reward}: none of {num} settings has a reward above Best-of-{number}'s at fewer evaluations."
+        winner = next((c for c in cheaper if c.near > 0), None)
+        others = cheaper[: cheaper.index(winner)] if winner else cheaper
+        parts = [f"{_setting(winner.entry)} is {self._reasons(winner)}"] if winner else []
+        for sign, words in ((0, "not decided"), (-1, f"further than {self.frechet_limit:g} times")):
+            if some := [f"{_setting(c.entry)} ({self._ratio(c)})" for c in others if c.near == sign]:
+                parts.append(f"{words}{', with fewer evaluations' if winner else ''}: {'; '.join(some)}")
+        return f"{reward}: {'. '.join(parts)}."
+
+    def _reasons(self, c: Contest) -> str:
+        above = f"above by {rounded(c.gain.value)} (at least {rounded(c.least)} for all settings at once)"
+        return above if c.ratio is None else f"{above}, at {self._ratio(c)}, at most {self.frechet_limit:g}"
+
+    def _ratio(self, c: Contest) -> str:
+        return "" if c.ratio is None else f"{c.ratio.text()} times its Fréchet distance"
 
     def _limit_words(self, before: str = " with") -> str:
         return f"{before} at most {self.frechet_limit:g} times its Fréchet distance" if self._judged else ""
@@ -113,14 +139,9 @@ class RewardReport:
     def _pictures(self) -> list[Picture]:
         found = [
             Picture(
-                "reward_nfe", "Reward against evaluations", plots.curves(self.entries, self.scales, "nfe"),
+                "reward_nfe", "Reward against evaluations", plots.curves(self.entries, self.scales),
                 "Mean reward of single samples by network and reward evaluations a sample; 95 % intervals shaded. A "
-                "line joins the settings of a method.",
-            ),
-            Picture(
-                "reward_seconds", "Reward against seconds", plots.curves(self.entries, self.scales, "seconds"),
-                "The same by wall time a sample, of one run on the machine named below. Training of policies and "
-                "value networks is not in it; the table has it.",
+                "line joins the settings of a method. Trainings of policies and value networks are not counted.",
             ),
         ]  # fmt: skip
         if self._judged:
@@ -150,8 +171,8 @@ class RewardReport:
             for e in found:
                 row = {
                     "reward": reward, "λ": _lambda(e.scale), "method": e.method, "setting": e.label,
-                    "NFE": round(e.nfe), "seconds a sample": e.seconds, "mean reward": e.reward, "Fréchet": e.frechet,
-                    "diversity": e.diversity, "training seconds": e.fit_seconds,
+                    "NFE": round(e.nfe), "mean reward": e.reward, "Fréchet": e.frechet, "diversity": e.diversity,
+                    "trained first": "yes" if e.trained else "",
                 }  # fmt: skip
                 rows.append({key: value for key, value in row.items() if key != "Fréchet" or value is not None})
         caption = (
@@ -159,6 +180,51 @@ class RewardReport:
             f"samples. {self.samples}"
         )
         return Table("results", "All results", rows, caption, folded=True)
+
+
+@dataclass
+class Contest:
+    """A setting against Best-of-N, in reward and in distance to the data.
+
+    Attributes:
+        gain: by how much its mean reward is higher; `least`: its lower bound, for all settings at once.
+        above: whether that is above 0.
+        ratio: of the Fréchet distances; None where there are none.
+        near: 1 where the ratio is at most the limit, -1 where it is above, 0 where that is not decided.
+    """
+
+    entry: Entry
+    gain: Measured
+    least: float
+    ratio: Measured | None
+    near: int
+
+    @property
+    def above(self) -> bool:
+        return self.least > 0
+
+
+def contest(entries: Sequence[Entry], best: Entry, limit: float) -> list[Contest]:
+    """All settings against Best-of-N at once: with 95 % probability no bound of the family is wrong.
+
+    Bounds are one-sided, by the largest studentised difference over settings (max-t), of rewards and of the logarithms
+    of Fréchet ratios together.
+    """
+    gains = [e.reward - best.reward for e in entries]
+    ratios = [e.frechet.over(best.frechet) if e.frechet and best.frechet else None for e in entries]
+    rooms = [None if ratio is None else ratio.unscaled() * -1.0 for ratio in ratios]
+    c, found = simultaneous([*gains, *(room for room in rooms if room is not None)]), []
+    for e, gain, ratio, room in zip(entries, gains, ratios, rooms, strict=True):
+        near = 1
+        if room is not None:
+            left, width = room.value + math.log(limit), c * room.error
+            near = int(left > width) - int(left < -width)
+        found.append(Contest(e, gain, gain.value - c * gain.error, ratio, near))
+    return found
+
+
+def _setting(e: Entry) -> str:
+    return ", ".join(part for part in (e.method, f"λ = {_lambda(e.scale)}", e.label) if part)
 
 
 def _most_evaluations(found: Sequence[Entry], scale: float) -> dict[str, Entry]:

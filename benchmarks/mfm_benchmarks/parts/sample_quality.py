@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mfm_benchmarks.blocks import Block, Table
-from mfm_benchmarks.measure import clock, noise
+from mfm_benchmarks.measure import noise
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.conditions import Conditions
@@ -70,12 +70,12 @@ class SampleQuality:
     ) -> Outcome:
         x0 = noise(n, model.state_shape, 31_337 + begin, device)
         label = (torch.arange(begin, begin + n, device=device) % model.num_classes) if model.num_classes else None
-        generator, start, features = torch.Generator().manual_seed(begin), clock(device), []
+        generator, features = torch.Generator().manual_seed(begin), []
         for rows in torch.arange(n).split(self.batch_size):
             given = Conditions() if label is None else Conditions(label=label[rows], guidance=self.guidance)
             states = sample_refinement(model, x0[rows], k, model.check(given), generator)
             features.append(quality.features(decoder(states)))
-        return Outcome({"seconds": clock(device) - start}, {"features": torch.cat(features)})
+        return Outcome({}, {"features": torch.cat(features)})
 
     def blocks(self, results: Results, quality: Quality) -> list[Block]:
         rows, real = [], Gaussian.of_features(quality.real)
@@ -83,10 +83,7 @@ class SampleQuality:
             if (done := results.all(cells)) is None:
                 continue  # a part has not its share of each class
             features = torch.cat([outcome.tensors["features"] for outcome in done])
-            seconds = sum(outcome.numbers["seconds"] for outcome in done)
             distance = resampled(frechet_of_features, features, real, replicates=self.replicates)
-            rows.append(
-                {"steps": k, "samples": len(features), "FID": distance, "seconds a sample": seconds / len(features)}
-            )
+            rows.append({"steps": k, "samples": len(features), "FID": distance})
         caption = "Refinement samples (Algorithm 1) with classes in equal shares, against the reference features."
         return [Table("sample_quality", "FID of K-step samples", rows, caption)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mfm_benchmarks.blocks import Block, Text
@@ -23,7 +24,7 @@ from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.metrics.distances import pairwise_distance
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
-from mfm_lightning.metrics.measured import mean, mean_of, resampled
+from mfm_lightning.metrics.measured import mean_of, resampled
 from mfm_rewards import Reward, RewardError, build
 
 
@@ -46,7 +47,7 @@ class RewardSettings:
 
 
 class AlignmentSuite(Suite):
-    """Rewards of single aligned samples against evaluations and seconds, with the Fréchet distance beside them.
+    """Rewards of single aligned samples against evaluations, with the Fréchet distance beside them.
 
     Args:
         model: what all methods run on.
@@ -65,7 +66,7 @@ class AlignmentSuite(Suite):
     title = "Reward against cost"
     about = (
         "Alignment at inference time: the mean reward that each method reaches, by what it costs in evaluations of "
-        "networks and rewards (NFE; a backward counts as one more), in seconds and in distance to the data."
+        "networks and rewards (NFE; a backward counts as one more) and in distance to the data."
     )
 
     def __init__(
@@ -208,10 +209,7 @@ class AlignmentSuite(Suite):
             method.check(self._loaded[reward].reward)
         target = self._subject.target(self._loaded[reward], self.num_samples, factor)
         x0 = noise(self.num_samples, self._subject.state_shape, seed, self.device)
-        outcome = measure(method, target, x0, seed, self.batch_size, self.quality)
-        if fit is not None:
-            outcome.numbers["fit_seconds"] = fit.seconds()
-        return outcome
+        return measure(method, target, x0, seed, self.batch_size, self.quality)
 
     def _job(self, point: Point, reward: str, factor: float) -> Fit | None:
         if point.fit is None:
@@ -232,18 +230,17 @@ class AlignmentSuite(Suite):
         return RewardReport(entries, self.scales, ours, samples, candidates, self.frechet_limit).blocks()
 
     def _entries(self, reward: str, results: Results) -> Iterator[Entry]:
-        B = self.num_samples
         if (outcomes := results.all(self._best[reward])) is not None:
             for k, n in enumerate(outcomes[0].numbers["N"]):
                 parts = [{key: value[k] for key, value in o.tensors.items()} for o in outcomes]
-                cost = [sum(o.numbers[key][k] for o in outcomes) / len(outcomes) for key in ("nfe", "seconds")]
-                yield self._entry(BEST, f"N {n}", None, cost[0], cost[1] / B, parts)
+                nfe = sum(o.numbers["nfe"][k] for o in outcomes) / len(outcomes)
+                yield self._entry(BEST, f"N {n}", None, nfe, parts)
         for (point, name, scale), cells in self._runs.items():
             if name != reward or (outcomes := results.all(cells)) is None:
                 continue
-            nfe, seconds = (sum(o.numbers[key] for o in outcomes) / len(outcomes) for key in ("nfe", "seconds"))
-            entry = self._entry(point.method, point.label, scale, nfe, seconds / B, [o.tensors for o in outcomes])
-            entry.fit_seconds = outcomes[0].numbers.get("fit_seconds")
+            nfe = sum(o.numbers["nfe"] for o in outcomes) / len(outcomes)
+            entry = self._entry(point.method, point.label, scale, nfe, [o.tensors for o in outcomes])
+            entry.trained = point.fit is not None
             yield entry
 
     def _entry(
@@ -252,12 +249,15 @@ class AlignmentSuite(Suite):
         label: str,
         scale: float | None,
         nfe: float,
-        seconds: float,
         parts: list[dict[str, Tensor]],
     ) -> Entry:
-        reward = mean([mean_of(part["rewards"]) for part in parts])
-        diversity = mean([resampled(pairwise_distance, part["states"]) for part in parts])
+        """Of all seeds' samples together: they are independent."""
+
+        def together(key: str) -> Tensor:
+            return torch.cat([part[key] for part in parts])
+
+        reward, diversity = mean_of(together("rewards")), resampled(pairwise_distance, together("states"))
         frechet = None
         if self._real is not None:
-            frechet = mean([resampled(frechet_of_features, part["features"], self._real) for part in parts])
-        return Entry(method, label, scale, nfe, seconds, reward, frechet, diversity, parts[0]["images"])
+            frechet = resampled(frechet_of_features, together("features"), self._real)
+        return Entry(method, label, scale, nfe, reward, frechet, diversity, parts[0]["images"])

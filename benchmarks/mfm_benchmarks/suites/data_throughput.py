@@ -169,8 +169,8 @@ CAPTION = (
     "process, which does nothing with them; 0 workers: read by that process itself. 'from disk': the files are "
     "dropped from the operating system's cache before each reading, and the start of the workers is counted. 'from "
     "the cache': the files are in memory, so that a raw read is nothing but a copy, and workers are timed when they "
-    "are at work. Means over rounds in which all take turns, with Student's 95 % interval; shares are means of the "
-    "rounds' ratios. MB of tar: what was read of the files for those samples."
+    "are at work. Means over rounds in which all take turns, with Student's 95 % interval; shares are geometric means "
+    "of the rounds' ratios. MB of tar: what was read of the files for those samples."
 )
 
 

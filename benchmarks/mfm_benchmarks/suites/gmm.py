@@ -14,7 +14,7 @@ from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
 from mfm_benchmarks.claims import change, verdict
 from mfm_benchmarks.fitting import Fit
-from mfm_benchmarks.measure import clock, noise
+from mfm_benchmarks.measure import noise
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_lightning.alignment import AlignmentMethod, FeynmanKac, Steering, TimeGrid, TwistedSMC
 from mfm_lightning.alignment.nfe import Meter
@@ -166,7 +166,7 @@ class MixtureSuite(Suite):
                 self._exact.sample(self.num_reference, generator),
                 self._exact.sample(self.num_samples, generator),
             )
-            numbers: dict[str, Any] = {"nfe": 0.0, "seconds": 0.0}
+            numbers: dict[str, Any] = {"nfe": 0.0}
             states = again
             if method is not None:
                 target = self._exact_target if name.startswith(EXACT) else self._target
@@ -174,9 +174,8 @@ class MixtureSuite(Suite):
                 x0 = noise(
                     1 if isinstance(method, FeynmanKac | TwistedSMC) else self.num_samples, (2,), seed, self.device
                 )
-                begin = clock(self.device)
                 drawn = method(target, x0, torch.Generator().manual_seed(1000 + seed)).states
-                numbers = {"nfe": target.meter.total / len(drawn), "seconds": clock(self.device) - begin}
+                numbers = {"nfe": target.meter.total / len(drawn)}
                 chosen = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[: self.num_samples]
                 states = drawn.cpu() if len(drawn) == self.num_samples else drawn[chosen].cpu()
             directions = torch.Generator().manual_seed(0)
@@ -226,9 +225,7 @@ class MixtureSuite(Suite):
                     what: found[name, n][what],
                     f"{what} std of seeds": float(values.std()) if len(parts) > 1 else None,
                 }
-            num = self.particles if name in PARTICLES else self.num_samples
-            seconds = sum(o.numbers["seconds"] for o in parts) / len(parts) / num
-            rows.append({**row, "NFE a sample": round(parts[0].numbers["nfe"]), "seconds a sample": seconds})
+            rows.append({**row, "NFE a sample": round(parts[0].numbers["nfe"])})
         return rows
 
     def _headline(self, found: dict[Key, dict[str, Measured]]) -> list[Block]:
@@ -292,10 +289,11 @@ def _by_draws(found: dict[Key, dict[str, Measured]], name: str, what: str) -> di
 
 
 def _over_seeds(name: str, what: str, parts: list[Outcome]) -> Measured:
-    """Samples of a run are independent, and resampled; particles of one population are not: there only runs count."""
+    """Samples of a run are independent, and resampled; particles of one population are not: there only runs count. The
+    difference of the two kinds is Welch's."""
     if name in PARTICLES:
-        return of_runs([o.numbers[what] for o in parts], seed=PARTICLES.index(name))
-    return mean([Measured(o.numbers[what], o.tensors[what]) for o in parts])
+        return of_runs([o.numbers[what] for o in parts])
+    return mean([Measured(o.numbers[what], o.tensors[what], samples=len(o.tensors["states"])) for o in parts])
 
 
 def _large(number: Measured, words: str) -> tuple[str, str]:

@@ -229,10 +229,10 @@ STEPS_CAPTION = (
     "'reference': torch.func.jvp in grad mode, each term with its own sample and teacher evaluation, the guided pair "
     "for all samples, attention as written. 'explicit, own samples': the networks' own tangents, fused attention, "
     "pairs only where a label is guided. All others also share one inner sample. Times are means over rounds in which "
-    "all steps take turns, with Student's 95 % interval; 'times faster' is the mean of the rounds' ratios. Peak memory "
-    "is of tensors above model, optimiser and EMA, gradients included. 'gradient error': relative to torch.func.jvp on "
-    "the same samples. 'share of matmul peak': operations of the explicit step's matrix products by its time, against "
-    "a large matrix product measured in the same run."
+    "all steps take turns, with Student's 95 % interval; 'times faster' is the geometric mean of the rounds' ratios. "
+    "Peak memory is of tensors above model, optimiser and EMA, gradients included. 'gradient error': relative to "
+    "torch.func.jvp on the same samples. 'share of matmul peak': operations of the explicit step's matrix products by "
+    "its time, against a large matrix product measured in the same run."
 )
 PARTS_CAPTION = "Parts of a step by themselves, in milliseconds, in no-grad forward passes, and as a share of the step."
 
