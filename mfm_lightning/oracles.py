@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.interpolant import Times, as_times, expand
+from mfm_lightning.interpolant import Generators, Times, as_times, expand, rand, randn
 
 Reward = Callable[[Tensor], Tensor]
 
@@ -57,9 +57,13 @@ class Oracle(ABC):
         t: Times,
         num_samples: int = 1,
         conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
-        """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`."""
+        """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`.
+
+        Args:
+            generator: one; or one for each state, or for each of the B*N draws.
+        """
 
     @abstractmethod
     def value(self, x: Tensor, t: Times, reward: Any, conditions: Conditions | None = None) -> Tensor:
@@ -136,13 +140,13 @@ class GaussianMixture(Oracle):
         t: Times,
         num_samples: int = 1,
         conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Exact draws from p_{1|t}(. | x_t), `(B, N, D)`."""
         log_joint, means, variances = self._posterior_moments(as_times(t, x_t), x_t)
-        k = torch.multinomial(log_joint.softmax(1), num_samples, replacement=True, generator=generator)  # (B, N)
+        k = _drawn(log_joint.softmax(1), num_samples, generator)  # (B, N)
         rows = torch.arange(len(x_t), device=x_t.device)[:, None]
-        z = torch.randn(*k.shape, x_t.shape[1], generator=generator, dtype=x_t.dtype, device=x_t.device)
+        z = randn((k.numel(), x_t.shape[1]), x_t, generator).reshape(*k.shape, -1)
         spread = torch.einsum("bnij,bnj->bni", self.axes.to(x_t)[k], variances[rows, k].sqrt() * z)
         return means[rows, k] + spread
 
@@ -203,6 +207,17 @@ class GaussianMixture(Oracle):
         lam, time = self.variances.to(x), t[:, None, None]
         gain = torch.einsum("kij,bkj->bki", self.axes.to(x), time * lam / noisy * centred)
         return log_joint, self.means.to(x) + gain, (1 - time) ** 2 * lam / noisy
+
+
+def _drawn(probability: Tensor, num: int, generator: Generators) -> Tensor:
+    """`num` indices `(B, num)` with replacement, by probabilities `(B, M)`."""
+    if not isinstance(generator, Sequence):
+        return torch.multinomial(probability, num, replacement=True, generator=generator)
+    # by the inverse of the distribution function: one uniform number a draw, from the generator of its state or its own
+    uniform = rand(len(probability) * num, probability, generator).reshape(-1, num)
+    cumulative = probability.double().cumsum(dim=1)
+    # its end is 1 but for rounding
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_max(probability.shape[1] - 1)
 
 
 def require_linear_gaussian(reward: Any) -> LinearGaussian:
@@ -274,11 +289,16 @@ class EmpiricalDistribution(Oracle):
         t: Times,
         num_samples: int = 1,
         conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`."""
         weights = self._log_weights(t, x_t, conditions)
-        drawn = [torch.multinomial(w.softmax(1), num_samples, replacement=True, generator=generator) for w in weights]
+        if not isinstance(generator, Sequence):
+            return self.points[torch.cat([_drawn(w.softmax(1), num_samples, generator) for w in weights])]
+        each, drawn, done = len(generator) // len(x_t), [], 0
+        for w in weights:
+            drawn.append(_drawn(w.softmax(1), num_samples, generator[done * each : (done + len(w)) * each]))
+            done += len(w)
         return self.points[torch.cat(drawn)]
 
     def value(self, x: Tensor, t: Times, reward: Reward, conditions: Conditions | None = None) -> Tensor:
