@@ -1,13 +1,14 @@
 # make demo: set up everything and run the main job on real data.   make test: set up everything and pass the tests.
 # make quick: the tests that together take under two minutes.   make lint, make types: what else a change must pass.
 # The tests run in two processes; make test WORKERS=8 where there are more cores, WORKERS=0 for one process.
+# make mutations: one-line errors, each of which a test must catch; before a release. PART=smc for some of them.
 # make test COVERAGE=--cov also reports which lines ran; before Python 3.12 that takes about 40 % longer.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: setup demo test quick lint types format clean
+.PHONY: setup demo test quick mutations lint types format clean
 
 setup: .venv/.installed
 
@@ -26,6 +27,9 @@ test: setup
 
 quick: setup
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
+
+mutations: setup
+	$(BIN)/python -m tests.mutations -j $(WORKERS) $(PART)
 
 lint: setup
 	$(BIN)/ruff check .

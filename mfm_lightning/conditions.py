@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 Index = slice | Tensor
 Batch = tuple[Tensor, Tensor | Mapping[str, Any]]  # x1, and labels or a dictionary of conditions
+INDEX = "index"  # which samples of the data they are, `(B,)`: in a batch's dictionary, but no condition
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -96,7 +97,8 @@ class Conditions:
 
     @classmethod
     def of_batch(cls, given: Conditions | Tensor | Mapping[str, Any] | None, num: int | None = None) -> Conditions:
-        """The conditions of a batch `(x1, given)`: labels `(B,)`, or a dictionary of fields by their names.
+        """The conditions of a batch `(x1, given)`: labels `(B,)`, or a dictionary of fields by their names. The
+        samples' `index` may be there, too, and is left out.
 
         Args:
             num: B, where each field must have so many rows.
@@ -117,6 +119,8 @@ class Conditions:
         if isinstance(given, Tensor):
             return cls(label=given)
         known = [field.name for field in fields(cls)]
+        if isinstance(given, Mapping):
+            given = {name: value for name, value in given.items() if name != INDEX}
         names = list(given) if isinstance(given, Mapping) else [type(given).__name__]
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"the conditions of a batch: got {unknown[0]}, expected labels (B,), or some of {known}")

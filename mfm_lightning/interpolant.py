@@ -5,13 +5,14 @@ Times are `(B,)` tensors in [0, 1], states `(B, *shape)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Times = float | Tensor  # a number in [0, 1] for all states, or one for each, `(B,)`
-Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all rows, one for each, or torch's own
+Generators = torch.Generator | Sequence[torch.Generator] | None  # one for all, one for each sample, or torch's own
 
 
 def as_times(t: Times, x: Tensor) -> Tensor:
@@ -70,11 +71,57 @@ def randn(shape: Sequence[int], like: Tensor, generator: Generators = None) -> T
     """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices).
 
     Args:
-        generator: one; or one for each row, so that a row's noise does not depend on the batch that it is in.
+        generator: one; or one for each of B samples, so that a sample's noise does not depend on the batch that it is
+            in. The k rows of a sample, next to each other among B*k, are drawn from its own at once.
+
+    Raises:
+        ValueError: if the rows are no multiple of the generators.
     """
     if isinstance(generator, Sequence):
-        if len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators for {shape[0]} rows of noise: give one a row")
-        return torch.stack([randn(shape[1:], like, g) for g in generator])
+        rows = (_rows_each(shape[0], generator), *shape[1:])
+        return torch.cat([torch.randn(rows, generator=g, device=g.device, dtype=like.dtype) for g in generator]).to(
+            like.device
+        )
     device = drawn_on(generator, like)
     return torch.randn(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def rand(num: int, like: Tensor, generator: Generators = None) -> Tensor:
+    """`(num,)` uniform numbers in [0, 1), float64, on the device of `like`; drawn as in `randn`."""
+    if isinstance(generator, Sequence):
+        rows = _rows_each(num, generator)
+        drawn = [torch.rand(rows, generator=g, device=g.device, dtype=torch.float64) for g in generator]
+        return torch.cat(drawn).to(like.device)
+    device = drawn_on(generator, like)
+    return torch.rand(num, generator=generator, device=device, dtype=torch.float64).to(like.device)
+
+
+def _rows_each(rows: int, generators: Sequence[torch.Generator]) -> int:
+    if not generators or rows % len(generators):
+        raise ValueError(f"{len(generators)} generators for {rows} rows of noise: give one a row, or one a sample")
+    return rows // len(generators)
+
+
+def noise_seed(seed: int | tuple[int, ...], index: int) -> int:
+    """A seed in 0..2^32-1 (torch's CPU generator takes no more bits), different for each index below 2^32.
+
+    Args:
+        seed: further numbers tell apart what else is drawn for the same sample.
+    """
+    numbers = [number % 2**64 for number in (seed if isinstance(seed, tuple) else (seed,))]
+    start = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return (start + 2654435761 * index) % 2**32  # an odd factor: one to one, and neighbours are far apart
+
+
+def sample_generators(seed: int | tuple[int, ...], indices: Iterable[int]) -> list[torch.Generator]:
+    """One for each sample, by its index (`noise_seed`), on the CPU: noise is the same on every device and in every
+    batch."""
+    return [torch.Generator().manual_seed(noise_seed(seed, i)) for i in indices]
+
+
+def own_generators(generator: Generators, num: int) -> Sequence[torch.Generator]:
+    """One for each of `num` samples: those that are given, or made by one number of the one that is given."""
+    if isinstance(generator, Sequence):
+        return generator
+    device = "cpu" if generator is None else generator.device
+    return sample_generators(int(torch.randint(2**62, (), generator=generator, device=device)), range(num))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.interpolant import Times, as_times, expand, randn
+from mfm_lightning.interpolant import Generators, Times, as_times, expand, randn
 from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.tangents import velocity_and_jvp
 
@@ -164,7 +164,7 @@ class MetaFlowMap(nn.Module):
         steps: int = 1,
         noise: Tensor | None = None,
         conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         *,
         label: Tensor | int | None = None,
         guidance: Tensor | float | None = None,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.interpolant import Times, as_times, expand
+from mfm_lightning.interpolant import Generators, Times, as_times, expand, rand, randn
 
 Reward = Callable[[Tensor], Tensor]
 
@@ -87,9 +87,13 @@ class Oracle(ABC):
         t: Times,
         num_samples: int = 1,
         conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
-        """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`."""
+        """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`.
+
+        Args:
+            generator: one; or one for each state, or for each of the B*N draws.
+        """
 
     @abstractmethod
     def value(self, x: Tensor, t: Times, reward: Any, conditions: Conditions | None = None) -> Tensor:
@@ -172,13 +176,13 @@ class GaussianMixture(Oracle):
         t: Times,
         num_samples: int = 1,
         conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Exact draws from p_{1|t}(. | x_t), `(B, N, D)`."""
         log_joint, means, variances = self._posterior_moments(as_times(t, x_t), x_t)
-        k = torch.multinomial(log_joint.softmax(1), num_samples, replacement=True, generator=generator)  # (B, N)
+        k = _drawn(log_joint.softmax(1), num_samples, generator)  # (B, N)
         rows = torch.arange(len(x_t), device=x_t.device)[:, None]
-        z = torch.randn(*k.shape, x_t.shape[1], generator=generator, dtype=x_t.dtype, device=x_t.device)
+        z = randn((k.numel(), x_t.shape[1]), x_t, generator).reshape(*k.shape, -1)
         spread = torch.einsum("bnij,bnj->bni", self.axes.to(x_t)[k], variances[rows, k].sqrt() * z)
         return means[rows, k] + spread
 
@@ -262,6 +266,17 @@ class GaussianMixture(Oracle):
         return log_joint, means, cross, normal
 
 
+def _drawn(probability: Tensor, num: int, generator: Generators) -> Tensor:
+    """`num` indices `(B, num)` with replacement, by probabilities `(B, M)`."""
+    if not isinstance(generator, Sequence):
+        return torch.multinomial(probability, num, replacement=True, generator=generator)
+    # by the inverse of the distribution function: one uniform number a draw, from the generator of its state or its own
+    uniform = rand(len(probability) * num, probability, generator).reshape(-1, num)
+    cumulative = probability.double().cumsum(dim=1)
+    # its end is 1 but for rounding
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_max(probability.shape[1] - 1)
+
+
 def require_linear_gaussian(reward: Any) -> LinearGaussian:
     """The reward; TypeError unless it is a linear-Gaussian likelihood, for which a mixture has closed forms."""
     if not all(hasattr(reward, name) for name in ("operator", "observation", "noise_std")):
@@ -275,8 +290,10 @@ def require_linear_gaussian(reward: Any) -> LinearGaussian:
 class EmpiricalDistribution(Oracle):
     """A finite data set, each point with equal weight.
 
-    The posterior is a softmax over the points. Batches are cut so that no more than `max_elements` weights are held at
-    once: 50,000 points in 3,072 dimensions take their own 0.6 GB and little more.
+    The posterior is a softmax over the points. All is computed in float64, whatever the states' type, and given back in
+    theirs: in float32 squared distances in thousands of dimensions, over (1-t)^2, are off by more than a value may be.
+    Batches are cut so that no more than `max_elements` weights are held at once: 50,000 float32 points in 3,072
+    dimensions take their own 0.6 GB, 1.2 GB for their copy in float64, and little more.
 
     Args:
         points: `(M, *shape)`.
@@ -299,7 +316,7 @@ class EmpiricalDistribution(Oracle):
         self.points, self.labels = points, labels
         self.num_classes = (0 if labels is None else int(labels.max()) + 1) if num_classes is None else num_classes
         self.max_elements, self.min_noise = max_elements, min_noise
-        self._flat = points.flatten(1)
+        self._flat = points.flatten(1).double()
         self._squares = self._flat.square().sum(dim=1)
 
     @property
@@ -319,10 +336,9 @@ class EmpiricalDistribution(Oracle):
 
     def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
         """b_t(x) = (E[x1 | I_t = x] - x) / (1-t), `(B, *shape)`."""
-        t = as_times(t, x)
         means = [w.softmax(1) @ self._flat for w in self._log_weights(t, x, conditions)]
-        noise = expand((1 - t).clamp_min(self.min_noise), x)
-        return (torch.cat(means).reshape(x.shape) - x) / noise
+        noise = expand((1 - as_times(t, x.double())).clamp_min(self.min_noise), x)
+        return ((torch.cat(means).reshape(x.shape) - x) / noise).to(x.dtype)
 
     def sample_posterior(
         self,
@@ -330,34 +346,39 @@ class EmpiricalDistribution(Oracle):
         t: Times,
         num_samples: int = 1,
         conditions: Conditions | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`."""
-        weights = self._log_weights(as_times(t, x_t), x_t, conditions)
-        drawn = [torch.multinomial(w.softmax(1), num_samples, replacement=True, generator=generator) for w in weights]
+        weights = self._log_weights(t, x_t, conditions)
+        if not isinstance(generator, Sequence):
+            return self.points[torch.cat([_drawn(w.softmax(1), num_samples, generator) for w in weights])]
+        each, drawn, done = len(generator) // len(x_t), [], 0
+        for w in weights:
+            drawn.append(_drawn(w.softmax(1), num_samples, generator[done * each : (done + len(w)) * each]))
+            done += len(w)
         return self.points[torch.cat(drawn)]
 
     def value(self, x: Tensor, t: Times, reward: Reward, conditions: Conditions | None = None) -> Tensor:
         """V_t(x) = log E[exp r(X1) | I_t = x], `(B,)`, for any reward `(M, *shape) -> (M,)`."""
         r = self._rewards(reward)
-        weights = self._log_weights(as_times(t, x), x, conditions)
-        return torch.cat([(w.log_softmax(1) + r).logsumexp(1) for w in weights])
+        weights = self._log_weights(t, x, conditions)
+        return torch.cat([(w.log_softmax(1) + r).logsumexp(1) for w in weights]).to(x.dtype)
 
     def value_gradient(self, x: Tensor, t: Times, reward: Reward, conditions: Conditions | None = None) -> Tensor:
         """grad_x V_t(x) = t/(1-t)^2 (E'[x1 | x] - E[x1 | x]), E' under weights times e^r; `(B, *shape)`.
 
         The reward's gradient is not needed.
         """
-        t = as_times(t, x)
-        ratio = t / (1 - t).clamp_min(self.min_noise)
-        return expand(ratio, x) * self.steering(x, t, reward, conditions)
+        time = as_times(t, x.double())
+        ratio = time / (1 - time).clamp_min(self.min_noise)
+        return (expand(ratio, x) * self.steering(x, t, reward, conditions)).to(x.dtype)
 
     def steering(self, x: Tensor, t: Times, reward: Reward, conditions: Conditions | None = None) -> Tensor:
         """(sigma^2/2) grad V = (E'[x1 | x] - E[x1 | x]) / (1-t), `(B, *shape)`."""
-        t, r = as_times(t, x), self._rewards(reward)
-        weights = self._log_weights(t, x, conditions)
+        r, weights = self._rewards(reward), self._log_weights(t, x, conditions)
         shift = torch.cat([((w + r).softmax(1) - w.softmax(1)) @ self._flat for w in weights]).reshape(x.shape)
-        return shift / expand((1 - t).clamp_min(self.min_noise), x)
+        t = as_times(t, x.double())
+        return (shift / expand((1 - t).clamp_min(self.min_noise), x)).to(x.dtype)
 
     @torch.no_grad()
     def _rewards(self, reward: Reward, batch: int = 1024) -> Tensor:
@@ -368,12 +389,14 @@ class EmpiricalDistribution(Oracle):
         """All of the distribution, one row."""
         return Conditions(label=self.num_classes)
 
-    def _log_weights(self, t: Tensor, x: Tensor, conditions: Conditions | None) -> Iterator[Tensor]:
-        """Batch by batch, log p(x | x1 = point) up to a constant of the state, `(b, M)`."""
+    def _log_weights(self, t: Times, x: Tensor, conditions: Conditions | None) -> Iterator[Tensor]:
+        """Batch by batch, log p(x | x1 = point) up to a constant of the state, `(b, M)`, float64."""
+        x = x.flatten(1).double()
+        t = as_times(t, x)
         label = (conditions or Conditions()).filled(self.null_conditions).expand(len(x), x.device).label
         assert label is not None  # filled
         rows = max(1, self.max_elements // len(self.points))
-        for time, state, wanted in zip(t.split(rows), x.flatten(1).split(rows), label.split(rows), strict=True):
+        for time, state, wanted in zip(t.split(rows), x.split(rows), label.split(rows), strict=True):
             time = time[:, None]
             inner = time * (state @ self._flat.T) - 0.5 * time**2 * self._squares
             weights = inner / (1 - time).clamp_min(self.min_noise) ** 2

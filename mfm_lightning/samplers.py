@@ -99,7 +99,7 @@ def sample_sde(
     steps: int = 100,
     t_start: float = 0.01,
     max_diffusion: float = 25.0,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Base SDE dx = (b + sigma^2/2 score) dt + sigma dW (Eq. 14), by Euler-Maruyama; its step to 1 is the denoiser.
@@ -131,7 +131,7 @@ def sample_posterior_glass(
     steps: int = 16,
     method: str = "euler",
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Draws from p_{1|t}(. | x_t) by the GLASS ODE of a base drift (Eq. 32), `(B, N, *shape)`.
 

@@ -12,6 +12,7 @@ from mfm_benchmarks.suite import Outcome
 from mfm_lightning.alignment import AlignmentMethod
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.target import Target
+from mfm_lightning.interpolant import sample_generators
 
 SHOWN = 16  # images kept of each run
 
@@ -43,8 +44,8 @@ def measure(
 
     Args:
         x0: noise `(B, *shape)`.
-        seed: of the method's own noise.
-        batch_size: samples at once; all where None.
+        seed: of the method's own noise, which is each sample's.
+        batch_size: samples at once; all where None. The samples do not depend on it, but for the rounding of sums.
         quality: features to keep.
 
     Returns:
@@ -52,10 +53,10 @@ def measure(
         `images` (the first few), and `features` `(B, F)` with a quality.
     """
     meter, states = Meter(), []
-    for i, rows in enumerate(torch.arange(len(x0)).split(batch_size or len(x0))):
+    for rows in torch.arange(len(x0)).split(batch_size or len(x0)):
         part = target.take(rows)
         part.meter = meter
-        result = method(part, x0[rows], torch.Generator().manual_seed(1_000_003 * (seed + 1) + i))
+        result = method(part, x0[rows], sample_generators((seed, 1), rows.tolist()))
         if len(result.states) != len(rows):
             raise ValueError(f"{len(result.states)} samples for {len(rows)}: a suite compares one for each noise")
         states.append(result.states)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mfm_lightning.alignment.method import AlignmentMethod, positive
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.interpolant import randn
+from mfm_lightning.interpolant import Generators, own_generators, randn
 from mfm_lightning.samplers import sample_ode
 
 
@@ -19,7 +19,8 @@ class BestOfN(AlignmentMethod):
     """The best of N ODE samples of the base flow, for each sample.
 
     Candidates are generated and judged in batches of at most `max_rows`, and only the best so far is kept: memory does
-    not grow with N.
+    not grow with N. A sample's candidates are drawn one after the other from a generator of its own: they do not depend
+    on how many are generated at once.
 
     Args:
         num_candidates: N, at least 1.
@@ -40,20 +41,20 @@ class BestOfN(AlignmentMethod):
     def __post_init__(self) -> None:
         positive(num_candidates=self.num_candidates, steps=self.steps, max_rows=self.max_rows)
 
-    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+    def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         return best_of_n(target, x0, self, generator)
 
 
 @torch.no_grad()
 def best_of_n(
-    target: Target, x0: Tensor, method: BestOfN | None = None, generator: torch.Generator | None = None
+    target: Target, x0: Tensor, method: BestOfN | None = None, generator: Generators = None
 ) -> AlignmentResult:
     """The best candidate of each sample; what a `BestOfN` does when it is called.
 
     Args:
         x0: `(B, *shape)`; only its shape, type and device count: the candidates' noise is drawn here.
         method: the settings; `BestOfN()` where None.
-        generator: of the noise.
+        generator: of the noise; one makes one for each sample.
 
     Raises:
         RewardError: as `AlignmentMethod`.
@@ -62,12 +63,14 @@ def best_of_n(
     N, B, shape, target = method.num_candidates, len(x0), x0.shape[1:], target.expand(x0)
     run = Run(target, "best_of_n", num_candidates=N, steps=method.steps)
     best, best_reward = torch.zeros_like(x0), x0.new_full((B,), -torch.inf, dtype=torch.float32)
+    own = own_generators(generator, B)
     stops, done = {n for n in method.keep_at if n < N} | {N}, 0
     while done < N:
         n = min(max(1, method.max_rows // B), min(stop for stop in stops if stop > done) - done)
         for chunk in torch.arange(B, device=x0.device).split(min(B, method.max_rows)):
             part = target.take(chunk)
-            x = sample_ode(part.drift, randn((len(chunk) * n, *shape), x0, generator), method.steps)
+            each = [own[i] for i in chunk.tolist() for _ in range(n)]
+            x = sample_ode(part.drift, randn((len(each), *shape), x0, each), method.steps)
             with run.step(done, N, 1.0, best):
                 rewards, which = part.rewards(x).reshape(-1, n).max(dim=1)
             x = x.reshape(-1, n, *shape)[torch.arange(len(chunk), device=x.device), which]

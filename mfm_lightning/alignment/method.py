@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.target import Target, require_gradient
-from mfm_lightning.interpolant import randn
+from mfm_lightning.interpolant import Generators, randn
 from mfm_rewards import Reward
 
 
@@ -37,12 +37,13 @@ class AlignmentMethod(ABC):
             require_gradient(reward, type(self).__name__)
 
     @abstractmethod
-    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+    def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         """One sample for each noise x0 `(B, *shape)`.
 
         Args:
             target: with conditions for B samples, or one row for all.
-            generator: of all further noise.
+            generator: of all further noise: one, or one for each sample, whose result then does not depend on the batch
+                that it is in.
 
         Raises:
             RewardError: before any work if the method needs a gradient that the reward has not got; while running if
@@ -89,7 +90,7 @@ class TimeGrid:
         return list(itertools.pairwise(self.times))
 
 
-def with_particles(x0: Tensor, num_particles: int, generator: torch.Generator | None = None) -> Tensor:
+def with_particles(x0: Tensor, num_particles: int, generator: Generators = None) -> Tensor:
     """`(B*M, *shape)` noise whose first particle of each sample is x0 `(B, *shape)`."""
     others = randn((len(x0), num_particles - 1, *x0.shape[1:]), x0, generator)
     return torch.cat([x0[:, None], others], dim=1).flatten(0, 1)

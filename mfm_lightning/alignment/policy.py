@@ -9,6 +9,7 @@ from mfm_lightning.alignment.method import AlignmentMethod, positive
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_model
+from mfm_lightning.interpolant import Generators
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.samplers import sample_ode
 
@@ -27,7 +28,7 @@ class PolicySampling(AlignmentMethod):
         self.policy, self.steps = policy.eval().requires_grad_(False), steps
 
     @torch.no_grad()
-    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+    def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         target = target.expand(x0)
         run, policy = Run(target, "policy", steps=self.steps), target.with_drift(self.policy.to(x0.device).drift)
         return run.finish(sample_ode(policy.drift, x0, self.steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -15,7 +16,10 @@ from mfm_lightning.samplers import METHODS, sample_posterior_glass, sample_sde
 
 
 class Posterior(ABC):
-    """Draws x1 `(B, N, *shape)` from p_{1|t}(. | x_t), given the inner noise `(B, N, *shape)`."""
+    """Draws x1 `(B, N, *shape)` from p_{1|t}(. | x_t), given the inner noise `(B, N, *shape)`.
+
+    A draw depends on its own state and inner noise alone: states and draws can then be cut into parts.
+    """
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor: ...
@@ -66,29 +70,32 @@ class GlassPosterior(Posterior):
 
 
 class OraclePosterior(Posterior):
-    """Exact draws of an oracle, which has noise of its own; not differentiable.
+    """Exact draws of an oracle; not differentiable. Their noise is other than the inner noise, and follows from it.
 
     Args:
         oracle: a distribution of `mfm_lightning.oracles`.
-        generator: of the draws.
+        generator: of the draws, one after the other, whatever the inner noise; results then change with the parts that
+            states and draws are cut into.
     """
 
     def __init__(self, oracle: Oracle, generator: torch.Generator | None = None) -> None:
         self.oracle, self.generator = oracle, generator
 
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
-        return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.expand(x_t).conditions, self.generator)
+        generator = self.generator or _further_noise(noise)
+        return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.expand(x_t).conditions, generator)
 
 
 class RolloutPosterior(Posterior):
     """The base SDE from (t, x_t) to the data, `steps` Euler-Maruyama steps a draw, all states at one time.
 
-    Its noise is its own: the inner noise it is given only says how many draws are wanted.
+    Its noise is other than the inner noise it is given, and follows from it.
 
     Args:
         steps: steps between t and 1, at least 1.
         max_diffusion: clamp of sigma^2/2 near t=0.
-        generator: of the noise.
+        generator: of the noise, one step after the other, whatever the inner noise; results then change with the parts
+            that states and draws are cut into.
 
     Raises:
         ValueError: for no steps; when called, for states at different times.
@@ -105,4 +112,11 @@ class RolloutPosterior(Posterior):
             raise ValueError("rollouts of a batch start at one time: give one t for all states")
         x = x_t.repeat_interleave(noise.shape[1], dim=0)
         drift = target.expand(x).drift
-        return sample_sde(drift, x, self.steps, start, self.max_diffusion, self.generator).reshape(noise.shape)
+        generator = self.generator or _further_noise(noise)
+        return sample_sde(drift, x, self.steps, start, self.max_diffusion, generator).reshape(noise.shape)
+
+
+def _further_noise(noise: Tensor) -> list[torch.Generator]:
+    """A generator for each draw's further noise, seeded by the bits of its inner noise `(B, N, *shape)`."""
+    rows = noise.detach().flatten(0, 1).flatten(1).float().cpu().numpy()
+    return [torch.Generator().manual_seed(zlib.crc32(row.tobytes())) for row in rows]

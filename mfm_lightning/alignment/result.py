@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -64,10 +64,14 @@ class AlignmentResult:
             "trace": self.trace,
         }
 
-    def save(self, folder: str | Path, name: str = "result") -> Path:
-        """Write `NAME.json` and the states and images as `NAME.safetensors`; the path of the former."""
+    def save(self, folder: str | Path, name: str = "result", more: Mapping[str, Tensor] | None = None) -> Path:
+        """Write `NAME.json` and the states and images as `NAME.safetensors`; the path of the former.
+
+        Args:
+            more: tensors that are written beside them.
+        """
         folder = Path(folder)
-        tensors = {"states": self.states, "images": self.images, "rewards": self.rewards}
+        tensors = {"states": self.states, "images": self.images, "rewards": self.rewards, **(more or {})}
         save_tensors(tensors, folder / f"{name}.safetensors")
         path = folder / f"{name}.json"
         path.write_text(json.dumps(self.summary(), indent=1))

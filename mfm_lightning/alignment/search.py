@@ -11,7 +11,7 @@ from mfm_lightning.alignment.method import AlignmentMethod, one_of, positive, wi
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.interpolant import as_times, expand, interpolate, randn
+from mfm_lightning.interpolant import Generators, as_times, expand, interpolate, randn
 
 SELECTIONS = ("overall", "per_particle")
 
@@ -55,14 +55,12 @@ class Search(AlignmentMethod):
         """t_0 = 0 < ... < t_{K-1} < 1: linspace^power without its end."""
         return (torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)[:-1] ** self.power).tolist()
 
-    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+    def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         return search(target, x0, self, generator)
 
 
 @torch.no_grad()
-def search(
-    target: Target, x0: Tensor, method: Search | None = None, generator: torch.Generator | None = None
-) -> AlignmentResult:
+def search(target: Target, x0: Tensor, method: Search | None = None, generator: Generators = None) -> AlignmentResult:
     """The best draw of each sample seen at any time; what a `Search` does when it is called.
 
     Args:

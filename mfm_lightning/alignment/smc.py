@@ -8,6 +8,7 @@ the discretised base process, whatever the estimate of the value; how many it ta
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any
 
@@ -27,17 +28,16 @@ from mfm_lightning.alignment.values import (
     effective_sample_size,
     log_mean_exp,
 )
-from mfm_lightning.interpolant import as_times, diffusion, drawn_on, expand, randn
+from mfm_lightning.interpolant import Generators, as_times, diffusion, expand, rand, randn
 from mfm_lightning.samplers import euler_maruyama
 
 TRANSITIONS = ("sde", "glass")
 KEEP = ("sample", "best", "all")
-Generator = torch.Generator | None
 Step = tuple[float, float]  # a time and the next
 Moved = tuple[Tensor, Tensor]  # the next states `(B*M, *shape)`, and log p/q of each move `(B*M,)`
 
 
-def systematic_resample(log_weights: Tensor, generator: Generator = None) -> Tensor:
+def systematic_resample(log_weights: Tensor, generator: Generators = None) -> Tensor:
     """Indices of resampled particles `(B, M)` in 0..M-1, for log-weights `(B, M)` of any normalisation.
 
     Systematic: one uniform number a row, so that a particle of weight w has floor(M w) or ceil(M w) copies.
@@ -45,9 +45,7 @@ def systematic_resample(log_weights: Tensor, generator: Generator = None) -> Ten
     B, M = log_weights.shape
     cumulative = log_weights.double().softmax(dim=1).cumsum(dim=1)
     cumulative[:, -1] = 1.0
-    device = drawn_on(generator, log_weights)
-    first = torch.rand(B, 1, generator=generator, device=device, dtype=torch.float64).to(log_weights.device)
-    points = (torch.arange(M, device=log_weights.device) + first) / M
+    points = (torch.arange(M, device=log_weights.device) + rand(B, log_weights, generator)[:, None]) / M
     return torch.searchsorted(cumulative, points, right=True).clamp_max(M - 1)
 
 
@@ -104,14 +102,14 @@ class ParticleMethod(AlignmentMethod):
         """Name and settings of its own, for the result."""
 
     @abstractmethod
-    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generator) -> Moved:
+    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generators) -> Moved:
         """One step of all particles `x` `(B*M, *shape)`, from time `step[0]` to `step[1]`."""
 
     @property
     def needs_reward_gradient(self) -> bool:
         return self.estimate.needs_reward_gradient
 
-    def __call__(self, target: Target, x0: Tensor, generator: Generator = None) -> AlignmentResult:
+    def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         return sequential_monte_carlo(target, x0, self, generator)
 
 
@@ -147,7 +145,7 @@ class FeynmanKac(ParticleMethod):
     def describe(self) -> dict[str, Any]:
         return {"name": "feynman_kac", "value": type(self.value).__name__, "transition": self.transition}
 
-    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generator) -> Moved:
+    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generators) -> Moved:
         if self.transition == "sde":
             return sde_step(target, step, x, estimate, self.max_diffusion, generator=generator)
         now, then = step
@@ -182,7 +180,7 @@ class TwistedSMC(ParticleMethod):
     def describe(self) -> dict[str, Any]:
         return {"name": "twisted_smc", "estimator": type(self.estimator).__name__, "strength": self.strength}
 
-    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generator) -> Moved:
+    def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generators) -> Moved:
         return sde_step(target, step, x, estimate, self.max_diffusion, self.strength, self.clip, generator)
 
 
@@ -194,7 +192,7 @@ def sde_step(
     max_diffusion: float = 25.0,
     strength: float = 0.0,
     clip: float | None = None,
-    generator: Generator = None,
+    generator: Generators = None,
 ) -> Moved:
     """An Euler-Maruyama step, steered where the estimate has a gradient; the one to 1 is the base's denoiser.
 
@@ -225,7 +223,7 @@ def sde_step(
 
 @torch.no_grad()
 def sequential_monte_carlo(
-    target: Target, x0: Tensor, method: ParticleMethod, generator: Generator = None
+    target: Target, x0: Tensor, method: ParticleMethod, generator: Generators = None
 ) -> AlignmentResult:
     """Weigh, resample and move; what a particle method does when it is called.
 
@@ -273,15 +271,19 @@ def sequential_monte_carlo(
     return run.finish(chosen, log_normaliser + log_mean_exp(log_weights))
 
 
-def _resampled(log_weights: Tensor, poor: Tensor, generator: Generator) -> Tensor:
+def _resampled(log_weights: Tensor, poor: Tensor, generator: Generators) -> Tensor:
     """Which of all particles goes on in each one's place, `(B*M,)`; they stay where a sample's are not poor."""
     B, M = log_weights.shape
-    stay = torch.arange(M, device=log_weights.device)
-    index = torch.where(poor[:, None], systematic_resample(log_weights, generator), stay)
+    index = torch.arange(M, device=log_weights.device).expand(B, M).clone()
+    if isinstance(generator, Sequence):  # a sample's noise does not depend on whether others are resampled
+        generator = [own for own, drawn in zip(generator, poor.tolist(), strict=True) if drawn]
+        index[poor] = systematic_resample(log_weights[poor], generator)
+    else:
+        index[poor] = systematic_resample(log_weights, generator)[poor]
     return (torch.arange(B, device=log_weights.device)[:, None] * M + index).flatten()
 
 
-def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generator) -> Tensor:
+def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generators) -> Tensor:
     """Which particles of each sample are returned, `(B, 1 or M)`."""
     if keep == "best":
         return rewards.argmax(dim=1, keepdim=True)
@@ -289,9 +291,8 @@ def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generator)
     if keep == "all":
         return index
     # a random one of the resampled, which has the weights' distribution
-    device = drawn_on(generator, log_weights)
-    pick = torch.randint(index.shape[1], (len(index), 1), generator=generator, device=device).to(index.device)
-    return index.gather(1, pick)
+    pick = (rand(len(index), log_weights, generator) * index.shape[1]).long()
+    return index.gather(1, pick[:, None])
 
 
 def _take(estimate: Estimate, index: Tensor) -> Estimate:

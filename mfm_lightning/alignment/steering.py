@@ -11,7 +11,7 @@ from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, one_of
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawGradient, GradientEstimator
-from mfm_lightning.interpolant import as_times, diffusion, expand, randn
+from mfm_lightning.interpolant import Generators, as_times, diffusion, expand, randn
 from mfm_lightning.samplers import Callback, euler_maruyama
 
 DYNAMICS = ("ode", "sde")
@@ -67,7 +67,7 @@ class Steering(AlignmentMethod):
     def needs_reward_gradient(self) -> bool:
         return bool(self.estimator.needs_reward_gradient and self.strength)
 
-    def __call__(self, target: Target, x0: Tensor, generator: torch.Generator | None = None) -> AlignmentResult:
+    def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         return steer(target, x0, self, generator)
 
     def term(self, gradient: Tensor, drift: Tensor, t: Tensor, steering: Tensor | None = None) -> Tensor:
@@ -101,7 +101,7 @@ def steer(
     target: Target,
     x0: Tensor,
     method: Steering | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     callback: Callback | None = None,
 ) -> AlignmentResult:
     """Generate from noise by the steered ODE or SDE; what a `Steering` does when it is called.

@@ -18,7 +18,7 @@ from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_value
-from mfm_lightning.interpolant import Times, as_times, denoiser, expand, randn
+from mfm_lightning.interpolant import Generators, Times, as_times, denoiser, expand, randn
 from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
 from mfm_lightning.oracles import Likelihood, Oracle, scaled
 
@@ -51,7 +51,7 @@ class ValueEstimator(ABC):
     needs_reward_gradient: bool = False
 
     @abstractmethod
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate: ...
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate: ...
 
 
 class GradientEstimator(ValueEstimator):
@@ -97,7 +97,7 @@ class Draws:
         """Draws `(B, N, *shape)` by the posterior."""
         return (self.posterior or FlowMapPosterior())(target, t, x, noise)
 
-    def noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    def noise(self, x: Tensor, generator: Generators) -> Tensor:
         """Inner noise, `(B, N, *shape)`; antithetic: the second half is the negative of the first."""
         num = self.num_draws // 2 if self.antithetic else self.num_draws
         noise = randn((len(x), num, *x.shape[1:]), x, generator)
@@ -115,7 +115,7 @@ class DrawValue(Draws, ValueEstimator):
     num_draws: int = 4
 
     @torch.no_grad()
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         noise, t = self.noise(x, generator), as_times(t, x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         for part, rows, draws in self.chunks(target, x):
@@ -128,7 +128,7 @@ class DenoisedValue(ValueEstimator):
     """r(D_t(x)): the posterior replaced by its mean; no gradient is taken. What Feynman-Kac steering is used with."""
 
     @torch.no_grad()
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         t = as_times(t, x)
         drift = target.drift(t, x)
         value = target.rewards(denoiser(t, x, drift))
@@ -148,7 +148,7 @@ class DrawGradient(Draws, GradientEstimator):
 
     needs_reward_gradient = True
 
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         noise, t = self.noise(x, generator), as_times(t, x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         # gradients of chunks' log-sum-exps average, by the chunks' shares, to the gradient of the whole
@@ -194,7 +194,7 @@ class DrawGradientFree(Draws, GradientEstimator):
             raise ValueError(f"draws are weighed against each other: num_draws {self.num_draws} must be at least 2")
 
     @torch.no_grad()
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         noise, t = self.noise(x, generator), as_times(t, x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         drawn = torch.empty_like(noise)
@@ -221,7 +221,7 @@ class DPSGradient(GradientEstimator):
     max_rows: int | None = None
     needs_reward_gradient = True
 
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         t, parts = as_times(t, x), []
         for part, rows, _ in chunks(target, x, 1, self.max_rows):
             with torch.enable_grad():
@@ -245,7 +245,7 @@ class NetworkGradient(GradientEstimator):
         self.network = load_value(network) if isinstance(network, str) else network
         self.network.eval().requires_grad_(False)
 
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         self.network.to(x.device)
         with torch.enable_grad():
             state = x.detach().requires_grad_()
@@ -270,7 +270,7 @@ class ExactGradient(GradientEstimator):
     oracle: Oracle
 
     @torch.no_grad()
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         t, target = as_times(t, x), target.expand(x)
         value = x.new_empty(len(x), dtype=torch.float32)
         gradient, steering = torch.empty_like(x), torch.empty_like(x)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from mfm_lightning.conditions import Batch
+from mfm_lightning.conditions import INDEX, Batch
 from mfm_lightning.data.stream import BatchStream, StepLoader
 
 
@@ -83,10 +85,31 @@ class ArrayDataModule(StepDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader("test")
+        x, label = self.splits["test"]
+        return DataLoader(NumberedSamples(len(x), lambda i: (x[i], label[i])), batch_size=self.batch_size)
 
     def _loader(self, split: str) -> DataLoader:
         return DataLoader(TensorDataset(*self.splits[split]), batch_size=self.batch_size)
+
+
+class NumberedSamples(Dataset):
+    """Samples with their index, for `mfm predict`: a batch is `(x (B, *shape), {label (B,), index (B,)})`, so that what
+    is drawn for a sample can depend on its index, and not on its batch.
+
+    Args:
+        num: how many.
+        sample: x and label of a sample.
+    """
+
+    def __init__(self, num: int, sample: Callable[[int], tuple[Tensor, Tensor | int]]) -> None:
+        self.num, self.sample = num, sample
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Any]]:
+        x, label = self.sample(i)
+        return x, {"label": label, INDEX: i}
 
 
 def trainer_of(data: L.LightningDataModule) -> L.Trainer:

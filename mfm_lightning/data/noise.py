@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from mfm_lightning.data.base import generator
+from mfm_lightning.data.base import NumberedSamples
+from mfm_lightning.interpolant import sample_generators
 
 
 class NoiseDataModule(L.LightningDataModule):
-    """Batches `(x0 (B, *shape), label (B,))` of standard normal noise, for `mfm predict`.
+    """Batches `(x0 (B, *shape), {label (B,), index (B,)})` of standard normal noise, for `mfm predict`.
+
+    The noise of sample i depends on the seed and i alone, and is what `mfm sample` draws it from.
 
     Args:
         state_shape: of one state.
@@ -45,6 +49,9 @@ class NoiseDataModule(L.LightningDataModule):
         self.num_samples, self.labels, self.batch_size, self.seed = num_samples, labels, batch_size, seed
 
     def predict_dataloader(self) -> DataLoader:
-        noise = torch.randn(self.num_samples, *self.state_shape, generator=generator(self.seed))
-        labels = torch.tensor(self.labels).repeat(-(-self.num_samples // len(self.labels)))[: self.num_samples]
-        return DataLoader(TensorDataset(noise, labels), batch_size=self.batch_size)
+        return DataLoader(NumberedSamples(self.num_samples, self.sample), batch_size=self.batch_size)
+
+    def sample(self, i: int) -> tuple[Tensor, int]:
+        """Noise `(*shape)` and label of sample i."""
+        (generator,) = sample_generators(self.seed, [i])
+        return torch.randn(self.state_shape, generator=generator), self.labels[i % len(self.labels)]

@@ -100,7 +100,12 @@ class Evaluation(ABC, Generic[Module]):
         """Log metrics, print and write the tables."""
 
     def predict(self, module: Module, batch: Any, batch_idx: int, folder: Path) -> None:
-        """Write samples and posterior draws for a batch."""
+        """Write samples and posterior draws for a batch.
+
+        Args:
+            batch: `(x1, {...})` with the samples' `index` among the conditions, by which they have noise of their own.
+            batch_idx: among the batches of all ranks.
+        """
 
 
 def datamodule_of(trainer: L.Trainer) -> Any:

@@ -12,7 +12,7 @@ from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawValue, ValueEstimator
-from mfm_lightning.interpolant import as_times, interpolate
+from mfm_lightning.interpolant import Generators, as_times, interpolate, randn
 from mfm_lightning.metrics.distances import correlation, sliced_wasserstein
 from mfm_lightning.metrics.measured import Measured, mean_of
 
@@ -53,9 +53,9 @@ def posteriors(model_steps: Sequence[int], glass_steps: Sequence[int]) -> dict[s
     return found | {f"GLASS {k}": GlassPosterior(k) for k in glass_steps}
 
 
-def noisy_states(x1: Tensor, t: float, generator: torch.Generator) -> Tensor:
+def noisy_states(x1: Tensor, t: float, generator: Generators) -> Tensor:
     """`x_t` of clean states `(B, *shape)`; the same noise at all times, given a fresh generator."""
-    return interpolate(as_times(t, x1), torch.randn(x1.shape, generator=generator).to(x1), x1)
+    return interpolate(as_times(t, x1), randn(x1.shape, x1, generator), x1)
 
 
 @torch.no_grad()

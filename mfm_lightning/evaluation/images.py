@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.target import Flow
-from mfm_lightning.conditions import Conditions
+from mfm_lightning.conditions import INDEX, Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, ModelModule, data_of
 from mfm_lightning.evaluation.draws import noisy_states
+from mfm_lightning.interpolant import as_times, interpolate, randn, sample_generators
 from mfm_lightning.metrics.classifier import accuracy, train_classifier
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
@@ -142,20 +143,21 @@ class ImageEvaluation(Evaluation[ModelModule]):
     def predict(self, module: ModelModule, batch: Any, batch_idx: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         x1, given = batch[0], Conditions.of_batch(batch[1])
-        generator = self._generator(100 + batch_idx)
-        noise = torch.randn(x1.shape, generator=generator).to(x1)
+        index = batch[1][INDEX]
+        generators = sample_generators((self.seed, 2), index.tolist())
+        noise = randn(x1.shape, x1, generators)
         base = _base_flow(module).drift
-        result = {"x1": x1.cpu()} | ({} if given.label is None else {"label": given.label.cpu()})
+        result = {"x1": x1.cpu(), "index": index.cpu()} | ({} if given.label is None else {"label": given.label.cpu()})
         result["samples/ode"] = sample_ode(lambda t, x: base(t, x, given), noise, self.ode_steps).cpu()
         for k in self.refinement_steps:
             result[f"samples/refinement_{k}"] = sample_refinement(
-                module.model, noise, k, given, generator=generator
+                module.model, noise, k, given, generator=generators
             ).cpu()
         for t in self.times:
-            x_t = noisy_states(x1, t, self._generator(100 + batch_idx))  # of the same noise as the samples
+            x_t = interpolate(as_times(t, x1), noise, x1)  # of the same noise as the samples
             result[f"x_t/t={t}"] = x_t.cpu()
             result[f"draws/t={t}"] = module.model.sample_posterior(
-                x_t, t, 8, conditions=given, generator=generator
+                x_t, t, 8, conditions=given, generator=generators
             ).cpu()
         torch.save(result, folder / f"batch_{batch_idx:04d}.pt")
 

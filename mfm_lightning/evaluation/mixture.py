@@ -13,8 +13,10 @@ from torch import Tensor
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import load_model
+from mfm_lightning.conditions import INDEX
 from mfm_lightning.evaluation.base import Evaluation, ModelModule, data_of
 from mfm_lightning.evaluation.draws import draw, draw_distance, noisy_states
+from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.oracles import GaussianMixture
 from mfm_lightning.utils.console import track, write_table
@@ -123,13 +125,13 @@ class MixtureEvaluation(Evaluation[ModelModule]):
     @torch.no_grad()
     def predict(self, module: ModelModule, batch: Any, batch_idx: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        x1 = batch[0]
-        generator = torch.Generator().manual_seed(self.seed + batch_idx)
-        result = {"x1": x1.cpu()}
+        x1, index = batch[0], batch[1][INDEX]
+        generators = sample_generators((self.seed, 2), index.tolist())
+        result = {"x1": x1.cpu(), "index": index.cpu()}
         for t in self.times:
-            x_t = noisy_states(x1, t, generator)
+            x_t = noisy_states(x1, t, generators)
             result[f"x_t/t={t}"] = x_t.cpu()
-            result[f"draws/t={t}"] = module.model.sample_posterior(x_t, t, num_samples=16, generator=generator).cpu()
+            result[f"draws/t={t}"] = module.model.sample_posterior(x_t, t, num_samples=16, generator=generators).cpu()
         torch.save(result, folder / f"batch_{batch_idx:04d}.pt")
 
 

@@ -30,7 +30,7 @@ from mfm_lightning.evaluation.draws import (
     estimate_values,
     noisy_states,
 )
-from mfm_lightning.interpolant import Times, as_times
+from mfm_lightning.interpolant import Generators, Times, as_times
 from mfm_lightning.networks.value import ValueNetwork
 from mfm_lightning.oracles import Oracle
 from mfm_lightning.utils.console import track, write_table
@@ -113,7 +113,7 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
             if name == "reference" and oracle is not None:
                 references[t] = ExactGradient(oracle)(target, t, x).value.cpu()
             elif name == "reference":
-                rollouts = self._rollouts(self.num_draws, seed=2)
+                rollouts = self._rollouts(self.num_draws)
                 references[t] = estimate_values(rollouts, target, t, x, self._generator(3)).values[0].cpu()
             else:
                 estimator, draws = estimators[name], getattr(estimators[name], "num_draws", 1)
@@ -156,13 +156,12 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
 
     def _estimators(self, network: ValueNetwork | None) -> dict[str, ValueEstimator]:
         found: dict[str, ValueEstimator] = dict(self.value_estimators())
-        found[f"SDE {self.rollout_steps}"] = self._rollouts(self.rollout_draws, seed=5)
+        found[f"SDE {self.rollout_steps}"] = self._rollouts(self.rollout_draws)
         found[POINT] = DenoisedValue()
         return found if network is None else {**found, "network": _NetworkValue(network)}
 
-    def _rollouts(self, num_draws: int, seed: int) -> ValueEstimator:
-        source = RolloutPosterior(self.rollout_steps, generator=self._generator(seed))
-        return DrawValue(num_draws, source, max_rows=self.max_rows)
+    def _rollouts(self, num_draws: int) -> ValueEstimator:
+        return DrawValue(num_draws, RolloutPosterior(self.rollout_steps), max_rows=self.max_rows)
 
     def _generator(self, offset: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self.seed + offset)
@@ -222,7 +221,7 @@ class _NetworkValue(ValueEstimator):
     def __init__(self, network: ValueNetwork) -> None:
         self.network = network
 
-    def __call__(self, target: Target, t: Times, x: Tensor, generator: torch.Generator | None = None) -> Estimate:
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         value = target.meter.counted("network", self.network)(as_times(t, x), x, target.expand(x).conditions)
         return Estimate(None, value, torch.ones_like(value))
 

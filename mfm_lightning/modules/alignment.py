@@ -16,9 +16,10 @@ from mfm_lightning.alignment.method import AlignmentMethod
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import TargetSettings
-from mfm_lightning.conditions import Batch, Conditions
+from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import datamodule_of
-from mfm_lightning.modules.base import check_batch, own_gradients
+from mfm_lightning.interpolant import sample_generators
+from mfm_lightning.modules.base import SampleNumbers, batch_number, check_batch, own_gradients
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.utils.atomic import save_tensors
 from mfm_lightning.utils.figures import before_after, scatter
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 
 class RewardAlignment(L.LightningModule):
     """Aligns samples from the DataModule's noise, and writes to `predict/` of the run's folder, for each batch,
-    `batch_NNNN.json` (the run: rewards before and after, NFE, seconds, trace) and `.safetensors` (states, images);
-    `summary.json` over all; and `before_after.png`.
+    `batch_NNNN.json` (the run: rewards before and after, NFE, seconds, trace) and `.safetensors` (states, images, and
+    the samples' `index`); `summary.json` over all; and `before_after.png`.
 
     "Before" is the base flow's ODE from the same noise.
 
@@ -39,7 +40,7 @@ class RewardAlignment(L.LightningModule):
         method: how to align.
         base_steps: Euler steps of the base flow.
         pictures: samples in the picture.
-        seed: of the method's noise.
+        seed: of the method's noise. A sample's depends on the seed and its index alone, not on batch size and devices.
 
     Raises:
         RewardError: on construction, if the method needs a reward gradient and there is none.
@@ -57,6 +58,7 @@ class RewardAlignment(L.LightningModule):
         self.target, self.method = target.load(), method or Steering()
         self.method.check(self.target.reward)
         self.base_steps, self.pictures, self.seed = base_steps, pictures, seed
+        self._numbers = SampleNumbers()
         self._done: list[dict[str, Any]] = []
         self._shown: list[tuple[Tensor, ...]] = []
 
@@ -86,12 +88,11 @@ class RewardAlignment(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> AlignmentResult:
         with own_gradients():
-            x0, given = pytree.tree_map_only(Tensor, Tensor.clone, tuple(batch))
-            return self._align(x0, Conditions.of_batch(given), batch_idx)
+            x0, given = pytree.tree_map_only(Tensor, Tensor.clone, self._numbers(batch, batch_idx, self.trainer))
+            number, index = batch_number(batch_idx, self.trainer), given[INDEX].cpu()
+            return self._align(x0, Conditions.of_batch(given), number, index)
 
-    def _align(self, x0: Tensor, conditions: Conditions, batch_idx: int) -> AlignmentResult:
-        # the states of all ranks' batches have numbers of their own
-        number = batch_idx * self.trainer.world_size + self.global_rank
+    def _align(self, x0: Tensor, conditions: Conditions, number: int, index: Tensor) -> AlignmentResult:
         if bool(conditions.is_null(self.target.model.null_conditions).all()):
             conditions = Conditions(prompts=conditions.prompts)
         target = self.target(conditions)
@@ -101,19 +102,21 @@ class RewardAlignment(L.LightningModule):
             base_rewards = target.plain_rewards(before)
         except RewardError as error:
             raise RewardError(f"base flow's samples, before any alignment: {error}") from error
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generators = sample_generators((self.seed, 1), index.tolist())  # other noise than x0's, of the same seed
         name = f"batch_{number:04d}"
         try:
             with torch.enable_grad():  # as in Python: a method of the user's own may take gradients
-                result = self.method(target, x0, generator)
+                result = self.method(target, x0, generators)
         except (RewardError, FloatingPointError) as error:
             if (states := getattr(error, "states", None)) is not None:
                 path = self.folder / f"{name}_unfinished.safetensors"
                 save_tensors({"states": states}, path)
                 raise type(error)(f"{error}; the states so far are in {path}") from error
             raise
-        result.save(self.folder, name)
-        self._done.append({"batch": number, "rewards_before": base_rewards.tolist(), **result.summary()})
+        result.save(self.folder, name, {"index": index})
+        self._done.append(
+            {"batch": number, "index": index.tolist(), "rewards_before": base_rewards.tolist(), **result.summary()}
+        )
         if len(result.states) == len(x0) and sum(len(shown[0]) for shown in self._shown) < self.pictures:
             self._shown.append((images.cpu(), result.images.cpu(), base_rewards.cpu(), result.rewards.cpu()))
         return result

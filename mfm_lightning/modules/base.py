@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfm_lightning.checkpoints import CheckpointError
-from mfm_lightning.conditions import Batch, Conditions
+from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
 from mfm_lightning.training.sharding import gathered, shard
@@ -51,6 +51,7 @@ class TrainingModule(L.LightningModule, ABC):
         super().__init__()
         self.optimization, self.evaluation = optimization or Optimization(), evaluation
         self._resumed: list[dict[str, Tensor]] | None = None
+        self.sample_numbers = SampleNumbers()
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
 
@@ -196,6 +197,33 @@ class TrainingModule(L.LightningModule, ABC):
                 raise CheckpointError(
                     f"this run was trained with {name} {saved.get(name)}, the config has {ours.get(name)}"
                 )
+
+
+class SampleNumbers:
+    """Which samples of the data a batch of `mfm predict` has, so that their noise is theirs, whatever batch and device.
+
+    The batch says so (`index` in its dictionary). One that does not is numbered as Lightning deals samples out: in turn
+    to the ranks, in batches of one size.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+
+    def __call__(self, batch: Batch, batch_idx: int, trainer: L.Trainer) -> tuple[Tensor, dict[str, Any]]:
+        """The batch with the `index` `(B,)` in its dictionary."""
+        x, given = batch
+        if isinstance(given, Mapping) and INDEX in given:
+            return x, dict(given)
+        if batch_idx == 0:
+            self._size = len(x)
+        index = (batch_idx * self._size + torch.arange(len(x))) * trainer.world_size + trainer.global_rank
+        given = Conditions.of_batch(given).as_batch()
+        return x, {**({"label": given} if isinstance(given, Tensor) else given), INDEX: index}
+
+
+def batch_number(batch_idx: int, trainer: L.Trainer) -> int:
+    """The number of a batch among those of all ranks, for the names of files."""
+    return batch_idx * trainer.world_size + trainer.global_rank
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import TargetSettings, require_gradient
 from mfm_lightning.alignment.values import effective_sample_size
 from mfm_lightning.checkpoints import fingerprint, load_model
-from mfm_lightning.conditions import Batch, Conditions
+from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import diffusion, randn
+from mfm_lightning.interpolant import diffusion, randn, sample_generators
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.modules.base import TrainingModule, batch_number
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.networks.base import VelocityNetwork
@@ -215,11 +215,16 @@ class RewardFinetuning(TrainingModule):
         return sample_ode(target.drift, noise, steps)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Write samples of base and policy for a batch's conditions, from the same noise, to `predict/`."""
-        x1, conditions = batch[0], Conditions.of_batch(batch[1])
-        number = batch_idx * self.trainer.world_size + self.global_rank
-        noise = torch.randn(x1.shape, generator=torch.Generator().manual_seed(number)).to(x1)
-        samples = {"base": self.sample_base(noise, conditions), "policy": self.sample_policy(noise, conditions)}
+        """Write samples of base and policy for a batch's conditions, from the same noise, each sample's own, to
+        `predict/`."""
+        x1, given = self.sample_numbers(batch, batch_idx, self.trainer)
+        number, conditions, index = batch_number(batch_idx, self.trainer), Conditions.of_batch(given), given[INDEX]
+        noise = randn(x1.shape, x1, sample_generators(0, index.tolist()))
+        samples = {
+            "index": index,
+            "base": self.sample_base(noise, conditions),
+            "policy": self.sample_policy(noise, conditions),
+        }
         if conditions.label is not None:
             samples["label"] = conditions.label
         save_tensors(samples, self.folder / "predict" / f"batch_{number:04d}.safetensors")

@@ -11,7 +11,7 @@ from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.conditions import Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.modules.base import TrainingModule, batch_number
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import Objective
@@ -89,7 +89,8 @@ class MFMPretraining(TrainingModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         if self.evaluation is None:
             raise ValueError("predict needs model.evaluation, which says what to draw")
-        self.evaluation.predict(self, batch, batch_idx, self.folder / "predict")
+        numbered = self.sample_numbers(batch, batch_idx, self.trainer)
+        self.evaluation.predict(self, numbered, batch_number(batch_idx, self.trainer), self.folder / "predict")
 
 
 def _initialise(model: MetaFlowMap, path: str) -> None:

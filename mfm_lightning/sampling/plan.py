@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.utils.distributed import Process
 
 
@@ -51,10 +51,4 @@ class SamplePlan:
 
     def generators(self, indices: Sequence[int]) -> list[torch.Generator]:
         """One for each sample, on the CPU, so that noise is the same on every device."""
-        return [torch.Generator().manual_seed(noise_seed(self.seed, i)) for i in indices]
-
-
-def noise_seed(seed: int, index: int) -> int:
-    """A seed in 0..2^32-1 (torch's CPU generator takes no more bits), different for each index below 2^32."""
-    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return (start + 2654435761 * index) % 2**32  # an odd factor: one to one, and neighbours are far apart
+        return sample_generators(self.seed, indices)

@@ -162,12 +162,14 @@ def test_steering_reaches_the_tilted_mixture():
 
 def test_best_of_n_streams_and_keeps_the_best(model):
     target = Target(model, LIKELIHOOD)
-    result = BestOfN(16, 3, max_rows=9, keep_at=(4,))(target, torch.zeros(4, 2), seeded())
-    x = torch.cat([torch.randn(8, 2, generator=(g := seeded()))] + [torch.randn(8, 2, generator=g) for _ in range(7)])
-    rewards = LIKELIHOOD(sample_ode(lambda t, x: model.drift(t, x), x, 3)).reshape(8, 4, 2)
-    torch.testing.assert_close(result.rewards, rewards.permute(1, 0, 2).flatten(1).max(dim=1).values)
+    result = BestOfN(16, 3, max_rows=9, keep_at=(4,))(target, torch.zeros(4, 2), [seeded(i) for i in range(4)])
+    x = torch.stack([torch.randn(2, generator=g) for g in [seeded(i) for i in range(4)] for _ in range(16)])
+    rewards = LIKELIHOOD(sample_ode(lambda t, x: model.drift(t, x), x, 3)).reshape(4, 16)
+    torch.testing.assert_close(result.rewards, rewards.max(dim=1).values)
     assert [step["candidates"] for step in result.trace] == [4, 16]
-    assert result.trace[0]["best_reward"] <= result.trace[1]["best_reward"]
+    for step in result.trace:
+        best = rewards[:, : int(step["candidates"])].max(dim=1).values
+        assert step["best_reward"] == pytest.approx(best.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("selection", ["overall", "per_particle"])

@@ -16,12 +16,12 @@ from PIL import Image
 from mfm_lightning.checkpoints import load_model, save_model
 from mfm_lightning.commands.main import run
 from mfm_lightning.data.latents.moments import MomentEncoder
+from mfm_lightning.interpolant import noise_seed
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
 from mfm_lightning.networks.decoders import VAEDecoder
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.sampling import ModelSampler, SamplePlan
-from mfm_lightning.sampling.plan import noise_seed
 from mfm_lightning.utils.distributed import Process
 from tests.latent_data import small_vae
 

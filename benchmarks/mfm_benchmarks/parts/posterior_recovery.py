@@ -43,13 +43,15 @@ class PosteriorRecovery(DrawSettings):
         found = []
         for t in self.times:
             x_t = noisy_states(x1, t, torch.Generator().manual_seed(1))
-            rollouts = settings | {"t": t, "rollouts": self.rollout_steps}
+            rollouts, exact = settings | {"t": t, "rollouts": self.rollout_steps}, RolloutPosterior(self.rollout_steps)
             reference = Cell(
-                f"posterior, t = {t:g}, {REFERENCE}", rollouts, self._draw(target, t, x_t, self._rollouts(101), 1)
+                f"posterior, t = {t:g}, {REFERENCE}",
+                rollouts,
+                self._draw(target, t, x_t, exact, 1),
             )
             found.append(reference)
             sources = posteriors(self.model_steps, self.glass_steps)
-            for name, source in {**sources, FLOOR: self._rollouts(202)}.items():
+            for name, source in {**sources, FLOOR: exact}.items():
                 made = self._draw(target, t, x_t, source, 2)
                 cell = Cell(
                     f"posterior, t = {t:g}, {name}",
@@ -60,9 +62,6 @@ class PosteriorRecovery(DrawSettings):
                 self._cells[t, name] = cell
                 found.append(cell)
         return found
-
-    def _rollouts(self, seed: int) -> Posterior:
-        return RolloutPosterior(self.rollout_steps, generator=torch.Generator().manual_seed(seed))
 
     def _draw(self, target: Target, t: float, x_t: Tensor, source: Posterior, seed: int) -> Callable[[], Outcome]:
         def compute() -> Outcome:

@@ -13,6 +13,7 @@ from mfm_benchmarks.measure import noise
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.metrics.measured import resampled
 from mfm_lightning.models import MetaFlowMap
@@ -70,10 +71,10 @@ class SampleQuality:
     ) -> Outcome:
         x0 = noise(n, model.state_shape, 31_337 + begin, device)
         label = (torch.arange(begin, begin + n, device=device) % model.num_classes) if model.num_classes else None
-        generator, features = torch.Generator().manual_seed(begin), []
+        generators, features = sample_generators((31_337, 1), range(begin, begin + n)), []
         for rows in torch.arange(n).split(self.batch_size):
             given = Conditions() if label is None else Conditions(label=label[rows], guidance=self.guidance)
-            states = sample_refinement(model, x0[rows], k, model.check(given), generator)
+            states = sample_refinement(model, x0[rows], k, model.check(given), [generators[i] for i in rows])
             features.append(quality.features(decoder(states)))
         return Outcome({}, {"features": torch.cat(features)})
 

@@ -41,8 +41,7 @@ class ValueComparison(DrawSettings):
         for t in self.times:
             settings = {**identity, "states": len(x1), "draws": self.num_draws, "t": t}
             x_t = noisy_states(x1, t, torch.Generator().manual_seed(1))
-            source = RolloutPosterior(self.rollout_steps, generator=torch.Generator().manual_seed(301))
-            rollouts = DrawValue(self.num_draws, source, max_rows=self.max_rows)
+            rollouts = DrawValue(self.num_draws, RolloutPosterior(self.rollout_steps), max_rows=self.max_rows)
             self._reference[t] = Cell(
                 f"value, t = {t:g}, reference", {**settings, "rollouts": self.rollout_steps},
                 self._estimate(target, t, x_t, rollouts),
