@@ -1,4 +1,4 @@
-"""A finite data set with its closed forms written out, in float64: what the package's oracle is not asked for."""
+"""Finite data, and narrow modes, with closed forms written out in float64; the package's oracles are not used."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ class FiniteData:
     """Points `(M, D)` of the given probabilities; rewards `(M,)` tilt them. A model for methods that need a drift.
 
     With weights w_k(t, x) = softmax_k [log p_k - |x - t x1_k|^2 / (2 (1-t)^2)]: the denoiser is sum_k w_k x1_k, the
-    drift (denoiser - x) / (1-t), and with e^{r_k} in the weights the denoiser is the tilted one.
+    drift (denoiser - x) / (1-t), and with e^{r_k} in the weights the denoiser is the tilted one. With a `deviation`
+    the points are the means of Gaussian modes N(x1_k, c I): t^2 c + (1-t)^2 in place of (1-t)^2, and a mode's mean
+    x1_k + t c / (t^2 c + (1-t)^2) (x - t x1_k) in place of x1_k.
     """
 
-    def __init__(self, points, probability=None, rewards=None):
+    def __init__(self, points, probability=None, rewards=None, deviation=0.0):
+        self.variance = deviation**2
         self.points = torch.as_tensor(points, dtype=torch.float64)
         M = len(self.points)
         self.probability = torch.full((M,), 1 / M).double() if probability is None else torch.as_tensor(probability)
@@ -29,13 +32,15 @@ class FiniteData:
 
     def denoiser(self, t, x, tilted=False) -> Tensor:
         t = torch.as_tensor(t, dtype=torch.float64).expand(len(x))[:, None]
-        distance = (x[:, None] - t[..., None] * self.points).square().sum(2)
-        weights = (self.probability.log() + tilted * self.rewards - distance / (2 * (1 - t) ** 2)).softmax(1)
-        return weights @ self.points
+        total = t**2 * self.variance + (1 - t) ** 2
+        centred = x[:, None] - t[..., None] * self.points
+        weights = (self.probability.log() + tilted * self.rewards - centred.square().sum(2) / (2 * total)).softmax(1)
+        means = self.points + (t * self.variance / total)[..., None] * centred
+        return (weights[..., None] * means).sum(1)
 
     def drift(self, t, x, conditions=None) -> Tensor:
         t = torch.as_tensor(t, dtype=torch.float64).expand(len(x))
-        assert (t < 1).all(), "the drift has no limit at 1 off the data"
+        assert (t < 1).all(), "the drift of points has no limit at 1 off the data"
         return (self.denoiser(t, x) - x) / (1 - t)[:, None]
 
     def reward(self, x) -> Tensor:

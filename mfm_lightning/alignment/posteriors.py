@@ -52,7 +52,7 @@ class GlassPosterior(Posterior):
 
     Args:
         steps: steps of a draw, at least 1.
-        method: "euler", or "heun" (two evaluations a step).
+        method: "euler", or "heun" (two evaluations a step, of second order).
 
     Raises:
         ValueError: for no steps, or an unknown method.

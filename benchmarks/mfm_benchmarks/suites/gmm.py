@@ -51,7 +51,7 @@ class MixtureSuite(Suite):
         steps: of the ODE and SDE.
         power: of their grid, t = u^power; above 1 it is finer near noise, where the SDE is stiff.
         particles: of the particle methods, of which `num_samples` are judged.
-        glass_steps: Euler steps of a GLASS transition.
+        glass_steps: Heun steps of a GLASS transition.
         transitions: number of GLASS transitions.
         max_diffusion: clamp of sigma^2/2 near t=0.
         max_rows: draws in memory at once.
@@ -75,7 +75,7 @@ class MixtureSuite(Suite):
         steps: int = 100,
         power: float = 1.5,
         particles: int = 4096,
-        glass_steps: int = 4,
+        glass_steps: int = 8,
         transitions: int = 20,
         max_diffusion: float = 25.0,
         max_rows: int = 2048,
@@ -138,7 +138,7 @@ class MixtureSuite(Suite):
         found["FK, SDE", 0] = FeynmanKac(grid=grid, **smc)
         # with the exact drift, value and gradient: what particles alone cost
         found[f"{EXACT}, SMC-TDS", 0] = TwistedSMC(ExactGradient(self._oracle), grid=grid, **smc)
-        glass = {"transition": "glass", "posterior": GlassPosterior(self.glass_steps)}
+        glass = {"transition": "glass", "posterior": GlassPosterior(self.glass_steps, "heun")}
         found["FK, GLASS", 0] = FeynmanKac(grid=TimeGrid(self.transitions), **smc, **glass)
         return found
 
@@ -148,7 +148,7 @@ class MixtureSuite(Suite):
             "model": fingerprint(self.model), "samples": self.num_samples, "reference": self.num_reference,
             "steps": self.steps, "power": self.power, "clamp": self.max_diffusion,
         }  # fmt: skip
-        smc = {"particles": self.particles, "transitions": self.transitions, "glass": self.glass_steps}
+        smc = {"particles": self.particles, "transitions": self.transitions, "glass": f"{self.glass_steps} Heun"}
         methods: dict[Key, AlignmentMethod | None] = {(FLOOR, 0): None, **self._methods()}
         for (name, n), method in methods.items():
             for seed in self.seeds:
