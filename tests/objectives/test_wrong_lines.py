@@ -270,5 +270,31 @@ def test_the_value_loss_goes_on_by_its_tangent():
     torch.testing.assert_close(value.grad, torch.tensor(slopes).double())
     tangent = [math.exp(1.0), math.exp(9.9), math.exp(10) * 1.1, math.exp(10) * 491]
     torch.testing.assert_close(loss.detach(), torch.tensor(tangent).double())
+    exact = torch.zeros(3, requires_grad=True)  # in float32: no rounding of e^10 in the gradients of small terms
+    amortised_value_loss(exact, torch.tensor([[-12.0], [-3.0], [0.5]])).sum().backward()
+    expected = torch.tensor([1 - math.exp(-12.0), 1 - math.exp(-3.0), 1 - math.exp(0.5)])
+    torch.testing.assert_close(exact.grad, expected, rtol=0, atol=1e-6)
     several = amortised_value_loss(torch.zeros(1).double(), torch.tensor([[0.0, math.log(3.0)]]).double())
     torch.testing.assert_close(several, torch.tensor([2.0]).double())
+
+
+@pytest.mark.parametrize(("deviation", "bias"), [(2.0, 0.0), (3.0, -0.019), (4.0, -0.296)])
+def test_the_tangents_bias_is_what_the_docs_say(deviation, bias):
+    """Rewards N(0, s^2), V = s^2 / 2. The minimiser v solves E[min(e^{r-v}, e^10)] = 1, that is
+    e^{s^2/2 - v} Phi((v + 10)/s - s) + e^10 (1 - Phi((v + 10)/s)) = 1; found by bisection, and the loss is flat there."""
+
+    def mean(v: float) -> float:
+        z = (v + 10) / deviation
+        tail = math.erfc(z / 2**0.5) / 2
+        return math.exp(deviation**2 / 2 - v) * math.erfc((deviation - z) / 2**0.5) / 2 + math.exp(10) * tail
+
+    low, high = 0.0, 20.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) > 1 else (low, middle)
+    assert low - deviation**2 / 2 == pytest.approx(bias, abs=5e-4)
+    r = deviation * torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    weight = torch.exp(-((r / deviation) ** 2) / 2)
+    v = torch.full((len(r),), low, dtype=torch.float64, requires_grad=True)
+    ((weight / weight.sum()) @ amortised_value_loss(v, r[:, None])).backward()
+    assert abs(v.grad.sum().item()) < 1e-5
