@@ -91,7 +91,9 @@ def copied(root: Path, folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, folder / name)
     check = "import mfm_lightning; print(mfm_lightning.__file__)"
-    found = subprocess.run([sys.executable, "-c", check], cwd=folder, env=environment(folder), stdout=-1, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", check], cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True
+    )
     if not found.stdout.startswith(str(folder)):
         raise RuntimeError(f"mfm_lightning is imported from {found.stdout.strip()}, not from the copy {folder}")
     return folder
@@ -105,13 +107,14 @@ def environment(copy: Path) -> dict[str, str]:
     return {**os.environ, **other}
 
 
-def run_test(copy: Path, test: str) -> tuple[int, str]:
-    """pytest's exit status in a copy, and its output; status -1 where it ran past `TIMEOUT`."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """pytest's exit status in a copy, and its output; status -1 where it ran past `TIMEOUT` a test."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    limit = TIMEOUT * len(tests)
     try:
-        done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return -1, f"past {TIMEOUT} s"
+        return -1, f"past {limit} s"
     return done.returncode, done.stdout + done.stderr
 
 
@@ -119,7 +122,7 @@ def outcome(mutation: Mutation, copy: Path) -> str:
     """`CAUGHT` if the test fails in the copy with the error in it; the copy is then as it was."""
     before = mutation.apply(copy)
     try:
-        status, output = run_test(copy, mutation.test)
+        status, output = run_tests(copy, [mutation.test])
     finally:
         (copy / mutation.file).write_text(before)
     if status in (0, 1):
@@ -151,10 +154,10 @@ def try_all(root: Path, mutations: Sequence[Mutation], processes: int, console: 
             finally:
                 copies.put(copy)
 
-        def passes(test: str, copy: Path) -> None:
-            status, output = run_test(copy, test)
+        def passing(tests: Sequence[str], copy: Path) -> None:
+            status, output = run_tests(copy, tests)
             if status:
-                raise RuntimeError(f"{test} fails as it is, with no error put in:\n{output}")
+                raise RuntimeError(f"a named test fails as it is, with no error put in:\n{output}")
 
         def tried(mutation: Mutation, copy: Path) -> str:
             begin = time.monotonic()
@@ -165,7 +168,8 @@ def try_all(root: Path, mutations: Sequence[Mutation], processes: int, console: 
         with ThreadPoolExecutor(processes) as pool:
             tests = list(dict.fromkeys(mutation.test for mutation in mutations))
             console.print(f"{len(tests)} tests, as they are", highlight=False)
-            list(pool.map(lambda test: with_copy(passes, test), tests))
+            shares = [tests[i::processes] for i in range(min(processes, len(tests)))]  # one start for many tests
+            list(pool.map(lambda share: with_copy(passing, share), shares))
             found = list(pool.map(lambda mutation: with_copy(tried, mutation), mutations))
     return dict(zip(mutations, found, strict=True))
 
