@@ -159,8 +159,8 @@ class RewardReport:
         if not lines:
             return []
         lines.append(
-            "A higher mean reward is no sign that all modes were found: it says nothing of their shares. Each method is "
-            "in its setting of most evaluations."
+            "A higher mean reward is no sign that all modes were found: it says nothing of their shares. Each method "
+            "is in its setting of most evaluations."
         )
         return [Claims("Class shares against those that a mixture asks for", lines)]
 
