@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,10 +83,6 @@ class Fit:
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
-    def seconds(self) -> float | None:
-        """How long it took, where that is remembered."""
-        return self._noted().get("seconds")
-
     def run(self) -> None:
         """Fit, in this process; a training of this file that was stopped goes on from its `last.ckpt`.
 
@@ -99,7 +94,7 @@ class Fit:
         from mfm_lightning.commands.main import run
 
         options = [part for key, value in self.options.items() for part in (f"--{key}", _as_argument(value))]
-        checkpoint, begin = Path(self.file).with_name("last.ckpt"), time.monotonic()
+        checkpoint = Path(self.file).with_name("last.ckpt")
         if not self.remember and checkpoint.is_file() and not Path(self.file).is_file():
             options += ["--ckpt_path", str(checkpoint)]
         try:
@@ -111,7 +106,7 @@ class Fit:
         if not Path(self.file).is_file():
             raise FileNotFoundError(f"{self.config} did not write {self.file}: is it stopped, or of another folder?")
         if self.remember:
-            note = {"identity": self.identity(), "sha256": fingerprint(self.file), "seconds": time.monotonic() - begin}
+            note = {"identity": self.identity(), "sha256": fingerprint(self.file)}
             self._note.write_text(json.dumps(note, indent=1))
 
 

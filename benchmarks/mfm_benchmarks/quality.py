@@ -70,7 +70,12 @@ class ClassifierQuality(Quality):
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """The most probable class of each image, `(B,)`."""
-        return self.classifier(images.cpu()).argmax(dim=1)
+        return self.classes(self.features(images))
+
+    @torch.no_grad()
+    def classes(self, features: Tensor) -> Tensor:
+        """The most probable class by features `(B, F)`, `(B,)`."""
+        return self.classifier.head(features).argmax(dim=1)
 
     @property
     def real(self) -> Tensor:

@@ -102,9 +102,9 @@ class Suite(ABC):
     title: ClassVar[str] = ""
     about: ClassVar[str] = ""
     intervals: ClassVar[str] = (
-        "Means and distances have a 95 % bootstrap interval, in brackets or shaded; costs and ratios have none. "
+        "Means, distances and their ratios have a 95 % interval, in brackets or shaded; costs are exact. "
         "“Higher” or “lower” is said only where the interval of the paired difference leaves out zero. Intervals are "
-        "of one comparison each, without a correction for their number."
+        "of one comparison each; what has the fewest evaluations is decided for all settings at once."
     )
     device: torch.device = torch.device("cpu")
     output: Path = Path("outputs/benchmarks")

@@ -144,11 +144,11 @@ def table():
         row(f"mean, {words}", [of_means(draw, n, num=10000) for n in SIZES])
         row(f"mean of paired differences, {words}", [of_means(draw, n, draw, num=10000) for n in SIZES])
     for rho in (0.3, 0.9):
-        row(f"Pearson r = {rho}, normal", [of_numbers(correlated(rho, n), rho, 2000) for n in SIZES])
+        row(f"Pearson r = {rho}, normal", [of_numbers(correlated(rho, n), rho, 1500) for n in SIZES])
         r = (math.exp(rho) - 1) / (math.e - 1)
-        row(f"Pearson r = {r:.2f}, log-normal", [of_numbers(correlated(rho, n, torch.exp), r, 2000) for n in SIZES])
+        row(f"Pearson r = {r:.2f}, log-normal", [of_numbers(correlated(rho, n, torch.exp), r, 1500) for n in SIZES])
     for draw, words in ((normal, "normal"), (log_normal, "log-normal")):
-        row(f"any of 20 equal settings declared above, {words}", [false_alarms(n, draw, 500) for n in SIZES])
+        row(f"any of 20 equal settings declared above, {words}", [false_alarms(n, draw, 300) for n in SIZES])
     print("runs", *RUNS)
     for draw, words in ((normal, "normal"), (log_normal, "log-normal")):
         row(f"mean, {words}", [of_means(draw, k, num=10000) for k in RUNS])

@@ -18,6 +18,7 @@ class Entry:
         nfe: of a sample.
         reward: mean, without multipliers; frechet: of the samples' features to the data's.
         diversity: mean distance between two samples.
+        shares: L2 of the samples' class frequencies to those that the reward asks for; None where it asks for none.
         images: the first few, `(b, C, H, W)`.
         trained: whether a training for this reward came first.
     """
@@ -30,6 +31,7 @@ class Entry:
     frechet: Measured | None
     diversity: Measured
     images: Tensor
+    shares: Measured | None = None
     trained: bool = False
 
     @property

@@ -17,6 +17,7 @@ from mfm_benchmarks.parts.entry import Entry
 from mfm_lightning.metrics.measured import Measured, rounded, simultaneous
 
 BASE, BEST = "base flow", "Best-of-N"
+FURTHER, CLOSER = "further from the shares than", "closer to the shares than"
 
 
 @dataclass
@@ -38,7 +39,7 @@ class RewardReport:
     frechet_limit: float = 1.5
 
     def blocks(self) -> list[Block]:
-        return [*self._reaching(), self._claims(), *self._pictures(), self._table()]
+        return [*self._reaching(), *self._shares(), self._claims(), *self._pictures(), self._table()]
 
     @property
     def _judged(self) -> bool:
@@ -62,7 +63,8 @@ class RewardReport:
                 else:
                     short.setdefault(f"{method} (λ = {_lambda(scale)})", []).append(reward)
             cheaper = sorted((c for c in contests if c.above and c.entry.nfe < best.nfe), key=lambda c: c.entry.nfe)
-            items.append(self._headline(reward, cheaper, best, number))
+            aim = self._share_headline(reward) if best.shares else self._headline(reward, cheaper, best, number)
+            items.append(aim)
             said.append(self._decided(reward, cheaper, number, len(settings)))
         caption = (
             f"For each method the cheapest setting whose mean reward is above that of Best-of-{number} "
@@ -136,6 +138,32 @@ class RewardReport:
             )
         return Claims(f"{self.ours} against the others, each in its setting of most evaluations", lines)
 
+    def _share_headline(self, reward: str) -> tuple[str, str]:
+        last = _most_evaluations(self.entries[reward], self.scales[0])
+        mine = last.pop(self.ours, None)
+        if mine is None or mine.shares is None:
+            return "n/a", f"{self.ours} has no result in {reward}"
+        said = verdict(mine.shares, _shares_of(last), FURTHER, CLOSER)
+        return rounded(mine.shares.value), f"from the class shares asked for, {reward}: {_setting(mine)}; {said}"
+
+    def _shares(self) -> list[Block]:
+        """Which methods find all modes of a mixture, in the shares that the reward asks for."""
+        lines = []
+        for reward, found in self.entries.items():
+            last = _most_evaluations(found, self.scales[0])
+            for name, e in last.items():
+                others = _shares_of({other: value for other, value in last.items() if other != name})
+                if e.shares and others:
+                    said = verdict(e.shares, others, FURTHER, CLOSER)
+                    lines.append(f"{reward}: {_setting(e)}, L2 {e.shares.text()}: {said}.")
+        if not lines:
+            return []
+        lines.append(
+            "A higher mean reward is no sign that all modes were found: it says nothing of their shares. Each method "
+            "is in its setting of most evaluations."
+        )
+        return [Claims("Class shares against those that a mixture asks for", lines)]
+
     def _pictures(self) -> list[Picture]:
         found = [
             Picture(
@@ -172,9 +200,10 @@ class RewardReport:
                 row = {
                     "reward": reward, "λ": _lambda(e.scale), "method": e.method, "setting": e.label,
                     "NFE": round(e.nfe), "mean reward": e.reward, "Fréchet": e.frechet, "diversity": e.diversity,
+                    "L2 to the shares": e.shares,
                     "trained first": "yes" if e.trained else "",
                 }  # fmt: skip
-                rows.append({key: value for key, value in row.items() if key != "Fréchet" or value is not None})
+                rows.append({key: value for key, value in row.items() if value is not None})
         caption = (
             "Mean reward of the images without multipliers; diversity is the mean distance between the states of two "
             f"samples. {self.samples}"
@@ -221,6 +250,10 @@ def contest(entries: Sequence[Entry], best: Entry, limit: float) -> list[Contest
             near = int(left > width) - int(left < -width)
         found.append(Contest(e, gain, gain.value - c * gain.error, ratio, near))
     return found
+
+
+def _shares_of(entries: Mapping[str, Entry]) -> dict[str, Measured]:
+    return {f"{name} ({rounded(e.shares.value)})": e.shares for name, e in entries.items() if e.shares}
 
 
 def _setting(e: Entry) -> str:

@@ -18,11 +18,12 @@ from mfm_benchmarks.models import ModelSettings, Subject
 from mfm_benchmarks.parts.best_of_n import BestOfNPool
 from mfm_benchmarks.parts.entry import Entry
 from mfm_benchmarks.parts.reward_report import BEST, RewardReport
-from mfm_benchmarks.quality import Quality
+from mfm_benchmarks.quality import ClassifierQuality, Quality
 from mfm_benchmarks.spec import Spec, plain
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_lightning.alignment import BestOfN
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.metrics.distances import pairwise_distance
+from mfm_lightning.metrics.distances import frequency_distance, pairwise_distance
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.metrics.measured import mean_of, resampled
 from mfm_rewards import Reward, RewardError, build
@@ -35,10 +36,13 @@ class RewardSettings:
     Args:
         reward: a registered name, `{name: ..., options}` or `{class_path: ..., init_args: ...}`.
         scale: its multiplier at lambda = 1.
+        shares: for a mixture of classes, how frequent each should be, in any unit; the report then has the distance to
+            them, in which it shows whether a method finds all modes.
     """
 
     reward: Spec | str
     scale: float = 1.0
+    shares: list[float] | None = None
 
     @property
     def plain(self) -> dict[str, Any] | str:
@@ -91,6 +95,8 @@ class AlignmentSuite(Suite):
             raise ValueError("a comparison needs at least one reward, one scale, one seed and two samples")
         if any(reward.scale <= 0 for reward in self.rewards.values()) or any(scale <= 0 for scale in self.scales):
             raise ValueError("scales must be above 0; the registered reward `negate` turns a reward round")
+        if any(reward.shares for reward in self.rewards.values()) and not isinstance(quality, ClassifierQuality):
+            raise ValueError("rewards with shares: give a ClassifierQuality as quality, which tells classes")
         if BEST in self.methods:
             raise ValueError(f"a method cannot be called {BEST}: that is the baseline's name")
         for name, method in self.methods.items():
@@ -107,16 +113,24 @@ class AlignmentSuite(Suite):
         return self._skipped
 
     def shrink(self) -> None:
-        self.num_samples, self.seeds, self.scales = min(self.num_samples, 32), self.seeds[:1], self.scales[:1]
+        # fewer than 128 samples would leave the Fréchet ratio, and with it the headline, undecided
+        self.num_samples, self.seeds, self.scales = min(self.num_samples, 128), self.seeds[:1], self.scales[:1]
         self.rewards = dict(itertools.islice(self.rewards.items(), 2))
         self.best_of_n.shrink()
-        for name in [name for name, method in self.methods.items() if method.fit]:
-            self._skipped[name] = "needs training for each reward, which --quick has no time for"
+        for name, method in self.methods.items():
+            if method.fit:
+                self._skipped[name] = "needs training for each reward, which --quick has no time for"
         kept = {}
         for point in self._points:
-            if point.fit is None:
+            if point.fit is not None:
+                continue
+            method = point.build()
+            if isinstance(method, BestOfN) and method.num_candidates > self.best_of_n.numbers[-1]:
+                self._skipped[point.name] = "has more candidates than the Best-of-N of --quick"
+            else:
                 kept.setdefault(point.method, []).append(point)
-        self._points = [p for line in kept.values() for p in ([line[0], line[-1]] if len(line) > 2 else line)]
+        # the cheapest and the one in the middle: the dearest would take most of the time
+        self._points = [p for line in kept.values() for p in ([line[0], line[len(line) // 2]] if line[2:] else line)]
 
     def missing(self) -> list[str]:
         self._methods = {point: point.build() for point in self._points if point.fit is None}
@@ -234,17 +248,18 @@ class AlignmentSuite(Suite):
             for k, n in enumerate(outcomes[0].numbers["N"]):
                 parts = [{key: value[k] for key, value in o.tensors.items()} for o in outcomes]
                 nfe = sum(o.numbers["nfe"][k] for o in outcomes) / len(outcomes)
-                yield self._entry(BEST, f"N {n}", None, nfe, parts)
+                yield self._entry(reward, BEST, f"N {n}", None, nfe, parts)
         for (point, name, scale), cells in self._runs.items():
             if name != reward or (outcomes := results.all(cells)) is None:
                 continue
             nfe = sum(o.numbers["nfe"] for o in outcomes) / len(outcomes)
-            entry = self._entry(point.method, point.label, scale, nfe, [o.tensors for o in outcomes])
+            entry = self._entry(reward, point.method, point.label, scale, nfe, [o.tensors for o in outcomes])
             entry.trained = point.fit is not None
             yield entry
 
     def _entry(
         self,
+        aim: str,
         method: str,
         label: str,
         scale: float | None,
@@ -260,4 +275,9 @@ class AlignmentSuite(Suite):
         frechet = None
         if self._real is not None:
             frechet = resampled(frechet_of_features, together("features"), self._real)
-        return Entry(method, label, scale, nfe, reward, frechet, diversity, parts[0]["images"])
+        entry = Entry(method, label, scale, nfe, reward, frechet, diversity, parts[0]["images"])
+        if (wanted := self.rewards[aim].shares) and isinstance(self.quality, ClassifierQuality):
+            shares = torch.tensor(wanted, dtype=torch.float64)
+            classes = self.quality.classes(together("features"))
+            entry.shares = resampled(frequency_distance, classes, shares / shares.sum())
+        return entry
