@@ -1,4 +1,4 @@
-"""One-line errors of the alignment methods: each of tests/mutations_alignment.json fails one of these tests.
+"""One-line errors of the alignment methods: each of tests/mutations/alignment.json fails one of these tests.
 
 Methods run on scripted posteriors, values and moves that record what they are called with, so that what must follow is
 computed here, without chance, whatever the random numbers were.

@@ -1,6 +1,6 @@
 """One-line errors that the other tests of objectives, pairs and fine-tuning let pass, each against a closed form.
 
-`tests/mutations_objectives.json` has the errors. Deterministic where no docstring says otherwise.
+`tests/mutations/objectives.json` has the errors. Deterministic where no docstring says otherwise.
 """
 
 import math
