@@ -110,7 +110,7 @@ def test_a_mixture_refuses_decoded_rewards_wherever_its_closed_form_is_used():
         ExactGradient(oracle)(Target(oracle, reward, reward_scale=0.0), 0.5, states())
     with pytest.raises(TypeError, match="no closed form"):
         ExactGradient(oracle)(Target(oracle, lambda x1: x1[:, 0]), 0.5, states())
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(oracle=oracle))
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(splits={}, oracle=oracle))
     for evaluation in (ValueEvaluation(), TiltedMixtureEvaluation()):
         for decoder, scale in ((PixelDecoder(), 1.0), (None, -1.0), (None, 2.0)):
             settings = TargetSettings("", "brightness", decoder, scale)
