@@ -21,8 +21,9 @@ def amortised_value_loss(value: Tensor, rewards: Tensor, linear_above: float = 1
 
     A higher tangent does not pay: what an optimiser that scales or clips gradients makes of rare draws limits it first.
     A single V trained by Adam with batches of 256 (20,000 steps, 32 runs) reaches the same for tangents at 10, 20 and
-    30: 4.34 for s = 3 (exact 4.50), 7.31 for s = 4 (8.00); with the gradient clipped to norm 1, 4.14 and 6.60. Where
-    the rewards of a posterior are that wide, take more draws for each state, or a smaller reward scale."""
+    30: 4.34 for s = 3 (exact 4.50), 7.31 for s = 4 (8.00); with the gradient clipped to norm 1 (tangents at 10 and
+    20), 4.14 and 6.60. Where the rewards of a posterior are that wide, take a smaller reward scale, or more draws.
+    """
     gap = rewards - value[:, None]
     # relu has no gradient below: e^10 - e^10 in its place would leave one of rounding
     beyond = torch.relu(gap - linear_above)

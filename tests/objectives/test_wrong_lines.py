@@ -281,7 +281,7 @@ def test_the_value_loss_goes_on_by_its_tangent():
 @pytest.mark.parametrize(("deviation", "bias"), [(2.0, 0.0), (3.0, -0.019), (4.0, -0.296)])
 def test_the_tangents_bias_is_what_the_docs_say(deviation, bias):
     """Rewards N(0, s^2), V = s^2 / 2. The minimiser v solves E[min(e^{r-v}, e^10)] = 1, that is
-    e^{s^2/2 - v} Phi((v + 10)/s - s) + e^10 (1 - Phi((v + 10)/s)) = 1; found by bisection, and the loss is flat there."""
+    e^{s^2/2 - v} Phi((v + 10)/s - s) + e^10 (1 - Phi((v + 10)/s)) = 1; by bisection; the loss is flat there."""
 
     def mean(v: float) -> float:
         z = (v + 10) / deviation
