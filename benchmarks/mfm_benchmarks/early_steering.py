@@ -3,7 +3,8 @@
     python -m mfm_benchmarks.early_steering [model.safetensors] [--noise_std 0.2]
 
 All forms are made of the same draws: of the model in one step, or of the exact drift by GLASS. States are noised
-samples of the tilted mixture. Bias, deviation and error are root mean squares over states, in units of the exact steering's.
+samples of the tilted mixture. Bias, deviation and error are root mean squares over states, in units of the exact
+steering's.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def measure(estimates: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", help="a Meta Flow Map of the mixture; GLASS with the exact drift without")
     parser.add_argument("--noise_std", type=float, default=0.2, help="of the linear-Gaussian reward")
     given = parser.parse_args()
