@@ -12,7 +12,7 @@ import torch
 from scipy.stats import binom
 
 from mfm_lightning.metrics.distances import correlation
-from mfm_lightning.metrics.measured import Measured, interval, of_runs, simultaneous, widths
+from mfm_lightning.metrics.measured import Measured, interval, of_runs, simultaneous, student, weights, widths
 
 SIZES, RUNS = (16, 32, 64, 128), (3, 4, 5)
 NUM = 4000  # replications of what is computed for all at once
@@ -131,6 +131,23 @@ def test_the_critical_value_of_several_is_above_that_of_each():
     assert simultaneous([numbers[0]] * 5) == pytest.approx(single[0], rel=1e-9)
     with pytest.raises(ValueError, match="expected as many in all"):
         simultaneous([numbers[0], Measured(0.0, numbers[0].replicates, samples=3)])
+
+
+def test_the_critical_value_is_the_largest_studentised_difference():
+    """Against its formula: resampled sets drawn one by one, each setting with the error of its own resampled set."""
+    generator = torch.Generator().manual_seed(1)
+    x = -log_normal(3, 20, generator=generator)  # long tails below: bootstrap-t decides
+    found, t = simultaneous([of_runs(row.tolist()) for row in x]), []
+    for counts in weights(20)[1:].long():
+        drawn = x.repeat_interleave(counts, dim=1)
+        t.append(((drawn.mean(1) - x.mean(1)) / (drawn.var(1, correction=0) / 19).sqrt()).max())
+    assert found == pytest.approx(float(torch.stack(t).quantile(0.95)), rel=1e-9)
+    assert found > student(0.95, 20)
+    # without parts, replicates share one error: the largest distance from their mean, with Student's factor
+    numbers = [Measured(0.0, of_runs(row.tolist()).replicates, samples=20) for row in -x]
+    z = torch.stack([(n.replicates - n.replicates.mean()) / n.replicates.std() for n in numbers]).max(dim=0).values
+    plain = float(z.quantile(0.95)) * student(0.95, 20) / student(0.95, None)
+    assert simultaneous(numbers) == pytest.approx(plain, rel=1e-9)
 
 
 def table():

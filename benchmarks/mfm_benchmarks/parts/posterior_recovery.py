@@ -27,7 +27,7 @@ class PosteriorRecovery(DrawSettings):
     """Sliced W2 between draws and reference draws of each noisy state (noised test samples), mean over states."""
 
     times: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5])
-    num_states: int = 16
+    num_states: int = 32
     glass_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
 
     def shrink(self) -> None:
