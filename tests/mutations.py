@@ -162,7 +162,12 @@ def try_all(root: Path, mutations: Sequence[Mutation], processes: int, console: 
         def tried(mutation: Mutation, copy: Path) -> str:
             begin = time.monotonic()
             found = outcome(mutation, copy)
-            console.print(f"{found}, {time.monotonic() - begin:.0f} s: {mutation.what}", markup=False, highlight=False)
+            console.print(
+                f"{found}, {time.monotonic() - begin:.0f} s: {mutation.what}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
             return found
 
         with ThreadPoolExecutor(processes) as pool:
