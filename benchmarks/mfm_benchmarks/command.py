@@ -96,7 +96,10 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
         prog=f"mfm benchmark {name}", description=kind.about, exit_on_error=False, allow_abbrev=False
     )
     add_options(parser, _how)
-    names = parser.add_class_arguments(kind, None)
+    names = [name.removeprefix("suite.") for name in parser.add_class_arguments(kind, "suite")]
+    if {"-h", "--help"} & set(args):
+        print(parser.format_help().replace("--suite.", "--").replace("SUITE.", ""))
+        raise SystemExit(0)
     config = _config_of(args)
     if config is not None:
         config = find_config(config)
@@ -104,17 +107,23 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
         with suppress(FileNotFoundError):  # a suite of the user's own needs none
             config = find_config(CONFIGS / f"{name}.yaml")
     try:
-        base = parser.get_defaults() if config is None else parser.parse_path(str(config))
-        parsed = parser.parse_args(list(args), namespace=base)
+        read = [] if config is None else ["--suite", str(config)]
+        parsed = parser.parse_args([*read, *map(_of_suite, args)])
         made = parser.instantiate(parsed)
-    except (argparse.ArgumentError, TypeError) as error:
-        keys = [action.dest for action in parser._actions]
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        keys = [action.dest.removeprefix("suite.") for action in parser._actions]
         where = "" if config is None else f" (with {config})"
-        raise CommandLineError(f"suite {name}: {explain(str(error), keys)}{where}") from error
-    suite = kind(**{key: made[key] for key in names})
-    settings = _plain(parser.dump(parsed))
+        message = explain(str(error).replace("--suite.", "--").replace('"suite.', '"').replace("'suite.", "'"), keys)
+        raise CommandLineError(f"suite {name}: {message}{where}") from error
     how = {key: parsed[key] for key in inspect.signature(_how).parameters}
-    return suite, {key: settings.get(key) for key in names}, how
+    return made.suite, {key: _plain(parser.dump(parsed))["suite"].get(key) for key in names}, how
+
+
+def _of_suite(arg: str) -> str:
+    """An argument for the parser, which has the suite's parameters below `suite`."""
+    name = arg[2:].partition("=")[0].partition(".")[0].removeprefix("no_")
+    ours = not arg.startswith("--") or name in inspect.signature(_how).parameters
+    return arg if ours else f"--suite.{arg[2:]}"
 
 
 def _config_of(args: Sequence[str]) -> str | None:

@@ -57,6 +57,7 @@ class MFMPretraining(TrainingModule):
             )
         if initial is not None:
             _initialise(self.model, initial)
+            self.measures_untrained = True  # it is a model already
         if self.model.guidance_scales:  # a network without scales learns the one it is trained with
             self.model.check(Conditions(guidance=objective.pairs.guidance_scale))
         self.objective, self.teacher = objective, teacher

@@ -42,7 +42,8 @@ def test_every_config_runs(folder, digits_outputs):
         rows = list(csv.DictReader((output / "logs/csv/metrics.csv").read_text().splitlines()))
         assert any(row["train/loss"] for row in rows)
         assert "value" in name or list((output / "pictures").rglob("*.png"))
-    run(["fit", "--config", "configs/gmm/mfm.yaml", "--trainer.max_steps=2"])  # less than an interval of validation
+    # less than an interval of validation
+    run(["fit", "--config", "configs/gmm/mfm.yaml", "--trainer.max_steps=2", "--overwrite"])
 
 
 @pytest.mark.slow

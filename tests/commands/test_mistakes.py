@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mfm_lightning.commands.main import main
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP
 from mfm_lightning.utils.configs import SHIPPED
+from mfm_rewards import registry
 
 GMM = ["fit", "--config", "gmm/mfm"]
 REWARDS = """
@@ -42,7 +44,9 @@ def workplace(tmp_path, monkeypatch):
     save_model(MetaFlowMap(MLP()), "mlp.safetensors")
     save_model(MetaFlowMap(MLP()), "done/model.safetensors")
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, "last.ckpt")
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("mistaken_rewards", None)
+    registry._FACTORIES.pop("mine_that_raises", None)
 
 
 def answer(arguments, capsys) -> str:

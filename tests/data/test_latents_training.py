@@ -69,7 +69,7 @@ def test_fit_on_photographs(place, made):
     assert isinstance(trained.datamodule.decoder, VAEDecoder)
     assert trained.datamodule.decode(latents).shape == (2, 3, 32, 32)
     run(["test", "--config", "tiny.yaml", "--ckpt_path", "outputs/last.ckpt"])
-    run([*fit, "--data.init_args.val_shards=0"])  # without validation
+    run([*fit, "--overwrite", "--data.init_args.val_shards=0"])  # without validation
 
 
 @pytest.mark.slow
@@ -88,7 +88,16 @@ def test_wrong_networks_and_settings_are_refused(place, capsys):
         with pytest.raises(SystemExit) as stopped:
             mfm(["fit", "--config", "tiny.yaml", change])
         assert message in str(stopped.value) + capsys.readouterr().err
-    run(["fit", "--config", "tiny.yaml", f"{init}.folder=pipe:cat shards/{{name}}", f"{init}.allow_pipe=true"])
+    run(
+        [
+            "fit",
+            "--config",
+            "tiny.yaml",
+            "--overwrite",
+            f"{init}.folder=pipe:cat shards/{{name}}",
+            f"{init}.allow_pipe=true",
+        ]
+    )
 
 
 @pytest.mark.slow

@@ -314,8 +314,9 @@ def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights,
     assert logged(one) == pytest.approx(expected, rel=1e-4)
     for devices in (1, 2):
         (tmp_path / f"validate{devices}").mkdir()
-    run(["validate", *config(tmp_path / "validate1", weights, reference)])
-    two_processes(tmp_path, "validate", config(tmp_path / "validate2", weights, reference, "ddp"))
+    trained = ["--ckpt_path", str(one / "last.ckpt")]
+    run(["validate", *config(tmp_path / "validate1", weights, reference), *trained])
+    two_processes(tmp_path, "validate", [*config(tmp_path / "validate2", weights, reference, "ddp"), *trained])
     found = [logged(tmp_path / f"validate{devices}") for devices in (1, 2)]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert found[0] != pytest.approx(expected, rel=0.01)

@@ -190,7 +190,7 @@ def test_several_draws_are_averaged():
     target, base, a = Target(gaussian_model(), linear), torch.randn(3, 2).double(), torch.tensor([0.4, -0.7]).double()
     draws = draws_at(None, t, x, noise)
     weight = (draws @ a - 0.3).exp()
-    found = tilt_by_reward_gradient(target, t, x, noise, draws_at, level)
+    found = tilt_by_reward_gradient(target, t, x, noise, draws_at, level, base)
     torch.testing.assert_close(found.weight, weight.mean(dim=1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.gradient, weight.mean(dim=1)[:, None] * a / 2, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.rewards.double(), draws @ a, rtol=1e-5, atol=1e-6)
@@ -212,7 +212,7 @@ def test_a_constant_reward_leaves_no_noise_without_gradient():
 
 def test_the_target_has_the_terms_of_eq_43_and_no_gradient():
     base, policy = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]], requires_grad=True)
-    tilt = Tilt(torch.tensor([1.5]), torch.tensor([[0.2, 0.4]]), torch.zeros(1, 1))
+    tilt = Tilt(torch.tensor([1.5]), torch.tensor([[0.2, 0.4]]), torch.zeros(1, 1), torch.tensor([[7.0, -7.0]]))
     terms = finetuning_target(base, policy, tilt, torch.tensor([4.0]))
     expected = ([[1.0, 2.0]], [[-0.5 * 2.0, -0.5 * -3.0]], [[4.0 * 0.2, 4.0 * 0.4]])
     for found, value in zip(terms, expected, strict=True):

@@ -129,7 +129,7 @@ def test_it_works_in_an_empty_folder(installed, tmp_path):
         return done.stdout + done.stderr
 
     python, mfm = str(installed / "bin/python"), str(installed / "bin/mfm")
-    assert "usage: mfm demo" in run(mfm, "demo", "--help")
+    assert "Usage: mfm demo" in run(mfm, "demo", "--help")
     # its config says where the model should be
     assert "checkpoints/imagenet256/mfm_xl2.safetensors" in run(mfm, "benchmark", "imagenet256", status=1)
     shown = run(python, "-c", SESSION)
