@@ -6,6 +6,7 @@ import argparse
 import ast
 import inspect
 import itertools
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -98,7 +99,9 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
     add_options(parser, _how)
     names = [name.removeprefix("suite.") for name in parser.add_class_arguments(kind, "suite")]
     if {"-h", "--help"} & set(args):
-        print(parser.format_help().replace("--suite.", "--").replace("SUITE.", ""))
+        # the parser has the suite's parameters below `suite`, as its own file of settings
+        shown = re.sub(r" \[--suite CONFIG\]|^  --suite CONFIG .*\n", "", parser.format_help(), flags=re.MULTILINE)
+        print(shown.replace("--suite.", "--").replace("SUITE.", ""))
         raise SystemExit(0)
     config = _config_of(args)
     if config is not None:

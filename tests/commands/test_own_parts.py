@@ -122,6 +122,27 @@ def test_what_a_network_lacks_is_said_before_training(workplace, capsys):
         assert not Path("outputs/own/last.ckpt").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "line", "command"),
+    [
+        ("network", "        times, label = torch.stack([s, u, t], dim=1), self.embedding(conditions.label)", "fit"),
+        ("data", "        digits = load_digits()", "fit"),
+        ("term", "        return residual.clamp(-self.bound, self.bound)", "fit"),
+    ],
+)
+def test_what_raises_in_a_part_is_shown_with_its_line(part, line, command, workplace):
+    text = Path("my_parts.py").read_text()
+    assert text.count(line) == 1
+    Path("my_parts.py").write_text(text.replace(line, f"        raise ValueError('no such {part}')\n{line}"))
+    number = text[: text.index(line)].count("\n") + 1
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--config", "own.yaml"])
+    said = str(stopped.value.code)
+    assert f"no such {part}" in said
+    assert f"my_parts.py:{number} in " in said
+    assert f"raise ValueError('no such {part}')" in said
+
+
 def test_a_network_that_a_file_could_not_make_again_is_refused(workplace):
     import my_parts
 
