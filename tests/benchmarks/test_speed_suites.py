@@ -31,8 +31,13 @@ def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     )
     parts = {row["part"] for row in table(folder, "parts")}
     assert {"forward, no graph", "EMA", "optimiser (RAdam)", "tangent and backward: functorch"} <= parts
-    with pytest.raises(SystemExit, match="unknown precision 'fp8'"):
+
+
+def test_an_unknown_precision_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^2$"):
         mfm(["benchmark", "training-speed", "--precisions", "[fp8]"])
+    assert "suite training-speed: unknown precision 'fp8'" in capsys.readouterr().err
 
 
 def test_throughput_suite(tmp_path, monkeypatch):
