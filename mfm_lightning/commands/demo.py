@@ -19,7 +19,7 @@ REPORT = Path("outputs/benchmarks/alignment_quick/report/index.html")
 HELP = """Usage: mfm demo [--overwrite] [options of mfm fit and mfm test, such as --trainer.accelerator cpu]
 
 Fit a base flow and a Meta Flow Map on real digits, fine-tune to a reward, and compare methods in a report; all in the
-folder outputs/ of the current one. Six to eight minutes on two cores, eleven on slow ones. A model that an earlier demo
+folder outputs/ of the current one. Six to eight minutes on two cores, more on slow ones. A model that an earlier demo
 has left is taken as it is; --overwrite fits it again."""
 
 
