@@ -158,6 +158,16 @@ def test_a_network_that_a_file_could_not_make_again_is_refused(workplace):
     network.config = {"width": 16}
     check_network(network)
 
+    # a constructor that reads numbers, as of torch.linspace(...).item(), cannot be called without memory
+    class Looks(my_parts.SmallNet):
+        def __init__(self, width: int = 16) -> None:
+            super().__init__(width=width)
+            self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+            self.config = {"width": width}
+
+    Looks.__module__, Looks.__qualname__ = "my_parts", "Looks"
+    check_network(Looks())
+
     class Local(my_parts.SmallNet):
         config: dict = {}  # noqa: RUF012
 
