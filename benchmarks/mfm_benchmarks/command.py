@@ -32,7 +32,7 @@ def benchmark(args: Sequence[str]) -> None:
         CommandLineError: for an unknown suite, or settings that do not fit it.
         MissingInput: if something that the suite must be given is not there.
     """
-    name = next((arg for arg in args if not arg.startswith("-")), None) if args[:1] and args[0][0] != "-" else None
+    name = args[0] if args and not args[0].startswith("-") else None
     if name is None:
         if others := [arg for arg in args if arg not in ("-h", "--help")]:
             raise CommandLineError(f"the suite comes first, as in mfm benchmark alignment --quick; got {others[0]}")
@@ -87,6 +87,7 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
         CommandLineError: if there is no such suite, or a parameter is unknown or does not fit.
         FileNotFoundError: if the config is not there.
     """
+    import yaml
     from jsonargparse import ArgumentParser
 
     from mfm_benchmarks.suite import find_suite
@@ -119,7 +120,8 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
         message = explain(str(error).replace("--suite.", "--").replace('"suite.', '"').replace("'suite.", "'"), keys)
         raise CommandLineError(f"suite {name}: {message}{where}") from error
     how = {key: parsed[key] for key in inspect.signature(_how).parameters}
-    return made.suite, {key: _plain(parser.dump(parsed))["suite"].get(key) for key in names}, how
+    settings = yaml.safe_load(parser.dump(parsed))["suite"]
+    return made.suite, {key: settings.get(key) for key in names}, how
 
 
 def _of_suite(arg: str) -> str:
@@ -135,12 +137,6 @@ def _config_of(args: Sequence[str]) -> str | None:
         if arg == "--config" or arg.startswith("--config="):
             return then if arg == "--config" else arg.partition("=")[2]
     return None
-
-
-def _plain(text: str) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(text)
 
 
 def _listing() -> str:

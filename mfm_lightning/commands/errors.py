@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import linecache
@@ -15,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mfm_lightning.utils.names import nearest
+
 _KEY = re.compile(r'(?:Parser key|Key) "(?P<key>[^"]+)":(?P<rest>.*)')
 _CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)':(?P<rest>.*)")
 _NOISE = re.compile(
@@ -25,13 +26,6 @@ _EXPECTED = re.compile(r"Expected an? (?P<type>.+?)(?:\. Got value: (?P<value>.*
 
 class CommandLineError(ValueError):
     """Options that the command does not know, or values that they do not take."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is so like `name` that it can be meant; None where there is none."""
-    known = {k.lower(): k for k in known}
-    found = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    return known[found[0]] if found else None
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

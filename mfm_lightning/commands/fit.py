@@ -76,10 +76,6 @@ class MFMCLI(LightningCLI):
             args=args,  # type: ignore[arg-type] # LightningCLI says list, and takes any
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return LightningCLI.subcommands()
-
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         if self._only is not None:
             wanted = {self._only: LightningCLI.subcommands()[self._only]}
@@ -237,11 +233,8 @@ def _quiet() -> None:
             logger.addFilter(_worth_saying)
     if not logging.getLogger().handlers:  # called from Python, which has not said where messages go
         return
-    for name in (
-        "lightning",
-        "lightning.pytorch",
-        "lightning.fabric",
-    ):  # each would say again what the root logger says
+    # each of these would say again what the root logger says
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
 

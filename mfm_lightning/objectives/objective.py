@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from mfm_lightning.objectives.pairs import InnerSample, InnerTimes, Pair, PairSa
 from mfm_lightning.objectives.teachers import Teacher, teacher_velocity
 from mfm_lightning.objectives.terms import TERMS, Consistency, Term
 from mfm_lightning.tangents import get_backend
+from mfm_lightning.utils.names import nearest
 
 
 @dataclass
@@ -47,16 +48,17 @@ class WeightedTerm:
     def __post_init__(self) -> None:
         if self.name in TERMS and self.options:
             raise ValueError(f"objective {self.name!r} has no options, got {', '.join(self.options)}")
-        self.kind()
+        _ = self.kind  # a name that is not known is refused here
 
+    @cached_property
     def kind(self) -> type[Term]:
         """The class that the name stands for."""
         if self.name in TERMS:
             return TERMS[self.name]
         module, _, attribute = self.name.rpartition(".")
         if not module:
-            meant = get_close_matches(self.name, TERMS, n=1)
-            hint = f"did you mean {meant[0]!r}? " if meant else ""
+            meant = nearest(self.name, TERMS)
+            hint = f"did you mean {meant!r}? " if meant else ""
             raise ValueError(
                 f"unknown objective {self.name!r}: {hint}expected one of {', '.join(TERMS)}, or the path of a Term"
             )
@@ -70,7 +72,7 @@ class WeightedTerm:
 
     def build(self, backend: str) -> Term:
         """The term; a consistency term takes the objective's tangent `backend`."""
-        kind = self.kind()
+        kind = self.kind
         settings = {"backend": backend, **self.options} if issubclass(kind, Consistency) else self.options
         try:
             return kind(**settings)
@@ -80,7 +82,7 @@ class WeightedTerm:
     @property
     def power(self) -> float:
         """p, or what stands for None."""
-        return (0.0 if self.kind().noisy_target else 1.0) if self.p is None else self.p
+        return (0.0 if self.kind.noisy_target else 1.0) if self.p is None else self.p
 
 
 def squared_error(residual: Tensor) -> Tensor:

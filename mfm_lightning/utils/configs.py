@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from mfm_lightning.utils.names import nearest
+
 _PACKAGE = Path(__file__).parents[1]
 # a wheel has them inside the package, a clone beside it
 SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -31,11 +33,9 @@ def find_config(name: str | Path) -> Path:
         for folder in (Path(), Path("configs"), SHIPPED):
             if (found := folder / named).is_file():
                 return found
-    from difflib import get_close_matches
-
     wanted = re.sub(r"^configs/|\.yaml$", "", str(name))
-    meant = get_close_matches(wanted, packaged(), n=1)
-    hint = f"did you mean {meant[0]}?" if meant else "mfm configs lists those of the package"
+    meant = nearest(wanted, packaged())
+    hint = f"did you mean {meant}?" if meant else "mfm configs lists those of the package"
     raise FileNotFoundError(f"no config at {name}: {hint}")
 
 
