@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.sampling.plan import SamplePlan
-from mfm_lightning.utils.atomic import clear_partials, whole_file
-
-SETTINGS = "samples.json"
+from mfm_lightning.utils.atomic import check_is_folder, clear_partials, whole_file
+from mfm_lightning.utils.sample_folder import PARTS, SETTINGS
 
 
 class Output(ABC):
@@ -40,11 +39,20 @@ class Output(ABC):
         """Write what the samples depend on, or compare it with what is there; called by every process.
 
         Raises:
-            ValueError: if the folder has samples of other settings, with the first that differ.
+            NotADirectoryError: if it is a file.
+            ValueError: if the folder has samples of other settings, with the first that differ, or images of others.
         """
+        check_is_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        # looked for before the note, which another process writes before its samples
+        others = sorted(path.name for kind in ("png", "npz", "tar") for path in self.folder.glob(f"*.{kind}"))
         path, mine = self.folder / SETTINGS, json.loads(json.dumps(settings))
         if not path.is_file():
+            if others:
+                raise ValueError(
+                    f"{self.folder} has files that mfm sample did not write ({len(others)}, such as {others[0]}): give "
+                    "another folder"
+                )
             with whole_file(path) as partial:  # by several processes at once: all write the same
                 partial.write_text(json.dumps(mine, indent=1))
         there = json.loads(path.read_text())
@@ -94,7 +102,7 @@ class _Parts(Output):
 
     def __init__(self, folder: str | Path, plan: SamplePlan) -> None:
         super().__init__(folder, plan)
-        self.parts = self.folder / "parts"
+        self.parts = self.folder / PARTS
 
     @abstractmethod
     def results(self) -> list[Path]:
