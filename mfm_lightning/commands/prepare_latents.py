@@ -117,6 +117,7 @@ def _spawn(job: Preparation, workers: int, process: Process) -> None:
     finally:
         if heard is not None:
             signal.signal(signal.SIGINT, heard)
+    assert context is not None  # as it is with join=False
     try:
         while not context.join():
             pass
@@ -125,7 +126,7 @@ def _spawn(job: Preparation, workers: int, process: Process) -> None:
     except ProcessExitedException as error:
         raise ValueError(f"{error}; run the command again to go on") from error
     finally:
-        for child in context.processes:
+        for child in filter(None, context.processes):
             child.kill()  # no effect on one that has ended; what it was writing is no shard yet
 
 

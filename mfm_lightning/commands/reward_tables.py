@@ -139,8 +139,11 @@ def score_folder(
     return scores
 
 
-def image_paths(folder: Path) -> list[Path]:
-    """Images that lie in a folder itself; what else does is counted in a line.
+def image_paths(folder: Path, say: bool = True) -> list[Path]:
+    """Images that lie in a folder itself.
+
+    Args:
+        say: count what else is there in a line.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -152,7 +155,8 @@ def image_paths(folder: Path) -> list[Path]:
     if not images:
         others = f"; {line}" if (line := left_out.line()) else ""
         raise FileNotFoundError(f"no images (.png, .jpg, ...) in {folder}{others}")
-    left_out.report(folder)
+    if say:
+        left_out.report(folder)
     return images
 
 

@@ -94,7 +94,7 @@ def _prompts(
         given = read_object(prompts)
         if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
             raise RewardError(f'{prompts} must be an object of a text for each file, {{"name.png": "..."}}')
-        if absent := [p.name for p in image_paths(images) if p.name not in given]:
+        if absent := [p.name for p in image_paths(images, say=False) if p.name not in given]:
             raise RewardError(f"{prompts} has no prompt for {len(absent)} images, first {absent[0]}")
         return given.__getitem__
     if prompt is None or PLACEHOLDER not in prompt:

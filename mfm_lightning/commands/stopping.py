@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 GRACE = 4.0  # seconds in which the main thread is to hear of a signal; schedulers kill after 30
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):

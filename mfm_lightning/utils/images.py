@@ -36,7 +36,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-class ImageSet(Dataset[Tensor]):
+class ImageSet(Dataset[Tensor | OSError | ValueError]):
     """Images on disk, read in batches of RGB bytes `(B, 3, H, W)`.
 
     Args:

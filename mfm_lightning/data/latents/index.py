@@ -171,7 +171,11 @@ class LatentIndex:
             shards = [Shard.from_dict(shard) for shard in found["shards"]]
             if len({shard.name for shard in shards}) < len(shards):
                 raise LatentIndexError("a shard is listed twice")
-            if (stated := found.get("samples")) is not None and stated != sum(shard.samples for shard in shards):
+            if (
+                shards
+                and (stated := found.get("samples")) is not None
+                and stated != sum(shard.samples for shard in shards)
+            ):
                 raise LatentIndexError(f"samples {stated}, and its shards have {sum(s.samples for s in shards)}")
             index = cls(
                 tuple(found["state_shape"]), found["num_classes"], found["scale"], shards, found["made_with"],
