@@ -52,10 +52,11 @@ class LeftOut:
         if len(self.names) < _SHOWN:
             self.names.append(name)
 
-    def add_file(self, name: str) -> None:
-        """A file that is no image, by its ending; nothing for our own notes beside samples."""
+    def add_file(self, name: str, tar: str = "") -> None:
+        """A file that is no image, by its ending, of a folder or of a tar; nothing for our own notes beside samples."""
         if os.path.basename(name) not in OWN_FILES:
-            self.add(os.path.splitext(name)[1].lower() or "without ending", name)
+            kind = os.path.splitext(name)[1].lower() or "without ending"
+            self.add(kind, f"{os.path.basename(tar)}:{name}" if tar else name)
 
     def line(self) -> str:
         """Such as "4 files left out: 3 .txt, 1 .heic (a.txt, b.txt, c.txt, ...)"; "" for none."""

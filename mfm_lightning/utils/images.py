@@ -191,10 +191,10 @@ def _members(path: Path, left_out: LeftOut) -> Iterator[tuple[str, bytes]]:
     try:
         with open(path, "rb") as file:
             for member in tar_files(file, str(path)):
-                name = f"{path}:{member['fname']}"
-                if is_image(member["fname"]):
-                    yield name, member["data"]
-                elif not member["fname"].endswith(".cls"):  # labels are no loss here
-                    left_out.add_file(name)
+                name = member["fname"]
+                if is_image(name):
+                    yield f"{path}:{name}", member["data"]
+                elif not name.endswith(".cls"):  # labels are no loss here
+                    left_out.add_file(name, str(path))
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:  # also of what it is compressed by
         raise ValueError(f"shard {path} cannot be read: {error}") from error

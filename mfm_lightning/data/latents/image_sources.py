@@ -178,7 +178,7 @@ class WebDatasetSource(ImageSource):
     def _files(self, stream: Any, url: str) -> Iterator[dict[str, Any]]:
         for member in tar_files(stream, url):
             if "." not in os.path.basename(member["fname"]):  # which webdataset passes over
-                self.left_out.add("without ending", f"{url}:{member['fname']}")
+                self.left_out.add_file(member["fname"], url)
             yield member
 
     def _raw(self, sample: dict[str, Any], unit: int, url: str) -> RawImage:
@@ -192,7 +192,7 @@ class WebDatasetSource(ImageSource):
             )
         for name in fields:
             if name not in ("cls", images[0]):
-                self.left_out.add(f".{name}", f"{url}:{sample['__key__']}.{name}")
+                self.left_out.add_file(f"{sample['__key__']}.{name}", url)
         try:
             label = int(sample["cls"])
         except ValueError as error:
