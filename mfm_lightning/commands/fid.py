@@ -107,6 +107,7 @@ def fid(
 
 def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> None:
     from rich import get_console
+    from rich.markup import escape
     from rich.table import Table
 
     from mfm_lightning.utils.atomic import whole_file
@@ -116,7 +117,7 @@ def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> No
         "" if quality.inception_score is None else f"{quality.inception_score:.3f} ± {quality.inception_score_std:.3f}"
     )
     fid = "" if quality.fid is None else f"{quality.fid:.4f}"
-    table.add_row(settings["samples"], str(quality.num_samples or ""), fid, score)
+    table.add_row(escape(settings["samples"]), str(quality.num_samples or ""), fid, score)
     get_console().print(table)
     if output is not None:
         with whole_file(output) as partial:

@@ -107,9 +107,9 @@ def check(
 
 def show_checks(result: Conformance) -> None:
     """Print the outcome; SystemExit with status 1 if anything failed."""
-    table = Table("check", "outcome", "found", title=result.reward)
+    table = Table("check", "outcome", "found", title=escape(result.reward))
     for check in result.checks:
-        table.add_row(check.name, check.outcome, check.found)
+        table.add_row(check.name, check.outcome, escape(check.found))
     get_console().print(table)
     if result.failures:
         raise SystemExit(1)

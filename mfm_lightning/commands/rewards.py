@@ -57,6 +57,7 @@ def rewards(
     settings = dict(_option(text) for text in option or [])
 
     from rich import get_console
+    from rich.markup import escape  # names in brackets would be taken for styles
     from rich.table import Table
 
     import mfm_rewards
@@ -73,9 +74,9 @@ def rewards(
         reward_tables.show_checks(reward_tables.check(reward, images, texts, label))
         return
     scores = reward_tables.score_folder(reward, images, texts, label)
-    table = Table("image", str(score))
+    table = Table("image", escape(str(score)))
     for name, value in sorted(scores.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{value:.5g}")
+        table.add_row(escape(name), f"{value:.5g}")
     get_console().print(table)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -71,7 +72,7 @@ class Statistics:
             with np.load(path, allow_pickle=False) as file:
                 mu, sigma = (file[name].astype(np.float64) for name in ("mu", "sigma"))
                 num = int(file["num_samples"]) if "num_samples" in file else None
-        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: expected an .npz with mu (F,) and sigma (F, F): {error}") from error
         if num is not None and num < 2:
             raise ValueError(f"{path}: num_samples is {num}, expected at least 2")
@@ -176,7 +177,7 @@ def collect(
     device = next(inception.parameters()).device
     running, logits = RunningStatistics(inception.num_features).to(device), []
     with progress_bar() as progress:
-        task = progress.add_task(f"Inception features of {what}", total=total)
+        task = progress.add_task(f"Inception features of {escape(what)}", total=total)
         for images in batches:
             features, scores = inception(images.to(device))
             running.update(features)

@@ -89,7 +89,7 @@ def find_files(folder: Path, deep: bool = True) -> tuple[list[Path], list[Path],
         raise NotADirectoryError(f"{folder} is a file: expected a folder of images")
     images, tars, left_out = [], [], LeftOut()
     for entry in walk(folder):
-        path, name = Path(entry.path), os.path.relpath(entry.path, folder)
+        path, name = Path(entry.path), entry.path[len(os.path.join(folder, "")) :]
         if not entry.is_file():  # a FIFO or a device, at which reading would wait for ever
             left_out.add("not plain files", name)
         elif is_image(name) and not deep and path.parent != folder:

@@ -234,3 +234,19 @@ def test_a_plug_in_of_pillow_s_adds_its_endings(tmp_path, monkeypatch):
         assert ImageSet(tmp_path).number == 1
     image_endings.cache_clear()
     assert BmpImagePlugin is not None
+
+
+@pytest.mark.parametrize("name", ["a[red].png", "b[bold]y.png", "c [1].png", "d\u00e9\u4e2d.png"])
+def test_names_in_brackets_are_shown_as_they_are(name, fid, tmp_path, capsys):
+    """For rich they would be styles: hidden, or an error."""
+    for folder in ("x", "[bold]"):
+        save(tmp_path / folder / name, picture())
+        save(tmp_path / folder / "other.png", picture(40, 1))
+    capsys.readouterr()
+    status, said = mfm("rewards", "--score", "brightness", "--images", tmp_path / "[bold]", "--device", "cpu")
+    assert status == 0, said
+    assert name in capsys.readouterr().out
+    assert fid(tmp_path / "[bold]", None)[0] == 0
+    write(tmp_path / "x" / name, b"broken")
+    said = mfm("rewards", "--score", "brightness", "--images", tmp_path / "x", "--device", "cpu")
+    refused(said, f"{name} cannot be decoded")

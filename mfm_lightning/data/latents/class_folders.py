@@ -126,9 +126,9 @@ def _labels(names: list[str], root: Path, class_index: Path | None) -> tuple[dic
 
 
 def _images(root: Path, name: str, label: int, left_out: LeftOut) -> list[FoundImage]:
-    found = []
+    found, begin = [], len(os.path.join(root, ""))
     for entry in walk(root / name):
-        path = Path(entry.path).relative_to(root).as_posix()
+        path = entry.path[begin:]  # of a million images: Path.relative_to takes longer than all else
         if not entry.is_file():
             left_out.add("not plain files", path)
         elif is_image(entry.name):
