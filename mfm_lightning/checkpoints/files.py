@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -152,15 +153,53 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
         kind = _users_class(name, path)
     else:
         raise CheckpointError(f"{path} holds a {name}: expected one of {', '.join(known)}")
-    config = json.loads(header["config"])
+    config = _read_config(header, path)
     try:
+        _check_size(kind, config, path)
         network = kind(**config)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} holds a {name} that the class does not make any more: {error}") from error
     if not hasattr(network, "config"):
-        network.config = config
-    load_into(network, load_file(path), set(network.state_dict()), path, "mfm-lightning")
+        setattr(network, "config", config)  # noqa: B010 # a Module declares tensors and modules alone
+    state = load_file(path)
+    if broken := next((k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()), None):
+        raise CheckpointError(
+            f"{path} holds numbers that are not finite, first in {broken}: its training had broken down"
+        )
+    load_into(network, state, set(network.state_dict()), path, "mfm-lightning")
     return network
+
+
+def _read_config(header: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    try:
+        config = json.loads(header.get("config", ""))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the network's config in its metadata is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: the network's config in its metadata is no JSON object: {config!r}")
+    return config
+
+
+def _check_size(kind: type[nn.Module], config: dict[str, Any], path: str | Path) -> None:
+    """Refuse a file whose config asks for another network than its tensors are of, before memory is taken for it."""
+    limit = Path(path).stat().st_size
+    large = [k for k, v in config.items() if isinstance(v, int) and v > limit]
+    if large:
+        raise CheckpointError(
+            f"{path} asks for a network with {large[0]} {config[large[0]]:,}, and has {limit:,} bytes"
+        )
+    try:
+        with torch.device("meta"):
+            wanted = {k: tuple(v.shape) for k, v in kind(**config).state_dict().items()}
+    except RuntimeError:  # a constructor that looks at its numbers needs real ones
+        return
+    with safe_open(path, framework="pt") as file:
+        there = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 # it is no dictionary
+    if wrong := sorted(k for k in wanted if k in there and wanted[k] != there[k]):
+        k = wrong[0]
+        raise CheckpointError(
+            f"{path}: {len(wrong)} tensors of another shape, first {k}: {there[k]} in the file, {wanted[k]} in the network"
+        )
 
 
 def _users_class(name: str, path: str | Path) -> type[nn.Module]:

@@ -171,7 +171,7 @@ def load_vae(path: str, allow_download: bool = False) -> VAE:
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
         ImportError: without the extra `imagenet`.
-        ValueError: if its latents are shifted.
+        ValueError: if its latents are shifted, or scaled by channel.
     """
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -184,6 +184,9 @@ def load_vae(path: str, allow_download: bool = False) -> VAE:
             f"no VAE at {path}: give a folder with config.json and diffusion_pytorch_model.safetensors, or a Hugging "
             "Face id and allow the download (allow_download: true, --allow-download)"
         ) from error
-    if shift := vae.config.get("shift_factor"):
-        raise ValueError(f"the VAE {path} shifts its latents by {shift}: only a scale is known here")
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if value := vae.config.get(name):
+            raise ValueError(
+                f"the VAE {path} has {name} {value} in its config.json: only a scale of latents is known here"
+            )
     return vae.eval().requires_grad_(False)
