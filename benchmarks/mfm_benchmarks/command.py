@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfm_lightning.commands.errors import CommandLineError, explain
-from mfm_lightning.commands.options import add_options, help_only
+from mfm_lightning.commands.options import add_options, strict_yaml, help_only
 
 if TYPE_CHECKING:
     from mfm_benchmarks.suite import Suite
@@ -91,9 +91,10 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
     from jsonargparse import ArgumentParser
 
     from mfm_benchmarks.suite import find_suite
-    from mfm_lightning.utils.configs import find_config
+    from mfm_lightning.utils.configs import find_config, read_config
 
     kind = find_suite(name)
+    strict_yaml()
     parser = ArgumentParser(
         prog=f"mfm benchmark {name}", description=kind.about, exit_on_error=False, allow_abbrev=False
     )
@@ -110,6 +111,8 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
     else:
         with suppress(FileNotFoundError):  # a suite of the user's own needs none
             config = find_config(CONFIGS / f"{name}.yaml")
+    if config is not None:
+        read_config(config)
     try:
         read = [] if config is None else ["--suite", str(config)]
         parsed = parser.parse_args([*read, *map(_of_suite, args)])

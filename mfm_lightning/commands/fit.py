@@ -25,6 +25,7 @@ from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgr
 from mfm_lightning.checkpoints import check_checkpoint
 from mfm_lightning.commands.errors import CommandLineError, explain
 from mfm_lightning.commands.imports import import_modules
+from mfm_lightning.commands.options import strict_yaml
 from mfm_lightning.training.fsdp import FSDP
 from mfm_lightning.utils.configs import DEFAULTS, find_config, read_config
 
@@ -249,6 +250,7 @@ def run_job(name: str, args: Sequence[str]) -> MFMCLI | None:
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP, description="parameters, gradients and optimiser state in shards")
     args = ["--help" if arg == "--help_all" else arg for arg in args]
+    strict_yaml()
     _quiet()
     # LightningCLI reads these, and warns where both are given
     sys.argv[1:] = [name, *_with_found_configs(args)]

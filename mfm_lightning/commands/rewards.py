@@ -109,9 +109,9 @@ def _prompts(
 
 
 def _option(text: str) -> tuple[str, Any]:
-    import yaml
+    from mfm_lightning.commands.options import load_yaml
 
     key, equals, value = text.partition("=")
     if not equals:
         raise CommandLineError(f"--option {text!r} must be KEY=VALUE")
-    return key, yaml.safe_load(value)
+    return key, load_yaml(value)
