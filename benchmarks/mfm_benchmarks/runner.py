@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import get_console
 
 import mfm_lightning
 from mfm_benchmarks.blocks import Page
@@ -17,7 +16,7 @@ from mfm_benchmarks.environment import commit, describe, device_name
 from mfm_benchmarks.report import write_report
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import MissingInput, Results, Suite
-from mfm_lightning.utils.console import progress_bar
+from mfm_lightning.utils.console import console, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +42,12 @@ def run_suite(suite: Suite, how: Settings) -> Path:
     Raises:
         MissingInput: before any work, if something that the suite must be given is not there.
     """
-    console = get_console()
+    terminal = console()
     if missing := suite.missing():
         raise MissingInput(suite.name, missing)
     for fit in suite.fits():
         if not fit.is_done():
-            console.rule(f"fit {fit.config} for {fit.file}")
+            terminal.rule(f"fit {fit.config} for {fit.file}")
             fit.run()
     suite.prepare()
     where = {"device": device_name(suite.device), "version": mfm_lightning.__version__}

@@ -198,7 +198,8 @@ def _check_size(kind: type[nn.Module], config: dict[str, Any], path: str | Path)
     if wrong := sorted(k for k in wanted if k in there and wanted[k] != there[k]):
         k = wrong[0]
         raise CheckpointError(
-            f"{path}: {len(wrong)} tensors of another shape, first {k}: {there[k]} in the file, {wanted[k]} in the network"
+            f"{path}: {len(wrong)} tensors of another shape, first {k}: {there[k]} in the file, {wanted[k]} in the "
+            "network"
         )
 
 

@@ -100,8 +100,9 @@ def fid(
 
 
 def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> None:
-    from rich import get_console
     from rich.table import Table
+
+    from mfm_lightning.utils.console import console
 
     table = Table("samples", "images", "FID", "Inception score")
     score = (
@@ -109,7 +110,7 @@ def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> No
     )
     fid = "" if quality.fid is None else f"{quality.fid:.4f}"
     table.add_row(settings["samples"], str(quality.num_samples or ""), fid, score)
-    get_console().print(table)
+    console().print(table)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({**asdict(quality), **settings}, indent=1))

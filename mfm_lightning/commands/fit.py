@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from rich import get_console
 from torch import nn
 
 from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, StepProgressBar
@@ -28,6 +27,7 @@ from mfm_lightning.commands.imports import import_modules
 from mfm_lightning.commands.options import strict_yaml
 from mfm_lightning.training.fsdp import FSDP
 from mfm_lightning.utils.configs import DEFAULTS, find_config, read_config
+from mfm_lightning.utils.console import console
 
 log = logging.getLogger(__name__)
 CALLBACKS = {"ema": EMA, "export": ExportModel, "checkpoint": LastCheckpoint}  # of every run, by their key
@@ -199,7 +199,7 @@ def _missing_callbacks(settings: Any, given: Sequence[Callback]) -> list[Callbac
     if settings.trainer.enable_checkpointing is False:
         del ours[LastCheckpoint]
     if settings.trainer.enable_progress_bar is not False:
-        bar = StepProgressBar() if get_console().is_terminal else PlainProgress()
+        bar = StepProgressBar() if console().is_terminal else PlainProgress()
         ours = {ProgressBar: bar, **ours}
     return [callback for kind, callback in ours.items() if not any(isinstance(other, kind) for other in given)]
 

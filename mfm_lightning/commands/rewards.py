@@ -57,15 +57,15 @@ def rewards(
         raise CommandLineError("--prompts FILE names the images of --images DIR")
     settings = dict(_option(text) for text in option or [])
 
-    from rich import get_console
     from rich.table import Table
 
     import mfm_rewards
     from mfm_lightning.commands import reward_tables
+    from mfm_lightning.utils.console import console
     from mfm_lightning.utils.devices import find_device
 
     if not given or show is not None:
-        get_console().print(reward_tables.describe(show, settings) if show else reward_tables.listing())
+        console().print(reward_tables.describe(show, settings) if show else reward_tables.listing())
         return
     reward = mfm_rewards.build(score or check or "", **settings)
     reward = reward.to(find_device(device)).eval().requires_grad_(False)
@@ -77,7 +77,7 @@ def rewards(
     table = Table("image", str(score))
     for name, value in sorted(scores.items(), key=lambda item: -item[1]):
         table.add_row(name, f"{value:.5g}")
-    get_console().print(table)
+    console().print(table)
 
 
 def _prompts(
