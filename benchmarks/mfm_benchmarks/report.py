@@ -56,7 +56,7 @@ def _with_names_of_their_own(blocks: Sequence[Block]) -> list[Block]:
     found = []
     for block in blocks:
         if isinstance(block, Picture | Table):
-            names = (block.name, *(f"{block.name}_{k}" for k in itertools.count(2)))
+            names = itertools.chain([block.name], (f"{block.name}_{k}" for k in itertools.count(2)))
             block = replace(block, name=next(name for name in names if name.lower() not in taken))
             taken.add(block.name.lower())
         found.append(block)

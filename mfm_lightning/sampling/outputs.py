@@ -40,14 +40,27 @@ class Output(ABC):
         """Write what the samples depend on, or compare it with what is there; called by every process.
 
         Raises:
-            ValueError: if the folder has samples of other settings, with the first that differ.
+            NotADirectoryError: if there is a file of that name.
+            FileExistsError: if the folder has files of others that are named as samples are.
+            ValueError: if it has samples of other settings, with the first that differ, or damaged ones.
         """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"--output {self.folder} is a file: expected a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         path, mine = self.folder / SETTINGS, json.loads(json.dumps(settings))
         if not path.is_file():
+            foreign = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".png", ".npz", ".tar"))
+            if foreign and not path.is_file():  # else another process has just begun
+                raise FileExistsError(
+                    f"{self.folder} has {len(foreign)} images or shards, first {foreign[0]}, and no {SETTINGS}, which "
+                    "says what samples are of: give an empty folder"
+                )
             with whole_file(path) as partial:  # by several processes at once: all write the same
                 partial.write_text(json.dumps(mine, indent=1))
-        there = json.loads(path.read_text())
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}): delete the folder, or give another") from error
         different = [k for k in sorted(mine.keys() | there.keys()) if mine.get(k) != there.get(k)]
         if different:
             k = different[0]
