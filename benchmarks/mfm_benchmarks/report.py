@@ -51,14 +51,14 @@ def write_report(page: Page, folder: Path) -> Path:
 
 
 def _with_names_of_their_own(blocks: Sequence[Block]) -> list[Block]:
-    """The blocks, so that no two write the same file, on file systems that tell no case, too."""
-    taken: set[str] = set()
+    """The blocks, so that no two pictures and no two tables have a file in common, where case is not told, too."""
+    taken: set[tuple[type, str]] = set()
     found = []
     for block in blocks:
         if isinstance(block, Picture | Table):
             names = itertools.chain([block.name], (f"{block.name}_{k}" for k in itertools.count(2)))
-            block = replace(block, name=next(name for name in names if name.lower() not in taken))
-            taken.add(block.name.lower())
+            block = replace(block, name=next(name for name in names if (type(block), name.lower()) not in taken))
+            taken.add((type(block), block.name.lower()))
         found.append(block)
     return found
 

@@ -63,6 +63,7 @@ def run_suite(suite: Suite, how: Settings) -> Path:
             **describe(suite.device),
             "commit": ", ".join(results.commits) or "not in a repository",
             "computing": f"{seconds:.0f} s for all results of this page",
+            "from the store": f"{results.stored} of {len(results)} results, of earlier runs",
         },
         how.settings or {},
         suite.intervals,
@@ -76,7 +77,7 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
     A cell that fails is noted, and so are those that need it; the others go on. What is done is kept when the run is
     interrupted.
     """
-    results, total, stored, fitted = Results(), 0.0, 0, set()
+    results, total, fitted = Results(), 0.0, set()
     cells = list(suite.cells())
     if len({cell.name for cell in cells}) < len(cells):
         names = [cell.name for cell in cells]
@@ -87,7 +88,7 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
             progress.update(task, description=cell.name)
             outcome = None if fresh else store.load(cell)
             if outcome is not None:
-                stored += 1
+                results.stored += 1
             elif lost := [need.name for need in cell.needs if need not in results]:
                 results.failures[cell.name] = f"needs {', '.join(lost)}, which failed"
             else:
@@ -114,5 +115,8 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
                 total += outcome.numbers.get("cell_seconds", 0.0)
                 results.add(cell, outcome)
             progress.advance(task)
-    log.info("%d of %d results were there already, %d failed", stored, len(cells), len(results.failures))
+    where = f"{results.stored} of {len(cells)} results were there already, in {store.folder}"
+    log.info("%s%s", where, " (--fresh computes them again)" if results.stored else "")
+    if results.failures:
+        log.warning("%d results failed", len(results.failures))
     return results, total

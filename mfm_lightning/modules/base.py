@@ -121,7 +121,7 @@ class TrainingModule(L.LightningModule, ABC):
         logged = getattr(self.trainer, "log_every_n_steps", 1)  # Lightning does not declare it
         if (self.global_step + 1) % logged == 0:  # the steps that the loggers take
             for name in (name for name in losses if name != "loss"):
-                self.log(f"train/{name}", losses[name], prog_bar=name == "reward")
+                self.log(f"train/{name}", losses[name], prog_bar=name in ("reward", "mse"))
         return losses["loss"]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -256,7 +256,7 @@ def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> N
 
 
 def _describe(step: int, losses: dict[str, Tensor], x1: Tensor) -> str:
-    terms = {k: v.item() for k, v in losses.items() if k != "loss" and not k.startswith("error/")}
+    terms = {k: v.item() for k, v in losses.items() if k not in ("loss", "mse") and not k.startswith("error/")}
     bad = [k for k, v in terms.items() if not torch.isfinite(torch.tensor(v))] or list(terms)
     x = x1.float()
     return (
