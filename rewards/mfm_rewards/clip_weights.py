@@ -74,6 +74,14 @@ def load_clip(
     return model, path.parent
 
 
+def _open_clip_file(folder: Path) -> Path | None:
+    """The weights in a folder that open_clip wrote, where it has none in transformers' layout."""
+    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        return None
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return next((path for name in names if (path := folder / name).is_file()), None)
+
+
 def _config_beside(path: Path) -> dict[str, Any] | None:
     content = read_json(path.parent / "config.json")
     return content if "vision_config" in content else None
@@ -137,6 +145,8 @@ def _weights_file(weights: str, allow_download: bool) -> Path:
     of_a_file = Path(weights).is_file() or (not Path(weights).is_dir() and weights.removeprefix("hf:").count("/") > 1)
     if of_a_file or Path(weights).suffix in (".safetensors", ".pt", ".pth", ".bin"):
         return find_file(weights, allow_download)
+    if Path(weights).is_dir() and (file := _open_clip_file(Path(weights))):
+        return file
     needed = ["config.json", "model.safetensors|pytorch_model.bin"]
     folder = find_folder(weights, needed, ["vocab.json", "merges.txt"], allow_download, what="CLIP model")
     return next(p for name in needed[1].split("|") if (p := folder / name).is_file())

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 # where scripts keep the weights in what they save; of several the average of training comes first
 WEIGHTS_KEYS = (
-    "ema", "ema_state_dict", "model_ema", "params_ema", "state_dict", "model_state_dict", "model", "module", "params",
-    "net", "network",
+    "ema", "ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "state_dict", "model_state_dict", "model",
+    "module", "params", "net", "network",
 )  # fmt: skip
 # what torch.compile, FSDP, activation checkpointing and Fabric put into names, at any place
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -90,6 +90,10 @@ def tensors_of(content: Any, path: str | Path) -> dict[str, Tensor]:
         content = content[keys[0]]
         keys = [key for key in WEIGHTS_KEYS if _is_state(content.get(key))]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    states = [k for k, v in content.items() if _is_state(v)] if isinstance(content, Mapping) and not tensors else []
+    if len(states) == 1:  # under a name of the script's own
+        log.info("%s: the weights are taken to be those under %r", path, states[0])
+        return tensors_of(content[states[0]], path)
     if not tensors:
         holds = f"{', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mfm_rewards
@@ -16,9 +16,9 @@ from mfm_lightning.commands.main import run
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
-from mfm_lightning.networks.decoders import load_vae
 from mfm_lightning.networks.dit import Attention
 from mfm_lightning.networks.dual import Dual
+from mfm_lightning.networks.vae import load_vae
 from mfm_rewards.weights import load_state_dict, unwrapped
 from tests.parity import NOT_IN_SHAPES, weights
 from tests.tiny_rewards import openai_clip
@@ -80,6 +80,8 @@ def test_of_several_networks_the_average_is_taken_and_said(tmp_path, caplog):
         ({"state_dict": {"model": {"w": 5.0}}}, 5.0),
         ({"module": {"w": 6.0}, "optimizer": {"state": {}}}, 6.0),
         ({"w": 7.0}, 7.0),
+        ({"state_dict_ema": {"w": 8.0}, "state_dict": {"w": 1.0}}, 8.0),
+        ({"weights_of_mine": {"w": 9.0}, "epoch": 3}, 9.0),
     ],
 )  # fmt: skip
 def test_the_weights_in_what_a_script_saved(tmp_path, content, first):
@@ -300,3 +302,73 @@ def test_an_unknown_guidance_is_refused_everywhere(guidance):
     ):
         with pytest.raises(ValueError, match=f"guidance {guidance:g} is not a scale"):
             call()
+
+
+def small_vae(folder):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).save_pretrained(folder)
+    return folder
+
+
+def changed_vae(folder, change, name="diffusion_pytorch_model.safetensors"):
+    file = small_vae(folder) / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    file.unlink()
+    change(state)
+    save_file(state, folder / name, {"format": "pt"})
+    return str(folder)
+
+
+def test_weights_of_a_vae_that_diffusers_would_make_up_are_refused(tmp_path, caplog):
+    """DisCo#100, diffusers#3578: a VAE with missing weights was run with random ones."""
+    for name, change, message in (
+        ("missing", lambda s: s.pop("decoder.conv_in.weight"), "1 weights are not in its file, first decoder.conv_in"),
+        ("shape", lambda s: s.update({"encoder.conv_in.bias": torch.ones(4)}), "cannot be read: .*expected shape"),
+        ("nan", lambda s: s["encoder.conv_in.bias"].fill_(float("inf")), "not finite, first in encoder.conv_in.bias"),
+        ("empty", lambda s: s.clear(), "weights are not in its file|cannot be read"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_vae(changed_vae(tmp_path / name, change))
+    changed_vae(tmp_path / "cut", lambda s: None)
+    file = tmp_path / "cut/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"the VAE in .*cut cannot be read"):
+        load_vae(str(tmp_path / "cut"))
+    caplog.clear()
+    load_vae(changed_vae(tmp_path / "more", lambda s: s.update({"discriminator.bias": torch.ones(1)})))
+    assert "1 weights are no AutoencoderKL's and left out, first discriminator.bias" in caplog.text
+
+
+def test_a_vae_in_the_folder_of_a_pipeline_of_one_variant_or_without_a_scale(tmp_path, caplog):
+    """diffusers#2177 (a pipeline's folder), #6923 (SDXL's scale taken for SD's)."""
+    caplog.set_level(logging.INFO)
+    expected = load_vae(str(small_vae(tmp_path / "pipeline/vae"))).state_dict()["encoder.conv_in.weight"]
+    found = load_vae(str(tmp_path / "pipeline")).state_dict()["encoder.conv_in.weight"]
+    assert torch.equal(found, expected)
+    assert "of the pipeline in" in caplog.text
+    half = changed_vae(tmp_path / "half", lambda s: None, "diffusion_pytorch_model.fp16.safetensors")
+    assert torch.equal(load_vae(half).state_dict()["encoder.conv_in.weight"], expected)
+    assert "diffusion_pytorch_model.fp16.safetensors is taken" in caplog.text
+    caplog.clear()
+    config = json.loads((tmp_path / "pipeline/vae/config.json").read_text())
+    (tmp_path / "pipeline/vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
+    assert load_vae(str(tmp_path / "pipeline")).config["scaling_factor"] == 0.13025
+    assert "scaling_factor" not in caplog.text
+    del config["scaling_factor"]
+    (tmp_path / "pipeline/vae/config.json").write_text(json.dumps(config))
+    load_vae(str(tmp_path / "pipeline"))
+    assert "gives no scaling_factor, 0.18215 is taken" in caplog.text
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="no VAE at"):
+        load_vae(str(tmp_path / "none"))
+
+
+def test_a_folder_of_open_clips_is_read(tmp_path):
+    """open_clip#528."""
+    file = clip_folder(tmp_path, SIZES)
+    images = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = (mfm_rewards.build("clip_score", weights=str(w))(images, ["a", "b"]) for w in (tmp_path, file))
+    assert torch.equal(one, other)
