@@ -102,7 +102,7 @@ class SampleFID(L.Callback):
             try:
                 alone = trainer.world_size == 1
                 self.real = reference_statistics(self.reference, inception, *settings, compute=alone)
-            except (FileNotFoundError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 problem = error
         if (problem := gather_ranks(problem)[0]) is not None:  # on every rank, so that none waits for one that is gone
             raise problem

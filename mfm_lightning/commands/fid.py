@@ -58,6 +58,7 @@ def fid(
     """
     from mfm_lightning.metrics.fid import Quality, Statistics, has_statistics, measure_images, reference_statistics
     from mfm_lightning.metrics.inception import Inception, find_inception_weights
+    from mfm_lightning.utils.atomic import check_is_folder
     from mfm_lightning.utils.devices import find_device
     from mfm_lightning.utils.images import ImageSet
 
@@ -65,6 +66,11 @@ def fid(
         raise CommandLineError("give --samples, or a --reference of images whose statistics are wanted")
     if samples is None and output is not None:
         raise CommandLineError("--output has figures of --samples, which are not given")
+    for path in (output, save_statistics):
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: expected the name of a file to write")
+        if path is not None:
+            check_is_folder(path.parent)
     images = None if samples is None or has_statistics(samples) else ImageSet(samples)
     if splits < 1:
         raise ValueError(f"--splits {splits} must be at least 1")
@@ -102,6 +108,7 @@ def fid(
 def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> None:
     from rich.table import Table
 
+    from mfm_lightning.utils.atomic import whole_file
     from mfm_lightning.utils.console import console
 
     table = Table("samples", "images", "FID", "Inception score")
@@ -112,5 +119,5 @@ def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> No
     table.add_row(settings["samples"], str(quality.num_samples or ""), fid, score)
     console().print(table)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({**asdict(quality), **settings}, indent=1))
+        with whole_file(output) as partial:
+            partial.write_text(json.dumps({**asdict(quality), **settings}, indent=1))

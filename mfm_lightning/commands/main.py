@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -18,6 +19,7 @@ from mfm_lightning._version import __version__
 from mfm_lightning.commands.errors import CommandLineError, explain, unknown, users_line
 from mfm_lightning.commands.imports import import_named
 from mfm_lightning.commands.jobs import JOBS, short_help
+from mfm_lightning.commands.stopping import Stopped
 
 log = logging.getLogger(__name__)
 ENTRY_POINTS = "mfm_lightning.commands"  # the group by which packages add commands
@@ -42,6 +44,14 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"mfm: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"mfm: {stop}", file=sys.stderr)
+        sys.exit(stop.status)
+    except KeyboardInterrupt:  # of a command that does not go on, or while it was imported
+        if debug:
+            raise
+        print("mfm: stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if debug or not _can_be_mended(error):
             raise

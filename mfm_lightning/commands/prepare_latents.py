@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from typing import TYPE_CHECKING, Literal
 
 from mfm_lightning.commands.errors import CommandLineError
+from mfm_lightning.commands.stopping import stoppable
 
 if TYPE_CHECKING:
     from mfm_lightning.data.latents.preparation import Preparation
@@ -51,7 +54,7 @@ def prepare_latents(
         precision: of the VAE.
         device: auto, cpu, cuda, cuda:1, ...
         seed: of the order of a folder's images.
-        class_index: JSON of labels by class name, for WebDataset input.
+        class_index: file of classes by label (JSON, or a name a line); else class folders are in order of names.
         skip_broken: leave out images that cannot be decoded.
         allow_pipe: run the shell commands of pipe URLs.
         allow_download: fetch the VAE from the Hugging Face hub.
@@ -63,9 +66,13 @@ def prepare_latents(
     if not input and not verify:
         raise CommandLineError("give --input (a folder of class folders, or WebDataset shards), or --verify")
     from mfm_lightning.data.latents.preparation import Preparation
+    from mfm_lightning.data.latents.urls import local_path
     from mfm_lightning.data.latents.verify import verify as verify_shards
+    from mfm_lightning.utils.atomic import check_is_folder
     from mfm_lightning.utils.distributed import Process
 
+    if local_path(output) is not None:
+        check_is_folder(output)
     process = Process.from_environment()
     done = True
     if input:
@@ -73,20 +80,20 @@ def prepare_latents(
             tuple(input), output, vae, image_size, shard_size, batch_size, threads, precision, device, seed,
             class_index, skip_broken, allow_pipe, allow_download,
         )  # fmt: skip
-        done = _run(job, num_workers, process)
+        with stoppable("the same command goes on with what is missing"):
+            done = _run(job, num_workers, process)
         if done:
             log.info("%s is complete", job.output)
     if verify and process.rank == 0:
         if done:
-            verify_shards(output, allow_pipe)
+            with stoppable("the same command begins anew"):
+                verify_shards(output, allow_pipe)
         else:
             log.warning("not verified, for other processes are not done: run --verify --output %s", output)
 
 
 def _run(job: Preparation, workers: int, process: Process) -> bool:
-    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
-
-    from mfm_lightning.data.latents.preparation import check, prepare, write_index
+    from mfm_lightning.data.latents.preparation import check, prepare, report, write_index
 
     if workers < 1:
         raise ValueError(f"--num_workers {workers} must be at least 1")
@@ -94,13 +101,37 @@ def _run(job: Preparation, workers: int, process: Process) -> bool:
         return prepare(job, process.rank, process.world_size, process.local_rank)
     source, encoder = job.source(), job.encoder(process.local_rank * workers)
     check(job, source, encoder)  # errors here, before processes start
+    if process.rank == 0:
+        report(job, source)
+    _spawn(job, workers, process)
+    return write_index(job, source, encoder)  # again, to know whether it is there
+
+
+def _spawn(job: Preparation, workers: int, process: Process) -> None:
+    from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+    # Ctrl-C goes to all processes of a terminal: those do not hear it, and are ended by this one
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN) if _is_main_thread() else None
     try:
-        spawn(_worker, (job, workers, process), nprocs=workers)
+        context = spawn(_worker, (job, workers, process), nprocs=workers, join=False)
+    finally:
+        if heard is not None:
+            signal.signal(signal.SIGINT, heard)
+    assert context is not None  # as it is with join=False
+    try:
+        while not context.join():
+            pass
     except ProcessRaisedException as error:
         raise ValueError(f"process {error.error_index} failed: {error.msg.strip().splitlines()[-1]}") from error
     except ProcessExitedException as error:
         raise ValueError(f"{error}; run the command again to go on") from error
-    return write_index(job, source, encoder)  # again, to know whether it is there
+    finally:
+        for child in filter(None, context.processes):
+            child.kill()  # no effect on one that has ended; what it was writing is no shard yet
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _worker(i: int, job: Preparation, workers: int, parent: Process) -> None:

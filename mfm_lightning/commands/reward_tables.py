@@ -17,7 +17,8 @@ from torch import Tensor
 
 import mfm_rewards
 from mfm_lightning.utils.console import console
-from mfm_lightning.utils.images import SUFFIXES
+from mfm_lightning.utils.decoding import read_image
+from mfm_lightning.utils.image_files import find_files
 from mfm_rewards import RewardError
 from mfm_rewards.execution import Execution
 from mfm_rewards.protocol import device_of
@@ -137,11 +138,25 @@ def score_folder(
     return scores
 
 
-def image_paths(folder: Path) -> list[Path]:
-    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}) in {folder}")
-    return paths
+def image_paths(folder: Path, say: bool = True) -> list[Path]:
+    """Images that lie in a folder itself.
+
+    Args:
+        say: count what else is there in a line.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        NotADirectoryError: for a file.
+    """
+    images, tars, left_out = find_files(folder, deep=False)
+    for path in tars:
+        left_out.add("tars", path.name)
+    if not images:
+        others = f"; {line}" if (line := left_out.line()) else ""
+        raise FileNotFoundError(f"no images (.png, .jpg, ...) in {folder}{others}")
+    if say:
+        left_out.report(folder)
+    return images
 
 
 def _batch(folder: Path) -> tuple[Tensor, list[str]]:
@@ -163,8 +178,6 @@ def _prompt(prompts: str | Callable[[str], str], name: str) -> str:
 
 def load_image(path: Path) -> Tensor:
     """An image file as `(C, H, W)` in [0, 1]; grey files have one channel, others three."""
-    from PIL import Image
     from torchvision.transforms.functional import to_tensor
 
-    with Image.open(path) as image:
-        return to_tensor(image if image.mode == "L" else image.convert("RGB"))
+    return to_tensor(read_image(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,17 +86,15 @@ def _prompts(
     from mfm_lightning.commands.reward_tables import image_paths
     from mfm_rewards import RewardError
     from mfm_rewards.prompts import PLACEHOLDER, class_prompts, load_class_names
+    from mfm_rewards.text_lists import read_object
 
     if prompts is not None and images is not None:
         if not prompts.is_file():
             raise FileNotFoundError(f"no prompts at {prompts}")
-        try:
-            given: Any = json.loads(prompts.read_text())
-        except json.JSONDecodeError as error:
-            raise RewardError(f"{prompts} is no JSON: {error}") from error
-        if not isinstance(given, dict):
+        given = read_object(prompts)
+        if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
             raise RewardError(f'{prompts} must be an object of a text for each file, {{"name.png": "..."}}')
-        if absent := [p.name for p in image_paths(images) if p.name not in given]:
+        if absent := [p.name for p in image_paths(images, say=False) if p.name not in given]:
             raise RewardError(f"{prompts} has no prompt for {len(absent)} images, first {absent[0]}")
         return given.__getitem__
     if prompt is None or PLACEHOLDER not in prompt:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mfm_lightning.commands.stopping import stoppable
+
 if TYPE_CHECKING:
     from mfm_lightning.models import MetaFlowMap
     from mfm_lightning.networks.decoders import Decoder
@@ -59,9 +61,11 @@ def sample(
     from mfm_lightning.checkpoints import fingerprint, load_model, read_metadata
     from mfm_lightning.sampling import OUTPUTS, ModelSampler, SamplePlan, sample_files
     from mfm_lightning.sampling.model_sampler import BY_MODEL
+    from mfm_lightning.utils.atomic import check_is_folder
     from mfm_lightning.utils.devices import find_device
     from mfm_lightning.utils.distributed import Process
 
+    check_is_folder(output)
     process = Process.from_environment()
     where = find_device(device, process.local_rank)
     kind, default_steps = BY_MODEL.get(read_metadata(model).get("kind", ""), BY_MODEL["meta_flow_map"])
@@ -86,7 +90,8 @@ def sample(
             "batch_size": plan.batch_size,
         }
     )
-    sample_files(loaded.to(where), drawn, decode.to(where), files, process)
+    with stoppable("the same command goes on with what is missing"):
+        sample_files(loaded.to(where), drawn, decode.to(where), files, process)
 
 
 def _labels(given: Sequence[str] | None, model: MetaFlowMap) -> tuple[int, ...]:

@@ -38,11 +38,22 @@ class Statistics:
     """Mean `mu` `(F,)` and covariance `sigma` `(F, F)` of features, float64.
 
     num_samples: they are of so many images; None where a file does not say.
+
+    Raises:
+        ValueError: for numbers that are not finite, or a matrix that is no covariance.
     """
 
     mu: np.ndarray
     sigma: np.ndarray
     num_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        wrong = int((~np.isfinite(self.mu)).sum()) + int((~np.isfinite(self.sigma)).sum())
+        if wrong:
+            raise ValueError(f"statistics of {len(self.mu)} features have {wrong} numbers that are not finite")
+        largest = np.abs(self.sigma).max(initial=0)
+        if np.abs(self.sigma - self.sigma.T).max(initial=0) > 1e-5 * largest or (np.diag(self.sigma) < 0).any():
+            raise ValueError("sigma is no covariance: it must be symmetric, with no variance below 0")
 
     @cached_property
     def gaussian(self) -> Gaussian:
@@ -60,11 +71,16 @@ class Statistics:
             with np.load(path, allow_pickle=False) as file:
                 mu, sigma = (file[name].astype(np.float64) for name in ("mu", "sigma"))
                 num = int(file["num_samples"]) if "num_samples" in file else None
-        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: expected an .npz with mu (F,) and sigma (F, F): {error}") from error
+        if num is not None and num < 2:
+            raise ValueError(f"{path}: num_samples is {num}, expected at least 2")
         if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
             raise ValueError(f"{path}: mu has shape {mu.shape} and sigma {sigma.shape}, expected (F,) and (F, F)")
-        return cls(mu, sigma, num)
+        try:
+            return cls(mu, sigma, num)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; make it anew by mfm fid --save-statistics") from error
 
     def save(self, path: str | Path) -> Path:
         """Write them as `load` reads them; the file appears whole."""
@@ -242,7 +258,7 @@ def reference_statistics(
 
 def has_statistics(path: str | Path) -> bool:
     """Whether a path is an `.npz` with `mu` and `sigma`."""
-    if not zipfile.is_zipfile(path):
+    if not Path(path).is_file() or not zipfile.is_zipfile(path):  # at a FIFO it would wait for ever
         return False
     with zipfile.ZipFile(path) as archive:
         return {"mu.npy", "sigma.npy"} <= set(archive.namelist())

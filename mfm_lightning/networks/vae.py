@@ -57,7 +57,8 @@ def load_vae(path: str, allow_download: bool = False) -> VAE:
     if folder.is_dir():
         options["variant"] = _variant(folder)
     try:
-        vae, found = AutoencoderKL.from_pretrained(str(folder), **options)
+        loaded: Any = AutoencoderKL.from_pretrained(str(folder), **options)
+        vae, found = loaded
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if folder.is_dir() and (folder / CONFIG).is_file():

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.sampling.plan import SamplePlan
-from mfm_lightning.utils.atomic import clear_partials, whole_file
-
-SETTINGS = "samples.json"
+from mfm_lightning.utils.atomic import check_is_folder, clear_partials, whole_file
+from mfm_lightning.utils.sample_folder import PARTS, SETTINGS
 
 
 class Output(ABC):
@@ -40,20 +39,19 @@ class Output(ABC):
         """Write what the samples depend on, or compare it with what is there; called by every process.
 
         Raises:
-            NotADirectoryError: if there is a file of that name.
-            FileExistsError: if the folder has files of others that are named as samples are.
-            ValueError: if it has samples of other settings, with the first that differ, or damaged ones.
+            NotADirectoryError: if it is a file.
+            ValueError: if the folder has samples of other settings, with the first that differ, or images of others.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"--output {self.folder} is a file: expected a folder")
+        check_is_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        # looked for before the note, which another process writes before its samples
+        others = sorted(path.name for kind in ("png", "npz", "tar") for path in self.folder.glob(f"*.{kind}"))
         path, mine = self.folder / SETTINGS, json.loads(json.dumps(settings))
         if not path.is_file():
-            foreign = sorted(p.name for p in self.folder.iterdir() if p.suffix in (".png", ".npz", ".tar"))
-            if foreign and not path.is_file():  # else another process has just begun
-                raise FileExistsError(
-                    f"{self.folder} has {len(foreign)} images or shards, first {foreign[0]}, and no {SETTINGS}, which "
-                    "says what samples are of: give an empty folder"
+            if others:
+                raise ValueError(
+                    f"{self.folder} has files that mfm sample did not write ({len(others)}, such as {others[0]}): give "
+                    "another folder"
                 )
             with whole_file(path) as partial:  # by several processes at once: all write the same
                 partial.write_text(json.dumps(mine, indent=1))
@@ -107,7 +105,7 @@ class _Parts(Output):
 
     def __init__(self, folder: str | Path, plan: SamplePlan) -> None:
         super().__init__(folder, plan)
-        self.parts = self.folder / "parts"
+        self.parts = self.folder / PARTS
 
     @abstractmethod
     def results(self) -> list[Path]:

@@ -25,8 +25,13 @@ def whole_file(path: str | Path, sync: bool = False) -> Iterator[Path]:
 
     Args:
         sync: make sure that the content is on the disk before it takes the name.
+
+    Raises:
+        OSError: with the file's name, for a full disk and the like.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: expected the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}{PARTIAL}{uuid.uuid4().hex[:12]}")
     partial.touch(exist_ok=False)
@@ -40,8 +45,20 @@ def whole_file(path: str | Path, sync: bool = False) -> Iterator[Path]:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # that of a full disk does not say where
+        raise OSError(error.errno, f"{error.strerror}, while it was written", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_is_folder(path: str | Path) -> None:
+    """Raise NotADirectoryError for an output that is to be a folder, and is a file or lies in one."""
+    for place in (Path(path), *Path(path).parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file: expected a folder to write to, give another")
 
 
 def save_tensors(tensors: Mapping[str, Any], path: str | Path, metadata: dict[str, str] | None = None) -> Path:

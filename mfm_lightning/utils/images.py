@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import lzma
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mfm_lightning.utils.decoding import ImageError, center_crop, decode, read_image
+from mfm_lightning.utils.image_files import LeftOut, find_files, is_image
+from mfm_lightning.utils.sample_folder import check_finished
 from mfm_lightning.utils.tar import tar_files
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -34,28 +36,19 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """`(size, size, 3)` uint8 as in ADM and DiT: halved by boxes while twice too large, resized (bicubic), cropped."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    pixels = np.array(image)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
-
-
-class ImageSet(Dataset[Tensor]):
+class ImageSet(Dataset[Tensor | OSError | ValueError]):
     """Images on disk, read in batches of RGB bytes `(B, 3, H, W)`.
 
     Args:
         path: a folder (searched recursively) of image files, or of WebDataset shards, or with a `samples.npz`; or an
-            `.npz` file with `arr_0` `(N, H, W, 3)` uint8.
+            `.npz` file with `arr_0` `(N, H, W, 3)` uint8. Files of other endings are left out, with a line that says
+            so.
         crop: cut image files of different sizes to so many pixels, by `center_crop`.
 
     Raises:
         FileNotFoundError: if there is no such path, or no images in it.
-        ValueError: if the file is not of that layout.
+        ValueError: if the file is not of that layout; for a folder with both images and shards, or one that
+            `mfm sample` has not finished.
     """
 
     def __init__(self, path: str | Path, crop: int | None = None) -> None:
@@ -64,16 +57,27 @@ class ImageSet(Dataset[Tensor]):
             raise FileNotFoundError(f"no images at {path}: expected a folder of them or an .npz file")
         self.files: list[Path] = []
         if self.path.is_dir():
-            inside = sorted(p for p in self.path.rglob("*") if p.is_file())
-            self.files = [p for p in inside if p.suffix.lower() in SUFFIXES] or [
-                p for p in inside if p.suffix == ".tar"
-            ]
-            if not self.files and (self.path / "samples.npz").is_file():
-                self.path = self.path / "samples.npz"
-            elif not self.files:
-                raise FileNotFoundError(f"no images ({', '.join(SUFFIXES)}), shards or samples.npz in {path}")
+            self._find()
+        elif not self.path.is_file():
+            raise ValueError(f"{path} is no plain file: expected a folder of images or an .npz file")
         if not self.files:
             self.shape = npz_shape(self.path)
+
+    def _find(self) -> None:
+        check_finished(self.path)
+        images, tars, left_out = find_files(self.path)
+        array = self.path / "samples.npz"
+        if images and (tars or array.is_file()):
+            other = f"{len(tars)} tars" if tars else array.name
+            raise ValueError(f"{self.path} has {len(images)} images and {other}: give a folder of one kind")
+        self.files = images or tars
+        if not self.files and array.is_file():
+            self.path = array
+        elif not self.files:
+            others = f"; {line}" if (line := left_out.line()) else ""
+            raise FileNotFoundError(f"no images (.png, .jpg, ...), shards or samples.npz in {self.path}{others}")
+        else:
+            left_out.report(self.path)
 
     def identity(self) -> dict[str, Any]:
         """What the images depend on: names, sizes and times of change of the files."""
@@ -87,12 +91,17 @@ class ImageSet(Dataset[Tensor]):
         if not self.files:
             yield from _npz_batches(self.path, batch_size)
             return
-        if self.files[0].suffix == ".tar":
-            images = (self._decode(content, name) for path in self.files for name, content in _members(path))
+        images: Iterator[Tensor | OSError | ValueError]
+        left_out = LeftOut()
+        if self._shards:
+            members = (member for path in self.files for member in _members(path, left_out))
+            images = (self._pixels(decode(content, name), name) for name, content in members)
         else:
             images = iter(DataLoader(self, batch_size=None, num_workers=workers))
         batch: list[Tensor] = []
         for image in images:
+            if isinstance(image, Exception):
+                raise image
             if batch and image.shape != batch[0].shape:
                 raise ValueError(
                     f"{self.path}: an image of {tuple(image.shape[1:])} pixels after one of "
@@ -105,33 +114,41 @@ class ImageSet(Dataset[Tensor]):
                 batch = []
         if batch:
             yield torch.stack(batch)
+        left_out.report(self.path)
 
     def count(self, limit: int) -> int:
         """How many images; of shards, which have to be read for it, counted no further than `limit`."""
         if self.number is not None:
             return self.number
-        return sum(1 for _ in islice((name for path in self.files for name, _ in _members(path)), limit))
+        return sum(1 for _ in islice((name for path in self.files for name, _ in _members(path, LeftOut())), limit))
+
+    @property
+    def _shards(self) -> bool:
+        return not is_image(self.files[0].name)
 
     @property
     def number(self) -> int | None:
         """How many images; None for shards, which only reading tells."""
         if not self.files:
             return self.shape[0]
-        return None if self.files[0].suffix == ".tar" else len(self.files)
+        return None if self._shards else len(self.files)
 
     def __len__(self) -> int:
         """Number of files, for the loader."""
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self._decode(self.files[index].read_bytes(), str(self.files[index]))
-
-    def _decode(self, content: bytes, name: str) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor | OSError | ValueError:
+        """An image, or what is wrong with it: raised in a worker, it would come with the worker's traceback."""
         try:
-            image = Image.open(io.BytesIO(content)).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{name} is not an image that can be read: {error}") from error
-        pixels = np.array(image) if self.crop is None else center_crop(image, self.crop)
+            return self._pixels(read_image(self.files[index]), str(self.files[index]))
+        except (OSError, ValueError) as error:
+            return error
+
+    def _pixels(self, image: Image.Image, name: str) -> Tensor:
+        try:
+            pixels = np.array(image.convert("RGB")) if self.crop is None else center_crop(image, self.crop)
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from error
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -170,11 +187,14 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(file)
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+def _members(path: Path, left_out: LeftOut) -> Iterator[tuple[str, bytes]]:
     try:
         with open(path, "rb") as file:
             for member in tar_files(file, str(path)):
-                if Path(member["fname"]).suffix.lower() in SUFFIXES:
-                    yield f"{path}:{member['fname']}", member["data"]
-    except tarfile.TarError as error:
+                name = member["fname"]
+                if is_image(name):
+                    yield f"{path}:{name}", member["data"]
+                elif not name.endswith(".cls"):  # labels are no loss here
+                    left_out.add_file(name, str(path))
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:  # also of what it is compressed by
         raise ValueError(f"shard {path} cannot be read: {error}") from error

@@ -7,6 +7,8 @@ import tarfile as tars
 from collections.abc import Iterator
 from typing import Any
 
+from mfm_lightning.utils.image_files import is_junk
+
 _CHUNK = 1 << 20
 SKIPPED = re.compile(r"__[^/]*__($|/)")  # names of its own, by webdataset
 
@@ -28,7 +30,7 @@ class _Header(tars.TarInfo):
 
 def tar_files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
     """Names and contents as webdataset's `group_by_keys` takes them, of a stream that can only be read forwards (also
-    a compressed one).
+    a compressed one). Hidden files and those of operating systems are passed over.
 
     Raises:
         tarfile.TarError: saying where, if it is damaged or ends too early; also if more follows its end, since a header
@@ -36,7 +38,13 @@ def tar_files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
     """
     with tars.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
         for member in tar:
-            if member.isreg() and not SKIPPED.match(member.name) and (content := tar.extractfile(member)) is not None:
+            parts = [part for part in member.name.split("/") if part not in (".", "..")]
+            passed = member.isdir() or SKIPPED.match(member.name) or any(map(is_junk, parts))
+            if not passed and not member.isreg():
+                raise tars.ReadError(
+                    f"{member.name} is a link or device, not a file: pack it with tar -h --hard-dereference"
+                )
+            if not passed and (content := tar.extractfile(member)) is not None:
                 yield {"fname": member.name, "data": content.read(), "__url__": url}
             # else all stay in memory; typeshed leaves the list out
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mfm_rewards.text_lists import TextListError, read_list
 
 PLACEHOLDER = "{class}"
 
 
 def imagenet_classes() -> list[str]:
     """Names of the 1,000 ImageNet classes by label; `data/imagenet_classes.txt` says where they are from."""
-    return _lines(files("mfm_rewards").joinpath("data/imagenet_classes.txt").read_text(encoding="utf-8"))
+    with as_file(files("mfm_rewards").joinpath("data/imagenet_classes.txt")) as path:
+        return [entry.name for entry in read_list(path)]
 
 
 def load_class_names(path: str | Path | None = None) -> list[str]:
     """Class names, by label.
 
     Args:
-        path: a text file with one name a line (lines that begin with # are comments), or a JSON list, or a JSON object
-            `{label: name}`; ImageNet's names where None.
+        path: a text file with one name a line (lines that begin with # are comments), a JSON list, a JSON object
+            `{label: name}`, or what else `text_lists.read_list` reads; ImageNet's names where None.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if its content is something else, or labels are missing.
+        ValueError: if its content is something else, labels are missing, or it has WordNet ids without names.
     """
     if path is None:
         return imagenet_classes()
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no class names at {path}")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".json":
-        names = _lines(text)
-    else:
-        try:
-            content = json.loads(text)
-            names = content if isinstance(content, list) else [content[str(i)] for i in range(len(content))]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no list of names, and no object of names by label 0, 1, ...: {error}"
-            ) from error
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{path} holds no class names: expected one a line, or a JSON list of strings")
-    return names
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    entries = read_list(path)
+    if bare := next((entry.name for entry in entries if entry.name == entry.wordnet), None):
+        raise TextListError(f"{path} has WordNet ids ({bare}), and no names beside them: prompts need names")
+    return [entry.name for entry in entries]
 
 
 def class_prompts(template: str, names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import StepDataModule
 from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
-from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard
+from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
 from mfm_lightning.data.latents.urls import join, local_path
 from mfm_lightning.networks.decoders import Decoder
@@ -150,6 +150,14 @@ class LatentShards(StepDataModule):
                 f"{self.val_folder} has latents {val.state_shape} of {val.num_classes} classes, "
                 f"{self.folder} {index.state_shape} of {index.num_classes}"
             )
+        if self.val_folder is not None:
+            train, named = (read_classes(f, self.reading.allow_pipe) for f in (self.folder, self.val_folder))
+            if train is not None and named is not None and train != named:
+                name = next(n for n in sorted(train.keys() | named.keys()) if train.get(n) != named.get(n))
+                raise LatentIndexError(
+                    f"{self.val_folder} has other classes than {self.folder}: {name!r} is {_label(named, name)} there, "
+                    f"{_label(train, name)} in training; prepare both with one --class-index"
+                )
         ours, theirs = (str(i.made_with.get("vae_sha256", "")) for i in (index, val))
         if ours and theirs and ours != theirs:  # shards that were made by other means may not say
             raise LatentIndexError(
@@ -267,6 +275,10 @@ def missing_or_truncated(folder: str, index: LatentIndex) -> list[str]:
         elif shard.samples and (size := path.stat().st_size) != shard.bytes:
             problems.append(f"{path} has {size:,} bytes, the index says {shard.bytes:,}: truncated or another file")
     return problems
+
+
+def _label(labels: dict[str, int], name: str) -> str:
+    return f"label {labels[name]}" if name in labels else "no class"
 
 
 def _kept(shard: Shard, classes: list[int] | None) -> np.ndarray:

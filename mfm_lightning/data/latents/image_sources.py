@@ -1,10 +1,12 @@
-"""Where images come from: an ImageFolder tree, or WebDataset shards; each in units of work that processes share out."""
+"""Where images come from: a tree of class folders, or WebDataset shards; each in units of work that processes share
+out."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,38 +16,38 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mfm_lightning.data.latents.class_folders import InputError, find_classes, read_class_index
 from mfm_lightning.data.latents.urls import check_url, expand, from_webdataset, local_path, open_url
-from mfm_lightning.utils.images import center_crop
+from mfm_lightning.utils.decoding import ImageError, center_crop, decode, read_image
+from mfm_lightning.utils.image_files import TARS, LeftOut, check_tar, image_endings, is_image, is_junk, is_tar, walk
 from mfm_lightning.utils.tar import SKIPPED, tar_files
 
+log = logging.getLogger(__name__)
 _MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
-
-
-class InputError(ValueError):
-    """Images that shards cannot be made of."""
 
 
 @dataclass(frozen=True)
 class RawImage:
-    """An image before it is decoded; `data`: its bytes, or the file that has them."""
+    """An image before it is decoded; `data`: its bytes, or the file that has them; `place`: where bytes are from."""
 
     key: str
     label: int
     data: bytes | Path
+    place: str = ""
 
     def open(self, size: int) -> np.ndarray:
         """`(size, size, 3)` uint8, cropped as in ADM and DiT.
 
         Raises:
-            InputError: naming it, if it cannot be decoded.
+            ImageError: naming it, if it cannot be decoded.
+            OSError: if it cannot be read.
         """
+        image: Image.Image
+        image = read_image(self.data) if isinstance(self.data, Path) else decode(self.data, self.place)
         try:
-            with Image.open(io.BytesIO(self.data) if isinstance(self.data, bytes) else self.data) as image:
-                return center_crop(image.convert("RGB"), size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            where = self.data if isinstance(self.data, Path) else self.key
-            raise InputError(f"image {where} cannot be decoded: {error}") from error
+            return center_crop(image, size)
+        except ImageError as error:
+            raise ImageError(f"{self.place or self.data} cannot be decoded: {error}") from error
 
 
 class ImageSource(ABC):
@@ -56,6 +58,8 @@ class ImageSource(ABC):
         class_to_idx: labels by class name; None if they are only known when all is read.
         identity: what a preparation that goes on must find again, as JSON.
         whole_units: a unit is one shard; else a unit makes as many shards as it needs.
+        found: what it has, in a line; "" if that is only known when all is read.
+        left_out: what was passed over so far.
     """
 
     units: int
@@ -63,6 +67,10 @@ class ImageSource(ABC):
     identity: dict[str, object]
     whole_units: bool
     samples: int | None = None
+    found: str = ""
+
+    def __init__(self) -> None:
+        self.left_out = LeftOut()
 
     @abstractmethod
     def read(self, unit: int) -> Iterator[RawImage]:
@@ -76,23 +84,21 @@ class FolderSource(ImageSource):
         root: of the tree.
         shard_size: images of a unit.
         seed: of the order.
+        class_index: file of labels by class.
 
     Raises:
-        FileNotFoundError: if there is no such folder, no class in it, or a class without images.
+        FileNotFoundError, InputError: as `find_classes`.
         InputError: for file names that would be one key, or that `check_key` refuses.
     """
 
     whole_units = True
 
-    def __init__(self, root: Path, shard_size: int, seed: int = 0) -> None:
-        from torchvision.datasets import ImageFolder
-
+    def __init__(self, root: Path, shard_size: int, seed: int = 0, class_index: Path | None = None) -> None:
+        super().__init__()
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"no folder {root}: expected one folder of images for each class in it")
-        found = ImageFolder(str(self.root))
-        self.class_to_idx = found.class_to_idx
-        self._images = [(Path(path).relative_to(self.root).as_posix(), label) for path, label in found.samples]
+        tree = find_classes(self.root, class_index)
+        self.class_to_idx, self.left_out, self.found = tree.class_to_idx, tree.left_out, tree.line()
+        self._images = [(image.name, image.label) for image in tree.images]
         self._keys = [path.replace(".", "_") for path, _ in self._images]
         if len(set(self._keys)) < len(self._keys):
             seen: set[str] = set()
@@ -104,7 +110,10 @@ class FolderSource(ImageSource):
         self.units = -(-self.samples // shard_size)
         self._order = np.random.default_rng(seed).permutation(self.samples)
         listing = _sha256("\n".join(path for path, _ in self._images))
-        self.identity = {"images": self.samples, "listing": listing, "seed": seed}
+        contents = _sha256(json.dumps([(image.size, image.mtime_ns) for image in tree.images]))
+        self.identity = {"images": self.samples, "listing": listing, "contents": contents, "seed": seed}
+        if tree.order:
+            self.identity["classes"] = _sha256(json.dumps(self.class_to_idx, sort_keys=True))
 
     def read(self, unit: int) -> Iterator[RawImage]:
         for i in self._order[unit * self.shard_size : (unit + 1) * self.shard_size].tolist():
@@ -116,7 +125,7 @@ class WebDatasetSource(ImageSource):
     """Shards with an image (jpg, png, ...) and `cls` (the label in ASCII) for each key; a unit is one of them.
 
     Args:
-        urls: local paths or URLs, with braces.
+        urls: local paths or URLs, with braces; tars may be compressed by gzip, bzip2 or xz.
         class_index: labels by name, if there are names.
         allow_pipe: run the commands of `pipe:` URLs.
 
@@ -130,37 +139,60 @@ class WebDatasetSource(ImageSource):
     def __init__(
         self, urls: Sequence[str], class_index: dict[str, int] | None = None, allow_pipe: bool = False
     ) -> None:
+        super().__init__()
         self.urls = [url for text in urls for url in expand(text)]
         self.class_to_idx, self.allow_pipe, self.units = class_index, allow_pipe, len(self.urls)
         for url in self.urls:
             check_url(url, allow_pipe)
+            check_tar(url)
             if (path := local_path(url)) is not None and not path.is_file():
-                raise FileNotFoundError(f"no shard {path}")
+                raise FileNotFoundError(f"{path} is no plain file" if path.exists() else f"no shard {path}")
         labels = None if class_index is None else _sha256(json.dumps(class_index, sort_keys=True))
-        self.identity = {"urls": _sha256("\n".join(self.urls)), "shards": self.units, "class_index": labels}
+        local = [os.stat(path) for url in self.urls if (path := local_path(url)) is not None]
+        self.found = f"{self.units} shards of images"
+        self.identity = {
+            "urls": _sha256("\n".join(self.urls)), "shards": self.units, "class_index": labels,
+            "contents": _sha256(json.dumps([(stat.st_size, stat.st_mtime_ns) for stat in local])),
+        }  # fmt: skip
 
     def read(self, unit: int) -> Iterator[RawImage]:
-        """Raises InputError for a shard that cannot be read to its end, or a sample without image or label."""
+        """Raises InputError for a shard that cannot be read to its end, a sample without image or label, or a key that
+        is there twice."""
         from_webdataset()
         from webdataset.tariterators import group_by_keys
 
-        url, count = self.urls[unit], 0
+        url, keys = self.urls[unit], set()
         try:
             with open_url(url, self.allow_pipe) as stream:
-                for sample in group_by_keys(tar_files(stream, url)):
-                    yield self._raw(sample, unit, url)
-                    count += 1
+                for sample in group_by_keys(self._files(stream, url)):
+                    raw = self._raw(sample, unit, url)
+                    if raw.key in keys:
+                        raise InputError(f"{url}: two samples have the key {sample['__key__']!r}: rename one of them")
+                    keys.add(raw.key)
+                    yield raw
         except InputError:
             raise
         except Exception as error:  # tarfile and the download's program have errors of many kinds
-            raise InputError(f"shard {url} cannot be read after {count} samples: {error}") from error
+            raise InputError(f"shard {url} cannot be read after {len(keys)} samples: {error}") from error
+
+    def _files(self, stream: Any, url: str) -> Iterator[dict[str, Any]]:
+        for member in tar_files(stream, url):
+            if "." not in os.path.basename(member["fname"]):  # which webdataset passes over
+                self.left_out.add_file(member["fname"], url)
+            yield member
 
     def _raw(self, sample: dict[str, Any], unit: int, url: str) -> RawImage:
         where = f"sample {sample['__key__']!r} of {url}"
-        data = next((sample[e] for e in EXTENSIONS if e in sample), None)
-        if data is None or "cls" not in sample:
-            has = ", ".join(k for k in sample if not k.startswith("__"))
-            raise InputError(f"{where} has {has}: expected an image ({', '.join(EXTENSIONS)}) and cls")
+        fields = [name for name in sample if not name.startswith("__")]
+        images = [name for name in fields if f".{name}" in image_endings()]
+        if len(images) != 1 or "cls" not in sample:
+            hint = "; all that follows the first dot of a name is its ending" if any("." in f for f in fields) else ""
+            raise InputError(
+                f"{where} has {', '.join(fields)}: expected one image (jpg, png, ...) and cls, next to each other{hint}"
+            )
+        for name in fields:
+            if name not in ("cls", images[0]):
+                self.left_out.add_file(f"{sample['__key__']}.{name}", url)
         try:
             label = int(sample["cls"])
         except ValueError as error:
@@ -170,7 +202,7 @@ class WebDatasetSource(ImageSource):
             raise InputError(f"{where}: label {label} is outside 0..{limit - 1}")
         key = f"{unit:06d}/{str(sample['__key__']).replace('.', '_')}"  # input shards may number alike
         check_key(key)
-        return RawImage(key, label, data)
+        return RawImage(key, label, sample[images[0]], f"{url}:{sample['__key__']}.{images[0]}")
 
 
 def find_source(
@@ -181,41 +213,45 @@ def find_source(
     Raises:
         FileNotFoundError, ValueError: as the sources.
     """
-    names = None if class_index is None else read_class_index(class_index)
-    folders = [path for i in inputs if (path := local_path(i)) is not None and path.is_dir()]
-    if not folders:
-        if any(local_path(i) is not None and not i.endswith(".tar") and "{" not in i for i in inputs):
-            missing = next(i for i in inputs if local_path(i) is not None and not i.endswith(".tar"))
-            raise FileNotFoundError(f"no input at {missing}: expected a folder of class folders, or WebDataset tars")
-        return WebDatasetSource(inputs, names, allow_pipe)
-    if len(inputs) > 1:
+    paths = {i: path for i in inputs if (path := local_path(i)) is not None}
+    folders = [path for path in paths.values() if path.is_dir()]
+    if folders and len(inputs) > 1:
         raise InputError(f"several inputs, and {folders[0]} is a folder: give one folder, or only tars")
-    tars = sorted(str(p) for p in folders[0].glob("*.tar"))
-    if tars:
-        return WebDatasetSource(tars, names, allow_pipe)
-    source = FolderSource(folders[0], shard_size, seed)
-    if names is not None and names != source.class_to_idx:
-        raise InputError(f"{class_index} is not the sorted order of the class folders in {folders[0]}: leave it out")
+    tars, left_out = _tars_in(folders[0]) if folders else ([], LeftOut())
+    if folders and not tars:
+        return FolderSource(folders[0], shard_size, seed, class_index)
+    names = None if class_index is None else read_class_index(class_index)
+    for given, path in {} if folders else paths.items():
+        check_tar(given)
+        if not (is_tar(given) or "{" in given):
+            what = "is no tar" if path.exists() else "is not there"
+            raise FileNotFoundError(
+                f"no input at {given}, which {what}: expected a folder of class folders, or WebDataset tars "
+                f"({', '.join(TARS)})"
+            )
+    source = WebDatasetSource(tars or inputs, names, allow_pipe)
+    source.left_out = left_out
     return source
 
 
-def read_class_index(path: Path) -> dict[str, int]:
-    """A JSON of labels by class name.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        InputError: unless its labels are 0..n-1, each once.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no class index at {path}")
-    try:
-        found = json.loads(Path(path).read_text())
-        fits = sorted(found.values()) == list(range(len(found))) and found
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no JSON of labels by class name: {error}") from error
-    if not fits:
-        raise InputError(f"{path}: labels must be 0..{len(found) - 1}, each once")
-    return found
+def _tars_in(folder: Path) -> tuple[list[str], LeftOut]:
+    """Tars that lie in a folder itself, and what else does, which is left out if there are any."""
+    tars, folders, left_out = [], [], LeftOut()
+    for path in sorted(folder.iterdir()):
+        if is_junk(path.name):
+            continue
+        if is_tar(path.name):
+            check_tar(str(path))
+            tars.append(str(path))
+        elif path.is_dir():
+            folders.append(path)
+        else:
+            left_out.add_file(path.name)
+    for path in folders if tars else []:
+        if any(is_image(entry.name) for entry in walk(path)):
+            raise InputError(f"{folder} has {len(tars)} tars, and images in {path.name}/: give a folder of one kind")
+        left_out.add("folders", path.name)
+    return tars, left_out
 
 
 def _sha256(text: str) -> str:

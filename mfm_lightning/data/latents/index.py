@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import numpy as np
 
 from mfm_lightning.data.latents.urls import check_url, join, local_path, open_url
 
+log = logging.getLogger(__name__)
 INDEX, CLASSES = "index.json", "classes.json"
 VERSION = 1
 _BLOCK = 512  # of a tar: headers and contents take whole ones
@@ -152,7 +154,8 @@ class LatentIndex:
 
         Raises:
             FileNotFoundError: if there is none.
-            LatentIndexError: if it cannot be read, has no shards, or labels outside its classes.
+            LatentIndexError: if it cannot be read, has no shards, labels outside its classes, or a scale that is no
+                number above 0.
         """
         url = join(str(folder), INDEX)
         path = local_path(url)
@@ -164,7 +167,16 @@ class LatentIndex:
                 found = json.loads(stream.read())
             if (found["format"], found["version"]) != ("mfm-latents", VERSION):
                 raise LatentIndexError(f"format {found['format']} {found['version']}, not mfm-latents {VERSION}")
+            _check_head(found)
             shards = [Shard.from_dict(shard) for shard in found["shards"]]
+            if len({shard.name for shard in shards}) < len(shards):
+                raise LatentIndexError("a shard is listed twice")
+            if (
+                shards
+                and (stated := found.get("samples")) is not None
+                and stated != sum(shard.samples for shard in shards)
+            ):
+                raise LatentIndexError(f"samples {stated}, and its shards have {sum(s.samples for s in shards)}")
             index = cls(
                 tuple(found["state_shape"]), found["num_classes"], found["scale"], shards, found["made_with"],
                 found["broken"],
@@ -188,3 +200,42 @@ class LatentIndex:
                     f"labels {shard.labels.min()}..{shard.labels.max()} in {shard.name}, outside "
                     f"0..{num_classes - 1} of {num_classes} classes"
                 )
+
+
+def read_classes(folder: str | Path, allow_pipe: bool = False) -> dict[str, int] | None:
+    """Labels by class name, of a folder's classes.json; None where there is none, or names are only numbers.
+
+    Raises:
+        LatentIndexError: if it is something else.
+    """
+    url = join(str(folder), CLASSES)
+    path = local_path(url)
+    if path is not None and not path.is_file():
+        return None
+    try:
+        with open_url(url, allow_pipe) as stream:
+            found = json.loads(stream.read().decode("utf-8-sig"))
+        labels = {str(name): int(label) for name, label in found.items()}
+    except OSError as error:
+        if path is not None:
+            raise
+        log.info("%s cannot be read (%s): names of classes are not compared", url, error)
+        return None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise LatentIndexError(f"{url} is no JSON of labels by class name: {error}") from error
+    return None if all(name == str(label) for name, label in labels.items()) else labels
+
+
+def _check_head(found: dict[str, Any]) -> None:
+    """Raise LatentIndexError for a scale, a shape or a number of classes that cannot be."""
+    scale, shape, classes = found["scale"], found["state_shape"], found["num_classes"]
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not (0 < scale < float("inf")):
+        raise LatentIndexError(f"scale {scale}, expected the VAE's factor, a number above 0")
+    if not isinstance(shape, list) or len(shape) != 3 or not all(_is_count(n) for n in shape):
+        raise LatentIndexError(f"state_shape {shape}, expected [C, H, W]")
+    if not _is_count(classes):
+        raise LatentIndexError(f"num_classes {classes}, expected a number from 1 on")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -23,8 +23,9 @@ from mfm_lightning.data.latents.image_sources import ImageSource, InputError, Ra
 from mfm_lightning.data.latents.index import CLASSES, INDEX, LatentIndex, Shard
 from mfm_lightning.data.latents.moments import MomentEncoder
 from mfm_lightning.data.latents.shard_writer import PARTS, finished, write_json, write_shard, write_text
-from mfm_lightning.utils.atomic import clear_partials
+from mfm_lightning.utils.atomic import check_is_folder, clear_partials
 from mfm_lightning.utils.console import track
+from mfm_lightning.utils.decoding import ImageError
 from mfm_lightning.utils.devices import find_device
 from mfm_rewards.execution import Precision
 
@@ -49,7 +50,7 @@ class Preparation:
         precision: "fp32", "bf16" or "fp16".
         device: "auto", "cpu", "cuda", or "cuda:1"; "auto" and "cuda" share GPUs out to the processes of a machine.
         seed: of the order in which a folder's images are dealt to shards.
-        class_index: JSON of labels by class name, for WebDataset shards.
+        class_index: file of labels by class name (folder); numbers of the order of names where None.
         skip_broken: leave out images that cannot be decoded, and list them in the index.
         allow_pipe: run the commands of `pipe:` URLs.
         allow_download: fetch the VAE where it is not there.
@@ -93,8 +94,11 @@ def check(job: Preparation, source: ImageSource, encoder: MomentEncoder) -> dict
         the settings that decide what the shards hold.
 
     Raises:
-        ValueError: if the folder has shards of another preparation, or the image size does not fit the VAE.
+        NotADirectoryError: if the output is a file.
+        ValueError: if the folder has shards of another preparation, the input was replaced since, or the image size
+            does not fit the VAE.
     """
+    check_is_folder(job.output)
     state_shape = encoder.state_shape(job.image_size)
     settings = {
         "input": source.identity, "vae": encoder.identity, "image_size": job.image_size,
@@ -105,7 +109,14 @@ def check(job: Preparation, source: ImageSource, encoder: MomentEncoder) -> dict
     if path.is_file():
         begun, now = _flat(json.loads(path.read_text())), _flat(settings)
         other = [key for key in {**begun, **now} if begun.get(key) != now.get(key)]
-        if other:
+        if other == ["contents"] and "contents" not in begun:
+            log.warning("%s was begun by an older version, which did not note sizes and times of its input", job.output)
+        elif other == ["contents"]:
+            raise ValueError(
+                f"{job.output} was begun with other files of the same names (sizes or times of change in "
+                f"{', '.join(job.inputs)} are others): give another folder"
+            )
+        elif other:
             was = "; ".join(f"{key} was {begun.get(key)}, is {now.get(key)}" for key in other)
             raise ValueError(f"{job.output} has a preparation with other settings ({was}): give another folder")
     elif list(Path(job.output).glob("*.tar")):
@@ -113,6 +124,12 @@ def check(job: Preparation, source: ImageSource, encoder: MomentEncoder) -> dict
     else:
         write_json(path, settings)
     return settings
+
+
+def report(job: Preparation, source: ImageSource) -> None:
+    """Say what was found, and what is left out, before work begins."""
+    log.info("%s: %s", ", ".join(job.inputs), source.found)
+    source.left_out.report(", ".join(job.inputs))
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -138,18 +155,27 @@ def prepare(
         whether the index is there.
 
     Raises:
-        FileNotFoundError, ValueError: before any image is encoded, for what cannot be used; InputError for an image
+        FileNotFoundError, ValueError: before any image is encoded, for what cannot be used; ImageError for an image
             that cannot be decoded, unless those are skipped.
+        OSError: where the input cannot be read, or the output not be written.
     """
     source, encoder = job.source(), job.encoder(local_rank)
+    if show and rank == 0:
+        report(job, source)
+    passed = sum(source.left_out.counts.values())
     check(job, source, encoder)
     folder = Path(job.output)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     mine = [unit for unit in range(source.units) if unit % world_size == rank]
     missing = [unit for unit in mine if _shards_of(folder, unit) is None]
-    with ThreadPoolExecutor(job.threads) as threads:
+    threads = ThreadPoolExecutor(job.threads)
+    try:
         for unit in track(missing, describe=lambda unit: f"encoding {unit} of {source.units}") if show else missing:
             _make_unit(job, source, encoder, unit, threads, lambda: _stop_with(parent, rank))
+    finally:
+        threads.shutdown(cancel_futures=True)  # what is decoded ahead would make a stop wait
+    if sum(source.left_out.counts.values()) > passed:  # files in tars, which only reading finds
+        source.left_out.report(", ".join(job.inputs))
     return write_index(job, source, encoder)
 
 
@@ -217,7 +243,12 @@ def _make_unit(
         chunk = islice(chain([first], images), job.shard_size)
         if finished(folder, name) is None:
             broken: list[str] = []
-            write_shard(folder, name, _encoded(job, encoder, chunk, threads, broken, between), broken)
+            try:
+                write_shard(folder, name, _encoded(job, encoder, chunk, threads, broken, between), broken)
+            except FileNotFoundError:  # a run beside this one was quicker, and has cleared what it took for left over
+                if finished(folder, name) is None:
+                    raise
+                deque(chunk, maxlen=0)
         else:
             deque(chunk, maxlen=0)  # past what is there
         names.append(name)
@@ -237,9 +268,9 @@ def _encoded(
     def decode(raw: RawImage) -> tuple[RawImage, np.ndarray | None]:
         try:
             return raw, raw.open(job.image_size)
-        except InputError as error:
+        except ImageError as error:
             if not job.skip_broken:
-                raise InputError(f"{error}; --skip-broken leaves such images out") from error
+                raise ImageError(f"{error}; --skip-broken leaves such images out") from error
             return raw, None
 
     decoded = _map_ahead(threads, decode, images, ahead=4 * job.batch_size)

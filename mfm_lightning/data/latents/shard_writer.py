@@ -79,5 +79,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
-    with whole_file(path, sync=True) as partial:
-        partial.write_text(text)
+    for last in (False, False, True):
+        try:
+            with whole_file(path, sync=True) as partial:
+                partial.write_text(text, encoding="utf-8")
+            return
+        except FileNotFoundError:  # a run beside this one took it for left over, and has cleared it: once more
+            if last:
+                raise

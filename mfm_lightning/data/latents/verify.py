@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Layout, Shard
+from mfm_lightning.data.latents.index import CLASSES, LatentIndex, LatentIndexError, Layout, Shard, read_classes
 from mfm_lightning.data.latents.shard_reader import check_samples
 from mfm_lightning.data.latents.urls import from_webdataset, join, local_path, open_url
 from mfm_lightning.utils.console import progress_bar
@@ -34,6 +34,9 @@ def verify(folder: str, allow_pipe: bool = False) -> LatentIndex:
     listed = {shard.name for shard in index.shards}
     if (path := local_path(folder)) is not None:
         problems += [f"{p.name} is not in the index" for p in sorted(Path(path).glob("*.tar")) if p.name not in listed]
+    classes = read_classes(folder, allow_pipe)
+    if classes is not None and sorted(classes.values()) != list(range(index.num_classes)):
+        problems.append(f"{CLASSES} has {len(classes)} classes, the index {index.num_classes}")
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise LatentIndexError(f"{folder}: {len(problems)} problems: {'; '.join(problems[:_SHOWN])}{more}")

@@ -1,0 +1,152 @@
+"""Which folders are classes, in which order, and by which label: of a tree `ROOT/CLASS/*.jpg`, and of class indices."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mfm_lightning.utils.image_files import LeftOut, is_image, is_junk, walk
+from mfm_rewards.text_lists import TextListError, read_list
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_SHOWN = 5
+
+
+class InputError(ValueError):
+    """Images that shards cannot be made of."""
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """An image of a tree: its path from the root on, label, and what tells that it was replaced."""
+
+    name: str
+    label: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class ClassTree:
+    """The images of a tree by class, in the order of names.
+
+    Args:
+        class_to_idx: labels by name of the folder; also of classes of an index that have no folder.
+        images: all of them.
+        order: how labels were given, in words; "" for the order of names.
+        left_out: files that are no images.
+    """
+
+    class_to_idx: dict[str, int]
+    images: list[FoundImage]
+    order: str
+    left_out: LeftOut
+
+    def line(self) -> str:
+        """What was found, such as "2 images of 2 classes: 0 cat, 1 dog"."""
+        names = [f"{label} {name}" for name, label in sorted(self.class_to_idx.items(), key=lambda item: item[1])]
+        shown = names if len(names) <= 2 * _SHOWN else [*names[:_SHOWN], "...", names[-1]]
+        order = f" ({self.order})" if self.order else ""
+        return f"{len(self.images)} images of {len(names)} classes{order}: {', '.join(shown)}"
+
+
+def find_classes(root: Path, class_index: Path | None = None) -> ClassTree:
+    """The images below a folder, whose folders are classes but for hidden ones.
+
+    Labels follow the class index; without, the names' order, which is numeric where all of them are whole numbers.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, no class in it, or a class without images.
+        InputError: for a folder that the index does not have; where no image lies in a class folder itself, so that
+            the folders above the classes were given.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}: expected one folder of images for each class in it")
+    left_out, names = LeftOut(), []
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir() and not is_junk(entry.name):
+                names.append(entry.name)
+            elif is_image(entry.name) and not is_junk(entry.name):
+                left_out.add("images beside the class folders", entry.name)
+    if not names:
+        found = f"; {line}" if (line := left_out.line()) else ""
+        raise FileNotFoundError(f"Couldn't find any class folder in {root}{found}: expected ROOT/CLASS/IMAGE")
+    class_to_idx, order = _labels(names, root, class_index)
+    images = {name: _images(root, name, class_to_idx[name], left_out) for name in names}
+    if class_index is None:
+        _check_level(root, images)
+    if empty := [name for name in names if not images[name]]:
+        found = f"; {line}" if (line := left_out.line()) else ""
+        raise FileNotFoundError(
+            f"Found no valid file for the classes {', '.join(empty[:_SHOWN])} in {root}: remove their folders, or give "
+            f"images{found}"
+        )
+    if absent := len(class_to_idx) - len(names):
+        order += f", which has {absent} more, without images"
+    return ClassTree(class_to_idx, [image for name in names for image in images[name]], order, left_out)
+
+
+def read_class_index(path: Path) -> dict[str, int]:
+    """Labels by name of the class folder: as `{"cat": 0}`, or of any form that `mfm_rewards.text_lists` reads, such as
+    `imagenet_class_index.json`, of which the WordNet ids are the folders.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        InputError: unless its labels are 0..n-1 and its names are there once each.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no class index at {path}")
+    try:
+        names = [entry.wordnet or entry.name for entry in read_list(path)]
+    except TextListError as error:
+        raise InputError(f"class index: {error}") from error
+    labels = {name: label for label, name in enumerate(names)}
+    if len(labels) < len(names):
+        twice = next(name for label, name in enumerate(names) if labels[name] != label)
+        raise InputError(f"{path}: the class {twice!r} is there twice")
+    return labels
+
+
+def _labels(names: list[str], root: Path, class_index: Path | None) -> tuple[dict[str, int], str]:
+    if class_index is not None:
+        labels = read_class_index(class_index)
+        if unknown := [name for name in names if name not in labels]:
+            raise InputError(
+                f"{class_index} has no class {unknown[0]!r}, which is a folder in {root} ({len(unknown)} such of "
+                f"{len(names)}): add it, or move the folder"
+            )
+        return labels, f"by {class_index}"
+    if all(name.isdecimal() and name.isascii() for name in names):
+        numeric = sorted(names, key=lambda name: (int(name), name))
+        if numeric != names:
+            return {name: i for i, name in enumerate(numeric)}, "names are whole numbers, in numeric order"
+    return {name: i for i, name in enumerate(names)}, ""
+
+
+def _images(root: Path, name: str, label: int, left_out: LeftOut) -> list[FoundImage]:
+    found = []
+    for entry in walk(root / name):
+        path = Path(entry.path).relative_to(root).as_posix()
+        if not entry.is_file():
+            left_out.add("not plain files", path)
+        elif is_image(entry.name):
+            stat = entry.stat()
+            found.append(FoundImage(path, label, stat.st_size, stat.st_mtime_ns))
+        else:
+            left_out.add_file(path)
+    return sorted(found, key=lambda image: image.name)
+
+
+def _check_level(root: Path, images: dict[str, list[FoundImage]]) -> None:
+    """Raise InputError where what was taken for classes are folders above them."""
+    deep = [name for name, found in images.items() if found and not any(i.name.count("/") == 1 for i in found)]
+    splits = [name for name in deep if name.lower() in _SPLITS]
+    if splits or (deep and not any(found for name, found in images.items() if name not in deep)):
+        one = (splits or deep)[0]
+        what = "a part of a data set" if splits else "folders of folders, without images of their own"
+        raise InputError(
+            f"{root}: {', '.join((splits or deep)[:_SHOWN])} in it are {what}, not classes: give --input {root / one}, "
+            "or --class-index if they are the classes"
+        )
