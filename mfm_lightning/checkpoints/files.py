@@ -114,24 +114,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse what training cannot go on from, nor load weights from, before anything is built.
-
-    Raises:
-        FileNotFoundError: if there is nothing.
-        CheckpointError: if it is a file of another kind.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.is_file() and not zipfile.is_zipfile(path):
-        what = "a model" if path.suffix == ".safetensors" else "no file of torch.save"
-        raise CheckpointError(
-            f"{path} is {what}, not a run's checkpoint: --ckpt_path takes the last.ckpt of a run (a model is given in "
-            "the config, as teacher, initial or target.model)"
-        )
-
-
 def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWORKS) -> nn.Module:
     """Build the network that `save_network` wrote.
 

@@ -66,7 +66,7 @@ class OffPolicyDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         stream = self.data.train_dataloader()
-        return BatchStream(self.train_batch, stream.length, stream.start)
+        return BatchStream(self.train_batch, stream.length, stream.start, stream.where)
 
     def train_batch(self, step: int) -> tuple[Tensor, Any]:
         """The training batch of a step; renews the buffer where it is due."""

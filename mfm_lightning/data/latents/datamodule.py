@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,15 +186,17 @@ class LatentShards(StepDataModule):
         start: int = 0,
         length: int | None = None,
         num_workers: int | None = None,
+        where: Callable[[], int] | None = None,
     ) -> LatentLoader:
         """Batches `start..length-1` of a rank; one epoch where `length` is None.
 
         Args:
-            split: "train" or "val".
+            split: "train", whose loader goes on with each pass, or "val", where all passes are the same.
             num_workers: other than this DataModule's.
+            where: as of `StepLoader`.
         """
         workers = self.num_workers if num_workers is None else num_workers
-        return LatentLoader(self._stream(split, rank, world_size, workers, start, length), workers)
+        return LatentLoader(self._stream(split, rank, world_size, workers, start, length), workers, where=where)
 
     def _stream(
         self, split: str, rank: int, world_size: int, lanes: int, start: int, length: int | None
@@ -210,7 +212,7 @@ class LatentShards(StepDataModule):
 
     def train_dataloader(self) -> LatentLoader:
         start, length = self.steps()
-        return self.loader("train", *self._rank(), start=start, length=length)
+        return self.loader("train", *self._rank(), start=start, length=length, where=self.position)
 
     def val_dataloader(self) -> LatentLoader | list:
         return self.loader("val", *self._rank()) if self._part("val")[1].shards else []
