@@ -146,7 +146,13 @@ class LastCheckpoint(ModelCheckpoint):
         end_at_signals(trainer, "mfm predict")
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *more: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._trains(trainer) and trainer.world_size > 1:
             self._stop_if_asked(trainer, after=_leave_validation)
@@ -213,10 +219,12 @@ class LastCheckpoint(ModelCheckpoint):
         if not trainer.strategy.reduce_boolean_decision(self._asked > 0, all=False):
             return
         asked = gather_ranks(self._asked)
-        self._asked = self._requeued_by if self._requeued_by in asked else max(asked)
+        number = self._requeued_by if self._requeued_by in asked else None
+        number = max(asked) if number is None else number
+        self._asked = number
         if after is not None:
-            after(self._asked)
-        number, self._asked = self._asked, 0
+            after(number)
+        self._asked = 0
         self._write_stopped(trainer, signal.Signals(number))
         raise Stopped(number)
 

@@ -27,8 +27,16 @@ def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] 
     """Write a network's weights, and in the file's metadata its class and `config`, as safetensors.
 
     Raises:
-        CheckpointError: if the network cannot be made again from them; `check_network` says so before any training.
+        CheckpointError: if the network cannot be made again from them; `check_network` says so before any training. Or
+            if a weight is NaN or infinite.
     """
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            value = tensor.flatten()[~torch.isfinite(tensor.flatten())][0].item()
+            raise CheckpointError(
+                f"{path} is not written: weight {name} of the {type(network).__name__} is {value}. In a run, its "
+                "last.ckpt has the same; begin anew with a lower learning rate, or from a checkpoint before"
+            )
     header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
     return save_tensors(network.state_dict(), path, header)
 

@@ -59,7 +59,7 @@ class StepDataModule(L.LightningDataModule, ABC):
     def position(self) -> int:
         """The batch that the trainer takes next: what it has trained on so far, epoch after epoch; with
         `trainer.overfit_batches` the same few again in each epoch."""
-        trainer = trainer_of(self)
+        trainer: Any = trainer_of(self)  # Lightning does not declare what its loops count
         if not hasattr(trainer, "fit_loop"):  # one that counts steps alone
             return trainer.global_step * trainer.accumulate_grad_batches
         progress, few = trainer.fit_loop.epoch_loop.batch_progress, trainer.overfit_batches
@@ -72,6 +72,10 @@ class StepDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> StepLoader:
         start, length = self.steps()
         return BatchStream(self.train_batch, length, start, self.position)
+
+    def origin(self, step: int) -> str:
+        """Where the training batch of a step is from, for an error; nothing where that is not known."""
+        return ""
 
     def decode(self, x: Tensor) -> Tensor:
         """Model states to what one looks at (images in [0, 1])."""

@@ -53,7 +53,7 @@ class OffPolicyDataModule(L.LightningDataModule):
 
     def __getattr__(self, name: str) -> Any:
         """Splits, decoding and an oracle are the other DataModule's."""
-        if name in ("splits", "decode", "oracle"):
+        if name in ("splits", "decode", "oracle", "origin"):
             return getattr(self.data, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 

@@ -109,7 +109,10 @@ def _hide_events(logger: TensorBoardLogger, step: int) -> None:
 
     writer = logger.experiment
     if isinstance(writer, SummaryWriter):  # as its argument purge_step does, before the step is known
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import (
+            Event,  # pyright: ignore[reportAttributeAccessIssue] # made when it is imported
+            SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+        )
 
         file = writer._get_file_writer()
         file.add_event(Event(step=step, file_version="brain.Event:2"))

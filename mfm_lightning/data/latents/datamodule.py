@@ -229,6 +229,11 @@ class LatentShards(StepDataModule):
             self._random_access = self._stream("train", *self._rank(), 1, 0, None)
         return self._random_access.batch(step)
 
+    def origin(self, step: int) -> str:
+        stream = self._stream("train", *self._rank(), self.num_workers, 0, None)
+        self._streams.pop()  # it reads nothing
+        return f"of {', '.join(stream.shards_of(step))} in {self.folder}"
+
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
         if self.decoder is None:

@@ -107,6 +107,17 @@ class LatentStream(IterableDataset):
             self.batch(step, self.ring.slot(*place))
             yield place
 
+    def shards_of(self, step: int) -> list[str]:
+        """Names of the shards that a step's batch is drawn from."""
+        which, size = self._place(step)
+        return [self.index.shards[shard].name for shard, _ in self._rows_of(which, size)]
+
+    def _place(self, step: int) -> tuple[tuple[int, int, int], int]:
+        """Epoch, lane and number of the block of a step's batch, and the samples of such a block."""
+        epoch, p = divmod(step, self.plan.batches)
+        per_block = max(1, self.reading.shuffle_buffer // self.plan.batch_size)
+        return (epoch, p % self.plan.lanes, p // self.plan.lanes // per_block), per_block * self.plan.batch_size
+
     def batch(self, step: int, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The batch of a step, in the memory of `out` where that is given.
 
@@ -114,12 +125,10 @@ class LatentStream(IterableDataset):
             CorruptSampleError: for a corrupt sample with "raise"; with "skip" if a whole block is corrupt.
         """
         epoch, p = divmod(step, self.plan.batches)
-        B, lane, q = self.plan.batch_size, p % self.plan.lanes, p // self.plan.lanes
-        per_block = max(1, self.reading.shuffle_buffer // B)
-        which = (epoch, lane, q // per_block)
+        which, per_block = self._place(step)
         if self._block is None or self._block.which != which:
-            self._block = self._load(which, per_block * B)
-        at, size = q % per_block * B, self.plan.batch_sizes[p]
+            self._block = self._load(which, per_block)
+        at, size = p // self.plan.lanes * self.plan.batch_size % per_block, self.plan.batch_sizes[p]
         if out is None:
             out = torch.empty(size, *self.index.state_shape), torch.empty(size, dtype=torch.long)
         seed = np.random.SeedSequence([self.plan.seed, 1, epoch, self.plan.rank, p])
