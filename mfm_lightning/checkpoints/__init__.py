@@ -1,7 +1,6 @@
 """Weights in and out: our own safetensors files, Lightning checkpoints, and the released MFM, DMF and SiT weights."""
 
 from mfm_lightning.checkpoints.files import (
-    check_checkpoint,
     check_network,
     fingerprint,
     load_model,
@@ -18,6 +17,7 @@ from mfm_lightning.checkpoints.released import (
     from_released_names,
     to_released_names,
 )
+from mfm_lightning.training.run_checkpoints import check_checkpoint
 from mfm_rewards.hub import find_file
 from mfm_rewards.weights import CheckpointError, load_state_dict
 

@@ -28,8 +28,16 @@ def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] 
     """Write a network's weights, and in the file's metadata its class and `config`, as safetensors.
 
     Raises:
-        CheckpointError: if the network cannot be made again from them; `check_network` says so before any training.
+        CheckpointError: if the network cannot be made again from them; `check_network` says so before any training. Or
+            if a weight is NaN or infinite.
     """
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            value = tensor.flatten()[~torch.isfinite(tensor.flatten())][0].item()
+            raise CheckpointError(
+                f"{path} is not written: weight {name} of the {type(network).__name__} is {value}. In a run, its "
+                "last.ckpt has the same; begin anew with a lower learning rate, or from a checkpoint before"
+            )
     header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
     return save_tensors(network.state_dict(), path, header)
 
@@ -113,24 +121,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
                 "model.safetensors beside it; of released weights, mfm import converts them"
             ) from error
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-
-
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse what training cannot go on from, nor load weights from, before anything is built.
-
-    Raises:
-        FileNotFoundError: if there is nothing.
-        CheckpointError: if it is a file of another kind.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.is_file() and not zipfile.is_zipfile(path):
-        what = "a model" if path.suffix == ".safetensors" else "no file of torch.save"
-        raise CheckpointError(
-            f"{path} is {what}, not a run's checkpoint: --ckpt_path takes the last.ckpt of a run (a model is given in "
-            "the config, as teacher, initial or target.model)"
-        )
 
 
 def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWORKS) -> nn.Module:
