@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfm_lightning.commands.errors import CommandLineError, explain
-from mfm_lightning.commands.options import add_options, help_only
+from mfm_lightning.commands.options import add_options, help_only, strict_yaml
 
 if TYPE_CHECKING:
     from mfm_benchmarks.suite import Suite
@@ -38,9 +38,8 @@ def benchmark(args: Sequence[str]) -> None:
             raise CommandLineError(f"the suite comes first, as in mfm benchmark alignment --quick; got {others[0]}")
         print(_listing())
         return
-    from rich import get_console
-
     from mfm_benchmarks.runner import Settings, run_suite
+    from mfm_lightning.utils.console import console
     from mfm_lightning.utils.devices import find_device
 
     suite, settings, how = load_suite(name, args[1:])
@@ -50,15 +49,15 @@ def benchmark(args: Sequence[str]) -> None:
     if how["quick"]:
         suite.shrink()
         settings = {"quick": "a small version of these settings", **settings}
-    console = get_console()
+    terminal = console()
     try:
         path = run_suite(suite, Settings(how["fresh"], shlex.join(["mfm", "benchmark", *args]), settings))
     except KeyboardInterrupt:
-        console.print(
+        terminal.print(
             f"Stopped; what is done is in {suite.output / 'results'}, and the same command goes on from there."
         )
         raise SystemExit(130) from None
-    console.print(f"Report: {path}")
+    terminal.print(f"Report: {path}")
 
 
 def _how(
@@ -91,9 +90,10 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
     from jsonargparse import ArgumentParser
 
     from mfm_benchmarks.suite import find_suite
-    from mfm_lightning.utils.configs import find_config
+    from mfm_lightning.utils.configs import find_config, read_config
 
     kind = find_suite(name)
+    strict_yaml()
     parser = ArgumentParser(
         prog=f"mfm benchmark {name}", description=kind.about, exit_on_error=False, allow_abbrev=False
     )
@@ -110,6 +110,8 @@ def load_suite(name: str, args: Sequence[str] = ()) -> tuple[Suite, dict[str, An
     else:
         with suppress(FileNotFoundError):  # a suite of the user's own needs none
             config = find_config(CONFIGS / f"{name}.yaml")
+    if config is not None:
+        read_config(config)
     try:
         read = [] if config is None else ["--suite", str(config)]
         parsed = parser.parse_args([*read, *map(_of_suite, args)])

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from mfm_benchmarks.blocks import Page, Picture, Table
+from mfm_benchmarks.blocks import Block, Page, Picture, Table
 
 
 def write_report(page: Page, folder: Path) -> Path:
@@ -23,6 +26,7 @@ def write_report(page: Page, folder: Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sources = {}
+    page = replace(page, blocks=_with_names_of_their_own(page.blocks))
     for block in page.blocks:
         if isinstance(block, Picture):
             sources[block.name] = _write_figure(block.plot, folder / block.name)
@@ -44,6 +48,19 @@ def write_report(page: Page, folder: Path) -> Path:
     path = folder / "index.html"
     path.write_text(html)
     return path
+
+
+def _with_names_of_their_own(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks, so that no two pictures and no two tables have a file in common, where case is not told, too."""
+    taken: set[tuple[type, str]] = set()
+    found = []
+    for block in blocks:
+        if isinstance(block, Picture | Table):
+            names = itertools.chain([block.name], (f"{block.name}_{k}" for k in itertools.count(2)))
+            block = replace(block, name=next(name for name in names if (type(block), name.lower()) not in taken))
+            taken.add((type(block), block.name.lower()))
+        found.append(block)
+    return found
 
 
 def _write_figure(figure: Figure, path: Path) -> str:

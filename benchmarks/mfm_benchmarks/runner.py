@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import get_console
 
 import mfm_lightning
 from mfm_benchmarks.blocks import Page
@@ -17,7 +16,7 @@ from mfm_benchmarks.environment import commit, describe, device_name
 from mfm_benchmarks.report import write_report
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import MissingInput, Results, Suite
-from mfm_lightning.utils.console import progress_bar
+from mfm_lightning.utils.console import console, progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +42,12 @@ def run_suite(suite: Suite, how: Settings) -> Path:
     Raises:
         MissingInput: before any work, if something that the suite must be given is not there.
     """
-    console = get_console()
+    terminal = console()
     if missing := suite.missing():
         raise MissingInput(suite.name, missing)
     for fit in suite.fits():
         if not fit.is_done():
-            console.rule(f"fit {fit.config} for {fit.file}")
+            terminal.rule(f"fit {fit.config} for {fit.file}")
             fit.run()
     suite.prepare()
     where = {"device": device_name(suite.device), "version": mfm_lightning.__version__}
@@ -64,6 +63,7 @@ def run_suite(suite: Suite, how: Settings) -> Path:
             **describe(suite.device),
             "commit": ", ".join(results.commits) or "not in a repository",
             "computing": f"{seconds:.0f} s for all results of this page",
+            "from the store": f"{results.stored} of {len(results)} results, of earlier runs",
         },
         how.settings or {},
         suite.intervals,
@@ -77,7 +77,7 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
     A cell that fails is noted, and so are those that need it; the others go on. What is done is kept when the run is
     interrupted.
     """
-    results, total, stored, fitted = Results(), 0.0, 0, set()
+    results, total, fitted = Results(), 0.0, set()
     cells = list(suite.cells())
     if len({cell.name for cell in cells}) < len(cells):
         names = [cell.name for cell in cells]
@@ -88,7 +88,7 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
             progress.update(task, description=cell.name)
             outcome = None if fresh else store.load(cell)
             if outcome is not None:
-                stored += 1
+                results.stored += 1
             elif lost := [need.name for need in cell.needs if need not in results]:
                 results.failures[cell.name] = f"needs {', '.join(lost)}, which failed"
             else:
@@ -115,5 +115,8 @@ def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, f
                 total += outcome.numbers.get("cell_seconds", 0.0)
                 results.add(cell, outcome)
             progress.advance(task)
-    log.info("%d of %d results were there already, %d failed", stored, len(cells), len(results.failures))
+    where = f"{results.stored} of {len(cells)} results were there already, in {store.folder}"
+    log.info("%s%s", where, " (--fresh computes them again)" if results.stored else "")
+    if results.failures:
+        log.warning("%d results failed", len(results.failures))
     return results, total

@@ -51,11 +51,16 @@ class Cell:
 
 
 class Results:
-    """Outcomes of the cells that succeeded, and `failures`: what went wrong with the others, by the cell's name."""
+    """Outcomes of the cells that succeeded, how many of them are `stored`, of earlier runs, and `failures`: what went
+    wrong with the others, by the cell's name."""
 
     def __init__(self) -> None:
         self._outcomes: dict[str, Outcome] = {}
         self.failures: dict[str, str] = {}
+        self.stored = 0
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
 
     @property
     def commits(self) -> list[str]:

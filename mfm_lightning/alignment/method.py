@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.target import Target, require_gradient
-from mfm_lightning.interpolant import Generators, randn
+from mfm_lightning.interpolant import Generators, expand, randn
 from mfm_rewards import Reward
 
 
@@ -107,3 +108,17 @@ def positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
+
+
+def not_negative(**numbers: float | None) -> None:
+    """Raise ValueError unless each of these settings, where it is given, is a number that is not negative."""
+    for name, value in numbers.items():
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} {value} must be a number that is not negative")
+
+
+def norms(x: Tensor) -> Tensor:
+    """Norm of each `(B, *shape)`, as `(B, 1, ...)`, which does not overflow where the numbers themselves do not."""
+    largest = x.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = (x.flatten(1) / largest[:, None]).norm(dim=1) * largest
+    return expand(norm, x)

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, one_of, positive, with_particles
+from mfm_lightning.alignment.method import (
+    AlignmentMethod,
+    TimeGrid,
+    norms,
+    not_negative,
+    one_of,
+    positive,
+    with_particles,
+)
 from mfm_lightning.alignment.posteriors import GlassPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
@@ -28,7 +36,7 @@ from mfm_lightning.alignment.values import (
     effective_sample_size,
     log_mean_exp,
 )
-from mfm_lightning.interpolant import Generators, as_times, diffusion, expand, rand, randn
+from mfm_lightning.interpolant import Generators, as_times, diffusion, rand, randn
 from mfm_lightning.samplers import euler_maruyama
 
 TRANSITIONS = ("sde", "glass")
@@ -87,6 +95,7 @@ class ParticleMethod(AlignmentMethod):
     def __post_init__(self) -> None:
         positive(num_particles=self.num_particles)
         one_of("keep", self.keep, KEEP)
+        not_negative(clip=getattr(self, "clip", None), max_diffusion=self.max_diffusion)
         if not 0 <= self.ess_threshold <= 1:
             raise ValueError(f"ess_threshold {self.ess_threshold} must be in [0, 1]")
         if self.grid.end != 1:
@@ -216,7 +225,7 @@ def sde_step(
     shift = strength * deviation * estimate.gradient  # in standard deviations of the step
     if clip is not None:
         largest = clip * x[0].numel() ** 0.5
-        shift = shift * (largest / expand(shift.flatten(1).norm(dim=1), x).clamp_min(1e-20)).clamp_max(1.0)
+        shift = shift * (largest / norms(shift).clamp_min(1e-20)).clamp_max(1.0)
     # N(x'; mean, s^2) / N(x'; mean + s shift, s^2) at x' = mean + s (shift + noise)
     log_ratio = -(shift * noise + shift.square() / 2).flatten(1).sum(dim=1)
     return mean + deviation * (shift + noise), log_ratio

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, one_of
+from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, norms, not_negative, one_of
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawGradient, GradientEstimator
@@ -47,7 +47,7 @@ class Steering(AlignmentMethod):
             from two draws. Of other gradients the clamp takes away 1 - max_diffusion t/(1-t).
 
     Raises:
-        ValueError: for unknown dynamics.
+        ValueError: for unknown dynamics, a negative clip or max_diffusion.
     """
 
     estimator: GradientEstimator = field(default_factory=DrawGradient)
@@ -62,6 +62,7 @@ class Steering(AlignmentMethod):
 
     def __post_init__(self) -> None:
         one_of("dynamics", self.dynamics, DYNAMICS)
+        not_negative(clip=self.clip, max_diffusion=self.max_diffusion)
 
     @property
     def needs_reward_gradient(self) -> bool:
@@ -84,14 +85,14 @@ class Steering(AlignmentMethod):
         if steering is not None:
             clamped = t == 0 if self.renormalise else t * self.max_diffusion < 1 - t
             term = torch.where(expand(clamped, term), steering, term)
-        base = expand(drift.flatten(1).norm(dim=1), drift)
+        base = norms(drift)
         if self.renormalise:
             # a gradient of zero stays zero: there is no direction to go
-            norm = expand(term.flatten(1).norm(dim=1), term)
+            norm = norms(term)
             term = torch.where(norm > 0, term / norm.clamp_min(1e-20) * base, term)
         term = self.strength * term
         if self.clip is not None:
-            norm = expand(term.flatten(1).norm(dim=1), term)
+            norm = norms(term)
             term = term * (self.clip * base / norm.clamp_min(1e-20)).clamp_max(1.0)
         return term
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,6 +72,8 @@ class Target:
         drift: Drift | None = None,
     ) -> None:
         self.model, self.reward, self.decoder = model, as_reward(reward), decoder or IdentityDecoder()
+        if not math.isfinite(reward_scale):
+            raise ValueError(f"reward_scale {reward_scale} must be a finite number")
         self.reward_scale, self.meter = reward_scale, Meter()
         self._drift = drift or model.drift
         given = Conditions.of(conditions, label=label, guidance=guidance, prompts=prompts)
@@ -149,11 +152,17 @@ class Target:
         """r(x) `(B*k,)`, times `reward_scale`, of clean states `(B*k, *shape)`; counted.
 
         Raises:
-            RewardError: as `mfm_rewards.evaluate`; or if a gradient is wanted of a reward that said it was
-                differentiable, and is not.
+            RewardError: as `mfm_rewards.evaluate`; if the scale takes values out of the finite numbers; or if a
+                gradient is wanted of a reward that said it was differentiable, and is not.
             ValueError: if the conditions do not fit the number of states.
         """
-        return self.reward_scale * self.meter.counted("reward", self.plain_rewards)(x)
+        values = self.reward_scale * self.meter.counted("reward", self.plain_rewards)(x)
+        if not torch.isfinite(values.detach()).all():  # the plain ones are finite
+            raise RewardError(
+                f"reward {name_of(self.reward)!r} times reward_scale {self.reward_scale:g} leaves the finite numbers: "
+                "lower the scale"
+            )
+        return values
 
     def plain_rewards(self, x: Tensor) -> Tensor:
         """The same without the scale, and not counted: what is reported."""
@@ -205,6 +214,8 @@ class TargetSettings:
             FileNotFoundError, ValueError: if prompts or class names are not as many as classes, or have no file.
             ValueError: for a guidance scale that the model does not know.
         """
+        if not math.isfinite(self.reward_scale):
+            raise ValueError(f"target.reward_scale {self.reward_scale} must be a finite number")
         if not Path(self.model).is_file():
             raise FileNotFoundError(
                 f"no model at {self.model}: fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)"

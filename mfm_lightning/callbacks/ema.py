@@ -19,7 +19,8 @@ class EMA(L.Callback):
     """Averages the parameters that are trained, and puts the average in their place for validation, test and predict.
 
     Lightning's WeightAveraging copies the whole module, frozen parts and all. Here only trained parameters are held,
-    parameter by parameter and in place, which is also right for sharded ones (each rank averages its own shard).
+    parameter by parameter and in place, which is also right for sharded ones (each rank averages its own shard). The
+    average is float32 also where the parameters are bfloat16: steps of 1 - decay are below their precision.
 
     Args:
         decay: of the average; at step k the smaller of this and (1+k)/(10+k) is used, so that short runs work.
@@ -41,7 +42,8 @@ class EMA(L.Callback):
         """Begin with the parameters as they are, where there is no average of them yet."""
         for name, p in _trained(module):
             kept = self.average.get(name)
-            self.average[name] = p.detach().clone() if kept is None else like(kept, p)
+            kept = p.detach().clone() if kept is None else like(kept, p)
+            self.average[name] = kept.to(torch.promote_types(p.dtype, torch.float32))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,7 +57,7 @@ class EMA(L.Callback):
         self.num_updates = step
         k = self.num_updates - self.start_step
         decay = min(self.decay, (1 + k) / (10 + k)) if k > 0 else 0.0
-        parameters = [(self.average[name], p.detach()) for name, p in _trained(module)]
+        parameters = [(self.average[name], p.detach().to(self.average[name].dtype)) for name, p in _trained(module)]
         # torch's optimisers average so, too; its types leave the function out
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [a for a, _ in parameters], [p for _, p in parameters], 1 - decay

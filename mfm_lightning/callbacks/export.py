@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 
+from mfm_lightning.callbacks.checkpoint import LastCheckpoint
 from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.checkpoints import check_network, save_network
 from mfm_lightning.modules.base import TrainingModule
@@ -15,7 +16,8 @@ log = logging.getLogger(__name__)
 
 
 class ExportModel(L.Callback):
-    """Writes `model.safetensors` (averaged weights where EMA is on) to the run's folder when training ends.
+    """Writes `model.safetensors` (averaged weights where EMA is on) to the run's folder when training ends, after the
+    last checkpoint: what goes wrong then costs no step, and `--ckpt_path last` writes it. Its metadata has the `step`.
 
     Args:
         filename: in the trainer's `default_root_dir`.
@@ -36,8 +38,13 @@ class ExportModel(L.Callback):
             check_network(_exporting(pl_module).exported)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.ckpt_path is None:
-            self.refuse_overwriting(trainer.default_root_dir)
+        if trainer.ckpt_path is not None:
+            return
+        self.refuse_overwriting(trainer.default_root_dir)
+        path = Path(trainer.default_root_dir) / self.filename
+        if trainer.is_global_zero and path.exists():  # else it would pass for this run's, should that be stopped
+            path.unlink()
+            log.info("%s was of the run before this one, and is removed", path)
 
     def refuse_overwriting(self, folder: str | Path) -> None:
         """Raise FileExistsError if a run that begins would write over a finished one's file."""
@@ -51,11 +58,14 @@ class ExportModel(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = _exporting(pl_module)
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] # Lightning sets it elsewhere
+        for callback in (c for c in callbacks if isinstance(c, LastCheckpoint)):
+            callback.finish(trainer)
         ema = next((c for c in callbacks if isinstance(c, EMA)), EMA())
         with ema.applied(module), module.whole_weights():
             if trainer.is_global_zero:
                 path = Path(trainer.default_root_dir) / self.filename
-                save_network(module.exported, path, {"kind": module.exported_kind})
+                metadata = {"kind": module.exported_kind, "step": str(trainer.global_step)}
+                save_network(module.exported, path, metadata)
                 log.info("model written to %s", path)
 
 

@@ -1,7 +1,6 @@
 """Weights in and out: our own safetensors files, Lightning checkpoints, and the released MFM, DMF and SiT weights."""
 
 from mfm_lightning.checkpoints.files import (
-    check_checkpoint,
     check_network,
     fingerprint,
     load_model,
@@ -13,17 +12,16 @@ from mfm_lightning.checkpoints.files import (
 )
 from mfm_lightning.checkpoints.importing import export_checkpoint, import_checkpoint, imported_kind
 from mfm_lightning.checkpoints.released import (
-    PREFIXES,
     RELEASED_NAMES,
     SOURCES,
     from_released_names,
-    strip_prefixes,
     to_released_names,
 )
-from mfm_rewards.weights import CheckpointError, find_file, load_state_dict
+from mfm_lightning.training.run_checkpoints import check_checkpoint
+from mfm_rewards.hub import find_file
+from mfm_rewards.weights import CheckpointError, load_state_dict
 
 __all__ = [
-    "PREFIXES",
     "RELEASED_NAMES",
     "SOURCES",
     "CheckpointError",
@@ -42,6 +40,5 @@ __all__ = [
     "read_metadata",
     "save_model",
     "save_network",
-    "strip_prefixes",
     "to_released_names",
 ]

@@ -55,9 +55,10 @@ def infer_architecture(state: Mapping[str, Tensor], given: Mapping[str, Any], pa
     found.setdefault("num_classes", shape("label_embedding.weight", 2)[0] - 1)
     found.setdefault("depth", num_blocks(state, "blocks."))
     found.setdefault("mlp_ratio", shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden)
-    found.setdefault("qk_norm", "blocks.0.attn.q_norm.weight" in state)
-    if "blocks.0.attn.q_norm.weight" in state:
-        found.setdefault("num_heads", hidden // max(shape("blocks.0.attn.q_norm.weight", 1)[0], 1))
+    norm = next((n for n in ("scale", "weight") if f"blocks.0.attn.q_norm.{n}" in state), None)
+    found.setdefault("qk_norm", {None: False, "scale": "rms", "weight": "layer"}[norm])
+    if norm is not None:
+        found.setdefault("num_heads", hidden // max(shape(f"blocks.0.attn.q_norm.{norm}", 1)[0], 1))
     size = _BY_SHAPE.get((found["hidden_size"], found["depth"]), {})
     for keyword in ("num_heads", "encoder_depth"):
         found.setdefault(keyword, size.get(keyword))

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +28,16 @@ def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] 
     """Write a network's weights, and in the file's metadata its class and `config`, as safetensors.
 
     Raises:
-        CheckpointError: if the network cannot be made again from them; `check_network` says so before any training.
+        CheckpointError: if the network cannot be made again from them; `check_network` says so before any training. Or
+            if a weight is NaN or infinite.
     """
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            value = tensor.flatten()[~torch.isfinite(tensor.flatten())][0].item()
+            raise CheckpointError(
+                f"{path} is not written: weight {name} of the {type(network).__name__} is {value}. In a run, its "
+                "last.ckpt has the same; begin anew with a lower learning rate, or from a checkpoint before"
+            )
     header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
     return save_tensors(network.state_dict(), path, header)
 
@@ -114,24 +123,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
-def check_checkpoint(path: str | Path) -> None:
-    """Refuse what training cannot go on from, nor load weights from, before anything is built.
-
-    Raises:
-        FileNotFoundError: if there is nothing.
-        CheckpointError: if it is a file of another kind.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.is_file() and not zipfile.is_zipfile(path):
-        what = "a model" if path.suffix == ".safetensors" else "no file of torch.save"
-        raise CheckpointError(
-            f"{path} is {what}, not a run's checkpoint: --ckpt_path takes the last.ckpt of a run (a model is given in "
-            "the config, as teacher, initial or target.model)"
-        )
-
-
 def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWORKS) -> nn.Module:
     """Build the network that `save_network` wrote.
 
@@ -152,15 +143,54 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
         kind = _users_class(name, path)
     else:
         raise CheckpointError(f"{path} holds a {name}: expected one of {', '.join(known)}")
-    config = json.loads(header["config"])
+    config = _read_config(header, path)
     try:
+        _check_size(kind, config, path)
         network = kind(**config)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} holds a {name} that the class does not make any more: {error}") from error
     if not hasattr(network, "config"):
-        network.config = config
-    load_into(network, load_file(path), set(network.state_dict()), path, "mfm-lightning")
+        setattr(network, "config", config)  # noqa: B010 # a Module declares tensors and modules alone
+    state = load_file(path)
+    if broken := next((k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()), None):
+        raise CheckpointError(
+            f"{path} holds numbers that are not finite, first in {broken}: its training had broken down"
+        )
+    load_into(network, state, set(network.state_dict()), path, "mfm-lightning")
     return network
+
+
+def _read_config(header: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    try:
+        config = json.loads(header.get("config", ""))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the network's config in its metadata is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: the network's config in its metadata is no JSON object: {config!r}")
+    return config
+
+
+def _check_size(kind: type[nn.Module], config: dict[str, Any], path: str | Path) -> None:
+    """Refuse a file whose config asks for another network than its tensors are of, before memory is taken for it."""
+    limit = Path(path).stat().st_size
+    large = [k for k, v in config.items() if isinstance(v, int) and v > limit]
+    if large:
+        raise CheckpointError(
+            f"{path} asks for a network with {large[0]} {config[large[0]]:,}, and has {limit:,} bytes"
+        )
+    try:
+        with torch.device("meta"):
+            wanted = {k: tuple(v.shape) for k, v in kind(**config).state_dict().items()}
+    except RuntimeError:  # a constructor that looks at its numbers needs real ones
+        return
+    with safe_open(path, framework="pt") as file:
+        there = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 # it is no dictionary
+    if wrong := sorted(k for k in wanted if k in there and wanted[k] != there[k]):
+        k = wrong[0]
+        raise CheckpointError(
+            f"{path}: {len(wrong)} tensors of another shape, first {k}: {there[k]} in the file, {wanted[k]} in the "
+            "network"
+        )
 
 
 def _users_class(name: str, path: str | Path) -> type[nn.Module]:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,19 +16,22 @@ from mfm_lightning.checkpoints.architecture import infer_architecture
 from mfm_lightning.checkpoints.files import read_metadata
 from mfm_lightning.checkpoints.released import (
     ADDED,
+    ANCHORS,
     SOURCES,
     drop_sigma,
     from_one_time_embedding,
     from_released_names,
     has_sigma,
     sources_of,
-    strip_prefixes,
     to_released_names,
+    with_null_label,
 )
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
+from mfm_lightning.networks.dit import QKNorm
 from mfm_lightning.utils.atomic import whole_file
-from mfm_rewards.weights import CheckpointError, find_file, load_into, load_state_dict
+from mfm_rewards.hub import find_file
+from mfm_rewards.weights import CheckpointError, load_into, read_checkpoint, tensors_of, unwrapped
 
 log = logging.getLogger(__name__)
 _CONFIG = "mfm_lightning_config"  # in the metadata of an exported file: what shapes do not tell
@@ -46,7 +50,7 @@ def import_checkpoint(
     num_heads: int | None = None,
     encoder_depth: int | None = None,
     num_classes: int | None = None,
-    qk_norm: bool | None = None,
+    qk_norm: QKNorm | None = None,
     guidance_scales: Sequence[float] | None = None,
     flip_time: bool | None = None,
     allow_download: bool = False,
@@ -60,8 +64,9 @@ def import_checkpoint(
 
     Args:
         path: a `.safetensors`, `.pt`, `.pth` or Lightning `.ckpt` file, or a Hugging Face repository (`find_file`);
-            names may carry a prefix `model.model.dit.`, `model.dit.`, `dit.` or `module.`.
+            names may carry prefixes, and what torch.compile and sharding put into them (`unwrapped`).
         source: "mfm", "dmf" or "sit": whose parameter names the file has.
+        num_classes: where a table of labels has no more rows than that, none is of the null label: one is added.
         flip_time: the weights take t=1 for noise (True, the default, for released MFM and DMF weights and for SiT as
             retrained by the DMF and REPA projects; False for the original SiT release).
         allow_download: fetch the file where it is not on this machine.
@@ -87,7 +92,8 @@ def import_checkpoint(
         "flip_time": flip_time,
     }
     path = find_file(path, allow_download, revision)
-    state = strip_prefixes(load_state_dict(path, [argparse.Namespace]))  # DMF's and SiT's hold their arguments
+    content = read_checkpoint(path, [argparse.Namespace])  # DMF's and SiT's hold their arguments
+    state = unwrapped(tensors_of(content, path), ANCHORS, path)
     if source not in (possible := sources_of(state)):
         raise CheckpointError(f"{path} has names of source {' or '.join(map(repr, possible))}, not of {source!r}")
     if source == "mfm":
@@ -103,6 +109,9 @@ def import_checkpoint(
                     "if it is that, give flip_time=False (mfm import: --no-flip-time)",
                     path,
                 )
+    classes = given["num_classes"] if given.get("num_classes") is not None else _stated_classes(content)
+    if ANCHORS[0] in state:
+        state, given["num_classes"] = with_null_label(state, classes, path)
     flip_time = given.pop("flip_time", None)
     config = infer_architecture(state, given, path)
     model = MetaFlowMap(DiT(**config, flip_time=True if flip_time is None else flip_time))
@@ -156,6 +165,14 @@ def export_checkpoint(model: MetaFlowMap, path: str | Path, prefix: str = "dit."
         else:
             torch.save({"state_dict": state}, partial)
     return path
+
+
+def _stated_classes(content: Any) -> int | None:
+    """The number of classes in the training script's arguments, where they are beside the weights."""
+    arguments = content.get("args") if isinstance(content, dict) else None
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    found = arguments.get("num_classes") if isinstance(arguments, dict) else None
+    return found if isinstance(found, int) else None
 
 
 def _exported_config(path: Path) -> dict[str, object]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from mfm_rewards.weights import CheckpointError
+
+log = logging.getLogger(__name__)
 
 # Released MFM name -> ours. s_embedder/t_embedder are the encoder's inner times s and u, "_second" the decoder's.
 RELEASED_NAMES = {
@@ -19,8 +26,8 @@ RELEASED_NAMES = {
     "y_embedder.embedding_table": "label_embedding",
     "guidance_embedder.embedding_table": "guidance_embedding",
 }
-PREFIXES = ("model.model.dit.", "model.dit.", "dit.", "module.")
 SOURCES = ("mfm", "dmf", "sit")
+ANCHORS = ("x_embedder.proj.weight",)  # a name that each of them has
 
 # What an MFM adds to a DMF or a SiT; a fresh network holds these at their inert values.
 ADDED = (
@@ -31,18 +38,8 @@ ADDED = (
     "condition_gate",
     "guidance_embedding",
 )
+_USUAL_CLASSES = (1, 2, 10, 100, 200, 1000)
 _TRAINING_ONLY = ("logvar_linear.", "projectors.")  # heads of DMF and REPA
-
-
-def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the wrappers' prefixes; where some carry `dit.`, only those are kept."""
-    inside = {k: v for k, v in state.items() if "dit." in k}
-    stripped = {}
-    for name, tensor in (inside or state).items():
-        while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
-            name = name.removeprefix(prefix)
-        stripped[name] = tensor
-    return stripped
 
 
 def from_released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,6 +62,44 @@ def from_one_time_embedding(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif not name.startswith(_TRAINING_ONLY):
             renamed[name] = tensor
     return _rename(renamed, {k: v for k, v in RELEASED_NAMES.items() if k.startswith("y_")})
+
+
+def with_null_label(
+    state: dict[str, Tensor], num_classes: int | None, path: str | Path
+) -> tuple[dict[str, Tensor], int | None]:
+    """The weights with a row of the null label, after those of the classes, and the number of classes.
+
+    A network that was trained without class dropout has none. Its row is then the mean of the others, which changes
+    nothing for a class, and means little: it is said.
+
+    Args:
+        num_classes: None where it is not known; the number of rows tells, unless it is a usual number of classes.
+
+    Raises:
+        CheckpointError: if it cannot be told, or is another than the rows say.
+    """
+    table = state.get("label_embedding.weight")
+    if table is None or table.dim() != 2:
+        return state, num_classes
+    rows = len(table)
+    if num_classes is None and rows in _USUAL_CLASSES:
+        raise CheckpointError(
+            f"{path}: the table of labels has {rows} rows: {rows} classes without the null label (trained without "
+            f"class dropout), or {rows - 1} and the null label? Give num_classes (--num-classes {rows} or {rows - 1})"
+        )
+    if num_classes is not None and rows not in (num_classes, num_classes + 1):
+        raise CheckpointError(
+            f"{path}: the table of labels has {rows} rows: expected {num_classes} classes, and one for the null label"
+        )
+    if num_classes != rows:
+        return state, rows - 1
+    log.warning(
+        "%s has no row of the null label (trained without class dropout): it is the mean of the %d classes' now, and "
+        "samples without a class and class guidance mean little before training with class dropout",
+        path,
+        rows,
+    )
+    return {**state, "label_embedding.weight": torch.cat([table, table.mean(dim=0, keepdim=True)])}, rows
 
 
 def has_sigma(state: dict[str, Tensor]) -> bool:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from rich import get_console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,6 +16,7 @@ from mfm_lightning.commands.planning import Plan, plan_training
 from mfm_lightning.modules import TrainingExecution
 from mfm_lightning.objectives import Objective
 from mfm_lightning.utils.configs import default_settings, find_config, read_config
+from mfm_lightning.utils.console import console
 
 MODULE = "mfm_lightning.modules.MFMPretraining"
 
@@ -56,10 +56,10 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
 
 def show(plan: Plan, memory: float) -> None:
     """Print a plan."""
-    console = get_console()
+    terminal = console()
     samples = plan.devices * plan.batch_size * plan.accumulate
-    console.print(f"{plan.parameters / 1e6:,.2f} M trained parameters, {plan.teacher / 1e6:,.2f} M of the teacher")
-    console.print(
+    terminal.print(f"{plan.parameters / 1e6:,.2f} M trained parameters, {plan.teacher / 1e6:,.2f} M of the teacher")
+    terminal.print(
         f"a step: {samples:,} samples on {plan.devices} devices ({plan.batch_size} each"
         f"{f', {plan.accumulate} times' if plan.accumulate > 1 else ''}), {plan.flops / 1e12:,.2f} TFLOP on each"
     )
@@ -69,8 +69,8 @@ def show(plan: Plan, memory: float) -> None:
         table.add_row(name, *[f"{column[name] / 1e9:,.2f}" if name in column else "" for column in columns])
     totals = [sum(column.values()) / 1e9 for column in columns]
     table.add_row("sum", *[f"{total:,.2f}{'' if total < memory else '  (too much)'}" for total in totals], style="bold")
-    console.print(table)
-    console.print(
+    terminal.print(table)
+    terminal.print(
         f"Of {memory:g} GB. Not counted: CUDA's context and NCCL's buffers (about 1 GB), what the allocator wastes, "
         "the VAE and rewards. Less memory: execution.checkpoint_activations, a smaller batch with accumulation, FSDP."
     )

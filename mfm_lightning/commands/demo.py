@@ -32,24 +32,23 @@ def demo(args: Sequence[str]) -> None:
     if {"-h", "--help"} & set(args):
         print(HELP)
         return
-    from rich import get_console
-
     from mfm_lightning.commands.main import run
+    from mfm_lightning.utils.console import console
 
     if args and not args[0].startswith("-"):
         raise CommandLineError(f"mfm demo takes options only, got {args[0]!r} (mfm demo --help)")
     fresh, others = "--overwrite" in args, [arg for arg in args if arg != "--overwrite"]
-    console, begin, num = get_console(), time.monotonic(), len(STAGES) + 1
+    terminal, begin, num = console(), time.monotonic(), len(STAGES) + 1
     for i, (command, config, title) in enumerate(STAGES, start=1):
-        console.rule(f"{i}/{num}  {title}  (mfm {command} --config {config})")
+        terminal.rule(f"{i}/{num}  {title}  (mfm {command} --config {config})")
         folder = Path("outputs/digits") / Path(config).stem
         if command == "fit" and not fresh and (model := folder / "model.safetensors").exists():
-            console.print(f"{model} is there already, and taken as it is; mfm demo --overwrite fits it again")
+            terminal.print(f"{model} is there already, and taken as it is; mfm demo --overwrite fits it again")
             continue
         more = ["--ckpt_path", f"{folder}/last.ckpt"] if command == "test" else ["--overwrite"] if fresh else []
         run([command, "--config", config, *more, *others])
-    console.rule(f"{num}/{num}  Compare with Best-of-N, GLASS and others  (mfm benchmark alignment --quick)")
+    terminal.rule(f"{num}/{num}  Compare with Best-of-N, GLASS and others  (mfm benchmark alignment --quick)")
     run(["benchmark", "alignment", "--quick", *(["--fresh"] if fresh else [])])
-    console.print(f"Done in {time.monotonic() - begin:.0f} s. Pictures and tables:")
+    terminal.print(f"Done in {time.monotonic() - begin:.0f} s. Pictures and tables:")
     for path in (*sorted(Path("outputs/digits").glob("*/test/*")), REPORT):
-        console.print(f"  {path}")
+        terminal.print(f"  {path}")

@@ -106,19 +106,18 @@ def fid(
 
 
 def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> None:
-    from rich import get_console
-    from rich.markup import escape
     from rich.table import Table
 
     from mfm_lightning.utils.atomic import whole_file
+    from mfm_lightning.utils.console import console
 
     table = Table("samples", "images", "FID", "Inception score")
     score = (
         "" if quality.inception_score is None else f"{quality.inception_score:.3f} ± {quality.inception_score_std:.3f}"
     )
     fid = "" if quality.fid is None else f"{quality.fid:.4f}"
-    table.add_row(escape(settings["samples"]), str(quality.num_samples or ""), fid, score)
-    get_console().print(table)
+    table.add_row(settings["samples"], str(quality.num_samples or ""), fid, score)
+    console().print(table)
     if output is not None:
         with whole_file(output) as partial:
             partial.write_text(json.dumps({**asdict(quality), **settings}, indent=1))

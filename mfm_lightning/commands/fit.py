@@ -18,15 +18,20 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from rich import get_console
 from torch import nn
 
 from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, StepProgressBar
+from mfm_lightning.callbacks.stops import stopped_at_once
 from mfm_lightning.checkpoints import check_checkpoint
 from mfm_lightning.commands.errors import CommandLineError, explain
 from mfm_lightning.commands.imports import import_modules
+from mfm_lightning.commands.options import strict_yaml
+from mfm_lightning.commands.run_folder import RunFolder
+from mfm_lightning.training.fit_loop import use_fit_loop
 from mfm_lightning.training.fsdp import FSDP
+from mfm_lightning.training.logs import own_logs
 from mfm_lightning.utils.configs import DEFAULTS, find_config, read_config
+from mfm_lightning.utils.console import console
 
 log = logging.getLogger(__name__)
 CALLBACKS = {"ema": EMA, "export": ExportModel, "checkpoint": LastCheckpoint}  # of every run, by their key
@@ -35,7 +40,7 @@ NOISE = (  # warnings that say nothing a user could act on
     ".*does not have many workers.*",
     ".*overridden `on_before_batch_transfer`.*",
     ".*LeafSpec.*",
-    ".*exists and is not empty.*",
+    ".*exists and is not empty.*",  # a folder for checkpoints; `RunFolder` says what is overwritten, and is asked first
 )
 
 
@@ -61,6 +66,7 @@ class MFMCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True, only: str | None = None) -> None:
         self._only = only
+        self._locked: RunFolder | None = None
         defaults = {"default_config_files": [str(DEFAULTS)]}
         super().__init__(
             model_class=L.LightningModule,
@@ -106,7 +112,7 @@ class MFMCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         given = self.settings_of(self.config).get("ckpt_path")
         if given is not None and given not in KEYWORDS and "://" not in str(given):
-            check_checkpoint(given)
+            check_checkpoint(given, resumed=self.config.get("subcommand") == "fit")
         super()._parse_ckpt_path()
 
     @property
@@ -135,18 +141,46 @@ class MFMCLI(LightningCLI):
         self.parser.add_instantiator(_with_config, nn.Module)
 
     def before_fit(self) -> None:
-        if self.config_init["fit"].get("ckpt_path") is None:  # said before a config or a log is written
+        given = self.config_init["fit"]
+        folder = RunFolder(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero:  # the others are of the same run
+            folder.lock.acquire()
+            self._locked = folder
+        # said before a config or a log is written
+        if given.get("ckpt_path") is None:
             for callback in (c for c in self.trainer.callbacks if isinstance(c, ExportModel)):  # type: ignore[attr-defined]
-                callback.refuse_overwriting(self.trainer.default_root_dir)
+                callback.refuse_overwriting(folder.path)
+        if not given.overwrite and self.trainer.is_global_zero:
+            folder.refuse_overwriting(given.get("ckpt_path"))
+        if given.get("ckpt_path") == "last" and folder.checkpoint.exists():
+            check_checkpoint(folder.checkpoint, resumed=True)
+        own_logs(self.trainer, "fit")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            if self._locked is not None:
+                self._locked.lock.release()
 
     def before_validate(self) -> None:
-        self._find_weights()
+        self._before_measuring()
 
     def before_test(self) -> None:
-        self._find_weights()
+        self._before_measuring()
 
     def before_predict(self) -> None:
+        self._before_measuring()
+
+    def _before_measuring(self) -> None:
         self._find_weights()
+        stage = str(self.subcommand)
+        own_logs(self.trainer, stage)
+        folder = Path(self.trainer.default_root_dir) / stage
+        for callback in (c for c in self.trainer.callbacks if isinstance(c, SaveConfigCallback)):  # type: ignore[attr-defined]
+            if self.trainer.is_global_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+            callback.config_filename = str(folder.absolute() / "config.yaml")  # beside what the stage writes, not fit's
 
     def _find_weights(self) -> None:
         """What is measured without --ckpt_path: the run's own last checkpoint.
@@ -181,7 +215,9 @@ class MFMCLI(LightningCLI):
                 TensorBoardLogger(folder, name="logs", version="tensorboard"),
                 CSVLogger(folder, name="logs", version="csv"),
             ]
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        use_fit_loop(made)
+        return made
 
 
 def _with_config(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
@@ -198,7 +234,7 @@ def _missing_callbacks(settings: Any, given: Sequence[Callback]) -> list[Callbac
     if settings.trainer.enable_checkpointing is False:
         del ours[LastCheckpoint]
     if settings.trainer.enable_progress_bar is not False:
-        bar = StepProgressBar() if get_console().is_terminal else PlainProgress()
+        bar = StepProgressBar() if console().is_terminal else PlainProgress()
         ours = {ProgressBar: bar, **ours}
     return [callback for kind, callback in ours.items() if not any(isinstance(other, kind) for other in given)]
 
@@ -249,7 +285,9 @@ def run_job(name: str, args: Sequence[str]) -> MFMCLI | None:
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP, description="parameters, gradients and optimiser state in shards")
     args = ["--help" if arg == "--help_all" else arg for arg in args]
+    strict_yaml()
     _quiet()
     # LightningCLI reads these, and warns where both are given
     sys.argv[1:] = [name, *_with_found_configs(args)]
-    return MFMCLI(only=name)
+    with stopped_at_once(f"mfm {name}"):
+        return MFMCLI(only=name)

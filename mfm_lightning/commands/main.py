@@ -138,10 +138,11 @@ def _first_sentence(doc: str) -> str:
 
 
 def _can_be_mended(error: Exception) -> bool:
-    """Whether the message says it all: errors that are raised for the user, and those of files and imports."""
+    """Whether the message says it all: errors that are raised for the user, and those of files, disks and imports."""
     if isinstance(error, OSError | FloatingPointError | ImportError | ValueError):
         return True
-    return type(error).__name__ in ("NonFiniteLossError", "MisconfigurationException")  # of modules that import torch
+    # of modules that import torch
+    return bool({kind.__name__ for kind in type(error).__mro__} & {"NonFiniteLossError", "MisconfigurationException"})
 
 
 if __name__ == "__main__":

@@ -10,9 +10,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from docstring_parser import parse as parse_docstring
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, set_loader
+from jsonargparse._loaders_dumpers import get_loader_exceptions, yaml_load
 
 from mfm_lightning.commands.errors import CommandLineError, explain
+from mfm_lightning.utils.configs import check_keys
+
+
+def load_yaml(text: str) -> Any:
+    """As jsonargparse reads YAML, refusing what would lose a part (`check_keys`)."""
+    check_keys(text)
+    return yaml_load(text)
+
+
+def strict_yaml() -> None:
+    """Have all parsers read values, and the files that options name, by `load_yaml`."""
+    set_loader("yaml", load_yaml, exceptions=get_loader_exceptions("yaml"))
 
 
 def parse(tool: Callable[..., Any], command: str, args: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
@@ -41,6 +54,7 @@ def parsed(parser: ArgumentParser, args: Sequence[str]) -> Any:
 def parser_of(tool: Callable[..., Any], command: str) -> ArgumentParser:
     """The parser of a function: positional parameters are positional, keyword-only ones are options, `bool` ones are
     switches (`--NAME`, `--no_NAME`), and those of lists take several values."""
+    strict_yaml()
     about = parse_docstring(inspect.getdoc(tool) or "").description
     parser = ArgumentParser(
         prog=command, description=about, exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter

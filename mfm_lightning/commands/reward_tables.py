@@ -9,15 +9,14 @@ from typing import Any
 
 import docstring_parser
 import torch
-from rich import get_console
 from rich.console import Group
-from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 import mfm_rewards
+from mfm_lightning.utils.console import console
 from mfm_lightning.utils.decoding import read_image
 from mfm_lightning.utils.image_files import find_files
 from mfm_rewards import RewardError
@@ -38,7 +37,7 @@ def listing() -> Table:
         needs = getattr(made, "needs", ("images",))[1:]
         card = getattr(made, "card", None)
         gradient = "yes" if getattr(made, "differentiable", True) else "no"
-        table.add_row(name, ", ".join(needs), gradient, card.memory if card else "", escape(description))
+        table.add_row(name, ", ".join(needs), gradient, card.memory if card else "", description)
     return table
 
 
@@ -51,10 +50,10 @@ def describe(name: str, options: Mapping[str, Any] | None = None) -> Table:
     made = factory(name)
     check_options(made, name, options or {}, complete=False)
     table = Table(show_header=False, box=None)
-    table.add_row(name, escape(docstring_parser.parse(inspect.getdoc(made) or "").description or ""))
+    table.add_row(name, docstring_parser.parse(inspect.getdoc(made) or "").description or "")
     if (card := getattr(made, "card", None)) is not None:
         for field in ("measures", "values", "memory", "licence", "source", "fetch"):
-            table.add_row(field, escape(getattr(card, field)))
+            table.add_row(field, getattr(card, field))
     for signature, text in options_of(made).items():
         table.add_row("option", Group(Text(signature), Padding(Text(text, style="dim"), (0, 0, 0, 2))))
     return table
@@ -107,10 +106,10 @@ def check(
 
 def show_checks(result: Conformance) -> None:
     """Print the outcome; SystemExit with status 1 if anything failed."""
-    table = Table("check", "outcome", "found", title=escape(result.reward))
+    table = Table("check", "outcome", "found", title=result.reward)
     for check in result.checks:
-        table.add_row(check.name, check.outcome, escape(check.found))
-    get_console().print(table)
+        table.add_row(check.name, check.outcome, check.found)
+    console().print(table)
     if result.failures:
         raise SystemExit(1)
 

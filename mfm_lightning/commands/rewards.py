@@ -56,16 +56,15 @@ def rewards(
         raise CommandLineError("--prompts FILE names the images of --images DIR")
     settings = dict(_option(text) for text in option or [])
 
-    from rich import get_console
-    from rich.markup import escape  # names in brackets would be taken for styles
     from rich.table import Table
 
     import mfm_rewards
     from mfm_lightning.commands import reward_tables
+    from mfm_lightning.utils.console import console
     from mfm_lightning.utils.devices import find_device
 
     if not given or show is not None:
-        get_console().print(reward_tables.describe(show, settings) if show else reward_tables.listing())
+        console().print(reward_tables.describe(show, settings) if show else reward_tables.listing())
         return
     reward = mfm_rewards.build(score or check or "", **settings)
     reward = reward.to(find_device(device)).eval().requires_grad_(False)
@@ -74,10 +73,10 @@ def rewards(
         reward_tables.show_checks(reward_tables.check(reward, images, texts, label))
         return
     scores = reward_tables.score_folder(reward, images, texts, label)
-    table = Table("image", escape(str(score)))
+    table = Table("image", str(score))
     for name, value in sorted(scores.items(), key=lambda item: -item[1]):
-        table.add_row(escape(name), f"{value:.5g}")
-    get_console().print(table)
+        table.add_row(name, f"{value:.5g}")
+    console().print(table)
 
 
 def _prompts(
@@ -107,9 +106,9 @@ def _prompts(
 
 
 def _option(text: str) -> tuple[str, Any]:
-    import yaml
+    from mfm_lightning.commands.options import load_yaml
 
     key, equals, value = text.partition("=")
     if not equals:
         raise CommandLineError(f"--option {text!r} must be KEY=VALUE")
-    return key, yaml.safe_load(value)
+    return key, load_yaml(value)

@@ -52,14 +52,30 @@ class StepDataModule(L.LightningDataModule, ABC):
     def steps(self) -> tuple[int, int]:
         """The first batch of this run, above 0 where it is resumed, and the number of batches in all."""
         trainer = trainer_of(self)
-        accumulate, done = trainer.accumulate_grad_batches, trainer.global_step
         if trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must be set: training here is counted in steps, not epochs")
-        return done * accumulate, trainer.max_steps * accumulate
+        return self.position(), trainer.max_steps * trainer.accumulate_grad_batches
+
+    def position(self) -> int:
+        """The batch that the trainer takes next: what it has trained on so far, epoch after epoch; with
+        `trainer.overfit_batches` the same few again in each epoch."""
+        trainer: Any = trainer_of(self)  # Lightning does not declare what its loops count
+        if not hasattr(trainer, "fit_loop"):  # one that counts steps alone
+            return trainer.global_step * trainer.accumulate_grad_batches
+        progress, few = trainer.fit_loop.epoch_loop.batch_progress, trainer.overfit_batches
+        if not few:
+            return progress.total.processed
+        length = trainer.max_steps * trainer.accumulate_grad_batches
+        few = few if isinstance(few, int) else max(1, int(few * length))
+        return progress.current.processed % min(few, length)
 
     def train_dataloader(self) -> StepLoader:
         start, length = self.steps()
-        return BatchStream(self.train_batch, length, start)
+        return BatchStream(self.train_batch, length, start, self.position)
+
+    def origin(self, step: int) -> str:
+        """Where the training batch of a step is from, for an error; nothing where that is not known."""
+        return ""
 
     def decode(self, x: Tensor) -> Tensor:
         """Model states to what one looks at (images in [0, 1])."""

@@ -24,6 +24,8 @@ class DigitsDataModule(ArrayDataModule):
         seed: of the order of training batches.
     """
 
+    name = "digits"
+
     @property
     def state_shape(self) -> tuple[int, ...]:
         return 1, 8, 8

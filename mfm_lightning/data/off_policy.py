@@ -53,7 +53,7 @@ class OffPolicyDataModule(L.LightningDataModule):
 
     def __getattr__(self, name: str) -> Any:
         """Splits, decoding and an oracle are the other DataModule's."""
-        if name in ("splits", "decode", "oracle"):
+        if name in ("splits", "decode", "oracle", "origin"):
             return getattr(self.data, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -66,7 +66,7 @@ class OffPolicyDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> BatchStream:
         stream = self.data.train_dataloader()
-        return BatchStream(self.train_batch, stream.length, stream.start)
+        return BatchStream(self.train_batch, stream.length, stream.start, stream.where)
 
     def train_batch(self, step: int) -> tuple[Tensor, Any]:
         """The training batch of a step; renews the buffer where it is due."""

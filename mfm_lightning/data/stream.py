@@ -15,16 +15,35 @@ from mfm_lightning.conditions import Batch
 class StepLoader(ABC):
     """Batches of the steps start, ..., length-1; `len` is that of an uninterrupted run.
 
+    A pass goes on where the one before it ended, so that a run in epochs (`trainer.limit_train_batches`) sees all data:
+    the first begins with batch `start`, each ends before the next multiple of `length`.
+
     Lightning warns at a resumed run unless its loader has a state. This one's is the step alone, from which the
     DataModule makes it (`StepDataModule.steps`): there is nothing to be kept or loaded.
+
+    Args:
+        length: number of steps in all.
+        start: the first step, above 0 in a resumed run.
+        where: says the first step of a pass, in place of counting the batches that were taken: of a trainer, which may
+            leave some of them.
     """
 
-    start: int
-    length: int
+    def __init__(self, length: int, start: int = 0, where: Callable[[], int] | None = None) -> None:
+        self.length, self.start, self.where = length, start, where
+        self._next = start
 
     @abstractmethod
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """The batches of the steps first, ..., last-1."""
+
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of those steps."""
+        first = self._next if self.where is None else self.where()
+        return self._pass(first, (first // max(1, self.length) + 1) * self.length)
+
+    def _pass(self, first: int, last: int) -> Iterator[Batch]:
+        for step, batch in enumerate(self.batches(first, last), first):
+            self._next = step + 1
+            yield batch
 
     def __len__(self) -> int:
         return self.length
@@ -37,19 +56,21 @@ class StepLoader(ABC):
 
 
 class BatchStream(StepLoader):
-    """`batch(step)` for step = start, ..., length-1.
+    """`batch(step)` for the steps.
 
     Args:
         batch: makes the batch of a step from nothing but the step.
-        length: number of steps in all.
-        start: the first step, above 0 in a resumed run.
+        length, start, where: as of `StepLoader`.
     """
 
-    def __init__(self, batch: Callable[[int], Batch], length: int, start: int = 0) -> None:
-        self.batch, self.length, self.start = batch, length, start
+    def __init__(
+        self, batch: Callable[[int], Batch], length: int, start: int = 0, where: Callable[[], int] | None = None
+    ) -> None:
+        super().__init__(length, start, where)
+        self.batch = batch
 
-    def __iter__(self) -> Iterator[Batch]:
-        return (self.batch(step) for step in range(self.start, self.length))
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        return (self.batch(step) for step in range(first, last))
 
 
 def shuffled_batch(x: Tensor, label: Tensor, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,9 @@ class EvaluatedModule(Protocol):
     @property
     def global_step(self) -> int: ...
 
+    @property
+    def folder(self) -> Path: ...
+
     state_shape: tuple[int, ...]
     num_classes: int
 

@@ -15,8 +15,8 @@ from mfm_lightning.conditions import INDEX, Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, ModelModule, data_of
 from mfm_lightning.evaluation.draws import noisy_states
 from mfm_lightning.interpolant import as_times, interpolate, randn, sample_generators
-from mfm_lightning.metrics.classifier import accuracy, train_classifier
-from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
+from mfm_lightning.metrics.classifier import accuracy, fitted_features
+from mfm_lightning.metrics.frechet import frechet_of_features
 from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import image_grid
@@ -60,11 +60,9 @@ class ImageEvaluation(Evaluation[ModelModule]):
         model, base = module.model, _base_flow(module).drift
         real_x, real_y = data.splits["train"]
         real = data.decode(real_x)
-        classifier = train_classifier(real, real_y, data.num_classes)
+        classifier, fitted = fitted_features(real, real_y, data.num_classes, folder / "features.safetensors")
         test_accuracy = accuracy(classifier, data.decode(data.splits["test"][0]), data.splits["test"][1])
         module.log("test/classifier_accuracy", test_accuracy, rank_zero_only=True)
-
-        fitted = Gaussian.of_features(classifier.features(real))
 
         def frechet(images: Tensor) -> float:
             return float(frechet_of_features(classifier.features(images), fitted))
@@ -77,7 +75,15 @@ class ImageEvaluation(Evaluation[ModelModule]):
         x1, label = real_x[pick].to(module.device), real_y[pick].to(module.device)
         noise = torch.randn(x1.shape, generator=self._generator(1)).to(x1)
         reference = data.decode(torch.cat([data.splits[s][0] for s in ("val", "test")]))
-        rows = [_row("held-out real digits", "", "", frechet(reference), test_accuracy)]
+        rows = [
+            _row(
+                f"held-out {getattr(data, 'name', None) or type(data).__name__}",
+                "",
+                "",
+                frechet(reference),
+                test_accuracy,
+            )
+        ]
 
         given = Conditions(label=label)
 

@@ -15,7 +15,7 @@ from mfm_lightning.alignment.values import exact_likelihood
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, PolicyModule, data_of, datamodule_of
 from mfm_lightning.evaluation.draws import noisy_states
-from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
+from mfm_lightning.metrics.classifier import SmallClassifier, fitted_features
 from mfm_lightning.metrics.distances import pairwise_distance, sliced_wasserstein
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.oracles import GaussianMixture, LinearGaussian
@@ -116,8 +116,8 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
             data: ArrayData = data_of(module)
             x, classes = data.splits["train"]
             real = data.decode(x)
-            classifier = train_classifier(real, classes, data.num_classes)
-            self._fitted = classifier, Gaussian.of_features(classifier.features(real))
+            cache = module.folder / "test" / "features.safetensors"
+            self._fitted = fitted_features(real, classes, data.num_classes, cache)
         classifier, fitted = self._fitted
         features = classifier.features(images)
         return {

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from mfm_lightning._version import __version__
+from mfm_lightning.metrics.frechet import Gaussian
+from mfm_lightning.utils.atomic import save_tensors
+
+log = logging.getLogger(__name__)
 
 
 class SmallClassifier(nn.Module):
@@ -53,6 +64,32 @@ def train_classifier(
             optimizer.step()
             schedule.step()
     return model.eval().requires_grad_(False)
+
+
+def fitted_features(images: Tensor, labels: Tensor, num_classes: int, cache: Path) -> tuple[SmallClassifier, Gaussian]:
+    """A classifier of these images and the Gaussian of their features, as `train_classifier` and `Gaussian` make them:
+    from the file `cache`, where it is of these images, else made and written there; either is said."""
+    digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {num_classes} {__version__}".encode())
+    for part in (images, labels):
+        digest.update(part.cpu().contiguous().numpy().tobytes())
+    identity = digest.hexdigest()
+    model = SmallClassifier(images.shape[1], images.shape[2], num_classes)
+    try:
+        with safe_open(cache, framework="pt") as file:
+            if (file.metadata() or {}).get("identity") == identity:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no dictionary
+                fitted = Gaussian(state.pop("features.mean"), state.pop("features.root"))
+                model.load_state_dict(state)
+                log.info("features of the training images: from %s", cache)
+                return model.eval().requires_grad_(False), fitted
+    except (OSError, SafetensorError, KeyError, RuntimeError):  # not there, or damaged: it is made anew
+        pass
+    model = train_classifier(images, labels, num_classes)
+    fitted = Gaussian.of_features(model.features(images))
+    tensors = {**model.state_dict(), "features.mean": fitted.mean, "features.root": fitted.root}
+    save_tensors(tensors, cache, {"identity": identity})
+    log.info("features of the %d training images: kept in %s for the next test", len(images), cache)
+    return model, fitted
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.markup import escape
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -177,7 +176,7 @@ def collect(
     device = next(inception.parameters()).device
     running, logits = RunningStatistics(inception.num_features).to(device), []
     with progress_bar() as progress:
-        task = progress.add_task(f"Inception features of {escape(what)}", total=total)
+        task = progress.add_task(f"Inception features of {what}", total=total)
         for images in batches:
             features, scores = inception(images.to(device))
             running.update(features)

@@ -1,9 +1,10 @@
 """LightningModules."""
 
 from mfm_lightning.modules.alignment import RewardAlignment
-from mfm_lightning.modules.base import NonFiniteLossError, TrainingModule, check_batch
+from mfm_lightning.modules.base import TrainingModule, check_batch
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.finetuning import DiffusionSchedule, LowRank, RewardFinetuning
+from mfm_lightning.modules.finite import NonFiniteGradientError, NonFiniteLossError
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.pretraining import MFMPretraining
@@ -14,6 +15,7 @@ __all__ = [
     "LogNormaliser",
     "LowRank",
     "MFMPretraining",
+    "NonFiniteGradientError",
     "NonFiniteLossError",
     "Optimization",
     "RewardAlignment",

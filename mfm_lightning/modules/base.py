@@ -17,13 +17,10 @@ from torch.utils import _pytree as pytree
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
+from mfm_lightning.modules.finite import require_finite_gradients, require_finite_losses
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
 from mfm_lightning.training.sharding import gathered, shard
 from mfm_lightning.utils.distributed import gather_ranks, own
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite; training stops before the step is taken."""
 
 
 class TrainingModule(L.LightningModule, ABC):
@@ -115,14 +112,18 @@ class TrainingModule(L.LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         x1, given = batch
         losses = self.losses(x1, Conditions.of_batch(given), training=True)
-        if not torch.isfinite(losses["loss"]):
-            raise NonFiniteLossError(_describe(self.global_step, losses, x1))
+        require_finite_losses(self, losses, x1)
         self.log("train/loss", losses["loss"], prog_bar=True)
         logged = getattr(self.trainer, "log_every_n_steps", 1)  # Lightning does not declare it
         if (self.global_step + 1) % logged == 0:  # the steps that the loggers take
             for name in (name for name in losses if name != "loss"):
-                self.log(f"train/{name}", losses[name], prog_bar=name == "reward")
+                self.log(f"train/{name}", losses[name], prog_bar=name in ("reward", "mse"))
         return losses["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # a scaler of float16 gradients leaves out such steps by itself
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            require_finite_gradients(self)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -191,12 +192,28 @@ class TrainingModule(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resumed = checkpoint.get("rng_state")
+        self._check_weights(checkpoint.get("state_dict", {}))
         saved, ours = checkpoint.get("frozen", {}), self.frozen
         for name in sorted(saved.keys() | ours.keys()):
             if saved.get(name) != ours.get(name):
                 raise CheckpointError(
                     f"this run was trained with {name} {saved.get(name)}, the config has {ours.get(name)}"
                 )
+
+    def _check_weights(self, saved: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError, with the file, if the weights of a checkpoint are of another architecture."""
+        ours = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()} if saved else {}
+        known = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        needed = ours if self.strict_loading else {}
+        different = [n for n in known.keys() | needed.keys() if ours.get(n) != known.get(n)]
+        if not different:
+            return
+        name = min(different)
+        shapes = [str(shapes.get(name, "is missing")) for shapes in (known, ours)]
+        raise CheckpointError(
+            f"{self.trainer.ckpt_path} is of another network than the config's: {len(different)} of its {len(known)} "
+            f"tensors differ, first {name}: {shapes[0]} in the file, {shapes[1]} in the network"
+        )
 
 
 class SampleNumbers:
@@ -253,16 +270,6 @@ def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> N
     low, high = int(label.min()), int(label.max())
     if low < 0 or high > num_classes:
         raise ValueError(f"labels in {low}..{high}, outside 0..{num_classes} ({num_classes} is the null label)")
-
-
-def _describe(step: int, losses: dict[str, Tensor], x1: Tensor) -> str:
-    terms = {k: v.item() for k, v in losses.items() if k != "loss" and not k.startswith("error/")}
-    bad = [k for k, v in terms.items() if not torch.isfinite(torch.tensor(v))] or list(terms)
-    x = x1.float()
-    return (
-        f"non-finite loss at step {step} in {', '.join(bad)} ({terms}); batch of {len(x)}: mean {x.mean():.4g}, "
-        f"std {x.std():.4g}, min {x.min():.4g}, max {x.max():.4g}. The last checkpoint is intact."
-    )
 
 
 def _get_rng_state() -> dict[str, Tensor]:

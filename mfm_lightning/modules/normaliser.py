@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,16 @@ class LogNormaliser(nn.Module):
         self.register_buffer("concentration", torch.ones(num_classes + 2))  # sum p^2
         self.register_buffer("level", torch.zeros(num_classes + 2))
         self.register_buffer("updates", torch.zeros(num_classes + 2, dtype=torch.long))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, but stay in float32: running means in bfloat16 (`bf16-true`) stand still at a rate below 2^-8."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     @torch.no_grad()
     def update(self, rewards: Tensor, label: Tensor) -> None:

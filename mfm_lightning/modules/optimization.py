@@ -32,7 +32,7 @@ class Optimization:
             torch.optim.lr_scheduler.StepLR, init_args: {step_size: 1000}}`; it counts optimiser steps.
 
     Raises:
-        ValueError: for an unknown optimiser, or settings beside one by class path.
+        ValueError: for an unknown optimiser, a number out of range, or settings beside one by class path.
     """
 
     optimizer: str | OptimizerCallable = "radam"
@@ -53,6 +53,13 @@ class Optimization:
             raise ValueError(f"optimization.{given[0]} is beside an optimizer by class path: give it in its init_args")
         if self.schedule is not None and self.final_learning_rate is not None:
             raise ValueError("optimization.final_learning_rate is of the cosine, which the schedule replaces")
+
+        for name in ("learning_rate", "weight_decay", "final_learning_rate", "warmup_steps"):
+            value, least = getattr(self, name), ">" if name == "learning_rate" else ">="
+            if value is not None and not (math.isfinite(value) and (value > 0 if least == ">" else value >= 0)):
+                raise ValueError(f"optimization.{name} {value} must be a number {least} 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimization.betas {tuple(self.betas)} must lie in [0, 1)")
 
     def configure(
         self, parameters: Iterable[Parameter], max_steps: int, fused: bool = True
@@ -79,6 +86,6 @@ class Optimization:
         """What the learning rate, `peak` after the warm-up, is multiplied by at a step."""
         peak = self.learning_rate if peak is None else peak
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        final = 1.0 if self.final_learning_rate is None else self.final_learning_rate / peak
+        final = 1.0 if self.final_learning_rate is None or not peak else self.final_learning_rate / peak
         progress = min(1.0, step / max(1, max_steps))
         return warmup * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)

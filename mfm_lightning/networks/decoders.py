@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mfm_lightning.networks.vae import VAE, load_vae
 from mfm_rewards.execution import Precision, autocast, check_precision
-
-
-class VAE(Protocol):
-    """What is used of diffusers' AutoencoderKL, whose own types do not say it."""
-
-    config: Mapping[str, Any]
-
-    def to(self, device: torch.device) -> VAE: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def enable_tiling(self) -> None: ...
-
-    def encode(self, x: Tensor) -> Any:
-        """Its `latent_dist` has `mean` and `std` `(B, C, h, w)`."""
-
-    def decode(self, z: Tensor) -> Any:
-        """Its `sample` is `(B, 3, H, W)` in [-1, 1]."""
 
 
 class Decoder(nn.Module, ABC):
@@ -163,27 +144,3 @@ class VAEDecoder(Decoder):
         scale = vae.config["scaling_factor"] if self.scale is None else self.scale
         with autocast(part.device, self.precision):
             return vae.decode(part.float() / scale).sample.float()
-
-
-def load_vae(path: str, allow_download: bool = False) -> VAE:
-    """A frozen AutoencoderKL in float32, from a folder or by a Hugging Face id.
-
-    Raises:
-        FileNotFoundError: if it is not there, and may not be fetched.
-        ImportError: without the extra `imagenet`.
-        ValueError: if its latents are shifted.
-    """
-    try:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    except ImportError as error:
-        raise ImportError("a VAE needs diffusers: pip install 'mfm-lightning[imagenet]'") from error
-    try:
-        vae: Any = AutoencoderKL.from_pretrained(path, local_files_only=not allow_download)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"no VAE at {path}: give a folder with config.json and diffusion_pytorch_model.safetensors, or a Hugging "
-            "Face id and allow the download (allow_download: true, --allow-download)"
-        ) from error
-    if shift := vae.config.get("shift_factor"):
-        raise ValueError(f"the VAE {path} shifts its latents by {shift}: only a scale is known here")
-    return vae.eval().requires_grad_(False)

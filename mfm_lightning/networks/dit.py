@@ -13,7 +13,7 @@ that a pretrained flow fills; the other two, and the t-embedding, start at zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from mfm_lightning.networks.dual import (
     layer_norm,
     linear,
     modulate,
+    rms_norm,
     silu,
 )
 from mfm_lightning.networks.embeddings import TimeEmbedding, nearest_scale, sincos_positions
@@ -82,16 +83,46 @@ class PatchEmbedding(nn.Module):
             return Dual(value, F.linear(patches(x.tangent), weight))
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, `(B, T, D) -> (B, T, D)`; `qk_norm` adds a LayerNorm on each head's q and k."""
+QKNorm = bool | Literal["rms", "layer"]
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) times a learned scale, over the last dimension; the scale's name is the release's."""
+
+    eps = 1e-6
+
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.num_heads, self.qk_norm = num_heads, qk_norm
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Dual) -> Dual:
+        return rms_norm(self.scale, self.eps, x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, of a value with its tangent."""
+
+    def forward(self, x: Dual) -> Dual:  # type: ignore[override]
+        return layer_norm(self, x)
+
+
+def _qk_norm(kind: QKNorm, head_size: int) -> RMSNorm | LayerNorm | None:
+    if kind not in (False, True, "rms", "layer"):
+        raise ValueError(f"qk_norm {kind!r}: expected true or 'rms' (the release's), 'layer', or false")
+    if kind is False:
+        return None
+    return LayerNorm(head_size) if kind == "layer" else RMSNorm(head_size)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, `(B, T, D) -> (B, T, D)`; `qk_norm`: see `DiT`."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: QKNorm) -> None:
+        super().__init__()
+        self.num_heads = num_heads
         head_size = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.LayerNorm(head_size) if qk_norm else None
-        self.k_norm = nn.LayerNorm(head_size) if qk_norm else None
+        self.q_norm, self.k_norm = _qk_norm(qk_norm, head_size), _qk_norm(qk_norm, head_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Dual) -> Dual:
@@ -99,9 +130,7 @@ class Attention(nn.Module):
         heads = linear(self.qkv, x).map(lambda y: y.reshape(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4))
         q, k, v = heads.split(lambda y: y.unbind(0))
         if self.q_norm is not None and self.k_norm is not None:  # a norm may compute in another type
-            q, k = (
-                layer_norm(n, y).map(lambda y: y.to(v.value.dtype)) for n, y in ((self.q_norm, q), (self.k_norm, k))
-            )
+            q, k = (norm(y).map(lambda y: y.to(v.value.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         y = attention(q, k, v)
         return linear(self.proj, y.map(lambda y: y.transpose(1, 2).reshape(B, T, D)))
 
@@ -141,7 +170,7 @@ class AdaLN(nn.Module):
 class Block(nn.Module):
     """A transformer block with AdaLN-Zero: tokens `(B, T, D)`, condition `(B, D)`."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: QKNorm) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads, qk_norm)
@@ -180,7 +209,8 @@ class DiT(VelocityNetwork):
         encoder_depth: number of blocks that see the encoder's condition; the rest see the decoder's.
         num_classes: number of labels; label `num_classes` is the null label.
         mlp_ratio: width of a block's MLP, in widths of the transformer.
-        qk_norm: normalise queries and keys.
+        qk_norm: normalise each head's queries and keys: "rms" (or true), by their root mean square, as the release
+            does; "layer", by a LayerNorm, as timm's attention and REPA's SiT do.
         guidance_scales: the class-guidance scales that the network knows besides 1 (none).
         flip_time: the weights were trained with t=1 for noise: embed 1-s and 1-u and negate the output (the outer
             time is not flipped). True for released MFM and DMF weights.
@@ -205,12 +235,13 @@ class DiT(VelocityNetwork):
         encoder_depth: int = 8,
         num_classes: int = 1000,
         mlp_ratio: float = 4.0,
-        qk_norm: bool = False,
+        qk_norm: QKNorm = False,
         guidance_scales: Sequence[float] = (2.5,),
         flip_time: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, depth, num_heads, encoder_depth, guidance_scales)
+        qk_norm = "rms" if qk_norm is True else qk_norm
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.config["guidance_scales"] = list(guidance_scales)
         self.state_shape = (in_channels, input_size, input_size)

@@ -92,7 +92,7 @@ def cos_sin(angle: Dual) -> Dual:
 
 def layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
     """n = (x - mean) / std, dn = (dx - mean(dx) - n mean(n dx)) / std, then the layer's affine map if it has one."""
-    value = layer(x.value)
+    value = F.layer_norm(x.value, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
     if x.tangent is None:
         return Dual(value)
     with torch.no_grad():
@@ -103,6 +103,21 @@ def layer_norm(layer: nn.LayerNorm, x: Dual) -> Dual:
         arguments = (x.tangent.to(full), state, shape, mean, inverse, None, None, [True, False, False])
         tangent = torch.ops.aten.native_layer_norm_backward(*arguments)[0]
         tangent = tangent if layer.weight is None else tangent * layer.weight
+        return Dual(value, tangent.to(x.tangent.dtype))
+
+
+def rms_norm(scale: Tensor, eps: float, x: Dual) -> Dual:
+    """n = x / r with r = sqrt(mean(x^2) + eps), dn = (dx - n mean(n dx)) / r, both times `scale` `(size,)`."""
+    full = torch.promote_types(x.value.dtype, torch.float32)
+    state = x.value.to(full)
+    inverse = (state.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    normed = state * inverse
+    value = (normed * scale).to(x.value.dtype)
+    if x.tangent is None:
+        return Dual(value)
+    with torch.no_grad():
+        change = x.tangent.to(full)
+        tangent = (change - normed * (normed * change).mean(dim=-1, keepdim=True)) * inverse * scale
         return Dual(value, tangent.to(x.tangent.dtype))
 
 

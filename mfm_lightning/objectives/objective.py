@@ -161,7 +161,8 @@ class Objective:
     def __call__(
         self, model: MetaFlowMap, teacher: Teacher | None, x1: Tensor, conditions: Conditions, step: int = 0
     ) -> dict[str, Tensor]:
-        """Loss of each active term and their weighted sum under "loss"; `error/NAME` is the plain squared error.
+        """Loss of each active term and their weighted sum under "loss", of squared errors that are sums over a state's
+        coordinates; `error/NAME` is the error without its weight, and "mse" the mean of errors a coordinate.
 
         Args:
             x1: data `(B, *shape)`.
@@ -181,7 +182,8 @@ class Objective:
             results[key] = adaptive_loss(error, settings.power, settings.c).mean()
             results[f"error/{key}"] = error.detach().mean()
             total = total + settings.weight * results[key]
-        return {"loss": total, **results}
+        errors = [error for name, error in results.items() if name.startswith("error/")]
+        return {"loss": total, "mse": torch.stack(errors).mean() / x1[0].numel(), **results}
 
     def residual(
         self,

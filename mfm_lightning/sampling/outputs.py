@@ -55,7 +55,10 @@ class Output(ABC):
                 )
             with whole_file(path) as partial:  # by several processes at once: all write the same
                 partial.write_text(json.dumps(mine, indent=1))
-        there = json.loads(path.read_text())
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}): delete the folder, or give another") from error
         different = [k for k in sorted(mine.keys() | there.keys()) if mine.get(k) != there.get(k)]
         if different:
             k = different[0]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mfm_lightning.training.run_checkpoints import check_checkpoint
 from mfm_lightning.utils.atomic import PARTIAL, mend, put_in_place, remove
 
 
@@ -57,7 +60,25 @@ class FSDP(ModelParallelStrategy):
             put_in_place(partial, path)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load plain tensors and numbers alone. torch unpickles a folder's plan, and what is no tensor in its shards,
+        whatever they hold: the plan is checked before, and the rest is read as weights."""
         if self.is_global_zero:
             mend(Path(checkpoint_path))
         self.barrier()
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        if Path(checkpoint_path).is_dir():
+            check_checkpoint(checkpoint_path)
+        with _weights_only():
+            return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Within the context torch.load takes no code, whatever its caller asks for."""
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -46,7 +46,11 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: if it is no YAML, or holds no settings; with the line.
     """
     try:
-        found = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8-sig")
+        check_keys(text)
+        found = yaml.safe_load(text)
+    except DuplicateKeyError as error:
+        raise ValueError(f"{path}: {error}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -56,6 +60,38 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no settings: expected sections such as model, data and trainer")
     return found
+
+
+class DuplicateKeyError(yaml.YAMLError, ValueError):
+    """A key that stands twice in one mapping of a YAML, of which parsers take the last."""
+
+
+def check_keys(text: str) -> None:
+    """Refuse a YAML of which a part would be lost.
+
+    Raises:
+        DuplicateKeyError: for a key that stands twice in a mapping, with both lines.
+        yaml.YAMLError: if it is no YAML.
+    """
+    waiting, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:  # by an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[tuple[str, Any], int] = {}
+            for key, value in node.value:
+                waiting.append(value)
+                line, name = key.start_mark.line + 1, (key.tag, str(key.value))
+                if name in lines and key.tag != "tag:yaml.org,2002:merge":
+                    where = f"line {line}" if lines[name] == line else f"lines {lines[name]} and {line}"
+                    raise DuplicateKeyError(
+                        f"the key {key.value!r} stands twice, in {where}, and the first would be lost: make them one"
+                    )
+                lines[name] = line
 
 
 def packaged() -> dict[str, str]:

@@ -11,18 +11,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich import get_console
-from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 
 
+def console() -> Console:
+    """rich's console (Lightning's bar has the same, so that the two do not write over each other), which takes texts as
+    they are: brackets in the names of rewards and files are no markup."""
+    found = get_console()
+    found._markup = found._emoji = False  # only a new console takes them as arguments, and Lightning makes new ones
+    return found
+
+
 def progress_bar() -> Progress:
     """A bar that is gone when it is done."""
-    columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
-    # the console of Lightning's own bar, so that the two do not write over each other
-    return Progress(*columns, console=get_console(), transient=True)
+    text = TextColumn("{task.description}", style="progress.description", markup=False)
+    columns = (SpinnerColumn(), text, *Progress.get_default_columns()[1:3], TimeElapsedColumn())
+    return Progress(*columns, console=console(), transient=True)
 
 
 def duration(seconds: float) -> str:
@@ -38,7 +47,7 @@ def duration(seconds: float) -> str:
 def track(jobs: Sequence[Job], describe: Callable[[Job], str], every: float = 30.0) -> Iterator[Job]:
     """The jobs one after the other, with a progress bar that says which one is under way; where there is no terminal,
     a line with the time left at most `every` so many seconds."""
-    if not get_console().is_terminal:
+    if not console().is_terminal:
         begin = last = time.monotonic()
         for i, job in enumerate(jobs):
             if (now := time.monotonic()) - last >= every:
@@ -75,7 +84,7 @@ def write_table(
             table.add_column(column)
         for row in shown:
             table.add_row(*[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()])
-        get_console().print(table)
+        console().print(table)
     with open(folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from mfm_rewards.clip import CLIPReward
 from mfm_rewards.execution import Execution
+from mfm_rewards.hub import find_file
 from mfm_rewards.pretrained import Card
 from mfm_rewards.registry import register
-from mfm_rewards.weights import find_file, load_into, load_state_dict
+from mfm_rewards.weights import load_into, load_state_dict, unwrapped
 
 
 @register("aesthetic")
@@ -50,8 +51,9 @@ class Aesthetic(CLIPReward):
         path = find_file(head, allow_download)
         super().__init__(weights, hidden_act=hidden_act, allow_download=allow_download, execution=execution)
         self.head = aesthetic_head(self.clip.config.projection_dim)
-        state = {name.removeprefix("layers."): v.float() for name, v in load_state_dict(path).items()}
-        load_into(self.head, state, set(self.head.state_dict()), path, "aesthetic head")
+        own = set(self.head.state_dict())
+        state = {name: v.float() for name, v in unwrapped(load_state_dict(path), own, path).items()}
+        load_into(self.head, state, own, path, "aesthetic head")
         self.head.eval().requires_grad_(False)
 
     def score(self, pixels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfm_rewards.protocol import Reward
 from mfm_rewards.registry import register
-from mfm_rewards.weights import load_state_dict
+from mfm_rewards.weights import load_state_dict, unwrapped
 
 
 @register("class_mixture")
@@ -67,7 +67,8 @@ def load_classifier(class_path: str, init_args: dict[str, Any] | None = None, we
     classifier = target(**(init_args or {}))
     if weights is not None:
         try:
-            classifier.load_state_dict(load_state_dict(weights))
+            state = unwrapped(load_state_dict(weights), list(classifier.state_dict())[:1], weights)
+            classifier.load_state_dict(state)
         except (RuntimeError, OSError, ValueError) as error:
             raise ValueError(f"weights {weights!r} of the classifier cannot be loaded: {error}") from error
     return classifier

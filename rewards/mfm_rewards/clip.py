@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfm_rewards.clip_tokens import CLIPTokenizer
-from mfm_rewards.clip_weights import load_clip
+from mfm_rewards.clip_weights import load_clip, pixel_statistics
 from mfm_rewards.execution import Execution, autocast
 from mfm_rewards.preprocessing import Preprocessing
 from mfm_rewards.pretrained import PretrainedReward, at_least_float32
@@ -25,8 +25,9 @@ class CLIPReward(PretrainedReward):
             The released ones (`default_weights`) where None.
         tokenizer: folder or Hugging Face id of a CLIP tokenizer. Where None, the one beside the weights, else that of
             the package openai-clip, else that of openai/clip-vit-large-patch14: they are the same.
-        hidden_act: activation, "gelu" (open_clip) or "quick_gelu" (OpenAI's); where None, that of the config, or that
-            of the released weights (`default_act`) if there is no config.
+        hidden_act: activation, "gelu" (open_clip) or "quick_gelu" (OpenAI's); where None, that of the config
+            (`open_clip_config.json` for open_clip's names), or that of the released weights (`default_act`) if there is
+            no config, which is said.
         allow_download: download files that are not on this machine.
         execution: how the network is run: a dictionary of `precision`, `checkpoint_activations`, `compile` and
             `max_rows` (`mfm_rewards.execution.Execution`); its defaults where None.
@@ -52,9 +53,12 @@ class CLIPReward(PretrainedReward):
         execution: Execution | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(execution)
-        weights = weights or self.default_weights
-        self.clip, folder = load_clip(weights, hidden_act, self.default_act, allow_download)
-        self.preprocess = Preprocessing(self.clip.config.vision_config.image_size, self.fit)
+        released = weights is None
+        self.clip, folder = load_clip(
+            weights or self.default_weights, hidden_act, self.default_act, allow_download, released
+        )
+        mean, std = pixel_statistics(folder)
+        self.preprocess = Preprocessing(self.clip.config.vision_config.image_size, self.fit, mean, std)
         self._texts = PromptCache(self._encode_texts)
         if "prompts" in self.needs:
             length = self.clip.config.text_config.max_position_embeddings

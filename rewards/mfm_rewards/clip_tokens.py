@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mfm_rewards.weights import find_folder
+from mfm_rewards.hub import find_folder
 
 DEFAULT = "openai/clip-vit-large-patch14"  # all CLIP models here have its vocabulary
 NEEDED = ["tokenizer.json|vocab.json", "tokenizer.json|merges.txt"]

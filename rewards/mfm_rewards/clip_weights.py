@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -11,25 +12,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfm_rewards.weights import CheckpointError, find_file, find_folder, load_into, load_state_dict, num_blocks
+from mfm_rewards.hub import find_file, find_folder
+from mfm_rewards.preprocessing import CLIP_MEAN, CLIP_STD
+from mfm_rewards.weights import CheckpointError, load_into, load_state_dict, num_blocks, unwrapped
 
+log = logging.getLogger(__name__)
+OPEN_CLIP = "open_clip_config.json"
 _WIDE_HEADS = {1280: 16, 1408: 16, 1664: 16}  # vision towers H, g and bigG; all other towers have 64 channels a head
 
 
 def load_clip(
-    weights: str, hidden_act: str | None = None, default_act: str = "gelu", allow_download: bool = False
+    weights: str,
+    hidden_act: str | None = None,
+    default_act: str = "gelu",
+    allow_download: bool = False,
+    released: bool = False,
 ) -> tuple[nn.Module, Path]:
     """A `transformers.CLIPModel` in float32, and the folder its weights are in.
+
+    Sizes and activation are those of the config beside the weights: `config.json` for transformers' names,
+    `open_clip_config.json` for open_clip's; else sizes are read from the shapes, and the activation is a guess, which
+    is said.
 
     Args:
         weights: see `mfm_rewards.clip.CLIPReward`.
         hidden_act: activation, instead of the config's.
         default_act: activation for weights without a config.
         allow_download: download files that are not on this machine.
+        released: the weights are those that `default_act` is known of.
 
     Raises:
         FileNotFoundError: if the weights are not there.
-        CheckpointError: if they are not CLIP's.
+        CheckpointError: if they are not CLIP's, or the config beside them is not.
         ImportError: without transformers.
     """
     try:
@@ -39,8 +53,15 @@ def load_clip(
 
     path = _weights_file(weights, allow_download)
     state, renamed = transformers_names(load_state_dict(path), path)
-    # a config beside weights that had to be renamed belongs to another model
-    content = None if renamed else _config_beside(path)
+    # a config.json beside weights that had to be renamed belongs to another model
+    content = _open_clip_config(path, state) if renamed else _config_beside(path)
+    if content is None and hidden_act is None and not released:
+        log.warning(
+            "%s: no config beside it says its activation, %s is taken: hidden_act says another, gelu (open_clip) or "
+            "quick_gelu (OpenAI)",
+            path,
+            default_act,
+        )
     config: Any = CLIPConfig.from_dict(content or infer_config(state, default_act, path))
     if hidden_act is not None:
         config.vision_config.hidden_act = config.text_config.hidden_act = hidden_act
@@ -53,10 +74,70 @@ def load_clip(
     return model, path.parent
 
 
+def _open_clip_file(folder: Path) -> Path | None:
+    """The weights in a folder that open_clip wrote, where it has none in transformers' layout."""
+    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        return None
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    return next((path for name in names if (path := folder / name).is_file()), None)
+
+
 def _config_beside(path: Path) -> dict[str, Any] | None:
-    file = path.parent / "config.json"
-    content = json.loads(file.read_text()) if file.is_file() else {}
+    content = read_json(path.parent / "config.json")
     return content if "vision_config" in content else None
+
+
+def _open_clip_config(path: Path, state: dict[str, Tensor]) -> dict[str, Any] | None:
+    """The sizes of the shapes, with the activation and the heads of the config that open_clip writes beside them."""
+    file = path.parent / OPEN_CLIP
+    model = read_json(file).get("model_cfg")
+    if not isinstance(model, dict):
+        return None
+    found = infer_config(state, "quick_gelu" if model.get("quick_gelu", False) else "gelu", path)
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    of_another = [
+        f"{what} {said}, in the weights {there}"
+        for what, said, there in (
+            ("embed_dim", model.get("embed_dim"), found["projection_dim"]),
+            ("vision width", vision.get("width"), found["vision_config"]["hidden_size"]),
+            ("text width", text.get("width"), found["text_config"]["hidden_size"]),
+        )
+        if said not in (None, there)
+    ]
+    if of_another:
+        log.warning("%s is of other weights than %s (%s): left aside", file, path.name, "; ".join(of_another))
+        return None
+    found["vision_config"]["num_attention_heads"] = found["vision_config"]["hidden_size"] // vision.get(
+        "head_width", 64
+    )
+    found["text_config"]["num_attention_heads"] = text.get("heads", found["text_config"]["num_attention_heads"])
+    return found
+
+
+def pixel_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel that the model was trained with: of the settings beside the weights
+    (open_clip's or transformers'), else CLIP's own."""
+    ours = read_json(folder / OPEN_CLIP).get("preprocess_cfg", {})
+    theirs = read_json(folder / "preprocessor_config.json")
+    mean, std = ours.get("mean") or theirs.get("image_mean"), ours.get("std") or theirs.get("image_std")
+    return tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where it is not there.
+
+    Raises:
+        CheckpointError: if it is no JSON object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # also of its encoding
+        raise CheckpointError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is no JSON object, but a {type(content).__name__}")
+    return content
 
 
 def _weights_file(weights: str, allow_download: bool) -> Path:
@@ -64,6 +145,8 @@ def _weights_file(weights: str, allow_download: bool) -> Path:
     of_a_file = Path(weights).is_file() or (not Path(weights).is_dir() and weights.removeprefix("hf:").count("/") > 1)
     if of_a_file or Path(weights).suffix in (".safetensors", ".pt", ".pth", ".bin"):
         return find_file(weights, allow_download)
+    if Path(weights).is_dir() and (file := _open_clip_file(Path(weights))):
+        return file
     needed = ["config.json", "model.safetensors|pytorch_model.bin"]
     folder = find_folder(weights, needed, ["vocab.json", "merges.txt"], allow_download, what="CLIP model")
     return next(p for name in needed[1].split("|") if (p := folder / name).is_file())
@@ -87,6 +170,7 @@ _RENAMED = [
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
 ]
+_ANCHORS = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
 _IGNORED = re.compile(r"position_ids$|^(input_resolution|context_length|vocab_size|attn_mask)$")
 
 
@@ -96,7 +180,7 @@ def transformers_names(state: dict[str, Tensor], path: Path) -> tuple[dict[str, 
     Raises:
         CheckpointError: if they have other names.
     """
-    state = {name.removeprefix("module."): v for name, v in state.items()}
+    state = unwrapped(state, _ANCHORS, path)
     state = {name: v.float() for name, v in state.items() if not _IGNORED.search(name)}
     if "vision_model.embeddings.patch_embedding.weight" in state:
         return state, False

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from mfm_rewards.execution import Execution, autocast
+from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.preprocessing import Preprocessing
 from mfm_rewards.pretrained import Card, PretrainedReward, at_least_float32
 from mfm_rewards.prompts import PromptCache
 from mfm_rewards.registry import register
-from mfm_rewards.weights import CheckpointError, find_file, find_folder, load_into, load_state_dict, num_blocks
+from mfm_rewards.weights import CheckpointError, load_into, load_state_dict, num_blocks, unwrapped
 
 MAX_TOKENS = 35  # of a prompt, as in the package
 
@@ -71,7 +72,8 @@ class ImageReward(PretrainedReward):
         if tokenizer is None:
             tokenizer = str(path.parent) if (path.parent / "vocab.txt").is_file() else "google-bert/bert-base-uncased"
         folder = find_folder(tokenizer, ["vocab.txt"], ["tokenizer_config.json"], allow_download, what="BERT tokenizer")
-        state = {name: v.float() for name, v in load_state_dict(path).items() if not name.endswith("position_ids")}
+        held = unwrapped(load_state_dict(path), ["blip.visual_encoder.patch_embed.proj.weight"], path)
+        state = {name: v.float() for name, v in held.items() if not name.endswith("position_ids")}
         self.model = build_model(infer_sizes(state, path), folder)
         words, known = len(self.model.blip.tokenizer), self.model.blip.text_encoder.config.vocab_size
         if words > known:

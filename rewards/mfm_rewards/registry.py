@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import collections.abc
 import difflib
 import importlib
 import inspect
+import logging
+import typing
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar, overload
 
+from torch import nn
+
 from mfm_rewards.execution import OPTIONS
 from mfm_rewards.protocol import Reward, RewardError, as_reward, nearest
 
+log = logging.getLogger(__name__)
 ENTRY_POINTS = "mfm_lightning.rewards"
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -47,9 +53,32 @@ def _place(factory: Callable[..., Any]) -> str:
 
 
 def _load_plugins() -> None:
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name not in _FACTORIES:
-            _FACTORIES[point.name] = _Plugin(point)
+    """Add the rewards of installed packages; one that is malformed or hidden by another of its name is named."""
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=_origin):
+        known = _FACTORIES.get(point.name)
+        if point in _SEEN or (isinstance(known, _Plugin) and known.point == point):
+            continue
+        _SEEN.append(point)
+        try:
+            made = _Plugin(point)
+        except Exception as error:  # of whatever a package's metadata says
+            log.warning("reward %r of %s is left out: %r is no module:name (%s)", point.name, _origin(point),
+                        point.value, error)  # fmt: skip
+            continue
+        if known is not None and _place(known) != _place(made):
+            other = _origin(known.point) if isinstance(known, _Plugin) else _place(known)
+            log.warning("reward %r of %s is hidden by %s; %s names it", point.name, _origin(point), other,
+                        point.value.replace(":", "."))  # fmt: skip
+        else:
+            _FACTORIES[point.name] = made
+
+
+_SEEN: list[EntryPoint] = []  # of which has been spoken
+
+
+def _origin(point: EntryPoint) -> str:
+    """The package that an entry point is of."""
+    return f"the package {point.dist.name}" if point.dist is not None else point.value
 
 
 class _Plugin:
@@ -57,10 +86,22 @@ class _Plugin:
 
     def __init__(self, point: EntryPoint) -> None:
         self.point, self.__module__, self.__qualname__ = point, point.module, point.attr
+        if not point.attr:
+            raise ValueError("no name after a colon")
         self.__doc__ = f"from {point.value}"
 
+    def load(self) -> Any:
+        """The class or function; raises RewardError if it cannot be imported."""
+        try:
+            return self.point.load()
+        except Exception as error:  # whatever the package's own code raises
+            raise RewardError(
+                f"reward {self.point.name!r} of {_origin(self.point)} cannot be imported from {self.point.value}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
     def __call__(self, **options: Any) -> Any:
-        target = self.point.load()
+        target = self.load()
         return target if _is_reward_itself(target) and not options else target(**options)
 
 
@@ -132,9 +173,38 @@ def _imported(path: str) -> Callable[..., Any]:
     """What stands at "module.name"."""
     module, _, attribute = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise RewardError(f"reward class_path {path!r} cannot be imported: {error}") from error
+    if not _makes_a_reward(found):
+        raise RewardError(
+            f"reward class_path {path!r} is not called, for it is no reward: expected a function whose first argument "
+            "is images, a subclass of Reward or torch.nn.Module, or a function that says it returns one (-> Reward)"
+        )
+    return found
+
+
+def _makes_a_reward(target: Any) -> bool:
+    """Whether a thing that a config names by its path is a reward, or would make one: nothing else is called."""
+    if isinstance(target, nn.Module):
+        return True
+    if inspect.isclass(target):
+        call = inspect.getattr_static(target, "__call__", None)
+        return issubclass(target, nn.Module) or (
+            inspect.isfunction(call) and "images" in inspect.signature(call).parameters
+        )
+    if not callable(target):
+        return False
+    try:
+        if _is_reward_itself(target):
+            return True
+        returned = inspect.signature(target, eval_str=True).return_annotation
+    except (TypeError, ValueError, NameError):  # a function of C without a signature, or names that are not there
+        return False
+    kind = typing.get_origin(returned) or returned
+    return (
+        kind is Callable or kind is collections.abc.Callable or (inspect.isclass(kind) and issubclass(kind, nn.Module))
+    )
 
 
 def check_options(factory: Callable[..., Any], name: str, options: Mapping[str, Any], complete: bool = True) -> None:
@@ -148,7 +218,7 @@ def check_options(factory: Callable[..., Any], name: str, options: Mapping[str, 
         RewardError: with the nearest option's name, and all that there are.
     """
     if isinstance(factory, _Plugin):
-        factory = factory.point.load()
+        factory = factory.load()
     if _is_reward_itself(factory):
         if options:
             raise RewardError(f"reward {name!r} is a function of images and has no options, got {', '.join(options)}")

@@ -1,174 +1,37 @@
-"""Pretrained weights: where they are, and how they are read.
-
-They are local files, or files of a Hugging Face repository. Those are taken from its cache on this machine, and
-downloaded only where that is allowed. Only plain tensors are read: `.pt`, `.pth`, `.bin` and `.ckpt` files with
-`weights_only=True`.
-"""
+"""How pretrained weights are read: plain tensors by name, of files in the layouts that training scripts leave."""
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path, PurePosixPath
-from types import ModuleType
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_REPOSITORY = re.compile(r"^(?:hf:)?(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:/(?P<file>[^/].*))?$")
+log = logging.getLogger(__name__)
+# where scripts keep the weights in what they save; of several the average of training comes first
+WEIGHTS_KEYS = (
+    "ema", "ema_state_dict", "state_dict_ema", "model_ema", "params_ema", "state_dict", "model_state_dict", "model",
+    "module", "params", "net", "network",
+)  # fmt: skip
+# what torch.compile, FSDP, activation checkpointing and Fabric put into names, at any place
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+
+_AVERAGE = re.compile(r"(?:^|[._])ema(?=[._])")
 
 
 class CheckpointError(ValueError):
     """A file that does not hold the weights that were expected."""
 
 
-def find_file(path: str | Path, allow_download: bool = False, revision: str | None = None) -> Path:
-    """The local path of a checkpoint.
-
-    Args:
-        path: a file; or a Hugging Face repository, `org/name` or `org/name/file` (write `hf:org/name` where a local
-            folder has that name). Without a file, the repository must have one checkpoint only, or a
-            `model.safetensors`.
-        allow_download: download it where it is not in Hugging Face's cache on this machine.
-        revision: branch, tag or commit of the repository.
-
-    Raises:
-        FileNotFoundError: if it is not there, with what was looked for and the command that fetches it.
-        ImportError: for a repository, without huggingface_hub.
-        ValueError: if the repository has several checkpoints.
-    """
-    if Path(path).is_file():
-        return Path(path)
-    repo, file = _repository(str(path), "checkpoint")
-    if file is None and PurePosixPath(repo).suffix in SUFFIXES:
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    hub = _hub(str(path))
-
-    def cached() -> Path:
-        if file is not None:
-            return Path(hub.hf_hub_download(repo, file, revision=revision, local_files_only=True))
-        folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        return folder / _only_checkpoint([str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()], repo)
-
-    def fetched() -> Path:
-        only = file or _only_checkpoint(hub.HfApi().list_repo_files(repo, revision=revision), repo)
-        return Path(hub.hf_hub_download(repo, only, revision=revision, local_files_only=False))
-
-    # without a file's name the cache may have less than the repository
-    ways = [cached] if not allow_download else [fetched] if file is None else [cached, fetched]
-    return _from_hub(ways, str(path), repo, [file] if file else [], "checkpoint", revision)
-
-
-def find_folder(
-    path: str | Path,
-    needed: Sequence[str],
-    wanted: Sequence[str] = (),
-    allow_download: bool = False,
-    revision: str | None = None,
-    what: str = "model",
-) -> Path:
-    """The local folder of a pretrained model or tokenizer, as the `from_pretrained` functions read one.
-
-    Args:
-        path: a folder, or a repository `org/name` (also `hf:org/name`).
-        needed: files that must be there; `"a|b"`: one of them.
-        wanted: patterns of further files that are downloaded with them.
-        allow_download: download it where it is not in Hugging Face's cache on this machine.
-        revision: branch, tag or commit of the repository.
-        what: how errors call it.
-
-    Raises:
-        FileNotFoundError: if it or a file is not there, with what was looked for and the command that fetches it.
-        ImportError: for a repository, without huggingface_hub.
-    """
-    if Path(path).is_dir():
-        folder = Path(path)
-        if missing := _missing(folder, needed):
-            raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: not the folder of a {what}")
-        return folder
-    repo, _ = _repository(str(path), what)
-    hub = _hub(str(path))
-    first = [alternatives.split("|")[0] for alternatives in needed]
-
-    def cached() -> Path:
-        folder = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        if missing := _missing(folder, needed):
-            raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}")
-        return folder
-
-    def fetched() -> Path:
-        files = hub.HfApi().list_repo_files(repo, revision=revision)
-        chosen = [next((f for f in a.split("|") if f in files), a.split("|")[0]) for a in needed]
-        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=[*chosen, *wanted]))
-
-    ways = [cached, fetched] if allow_download else [cached]
-    return _from_hub(ways, str(path), repo, list(dict.fromkeys([*first, *wanted])), what, revision)
-
-
-def _missing(folder: Path, needed: Sequence[str]) -> list[str]:
-    return [a.replace("|", " or ") for a in needed if not any((folder / name).is_file() for name in a.split("|"))]
-
-
-def _repository(text: str, what: str) -> tuple[str, str | None]:
-    """The repository and the file in it that a text names."""
-    match = _REPOSITORY.match(text)
-    local = not text.startswith("hf:") and (Path(text).is_absolute() or Path(text.split("/")[0]).exists())
-    if match is None or local:
-        raise FileNotFoundError(f"no {what} at {text}")
-    return match["repo"], match["file"]
-
-
-def _hub(text: str) -> ModuleType:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(f"{text}: huggingface_hub is missing: pip install huggingface-hub") from error
-    return huggingface_hub
-
-
-def _from_hub(
-    ways: Sequence[Callable[[], Path]], text: str, repo: str, files: list[str], what: str, revision: str | None
-) -> Path:
-    """What the first of the ways finds; if all fail, the error of the last."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    failure: Exception | None = None
-    for way in ways:
-        try:
-            return way()
-        except HFValidationError as error:
-            raise FileNotFoundError(f"no {what} at {text}, which is no name of a repository either: {error}") from error
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            failure = error
-    # other failures than an empty cache (a failed download, no permission) are quoted
-    reason = "" if isinstance(failure, LocalEntryNotFoundError) else f" ({str(failure).strip().splitlines()[0]})"
-    named = f"{', '.join(files)} of {repo}" if files else f"a {what} of {repo}"
-    at = f" --revision {revision}" if revision else ""
-    raise FileNotFoundError(
-        f"no file at {text}, and {named} is not in Hugging Face's cache on this machine, {HF_HUB_CACHE}{reason}. "
-        f"`hf download {repo}{''.join(f' {f}' for f in files)}{at}` fetches it, and so does the job itself where that "
-        "is allowed (allow_download: true, --allow-download)"
-    ) from failure
-
-
-def _only_checkpoint(files: list[str], repo: str) -> str:
-    found = sorted(f for f in files if PurePosixPath(f).suffix in SUFFIXES)
-    if "model.safetensors" in found:
-        return "model.safetensors"
-    if not found:
-        raise FileNotFoundError(f"{repo} has no checkpoint ({', '.join(SUFFIXES)}) among {sorted(files)[:5]}")
-    if len(found) > 1:
-        raise ValueError(f"{repo} has {len(found)} checkpoints, {found[:5]}: name one, as {repo}/{found[0]}")
-    return found[0]
-
-
 def load_state_dict(path: str | Path, allowed: Sequence[type] = ()) -> dict[str, Tensor]:
     """Tensors of a `.safetensors`, `.pt`, `.pth`, `.bin` or `.ckpt` file, by name, on the CPU.
 
-    A dictionary that holds the weights under "ema", "state_dict" or "model" is opened, in that order.
+    A dictionary that holds the weights under one of `WEIGHTS_KEYS` is opened; of several the first, and it is said.
 
     Args:
         allowed: harmless classes that may be beside the tensors.
@@ -177,33 +40,102 @@ def load_state_dict(path: str | Path, allowed: Sequence[type] = ()) -> dict[str,
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file cannot be read, or holds anything but plain tensors and numbers.
     """
+    return tensors_of(read_checkpoint(path, allowed), path)
+
+
+def read_checkpoint(path: str | Path, allowed: Sequence[type] = ()) -> Any:
+    """What such a file holds, as it is: mostly a dictionary; raises as `load_state_dict`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"no checkpoint at {path}" + (", but a folder" if path.is_dir() else ""))
+    if what := _no_weights(path):
+        raise CheckpointError(f"{path} {what}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(list(allowed)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path} is refused: it is not a file of plain tensors ({reason[:120]}). "
             "Save the state dict alone, best as .safetensors."
         ) from error
-    for key in ("ema", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+
+
+def _no_weights(path: Path) -> str | None:
+    """What a file is that came in place of weights; None for one that may be of weights."""
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip()
+    if not start:
+        return "is empty: the download or the copy broke off, fetch it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the file itself: git lfs pull fetches it"
+    if start[:15].lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not weights: the download was answered by a page (a quota, a login), fetch it again"
+    return None
+
+
+def tensors_of(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The weights in what a file holds; raises CheckpointError if there are none."""
+    keys = [key for key in WEIGHTS_KEYS if isinstance(content, Mapping) and _is_state(content.get(key))]
+    if len(keys) > 1:
+        log.info("%s holds weights under %s: those under %r are taken", path, ", ".join(keys), keys[0])
+    while keys:
+        content = content[keys[0]]
+        keys = [key for key in WEIGHTS_KEYS if _is_state(content.get(key))]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    states = [k for k, v in content.items() if _is_state(v)] if isinstance(content, Mapping) and not tensors else []
+    if len(states) == 1:  # under a name of the script's own
+        log.info("%s: the weights are taken to be those under %r", path, states[0])
+        return tensors_of(content[states[0]], path)
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors by name: expected a state dict")
+        holds = f"{', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(
+            f"{path} holds no tensors by name, but {holds or 'nothing'}: expected a state dict, or one under "
+            f"{', '.join(WEIGHTS_KEYS[:7])}, ..."
+        )
     return tensors
+
+
+def _is_state(content: Any) -> bool:
+    return isinstance(content, Mapping) and any(isinstance(v, Tensor | Mapping) for v in content.values())
+
+
+def unwrapped(state: Mapping[str, Tensor], anchors: Iterable[str], path: str | Path) -> dict[str, Tensor]:
+    """The tensors of one network, by its own names: without what compiling and sharding put into them, and without
+    the names of the modules that it stood in ("module.", "model.model.dit.", of any nesting).
+
+    Args:
+        anchors: names of which the network has one; their prefix is all tensors'. Without any, names stay.
+        path: of the file, for messages.
+
+    Raises:
+        CheckpointError: if it holds several such networks, none of which is called an average ("ema").
+    """
+    bare = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    found = {name.removesuffix(a) for a in anchors for name in bare if name == a or name.endswith(f".{a}")}
+    prefixes = sorted(found, key=lambda prefix: (not _AVERAGE.search(prefix), len(prefix), prefix))
+    if not prefixes:
+        return bare
+    if len(prefixes) > 1:
+        average = [prefix for prefix in prefixes if _AVERAGE.search(prefix)]
+        names = ", ".join(repr(prefix) for prefix in prefixes)
+        if len(average) != 1:
+            raise CheckpointError(f"{path} holds several such networks, under {names}: save the one that is wanted")
+        log.info("%s holds networks under %s: that under %r is taken", path, names, average[0])
+    prefix, others = prefixes[0], [prefix for prefix in prefixes[1:] if prefix]
+    taken = {name.removeprefix(prefix): tensor for name, tensor in bare.items() if name.startswith(prefix)}
+    if not prefix:
+        taken = {name: tensor for name, tensor in taken.items() if not name.startswith(tuple(others))}
+    elif left := sorted(bare.keys() - {prefix + name for name in taken}):
+        log.info("%s: %d tensors beside those under %r are left out, first %s", path, len(left), prefix, left[0])
+    return taken
 
 
 def num_blocks(names: Iterable[str], prefix: str) -> int:

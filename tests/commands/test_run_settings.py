@@ -105,7 +105,7 @@ def test_loggers_and_callbacks_of_the_users_own(trainer_of):
 
 
 def test_a_terminal_has_a_bar(trainer_of, monkeypatch):
-    monkeypatch.setattr(fit, "get_console", lambda: Console(force_terminal=True))
+    monkeypatch.setattr(fit, "console", lambda: Console(force_terminal=True))
     assert callback(trainer_of("digits/flow"), StepProgressBar)
 
 

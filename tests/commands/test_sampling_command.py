@@ -228,7 +228,7 @@ def test_latents_have_the_vae_s_own_scale(tmp_path):
         main(arguments[:-1])
     (tmp_path / "vae/config.json").write_text(json.dumps({**settings, "shift_factor": 0.1}))
     for use in (MomentEncoder, lambda path: VAEDecoder(path).missing()):
-        with pytest.raises(ValueError, match=r"vae shifts its latents by 0\.1"):
+        with pytest.raises(ValueError, match=r"vae has shift_factor 0\.1 in its config\.json"):
             use(folder)
 
 

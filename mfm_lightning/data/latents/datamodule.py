@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,15 +194,17 @@ class LatentShards(StepDataModule):
         start: int = 0,
         length: int | None = None,
         num_workers: int | None = None,
+        where: Callable[[], int] | None = None,
     ) -> LatentLoader:
         """Batches `start..length-1` of a rank; one epoch where `length` is None.
 
         Args:
-            split: "train" or "val".
+            split: "train", whose loader goes on with each pass, or "val", where all passes are the same.
             num_workers: other than this DataModule's.
+            where: as of `StepLoader`.
         """
         workers = self.num_workers if num_workers is None else num_workers
-        return LatentLoader(self._stream(split, rank, world_size, workers, start, length), workers)
+        return LatentLoader(self._stream(split, rank, world_size, workers, start, length), workers, where=where)
 
     def _stream(
         self, split: str, rank: int, world_size: int, lanes: int, start: int, length: int | None
@@ -218,7 +220,7 @@ class LatentShards(StepDataModule):
 
     def train_dataloader(self) -> LatentLoader:
         start, length = self.steps()
-        return self.loader("train", *self._rank(), start=start, length=length)
+        return self.loader("train", *self._rank(), start=start, length=length, where=self.position)
 
     def val_dataloader(self) -> LatentLoader | list:
         return self.loader("val", *self._rank()) if self._part("val")[1].shards else []
@@ -234,6 +236,11 @@ class LatentShards(StepDataModule):
         if self._random_access is None:
             self._random_access = self._stream("train", *self._rank(), 1, 0, None)
         return self._random_access.batch(step)
+
+    def origin(self, step: int) -> str:
+        stream = self._stream("train", *self._rank(), self.num_workers, 0, None)
+        self._streams.pop()  # it reads nothing
+        return f"of {', '.join(stream.shards_of(step))} in {self.folder}"
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""

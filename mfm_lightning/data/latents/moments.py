@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfm_lightning.networks.decoders import load_vae
+from mfm_lightning.networks.vae import load_vae
 from mfm_rewards.execution import Precision, autocast, check_precision
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +25,10 @@ Corrupt = Literal["raise", "skip"]
 _WARNINGS = 10  # of corrupt samples, in each worker; all are counted
 PREFETCH = 3  # batches that a worker has ready
 _ROWS = 8  # latents that are drawn together
+
+
+class LostWorkerError(ValueError):
+    """A process that reads was killed or crashed."""
 
 
 @dataclass
@@ -103,6 +107,17 @@ class LatentStream(IterableDataset):
             self.batch(step, self.ring.slot(*place))
             yield place
 
+    def shards_of(self, step: int) -> list[str]:
+        """Names of the shards that a step's batch is drawn from."""
+        which, size = self._place(step)
+        return [self.index.shards[shard].name for shard, _ in self._rows_of(which, size)]
+
+    def _place(self, step: int) -> tuple[tuple[int, int, int], int]:
+        """Epoch, lane and number of the block of a step's batch, and the samples of such a block."""
+        epoch, p = divmod(step, self.plan.batches)
+        per_block = max(1, self.reading.shuffle_buffer // self.plan.batch_size)
+        return (epoch, p % self.plan.lanes, p // self.plan.lanes // per_block), per_block * self.plan.batch_size
+
     def batch(self, step: int, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The batch of a step, in the memory of `out` where that is given.
 
@@ -110,12 +125,10 @@ class LatentStream(IterableDataset):
             CorruptSampleError: for a corrupt sample with "raise"; with "skip" if a whole block is corrupt.
         """
         epoch, p = divmod(step, self.plan.batches)
-        B, lane, q = self.plan.batch_size, p % self.plan.lanes, p // self.plan.lanes
-        per_block = max(1, self.reading.shuffle_buffer // B)
-        which = (epoch, lane, q // per_block)
+        which, per_block = self._place(step)
         if self._block is None or self._block.which != which:
-            self._block = self._load(which, per_block * B)
-        at, size = q % per_block * B, self.plan.batch_sizes[p]
+            self._block = self._load(which, per_block)
+        at, size = p // self.plan.lanes * self.plan.batch_size % per_block, self.plan.batch_sizes[p]
         if out is None:
             out = torch.empty(size, *self.index.state_shape), torch.empty(size, dtype=torch.long)
         seed = np.random.SeedSequence([self.plan.seed, 1, epoch, self.plan.rank, p])
@@ -210,22 +223,32 @@ class LatentStream(IterableDataset):
 
 
 class LatentLoader(StepLoader):
-    """The stream by way of worker processes.
+    """The stream by way of worker processes; in validation and test all passes are the same.
 
     Args:
         stream: its plan has as many lanes as there are workers.
         num_workers: processes that read; none: the caller itself.
         prefetch_factor: batches that each of them has ready.
+        where: as of `StepLoader`.
     """
 
-    def __init__(self, stream: LatentStream, num_workers: int, prefetch_factor: int = PREFETCH) -> None:
+    def __init__(
+        self,
+        stream: LatentStream,
+        num_workers: int,
+        prefetch_factor: int = PREFETCH,
+        where: Callable[[], int] | None = None,
+    ) -> None:
+        first = None if stream.plan.train else lambda: stream.start
+        super().__init__(stream.length, stream.start, where or first)
         self.stream, self.num_workers, self.prefetch_factor = stream, num_workers, prefetch_factor
-        self.start, self.length = stream.start, stream.length
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.num_workers:
-            return map(self.stream.batch, range(self.start, self.length))
+            yield from map(self.stream.batch, range(first, last))
+            return
         stream, plan = copy(self.stream), self.stream.plan
+        stream.start, stream.length = first, last
         stream.ring = BatchRing(self.num_workers, self.prefetch_factor, plan.batch_size, stream.index.state_shape)
         loader = DataLoader(
             stream,
@@ -235,4 +258,12 @@ class LatentLoader(StepLoader):
             collate_fn=as_it_is,
             generator=torch.Generator(),  # else each start would take a number from training's noise
         )
-        return map(stream.ring.take, loader)
+        try:
+            yield from map(stream.ring.take, loader)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) or isinstance(error, CorruptSampleError):
+                raise
+            raise LostWorkerError(
+                f"{self.stream.folder}: a data worker has died ({str(error).strip().splitlines()[0]}). The system "
+                "kills one that takes too much memory: lower data.num_workers or data.shuffle_buffer"
+            ) from error

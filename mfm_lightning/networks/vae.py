@@ -1,0 +1,107 @@
+"""The VAE of latent models, diffusers' AutoencoderKL: read in full, or refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mfm_rewards.weights import CheckpointError
+
+log = logging.getLogger(__name__)
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+
+
+class VAE(Protocol):
+    """What is used of diffusers' AutoencoderKL, whose own types do not say it."""
+
+    config: Mapping[str, Any]
+
+    def to(self, device: torch.device) -> VAE: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def enable_tiling(self) -> None: ...
+
+    def encode(self, x: Tensor) -> Any:
+        """Its `latent_dist` has `mean` and `std` `(B, C, h, w)`."""
+
+    def decode(self, z: Tensor) -> Any:
+        """Its `sample` is `(B, 3, H, W)` in [-1, 1]."""
+
+
+def load_vae(path: str, allow_download: bool = False) -> VAE:
+    """A frozen AutoencoderKL in float32, from a folder (also that of a pipeline, with `vae` in it) or by a Hugging Face
+    id. What diffusers would make up, it says or refuses: weights that are not in the file, a scale that the config does
+    not give.
+
+    Raises:
+        FileNotFoundError: if it is not there, and may not be fetched.
+        ImportError: without the extra `imagenet`.
+        CheckpointError: if the folder holds something else, or not all of it; if its latents are shifted, or scaled by
+            channel.
+    """
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    except ImportError as error:
+        raise ImportError("a VAE needs diffusers: pip install 'mfm-lightning[imagenet]'") from error
+    folder = Path(path)
+    if folder.is_dir() and not (folder / CONFIG).is_file() and (folder / "vae" / CONFIG).is_file():
+        folder = folder / "vae"
+        log.info("VAE: %s, of the pipeline in %s", folder, path)
+    options: dict[str, Any] = {"local_files_only": not allow_download, "output_loading_info": True}
+    if folder.is_dir():
+        options["variant"] = _variant(folder)
+    try:
+        loaded: Any = AutoencoderKL.from_pretrained(str(folder), **options)
+        vae, found = loaded
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if folder.is_dir() and (folder / CONFIG).is_file():
+            raise CheckpointError(f"the VAE in {folder} cannot be read: {reason[:300]}") from error
+        raise FileNotFoundError(
+            f"no VAE at {path}: give a folder with {CONFIG} and {WEIGHTS}.safetensors, or a Hugging Face id and allow "
+            "the download (allow_download: true, --allow-download)"
+        ) from error
+    _check(vae, found, path)
+    return vae.eval().requires_grad_(False)
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the weights that a folder has, such as "fp16", where it has no others; raises FileNotFoundError
+    where it has none."""
+    names = sorted(p.name for p in folder.glob(f"{WEIGHTS}*") if p.suffix in (".safetensors", ".bin"))
+    if any(name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin") for name in names):
+        return None
+    if not names:
+        raise FileNotFoundError(f"no VAE at {folder}: {CONFIG} and {WEIGHTS}.safetensors are not both there")
+    variant = names[0].removeprefix(f"{WEIGHTS}.").rpartition(".")[0]
+    log.info("%s: %s is taken, for there is no other", folder, names[0])
+    return variant
+
+
+def _check(vae: Any, found: Mapping[str, Any], path: str) -> None:
+    """Refuse what is not the VAE that its files say, and say what is a guess."""
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"the VAE {path}: {len(missing)} weights are not in its file, first {missing[0]}")
+    if others := sorted(found["unexpected_keys"]):
+        log.warning("VAE %s: %d weights are no AutoencoderKL's and left out, first %s", path, len(others), others[0])
+    broken = next((name for name, p in vae.state_dict().items() if not torch.isfinite(p).all()), None)
+    if broken is not None:
+        raise CheckpointError(f"the VAE {path} holds numbers that are not finite, first in {broken}")
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if value := vae.config.get(name):
+            raise CheckpointError(
+                f"the VAE {path} has {name} {value} in its {CONFIG}: only a scale of latents is known here"
+            )
+    if "scaling_factor" in vae.config.get("_use_default_values", ()):
+        log.warning(
+            "VAE %s: its %s gives no scaling_factor, %s is taken (that of SD; SDXL's is 0.13025): scale says another",
+            path,
+            CONFIG,
+            vae.config["scaling_factor"],
+        )
