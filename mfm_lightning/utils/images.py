@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mfm_lightning.utils.decoding import ImageError, center_crop, decode, read_image
+from mfm_lightning.utils.decoding import ImageError, ReadError, center_crop, decode, read_image
 from mfm_lightning.utils.image_files import LeftOut, find_files, is_image
 from mfm_lightning.utils.sample_folder import check_finished
 from mfm_lightning.utils.tar import tar_files
@@ -198,3 +198,7 @@ def _members(path: Path, left_out: LeftOut) -> Iterator[tuple[str, bytes]]:
                     left_out.add_file(name, str(path))
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:  # also of what it is compressed by
         raise ValueError(f"shard {path} cannot be read: {error}") from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ReadError(f"shard {path} cannot be read ({error.strerror or error}): mend the storage") from error

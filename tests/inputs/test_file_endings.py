@@ -1,6 +1,7 @@
 """What is read by its ending, what is left out with a word, and what is refused: in folders and in tars."""
 
 import bz2
+import errno
 import gzip
 import lzma
 import re
@@ -191,6 +192,11 @@ def test_samples_that_are_not_whole_are_named(files, message, made, tmp_path):
 
 
 def test_a_key_that_is_there_twice_is_refused(made, tmp_path):
+    """One file after the other, further on in the shard, and of folders that differ by what a key cannot hold."""
+    with tarfile.open(tmp_path / "next.tar", "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("0.png"))
+    refused(prepare(made, tmp_path / "next.tar", tmp_path / "x"), "next.tar cannot be read after 0 samples: 0.png: dup")
     files = samples(0, 3)
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
         for content in (files, samples(0, 1)):
@@ -250,3 +256,19 @@ def test_names_in_brackets_are_shown_as_they_are(name, fid, tmp_path, capsys):
     write(tmp_path / "x" / name, b"broken")
     said = mfm("rewards", "--score", "brightness", "--images", tmp_path / "x", "--device", "cpu")
     refused(said, f"{name} cannot be decoded")
+
+
+def test_storage_that_fails_within_a_tar_is_named(made, tmp_path, monkeypatch):
+    """Whatever is skipped; when it is back, nothing is missing."""
+    path = shard(tmp_path / "x/a.tar", samples(0, 3))
+
+    def fails(*_args, **_kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.ExFileObject, "read", fails)
+        refused(prepare(made, path, tmp_path / "out", "--skip-broken"), f"shard {path} cannot be read", "output error")
+        with pytest.raises(OSError, match=rf"shard {path} cannot be read \(Input/output error\)"):
+            list(ImageSet(tmp_path / "x").batches())
+    assert prepare(made, path, tmp_path / "out", "--skip-broken")[0] == 0
+    assert len(moments(tmp_path / "out")) == 3

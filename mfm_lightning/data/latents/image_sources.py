@@ -173,7 +173,8 @@ class WebDatasetSource(ImageSource):
         except InputError:
             raise
         except Exception as error:  # tarfile and the download's program have errors of many kinds
-            raise InputError(f"shard {url} cannot be read after {len(keys)} samples: {error}") from error
+            reason = error.args[0] if isinstance(error, ValueError) and error.args else error  # webdataset adds more
+            raise InputError(f"shard {url} cannot be read after {len(keys)} samples: {reason}") from error
 
     def _files(self, stream: Any, url: str) -> Iterator[dict[str, Any]]:
         for member in tar_files(stream, url):
