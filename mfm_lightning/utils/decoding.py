@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 log = logging.getLogger(__name__)
 MOST_PIXELS = 178_956_970  # of a file: where Pillow takes it for a decompression bomb
@@ -110,6 +110,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 def _formats() -> list[str]:
     Image.init()
+    # a colour profile or a note of more than 1 MB makes a whole image unreadable; their sum stays bounded
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     return [kind for kind in Image.OPEN if kind not in _NO_PICTURES]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mfm_lightning.utils import decoding
 from mfm_lightning.utils.decoding import ImageError, ReadError, center_crop, decode, read_image
@@ -136,6 +136,18 @@ def _saved(image: Image.Image, kind: str, **options) -> bytes:
 
     image.save(stream := io.BytesIO(), kind, **options)
     return stream.getvalue()
+
+
+def test_large_notes_and_profiles_are_no_damage():
+    """For Pillow alone, more than 1 MB of them make an image unreadable."""
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt("prompt", "x" * 3_000_000, zip=True)
+    for options in ({"icc_profile": bytes(2_000_000)}, {"pnginfo": notes}):
+        content = _saved(Image.fromarray(picture(16)), "PNG", **options)
+        np.testing.assert_array_equal(np.asarray(decode(content, "noted.png")), picture(16))
+    notes.add_itxt("bomb", "x" * 70_000_000, zip=True)
+    with pytest.raises(ImageError, match=r"noted\.png cannot be decoded"):
+        decode(_saved(Image.fromarray(picture(16)), "PNG", pnginfo=notes), "noted.png")
 
 
 WHOLE = encoded(picture(60))
