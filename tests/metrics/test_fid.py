@@ -298,7 +298,8 @@ def fid_of(file: Path, inception: Inception, reference: Statistics) -> float:
 
 
 def logged(folder: Path) -> float:
-    with open(folder / "logs/csv/metrics.csv") as file:
+    (path,) = (folder / "logs").rglob("metrics.csv")  # each stage has a log of its own
+    with open(path) as file:
         return next(float(row["val/fid"]) for row in csv.DictReader(file) if row.get("val/fid"))
 
 
