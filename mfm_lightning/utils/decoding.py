@@ -7,7 +7,6 @@ import errno
 import io
 import logging
 import time
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -76,13 +75,11 @@ def decode(content: bytes, name: str) -> Image.Image:
         OSError: with its `errno`, of the storage.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is damaged but can be read, and of sizes below our bound
-            with Image.open(io.BytesIO(content), formats=_formats()) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise ImageError(f"{image.width} x {image.height} pixels, at most {MOST_PIXELS:,} are read")
-                _say_what_is_dropped(image, name)
-                return _eight_bits(image)
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} pixels, at most {MOST_PIXELS:,} are read")
+            _say_what_is_dropped(image, name)
+            return _eight_bits(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes of them

@@ -79,6 +79,16 @@ def test_16_bits_are_the_picture_that_8_are_in_every_command(made, fid, tmp_path
     assert abs(float((tmp_path / "fid.json").read_text().split('"fid": ')[1].split(",")[0])) < 1e-3
 
 
+def test_checks_of_a_reward_take_the_same_images(tmp_path, capsys):
+    for name in ("png grey", "tiff", "pgm"):
+        write(tmp_path / "x" / f"{name[:3]}{Path(DEEP[name][0]).suffix}", DEEP[name][1])
+    check = ("rewards", "--check", "brightness", "--images", tmp_path / "x", "--device", "cpu")
+    assert mfm(*check)[0] == 0
+    assert capsys.readouterr().out.count("passed") == 8
+    write(tmp_path / "x/png.png", BROKEN["cut.png"])
+    refused(mfm(*check), f"{tmp_path}/x/png.png cannot be decoded")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
