@@ -77,7 +77,7 @@ def test_a_loader_of_shards_goes_on(tmp_path, workers):
     loader, whole = data.loader(), [x for x, _ in data.loader(length=12)]
     passes = [[x.clone() for x, _ in loader] for _ in range(3)]
     assert [len(part) for part in passes] == [4, 4, 4]
-    assert torch.equal(torch.cat(sum(passes, [])), torch.cat(whole))
+    assert torch.equal(torch.cat([x for part in passes for x in part]), torch.cat(whole))
     assert not torch.equal(torch.cat(passes[0]), torch.cat(passes[1]))
 
 
