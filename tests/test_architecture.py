@@ -97,4 +97,4 @@ def test_rewards_know_nothing_of_the_framework(path):
 def test_every_file_of_tests_has_a_folder_of_its_package():
     packages = {path.name for top in ("mfm_lightning",) for path in (ROOT / top).iterdir() if path.is_dir()}
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert folders <= packages | {"core", "benchmarks", "rewards", "docs", "packaging"}
+    assert folders <= packages | {"core", "benchmarks", "rewards", "docs", "packaging", "inputs"}
