@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,9 @@ class Fit:
             options += ["--ckpt_path", str(checkpoint)]
         try:
             run(["fit", "--config", self.config, "--overwrite", *options])
-        except SystemExit as error:  # Lightning's way to stop at Ctrl-C
+        except SystemExit as error:
+            if error.code not in (1, 128 + signal.SIGINT):  # else Ctrl-C, also by Lightning's own status
+                raise
             raise KeyboardInterrupt from error
         except CommandLineError as error:
             raise ValueError(f"mfm fit --config {self.config} refuses the options {self.options}: {error}") from error

@@ -45,7 +45,9 @@ def demo(args: Sequence[str]) -> None:
         if command == "fit" and not fresh and (model := folder / "model.safetensors").exists():
             terminal.print(f"{model} is there already, and taken as it is; mfm demo --overwrite fits it again")
             continue
-        more = ["--ckpt_path", f"{folder}/last.ckpt"] if command == "test" else ["--overwrite"] if fresh else []
+        more = ["--overwrite"] if fresh else []
+        if command == "test" or (not fresh and (folder / "last.ckpt").exists()):  # of a demo that was stopped
+            more = ["--ckpt_path", f"{folder}/last.ckpt"]
         run([command, "--config", config, *more, *others])
     terminal.rule(f"{num}/{num}  Compare with Best-of-N, GLASS and others  (mfm benchmark alignment --quick)")
     run(["benchmark", "alignment", "--quick", *(["--fresh"] if fresh else [])])

@@ -86,7 +86,6 @@ class EpochLoop(_TrainingEpochLoop):
     def reset(self) -> None:
         super().reset()
         self._is_resuming = self.restarting
-        self.val_loop._has_run = self.val_loop._has_run or self.restarting
         self._batches_that_stepped = self.global_step
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
