@@ -80,8 +80,8 @@ def _check_kind(path: Path) -> None:
     else:
         what = "is no file of torch.save, not a run's checkpoint"
     raise CheckpointError(
-        f"{path} {what}: --ckpt_path takes the last.ckpt of a run (a model is given in the config, as teacher, initial or "
-        "target.model)"
+        f"{path} {what}: --ckpt_path takes the last.ckpt of a run (a model is given in the config, as teacher, "
+        "initial or target.model)"
     )
 
 
