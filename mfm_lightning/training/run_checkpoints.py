@@ -76,10 +76,13 @@ def _check_kind(path: Path) -> None:
     elif begin.startswith(b"PK"):
         what = f"is cut off at {path.stat().st_size:,} bytes: the end of the archive is missing"
     elif path.suffix == ".safetensors" or begin[8:9] == b"{":
-        what = "is a model, not a run's checkpoint (it is given in the config, as teacher, initial or target.model)"
+        what = "is a model, not a run's checkpoint"
     else:
         what = "is no file of torch.save, not a run's checkpoint"
-    raise CheckpointError(f"{path} {what}: --ckpt_path takes the last.ckpt of a run")
+    raise CheckpointError(
+        f"{path} {what}: --ckpt_path takes the last.ckpt of a run (a model is given in the config, as teacher, "
+        "initial or target.model)"
+    )
 
 
 def _check_folder(path: Path) -> None:
