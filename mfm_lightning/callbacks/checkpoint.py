@@ -20,10 +20,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from mfm_lightning.callbacks.stops import STOPS, Stopped, end_at_signals, listen, say_and_stop, unlisten
+from mfm_lightning.callbacks.stops import end_at_signals, listen, say_and_stop, unlisten
 from mfm_lightning.training.logs import save_logs
 from mfm_lightning.utils.atomic import clear_partials, mend, whole_file
 from mfm_lightning.utils.distributed import gather_ranks
+from mfm_lightning.utils.stopping import SIGNALS, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._requeued_by = None
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeued_by = environment.requeue_signal
-        self._stops = {*STOPS, self._requeued_by or signal.SIGUSR1}
+        self._stops = {*SIGNALS, self._requeued_by or signal.SIGUSR1}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

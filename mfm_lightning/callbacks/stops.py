@@ -13,22 +13,11 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from mfm_lightning.utils.stopping import SIGNALS, Stopped
+
 log = logging.getLogger(__name__)
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _heard: set[int] = set()  # that this process listens to
 _told = [False]  # whether processes that are forked from here on learn of it
-
-
-class Stopped(SystemExit):
-    """A run was stopped by a signal: status 128 + its number.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.signal = signal.Signals(number)
 
 
 def listen(numbers: Iterable[int], act: Callable[[int, Any], None]) -> None:
@@ -64,12 +53,12 @@ def stopped_at_once(what: str) -> Iterator[None]:
     Args:
         what: is stopped, such as "mfm predict".
     """
-    before = {number: signal.getsignal(number) for number in STOPS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def stop(number: int, frame: Any) -> NoReturn:
         say_and_stop(what, number)
 
-    listen(STOPS, stop)
+    listen(SIGNALS, stop)
     try:
         yield
     finally:
@@ -96,4 +85,4 @@ def end_at_signals(trainer: L.Trainer, what: str) -> None:
             launcher.kill(number)  # the other ranks
         say_and_stop(what, number, "; what is written so far is whole, and the same command begins again")
 
-    listen(STOPS, stop)
+    listen(SIGNALS, stop)

@@ -19,7 +19,7 @@ from mfm_lightning._version import __version__
 from mfm_lightning.commands.errors import CommandLineError, explain, unknown, users_line
 from mfm_lightning.commands.imports import import_named
 from mfm_lightning.commands.jobs import JOBS, short_help
-from mfm_lightning.commands.stopping import Stopped
+from mfm_lightning.utils.stopping import Stopped
 
 log = logging.getLogger(__name__)
 ENTRY_POINTS = "mfm_lightning.commands"  # the group by which packages add commands
@@ -45,8 +45,9 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"mfm: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
-        print(f"mfm: {stop}", file=sys.stderr)
-        sys.exit(stop.status)
+        if stop.message:
+            print(f"mfm: {stop.message}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:  # of a command that does not go on, or while it was imported
         if debug:
             raise

@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Literal
 
 from mfm_lightning.commands.errors import CommandLineError
-from mfm_lightning.commands.stopping import stoppable
+from mfm_lightning.utils.stopping import stoppable
 
 if TYPE_CHECKING:
     from mfm_lightning.data.latents.preparation import Preparation

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mfm_lightning.commands.stopping import stoppable
+from mfm_lightning.utils.stopping import stoppable
 
 if TYPE_CHECKING:
     from mfm_lightning.models import MetaFlowMap

@@ -16,16 +16,15 @@ import pytest
 import torch
 
 from mfm_lightning.checkpoints import save_model
-from mfm_lightning.commands import stopping
 from mfm_lightning.commands.main import main
-from mfm_lightning.commands.stopping import Stopped, stoppable
 from mfm_lightning.data.latents import shard_writer
 from mfm_lightning.data.latents.index import INDEX, LatentIndex
 from mfm_lightning.data.latents.moments import MomentEncoder
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
 from mfm_lightning.sampling import outputs
-from mfm_lightning.utils import atomic
+from mfm_lightning.utils import atomic, stopping
+from mfm_lightning.utils.stopping import Stopped, stoppable
 from tests.inputs.pictures import mfm, moments, picture, prepare, refused, save
 from tests.latent_data import shards
 from tests.processes import ended, forked
@@ -356,7 +355,7 @@ def test_handlers_are_as_they_were(tmp_path):
 
     with pytest.raises(Stopped) as stop:
         is_stopped()
-    assert stop.value.status == 143
+    assert stop.value.code == 143
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
     assert threading.active_count() == threads
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup

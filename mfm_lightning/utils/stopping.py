@@ -11,15 +11,21 @@ from contextlib import contextmanager
 from types import FrameType
 
 GRACE = 4.0  # seconds in which the main thread is to hear of a signal; schedulers kill after 30
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-class Stopped(BaseException):
-    """A signal asks the command to end. Not an Exception: nothing that handles those may go on."""
+class Stopped(SystemExit):
+    """A signal asks the process to end, with status 128 + its number. Not an Exception: nothing that handles those may
+    go on.
 
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.status = 128 + number
+    Args:
+        number: of the signal.
+        message: for the terminal; nothing where it was said already.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(128 + number)
+        self.signal, self.message = signal.Signals(number), message
 
 
 @contextmanager
