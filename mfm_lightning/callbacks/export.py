@@ -9,7 +9,7 @@ import lightning as L
 
 from mfm_lightning.callbacks.checkpoint import LastCheckpoint
 from mfm_lightning.callbacks.ema import EMA
-from mfm_lightning.checkpoints import check_network, save_network
+from mfm_lightning.checkpoints import check_network, fingerprint, save_network
 from mfm_lightning.modules.base import TrainingModule
 
 log = logging.getLogger(__name__)
@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 class ExportModel(L.Callback):
     """Writes `model.safetensors` (averaged weights where EMA is on) to the run's folder when training ends, after the
-    last checkpoint: what goes wrong then costs no step, and `--ckpt_path last` writes it. Its metadata has the `step`.
+    last checkpoint: what goes wrong then costs no step, and `--ckpt_path last` writes it. Its metadata has
+    the `step`, and under `checkpoint` the SHA-256 of the `last.ckpt` that it was made with (of one in shards, none).
 
     Args:
         filename: in the trainer's `default_root_dir`.
@@ -65,8 +66,14 @@ class ExportModel(L.Callback):
             if trainer.is_global_zero:
                 path = Path(trainer.default_root_dir) / self.filename
                 metadata = {"kind": module.exported_kind, "step": str(trainer.global_step)}
+                if any(isinstance(c, LastCheckpoint) for c in callbacks):
+                    metadata |= self._checkpoint(Path(trainer.default_root_dir) / "last.ckpt")
                 save_network(module.exported, path, metadata)
                 log.info("model written to %s", path)
+
+    @staticmethod
+    def _checkpoint(path: Path) -> dict[str, str]:
+        return {"checkpoint": fingerprint(path)} if path.is_file() else {}
 
 
 def _exporting(module: L.LightningModule) -> TrainingModule:

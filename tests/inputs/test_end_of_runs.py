@@ -2,6 +2,7 @@
 
 import os
 import signal
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_a_run_killed_at_its_end_is_ended_by_going_on(tmp_path, monkeypatch, whe
     assert len(once) == 1
     with safe_open("run/model.safetensors", "pt") as file:
         assert file.metadata()["step"] == "4"
+        assert file.metadata()["checkpoint"] == sha256(Path("run/last.ckpt").read_bytes()).hexdigest()
 
 
 def test_an_export_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
