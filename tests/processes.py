@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ def forked(function: Callable, *arguments: object) -> multiprocessing.Process:
 
     def alone() -> None:
         torch.set_num_threads(1)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # the tests run under nohup
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         function(*arguments)
 
     process = multiprocessing.get_context("fork").Process(target=alone)
