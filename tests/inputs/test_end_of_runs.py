@@ -1,6 +1,7 @@
 """What is still to do at the end of a run is done when it goes on; what is no number is not exported."""
 
 import os
+import re
 import signal
 from hashlib import sha256
 from pathlib import Path
@@ -10,11 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mfm_lightning.alignment import Steering, TwistedSMC
+from mfm_lightning.alignment import Steering, Target, TwistedSMC
 from mfm_lightning.checkpoints import CheckpointError, save_network
 from mfm_lightning.data import DigitsDataModule
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import MFMPretraining, NonFiniteGradientError, NonFiniteLossError, Optimization
 from mfm_lightning.networks import MLP
+from mfm_rewards import RewardError
 from tests.inputs.tiny_runs import fit, last
 from tests.processes import ended, forked
 
@@ -178,6 +181,18 @@ def test_a_huge_gradient_is_clipped_and_does_not_vanish(exponent):
         large = Steering(**settings).term(gradient * 10.0**exponent, drift, t)
         torch.testing.assert_close(large, small, rtol=1e-5, atol=1e-6)
         assert large.norm() > 1
+
+
+@pytest.mark.parametrize("scale", [1e36, -1e37, 3e38])
+def test_a_scale_that_takes_rewards_out_of_the_finite_numbers_is_refused(scale):
+    """Rewards of 2,000 times 1e36 are infinite in float32; then steering would vanish."""
+    model = MetaFlowMap(MLP(2, 8, 1))
+    target = Target(model, lambda x: x[:, 0], reward_scale=scale)
+    with pytest.raises(RewardError, match=rf"times reward_scale {re.escape(f'{scale:g}')} leaves the finite numbers"):
+        target.rewards(torch.full((3, 2), 2000.0))
+    for none in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="reward_scale"):
+            Target(model, lambda x: x[:, 0], reward_scale=none)
 
 
 def test_digits_have_no_origin():
