@@ -11,6 +11,7 @@ from mfm_lightning.callbacks.checkpoint import LastCheckpoint
 from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.checkpoints import check_network, fingerprint, save_network
 from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.training.logs import goes_on_in_its_folder
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class ExportModel(L.Callback):
             check_network(_exporting(pl_module).exported)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.ckpt_path is not None:
+        if goes_on_in_its_folder(trainer):
             return
         self.refuse_overwriting(trainer.default_root_dir)
         path = Path(trainer.default_root_dir) / self.filename

@@ -172,8 +172,9 @@ def _read_config(header: Mapping[str, str], path: str | Path) -> dict[str, Any]:
 
 def _check_size(kind: type[nn.Module], config: dict[str, Any], path: str | Path) -> None:
     """Refuse a file whose config asks for another network than its tensors are of, before memory is taken for it."""
-    limit = Path(path).stat().st_size
-    large = [k for k, v in config.items() if isinstance(v, int) and v > limit]
+    limit, ours = Path(path).stat().st_size, kind in {**NETWORKS, **VALUE_NETWORKS}.values()
+    # the numbers of our networks are sizes; those of others may be anything
+    large = [k for k, v in config.items() if ours and isinstance(v, int) and v > limit]
     if large:
         raise CheckpointError(
             f"{path} asks for a network with {large[0]} {config[large[0]]:,}, and has {limit:,} bytes"
@@ -185,6 +186,11 @@ def _check_size(kind: type[nn.Module], config: dict[str, Any], path: str | Path)
         return
     with safe_open(path, framework="pt") as file:
         there = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 # it is no dictionary
+    if missing := sorted(wanted.keys() - there.keys()):
+        raise CheckpointError(
+            f"{path} does not hold the network of its config: {len(missing)} names missing, first {missing[0]} "
+            f"{wanted[missing[0]]}"
+        )
     if wrong := sorted(k for k in wanted if k in there and wanted[k] != there[k]):
         k = wrong[0]
         raise CheckpointError(
@@ -197,14 +203,7 @@ def _users_class(name: str, path: str | Path) -> type[nn.Module]:
     """The class at a path that a file names. A file must not be able to call anything else: only a network is taken,
     and none of the libraries that are used here."""
     module, _, attribute = name.rpartition(".")
-    if module.split(".")[0] in (
-        *sys.stdlib_module_names,
-        "torch",
-        "lightning",
-        "mfm_lightning",
-        "mfm_rewards",
-        "mfm_benchmarks",
-    ):
+    if module.split(".")[0] in (*sys.stdlib_module_names, *_LIBRARIES):
         raise CheckpointError(f"{path} names {name}, which is no network of a user's own")
     try:
         kind = getattr(importlib.import_module(module), attribute)

@@ -147,7 +147,7 @@ class MFMCLI(LightningCLI):
             folder.lock.acquire()
             self._locked = folder
         # said before a config or a log is written
-        if given.get("ckpt_path") is None:
+        if not folder.goes_on(given.get("ckpt_path")):
             for callback in (c for c in self.trainer.callbacks if isinstance(c, ExportModel)):  # type: ignore[attr-defined]
                 callback.refuse_overwriting(folder.path)
         if not given.overwrite and self.trainer.is_global_zero:
@@ -254,7 +254,7 @@ def _with_found_configs(args: Sequence[str]) -> list[str]:
 
 
 def _config_file(text: str) -> str:
-    if re.search(r"[\s:{}\[\]]", text):  # the YAML itself
+    if not Path(text).is_file() and re.search(r"[\s:{}\[\]]", text):  # the YAML itself
         return text
     path = find_config(text)
     read_config(path)

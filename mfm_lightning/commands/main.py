@@ -85,11 +85,11 @@ def run(args: Sequence[str]) -> Any:
     if name in JOBS and {"-h", "--help"} & set(given):
         print(short_help(name))
         return None
-    if name in tools:
-        return call(tools[name].load(), name, given)
-    from mfm_lightning.commands.fit import run_job
+    if name in JOBS:
+        from mfm_lightning.commands.fit import run_job
 
-    return run_job(name, given)
+        return run_job(name, given)
+    return call(tools[name].load(), name, given)
 
 
 def call(tool: Callable[..., Any], name: str, args: Sequence[str]) -> Any:
@@ -106,7 +106,18 @@ def call(tool: Callable[..., Any], name: str, args: Sequence[str]) -> Any:
 def commands() -> dict[str, EntryPoint]:
     """The commands besides `JOBS` by name; packages add theirs by the entry-point group of `ENTRY_POINTS`: a function
     whose parameters are the options, and whose docstring is the help."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    found: dict[str, EntryPoint] = {}
+    # ours first: of two of a name, as of a job of Lightning's, the other is named and left out
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: (not _is_ours(point), point.value)):
+        if point.name in JOBS or found.get(point.name, point).value != point.value:
+            log.warning("the command %s of %s is left out: there is one of that name", point.name, point.value)
+        else:
+            found[point.name] = point
+    return found
+
+
+def _is_ours(point: EntryPoint) -> bool:
+    return point.value.split(".")[0] in ("mfm_lightning", "mfm_benchmarks")
 
 
 def overview() -> str:

@@ -20,6 +20,16 @@ class RunFolder:
         self.checkpoint = self.path / "last.ckpt"
         self.lock = FolderLock(self.path, "mfm fit")
 
+    def goes_on(self, resumed: str | Path | None) -> bool:
+        """Whether the run goes on from this folder's own `last.ckpt`.
+
+        Args:
+            resumed: what `--ckpt_path` says.
+        """
+        if resumed is None or not self.checkpoint.exists():
+            return False
+        return resumed in ("last", "hpc") or (Path(resumed).exists() and self.checkpoint.samefile(resumed))
+
     def refuse_overwriting(self, resumed: str | Path | None) -> None:
         """Refuse a run that would write over the `last.ckpt` of another one.
 
@@ -30,9 +40,7 @@ class RunFolder:
             FileExistsError: if it begins anew, or goes on from elsewhere, and there is a `last.ckpt`.
         """
         mend(self.checkpoint)
-        if not self.checkpoint.exists() or resumed in ("last", "hpc"):
-            return
-        if resumed is not None and Path(resumed).exists() and self.checkpoint.samefile(resumed):
+        if not self.checkpoint.exists() or self.goes_on(resumed):
             return
         begins = "begins anew" if resumed is None else f"goes on from {resumed}"
         raise FileExistsError(

@@ -75,13 +75,16 @@ def _variant(folder: Path) -> str | None:
     """The variant of the weights that a folder has, such as "fp16", where it has no others; raises FileNotFoundError
     where it has none."""
     names = sorted(p.name for p in folder.glob(f"{WEIGHTS}*") if p.suffix in (".safetensors", ".bin"))
-    if any(name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin") for name in names):
+    whole = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin")
+    if any(name in whole for name in names) or any((folder / f"{name}.index.json").is_file() for name in whole):
         return None
     if not names:
         raise FileNotFoundError(f"no VAE at {folder}: {CONFIG} and {WEIGHTS}.safetensors are not both there")
-    variant = names[0].removeprefix(f"{WEIGHTS}.").rpartition(".")[0]
+    variants = sorted({name.removeprefix(f"{WEIGHTS}.").rpartition(".")[0] for name in names})
+    if len(variants) > 1:
+        raise CheckpointError(f"the VAE in {folder} is there as {' and '.join(variants)}: keep the file that is wanted")
     log.info("%s: %s is taken, for there is no other", folder, names[0])
-    return variant
+    return variants[0]
 
 
 def _check(vae: Any, found: Mapping[str, Any], path: str) -> None:

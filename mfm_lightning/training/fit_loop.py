@@ -40,7 +40,8 @@ class FitLoop(_FitLoop):
         return self.trainer.limit_train_batches == 0 or self.max_batches == 0
 
     def on_run_start(self) -> None:
-        begin_at_step(self.trainer, self.epoch_loop.global_step)
+        ended_at, step = self.epoch_loop.val_loop.ended_at, self.epoch_loop.global_step
+        begin_at_step(self.trainer, step, self._loaded_from_state_dict and ended_at not in (-1, step))
         super().on_run_start()
         if self._loaded_from_state_dict and self.epoch_loop.validation_is_lost(self._data_fetcher):
             self.epoch_loop.validate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -28,13 +29,25 @@ def own_logs(trainer: L.Trainer, stage: str) -> None:
             logger._experiment = AppendingWriter(logger.log_dir)
 
 
-def begin_at_step(trainer: L.Trainer, step: int) -> None:
-    """When training begins: what the logs hold of this step and later ones is trained anew, and goes."""
+def goes_on_in_its_folder(trainer: L.Trainer) -> bool:
+    """Whether a run goes on from a checkpoint of its own folder, so that what is there is its own."""
+    if trainer.ckpt_path is None:
+        return False
+    return Path(trainer.default_root_dir).resolve() in Path(trainer.ckpt_path).resolve().parents
+
+
+def begin_at_step(trainer: L.Trainer, step: int, validates_again: bool = False) -> None:
+    """When training begins: what the logs hold of this step and later ones is trained anew, and goes.
+
+    Args:
+        validates_again: the validation after the step before it, too, is done anew.
+    """
     if not trainer.is_global_zero:
         return
+    own = goes_on_in_its_folder(trainer)
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and isinstance(logger.experiment, AppendingWriter):
-            logger.experiment.begin(step)
+            logger.experiment.begin(step if own else 0, validates_again)
         elif isinstance(logger, TensorBoardLogger) and step:
             _hide_events(logger, step)
 
@@ -64,20 +77,23 @@ class AppendingWriter(ExperimentWriter):
             with open(path, newline="", errors="replace") as file:
                 self._header = next(csv.reader(file), [])
 
-    def begin(self, step: int) -> None:
-        """Keep the rows of the steps before this one; with step 0 the whole file is put aside."""
+    def begin(self, step: int, validates_again: bool = False) -> None:
+        """Keep the rows of the steps before this one (and of the last of them only those of training, where it
+        `validates_again`); with step 0 the whole file is put aside."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
         if not step:
-            aside = path.with_name(f"{path.stem}.{BEFORE}{path.suffix}")
+            names = (f"{path.stem}.{BEFORE}{k if k > 1 else ''}{path.suffix}" for k in itertools.count(1))
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
             os.replace(path, aside)
             log.info("%s was of a run before this one, and is %s now", path, aside.name)
             self.metrics_keys = []
             return
         with open(path, newline="", errors="replace") as file:
             rows = list(csv.DictReader(file))
-        kept = [row for row in rows if _step(row) is not None and int(row["step"]) < step]
+        whole = [row for row in rows if _step(row) is not None and int(row["step"]) < step]
+        kept = [row for row in whole if not (validates_again and _step(row) == step - 1 and not _of_training(row))]
         if len(kept) == len(rows):
             return
         broken = sum(_step(row) is None for row in rows)
@@ -96,6 +112,10 @@ class AppendingWriter(ExperimentWriter):
         except OSError as error:
             reason = error.strerror or error
             raise OSError(f"{self.metrics_file_path} could not be written: {reason}") from error
+
+
+def _of_training(row: dict[str, Any]) -> bool:
+    return any(value for name, value in row.items() if name.startswith("train/"))
 
 
 def _step(row: dict[str, Any]) -> int | None:

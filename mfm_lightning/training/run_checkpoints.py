@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import zipfile
 from pathlib import Path
@@ -67,8 +68,9 @@ def check_checkpoint(path: str | Path, resumed: bool = False) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    if zipfile.is_zipfile(path):
-        return
+    with contextlib.suppress(zipfile.BadZipFile):  # its end is damaged
+        if zipfile.is_zipfile(path):
+            return
     with open(path, "rb") as file:
         begin = file.read(64)
     if not begin:
@@ -97,7 +99,9 @@ def _read(path: Path, of: Path) -> Any:
     """A file of torch.save, with its tensors left on the disk."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged pickle or archive raises nearly anything
+        if isinstance(error, OSError) and error.errno is not None:  # of the storage
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{of} cannot be read as plain tensors and numbers ({reason[0][:120]}): it is damaged, or holds code; "

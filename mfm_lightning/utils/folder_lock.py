@@ -41,7 +41,7 @@ class FolderLock:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / LOCK
         try:
-            lock: BaseFileLock = FileLock(path, timeout=0)
+            lock: BaseFileLock = FileLock(path, timeout=0, fallback_to_soft=False)
             lock.acquire()
         except Timeout as error:
             raise self._in_use(path) from error

@@ -174,7 +174,10 @@ def _npz_batches(path: Path, batch_size: int) -> Iterator[Tensor]:
         (N, H, W, _), _, _ = _npy_header(file)
         for start in range(0, N, batch_size):
             size = min(batch_size, N - start)
-            content = file.read(size * H * W * 3)
+            try:
+                content = file.read(size * H * W * 3)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise ValueError(f"{path} is damaged within images {start}..{start + size - 1}: {error}") from error
             if len(content) < size * H * W * 3:
                 raise ValueError(f"{path} ends within image {start + len(content) // (H * W * 3)} of {N}")
             images = np.frombuffer(bytearray(content), np.uint8).reshape(size, H, W, 3)

@@ -57,7 +57,7 @@ class CLIPReward(PretrainedReward):
         self.clip, folder = load_clip(
             weights or self.default_weights, hidden_act, self.default_act, allow_download, released
         )
-        mean, std = pixel_statistics(folder)
+        mean, std = pixel_statistics(self.clip.config, folder)
         self.preprocess = Preprocessing(self.clip.config.vision_config.image_size, self.fit, mean, std)
         self._texts = PromptCache(self._encode_texts)
         if "prompts" in self.needs:

@@ -110,14 +110,15 @@ def _open_clip_config(path: Path, state: dict[str, Tensor]) -> dict[str, Any] | 
     found["vision_config"]["num_attention_heads"] = found["vision_config"]["hidden_size"] // vision.get(
         "head_width", 64
     )
+    found["preprocess_cfg"] = read_json(file).get("preprocess_cfg", {})
     found["text_config"]["num_attention_heads"] = text.get("heads", found["text_config"]["num_attention_heads"])
     return found
 
 
-def pixel_statistics(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def pixel_statistics(config: Any, folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel that the model was trained with: of the settings beside the weights
-    (open_clip's or transformers'), else CLIP's own."""
-    ours = read_json(folder / OPEN_CLIP).get("preprocess_cfg", {})
+    (open_clip's, where `load_clip` took them, or transformers'), else CLIP's own."""
+    ours = getattr(config, "preprocess_cfg", {})
     theirs = read_json(folder / "preprocessor_config.json")
     mean, std = ours.get("mean") or theirs.get("image_mean"), ours.get("std") or theirs.get("image_std")
     return tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD)

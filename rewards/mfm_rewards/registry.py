@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import sys
 import typing
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
@@ -188,6 +189,9 @@ def _makes_a_reward(target: Any) -> bool:
     """Whether a thing that a config names by its path is a reward, or would make one: nothing else is called."""
     if isinstance(target, nn.Module):
         return True
+    named = inspect.isroutine(target) or inspect.isclass(target)
+    if named and str(getattr(target, "__module__", "")).split(".")[0] in (*sys.stdlib_module_names, "posix", "nt"):
+        return False  # such as os.remove, whose first argument is required, too
     if inspect.isclass(target):
         call = inspect.getattr_static(target, "__call__", None)
         return issubclass(target, nn.Module) or (

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 _WORDNET = re.compile(r"(n\d{8})(?:[\s,:]+(.*))?")
 _NUMBERED = re.compile(r"(\d+)\s*[:,\t]\s*(\S.*)")
 _SPACED = re.compile(r"(\d+)\s+(\S.*)")  # also names that begin with a number
+_LABEL_LAST = re.compile(r"(\S.*?)[\s,:]+(\d+)")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 begins or ends like one of them
 
 
@@ -109,11 +110,16 @@ def _of_lines(text: str, path: str | Path) -> list[Entry]:
         return entries
     if numbered := _matches(_NUMBERED, names, path):
         return _by_label([(match[1], Entry(match[2])) for match in numbered], path)
-    spaced = [_SPACED.fullmatch(line) for line in names.values()]
-    found = [match for match in spaced if match]
-    if len(found) == len(spaced) and sorted(int(match[1]) for match in found) == list(range(len(found))):
-        return _by_label([(match[1], Entry(match[2])) for match in found], path)
+    for form, label, name in ((_SPACED, 1, 2), (_LABEL_LAST, 2, 1)):
+        found = [match for line in names.values() if (match := form.fullmatch(line))]
+        # names may begin or end with numbers, such as years; these are labels where they count up
+        if len(found) == len(names) and _counts_up([int(match[label]) for match in found]):
+            return _by_label([(match[label], Entry(match[name])) for match in found], path)
     return [Entry(line) for line in names.values()]
+
+
+def _counts_up(numbers: list[int]) -> bool:
+    return len(set(numbers)) == len(numbers) > 1 and max(numbers) < 2 * len(numbers)
 
 
 def _matches(form: re.Pattern[str], names: dict[int, str], path: str | Path) -> list[re.Match[str]]:
@@ -142,7 +148,8 @@ def _of_object(content: Any, path: str | Path) -> list[Entry]:
 def _entry(item: Any, path: str | Path) -> Entry:
     if isinstance(item, str):
         return Entry(item.strip())
-    if isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(part, str) for part in item):
+    pair = isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(part, str) for part in item)
+    if pair and _WORDNET.fullmatch(item[0]):
         return Entry(item[1].strip(), item[0])
     raise TextListError(f"{path}: {item!r} is no name: expected a string, or a WordNet id and a name")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ def read_checkpoint(path: str | Path, allowed: Sequence[type] = ()) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:  # a damaged pickle or archive raises nearly anything
+        if isinstance(error, OSError) and error.errno is not None:  # of the storage
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path} is refused: it is not a file of plain tensors ({reason[:120]}). "
@@ -119,6 +121,9 @@ def unwrapped(state: Mapping[str, Tensor], anchors: Iterable[str], path: str | P
         CheckpointError: if it holds several such networks, none of which is called an average ("ema").
     """
     bare = {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    if len(bare) < len(state):
+        (twice, _), *_ = Counter(_WRAPPERS.sub("", name) for name in state).most_common(1)
+        raise CheckpointError(f"{path} holds {twice} with and without a wrapper's name: save the one that is wanted")
     found = {name.removesuffix(a) for a in anchors for name in bare if name == a or name.endswith(f".{a}")}
     prefixes = sorted(found, key=lambda prefix: (not _AVERAGE.search(prefix), len(prefix), prefix))
     if not prefixes:

@@ -85,3 +85,22 @@ def test_a_run_says_what_matters_and_once(tmp_path):
     assert len([line for line in said if "Seed set to" in line]) == 1
     assert [line for line in said if line.startswith("step 2 of 2, train/loss ")]
     assert "model written to outputs/gmm/mfm/model.safetensors" in said
+
+
+def test_a_package_does_not_take_the_name_of_a_command(monkeypatch, caplog):
+    """Neither that of a job nor of a tool; the other is named, whatever the order of installation."""
+    from importlib.metadata import EntryPoint
+
+    from mfm_lightning.commands import main
+
+    ours = EntryPoint("sample", "mfm_lightning.commands.sample:sample", main.ENTRY_POINTS)
+    theirs = [EntryPoint(name, "plug:run", main.ENTRY_POINTS) for name in ("fit", "sample", "theirs")]
+    for points in ([ours, *theirs], [*theirs, ours]):
+        caplog.clear()
+        monkeypatch.setattr(main, "entry_points", lambda group, points=points: points)
+        assert {name: point.value for name, point in main.commands().items()} == {
+            "sample": ours.value,
+            "theirs": "plug:run",
+        }
+        for name in ("fit", "sample"):
+            assert f"the command {name} of plug:run is left out" in caplog.text

@@ -112,6 +112,8 @@ def test_a_class_index_that_does_not_fit(made, tmp_path):
         (("Training/x", "Testing/x"), "Testing"),
         (("CLS-LOC/train/a", "CLS-LOC/val/a"), "CLS-LOC"),
         (("a", "b", "val/a"), "val"),
+        (("train", "train/a", "train/b", "val/a"), "train"),  # with an image beside the classes
+        (("train", "val"), "train"),
     ],
 )
 def test_a_level_too_high_is_refused(names, given, made, tmp_path):
@@ -139,7 +141,13 @@ def test_no_classes_are_said_with_what_is_there(made, tmp_path):
     (tmp_path / "x/b/photo.heic").unlink()
     (tmp_path / "x/b").rmdir()
     save(tmp_path / "x/beside.png", picture())
-    assert "1 images beside the class folders (beside.png)" in labels(made, tmp_path / "x", tmp_path / "out")[1]
+    write(tmp_path / "x/labels.csv", b"a,0")
+    write(tmp_path / "x/photo.heic", b"?")
+    said = labels(made, tmp_path / "x", tmp_path / "out")[1]
+    assert (
+        "3 files left out: 1 images beside the class folders, 1 .csv, 1 .heic (beside.png, labels.csv, photo.heic)"
+        in said
+    )
 
 
 def test_links_are_followed_but_not_round(tmp_path):

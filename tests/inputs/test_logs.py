@@ -2,14 +2,18 @@
 
 import csv
 import logging
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mfm_lightning.callbacks import LastCheckpoint
 from mfm_lightning.training.logs import AppendingWriter
 from tests.inputs.tiny_runs import fit, job
+from tests.processes import ended, forked
 
 OWN = "[{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: run, name: mine, version: 3}}]"
 
@@ -109,3 +113,37 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "metrics.csv").mkdir()
     with pytest.raises(OSError, match=r"metrics\.csv could not be written: Is a directory"):
         writer.save()
+
+
+def test_each_curve_that_is_put_aside_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    curves = []
+    for steps in (2, 4, 6):
+        fit("run", steps, "--overwrite")
+        curves.append(Path("run/logs/csv/metrics.csv").read_text())
+    assert Path("run/logs/csv/metrics.before.csv").read_text() == curves[0]
+    assert Path("run/logs/csv/metrics.before2.csv").read_text() == curves[1]
+
+
+def test_a_validation_that_is_done_again_has_one_row(tmp_path, monkeypatch):
+    """Killed after a validation was logged, with the checkpoint from before it."""
+    monkeypatch.chdir(tmp_path)
+    settings = ["--trainer.val_check_interval=4", "--checkpoint.every_n_steps=4", "--trainer.log_every_n_steps=1"]
+
+    def killed():
+        after = LastCheckpoint.on_validation_end
+
+        def kill(self, trainer, module):
+            after(self, trainer, module)
+            if not trainer.sanity_checking:
+                for logger in trainer.loggers:
+                    logger.save()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        LastCheckpoint.on_validation_end = kill
+        fit("run", 8, *settings)
+
+    assert ended(forked(killed)) == -signal.SIGKILL
+    fit("run", 8, *settings, "--ckpt_path=last")
+    assert steps("run/logs/csv/metrics.csv", "val/loss") == [3, 7]
+    assert steps("run/logs/csv/metrics.csv") == list(range(8))

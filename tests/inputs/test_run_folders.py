@@ -1,5 +1,6 @@
 """A run's folder is one run's."""
 
+import csv
 import os
 import signal
 import time
@@ -73,12 +74,13 @@ def test_a_refused_run_leaves_no_trace(tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()} == before
 
 
-def test_a_lock_where_there_is_no_flock(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [95, 38, 37], ids=["EOPNOTSUPP", "ENOSYS", "ENOLCK"])
+def test_a_lock_where_there_is_no_flock(tmp_path, monkeypatch, number):
     """A file with the owner's process in its place; one of a process that is gone is taken over."""
     import fcntl
 
     def missing(fd, operation):
-        raise OSError(95, "Operation not supported")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", missing)
     first, second = FolderLock(tmp_path, "mfm fit"), FolderLock(tmp_path, "mfm fit")
@@ -90,3 +92,31 @@ def test_a_lock_where_there_is_no_flock(tmp_path, monkeypatch):
     assert ended(process) == -signal.SIGKILL
     second.acquire()
     second.release()
+
+
+def test_going_on_from_elsewhere_is_beginning_anew_here(tmp_path, monkeypatch):
+    """A finished model stays, and the rows of another run do not pass for this one's."""
+    monkeypatch.chdir(tmp_path)
+    fit("one", 2)
+    fit("two", 3)
+    Path("two/last.ckpt").unlink()
+    before = Path("two/model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match=r"two/model\.safetensors is of a finished run"):
+        fit("two", 4, "--ckpt_path=one/last.ckpt")
+    assert Path("two/model.safetensors").read_bytes() == before
+    Path("two/model.safetensors").unlink()
+    old = Path("two/logs/csv/metrics.csv").read_text()
+    fit("two", 4, "--ckpt_path=one/last.ckpt")
+    assert Path("two/logs/csv/metrics.before.csv").read_text() == old
+    with open("two/logs/csv/metrics.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["3"]
+
+
+def test_last_without_a_checkpoint_moves_nothing_before_it_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit("run", 2)
+    Path("run/last.ckpt").unlink()
+    old = Path("run/logs/csv/metrics.csv").read_text()
+    with pytest.raises(FileExistsError, match="is of a finished run"):
+        fit("run", 4, "--ckpt_path=last")
+    assert Path("run/logs/csv/metrics.csv").read_text() == old

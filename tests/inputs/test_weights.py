@@ -1,6 +1,7 @@
 """Files of weights as training scripts, wrappers and downloads leave them."""
 
 import argparse
+import contextlib
 import json
 import logging
 
@@ -11,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mfm_rewards
-from mfm_lightning.checkpoints import CheckpointError, import_checkpoint, load_model, save_model
+from mfm_lightning.checkpoints import (
+    CheckpointError,
+    import_checkpoint,
+    load_model,
+    load_network,
+    save_model,
+    save_network,
+)
 from mfm_lightning.commands.main import run
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
@@ -372,3 +380,71 @@ def test_a_folder_of_open_clips_is_read(tmp_path):
     with torch.no_grad():
         one, other = (mfm_rewards.build("clip_score", weights=str(w))(images, ["a", "b"]) for w in (tmp_path, file))
     assert torch.equal(one, other)
+
+
+def test_settings_that_were_left_aside_do_not_count_for_pixels_either(tmp_path):
+    other = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    reward = mfm_rewards.build("clip_score", weights=clip_folder(tmp_path, {**SIZES, "embed_dim": 512}, other))
+    assert reward.preprocess.mean[0] == pytest.approx(0.48145466)
+
+
+def test_a_network_of_the_users_own_may_have_large_numbers_in_its_config(tmp_path, monkeypatch):
+    (tmp_path / "seeded_net.py").write_text(
+        "import torch\n"
+        "class Seeded(torch.nn.Module):\n"
+        "    def __init__(self, width, seed):\n"
+        "        super().__init__()\n"
+        "        self.config = {'width': width, 'seed': seed}\n"
+        "        self.layer = torch.nn.Linear(width, width)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from seeded_net import Seeded
+
+    network = Seeded(4, 20240101)
+    found = load_network(save_network(network, tmp_path / "own.safetensors"))
+    assert torch.equal(found.layer.weight, network.layer.weight)
+    # a file without most of the network is refused before it is built
+    header = {"network": "DiT", "config": json.dumps(DiT(8, 4, 1, 16, 2, 2, 1).config | {"depth": 40})}
+    save_file({"nothing": torch.ones(1000)}, tmp_path / "less.safetensors", header)
+    with pytest.raises(CheckpointError, match=r"less.safetensors does not hold the network of its config: \d+ names"):
+        load_network(tmp_path / "less.safetensors")
+
+
+def test_damaged_files_of_weights_are_named(tmp_path):
+    """Bytes flipped all over, with a seed: whatever torch raises of them."""
+    import random
+
+    from mfm_lightning.training.run_checkpoints import check_checkpoint
+
+    torch.save({"state_dict": {"w": torch.ones(4)}, "epoch": 1}, tmp_path / "whole.ckpt")
+    whole, path, draw = (tmp_path / "whole.ckpt").read_bytes(), tmp_path / "flipped.ckpt", random.Random(0)
+    for _ in range(400):
+        content = bytearray(whole)
+        for _ in range(draw.randint(1, 8)):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        for read in (load_state_dict, check_checkpoint):
+            with contextlib.suppress(CheckpointError):  # nothing else
+                read(path)
+
+
+def test_the_same_name_with_and_without_a_wrapper_is_refused():
+    state = {"x.w": torch.ones(1), "_orig_mod.x.w": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"a.pt holds x\.w with and without a wrapper"):
+        unwrapped(state, ["x.w"], "a.pt")
+
+
+def test_a_vae_of_several_variants_or_in_parts(tmp_path):
+    changed_vae(tmp_path / "two", lambda s: None, "diffusion_pytorch_model.fp16.safetensors")
+    file = tmp_path / "two/diffusion_pytorch_model.fp16.safetensors"
+    (tmp_path / "two/diffusion_pytorch_model.bf16.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match="is there as bf16 and fp16"):
+        load_vae(str(tmp_path / "two"))
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    vae.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("*-of-*.safetensors"))) > 1
+    expected = vae.state_dict()["encoder.conv_in.weight"]
+    assert torch.equal(load_vae(str(tmp_path / "parts")).state_dict()["encoder.conv_in.weight"], expected)

@@ -68,8 +68,14 @@ def find_classes(root: Path, class_index: Path | None = None) -> ClassTree:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir() and not is_junk(entry.name):
                 names.append(entry.name)
-            elif is_image(entry.name) and not is_junk(entry.name):
+            elif is_junk(entry.name):
+                continue
+            elif not entry.is_file():
+                left_out.add("not plain files", entry.name)
+            elif is_image(entry.name):
                 left_out.add("images beside the class folders", entry.name)
+            else:
+                left_out.add_file(entry.name)
     if not names:
         found = f"; {line}" if (line := left_out.line()) else ""
         raise FileNotFoundError(f"Couldn't find any class folder in {root}{found}: expected ROOT/CLASS/IMAGE")
@@ -142,7 +148,12 @@ def _images(root: Path, name: str, label: int, left_out: LeftOut) -> list[FoundI
 def _check_level(root: Path, images: dict[str, list[FoundImage]]) -> None:
     """Raise InputError where what was taken for classes are folders above them."""
     deep = [name for name, found in images.items() if found and not any(i.name.count("/") == 1 for i in found)]
-    splits = [name for name in deep if name.lower() in _SPLITS]
+    all_splits = all(name.lower() in _SPLITS for name in images)
+    splits = [
+        name
+        for name, found in images.items()
+        if name.lower() in _SPLITS and (all_splits or any(i.name.count("/") > 1 for i in found))
+    ]
     if splits or (deep and not any(found for name, found in images.items() if name not in deep)):
         one = (splits or deep)[0]
         what = "a part of a data set" if splits else "folders of folders, without images of their own"
