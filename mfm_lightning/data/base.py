@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from mfm_lightning.conditions import INDEX, Batch
 from mfm_lightning.data.stream import BatchStream, StepLoader
+
+log = logging.getLogger(__name__)
 
 
 class StepDataModule(L.LightningDataModule, ABC):
@@ -137,6 +140,17 @@ def trainer_of(data: L.LightningDataModule) -> L.Trainer:
     if data.trainer is None:
         raise RuntimeError(f"{type(data).__name__} has no trainer yet: give it to one, whose steps it counts")
     return data.trainer
+
+
+def say_changed_order(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Warn where a resumed run has another order of batches.
+
+    Args:
+        saved, ours: what the order depends on, of the run before and of this one. Older ones say less.
+    """
+    changed = [f"{key} {saved[key]} to {value}" for key, value in ours.items() if saved.get(key, value) != value]
+    if changed:
+        log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
 
 
 def generator(seed: int) -> torch.Generator:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import StepDataModule
+from mfm_lightning.data.base import StepDataModule, say_changed_order
 from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
@@ -263,11 +263,7 @@ class LatentShards(StepDataModule):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ours = self.state_dict()
-        saved = {**ours, **state_dict}  # older checkpoints say less
-        changed = [f"{key} {saved[key]} to {ours[key]}" for key in ours if saved[key] != ours[key]]
-        if changed:
-            log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
+        say_changed_order(state_dict, self.state_dict())
 
 
 def missing_or_truncated(folder: str, index: LatentIndex) -> list[str]:
