@@ -98,11 +98,12 @@ class TorchvisionImages(LabelledImages):
 def _kind(name: str) -> Any:
     from torchvision import datasets
 
-    known = [k for k in datasets.__all__ if issubclass(getattr(datasets, k), datasets.VisionDataset)]
+    named = {k: v for k, v in vars(datasets).items() if k in datasets.__all__ and isinstance(v, type)}
+    known = [k for k, v in named.items() if issubclass(v, datasets.VisionDataset)]
     if name not in known:
         meant = nearest(name, known)
         raise ValueError(f"torchvision has no data set {name!r}" + (f": did you mean {meant}?" if meant else ""))
-    return getattr(datasets, name)
+    return named[name]
 
 
 def _name(found: Any) -> str:
