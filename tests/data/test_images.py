@@ -301,7 +301,7 @@ def test_what_fits_is_decoded_once_and_says_so(folder, caplog):
     data = ImageDataModule(str(folder))
     with caplog.at_level(logging.INFO):
         data.setup("fit")
-    assert "train: 240 images decoded into 0.0 MB of memory" in caplog.text
+    assert "train: 240 images decoded into 0.0154 MB of memory" in caplog.text
     assert data.in_memory
     assert ImageDataModule(str(folder), memory=0.01).splits is None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import NumberedSamples, StepDataModule, say_changed_order
+from mfm_lightning.data.base import NumberedSamples, StepDataModule, counted, say_changed_order
 from mfm_lightning.data.images.opening import open_images
 from mfm_lightning.data.images.pixels import PixelForm, to_images, to_states
 from mfm_lightning.data.images.reading import Computed, RaisingLoader, SplitReader, TrainBatches, WorkerStream, collated
@@ -242,6 +242,9 @@ class ImageDataModule(StepDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         say_changed_order(state_dict, self.state_dict())
+
+    def label_counts(self) -> dict[str, np.ndarray]:
+        return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}
 
     def summary(self) -> str:
         """What the sources have, in a line each."""

@@ -101,7 +101,7 @@ class SplitReader:
         loader = RaisingLoader(Computed(self._chunk, chunks), batch_size=None, num_workers=min(workers, chunks - 1))
         parts = iter(loader)
         self.kept = torch.cat([next(parts) for _ in track(range(chunks), lambda _: f"decoding {name} images")])
-        log.info("%s: %d images decoded into %.1f MB of memory", name, len(self.split), self.megabytes)
+        log.info("%s: %d images decoded into %.3g MB of memory", name, len(self.split), self.megabytes)
 
     def _chunk(self, k: int) -> Tensor:
         return self.pixels(np.arange(k * _CHUNK, min((k + 1) * _CHUNK, len(self.split))))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import StepDataModule, say_changed_order
+from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
 from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
@@ -241,6 +241,12 @@ class LatentShards(StepDataModule):
         stream = self._stream("train", *self._rank(), self.num_workers, 0, None)
         self._streams.pop()  # it reads nothing
         return f"of {', '.join(stream.shards_of(step))} in {self.folder}"
+
+    def label_counts(self) -> dict[str, np.ndarray]:
+        labels = {
+            name: [s.labels[_kept(s, self.classes)] for s in self._part(name)[1].shards] for name in ("train", "val")
+        }
+        return {n: counted(np.concatenate(found), self.num_classes) for n, found in labels.items() if found}
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
