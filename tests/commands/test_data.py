@@ -11,6 +11,8 @@ from PIL import Image
 from mfm_lightning.commands.data import data
 from mfm_lightning.commands.main import call
 
+IMAGES = "mfm_lightning.data.ImageDataModule"
+
 
 def config(folder: Path, **section) -> str:
     path = folder / "job.yaml"
@@ -29,7 +31,7 @@ def images(root: Path, **counts: int) -> Path:
 def test_it_shows_counts_sizes_and_a_batch(tmp_path, capsys):
     root = images(tmp_path / "x", cat=10, dog=5)
     section = {
-        "class_path": "mfm_lightning.data.ImageDataModule",
+        "class_path": IMAGES,
         "init_args": {"source": str(root), "size": 8, "batch_size": 11, "val_fraction": 0.2, "test_fraction": 0},
     }
     path = config(tmp_path, data=section)
@@ -66,9 +68,9 @@ def test_it_shows_other_data(tmp_path, capsys, uneven, made):
     ("section", "message"),
     [
         ({}, "has no data section"),
-        ({"data": {"class_path": "mfm_lightning.data.ImageDataModule", "init_args": {"sorce": "x"}}}, "sorce"),
+        ({"data": {"class_path": IMAGES, "init_args": {"sorce": "x"}}}, "sorce"),
         (
-            {"data": {"class_path": "mfm_lightning.data.ImageDataModule", "init_args": {"source": "x"}}},
+            {"data": {"class_path": IMAGES, "init_args": {"source": "x"}}},
             "no images at x",
         ),
         (

@@ -14,7 +14,10 @@ from mfm_lightning.commands.data import data
 from mfm_lightning.commands.main import call, run, spelled
 
 PAGE = (Path(__file__).parents[2] / "docs/own_data.md").read_text()
-SHORT = {"fit": ["--trainer.max_steps=4", "--trainer.val_check_interval=4"], "predict": []}
+SHORT = {
+    "fit": ["--trainer.max_steps=4", "--trainer.val_check_interval=4"],
+    "predict": ["--model.init_args.method.init_args.grid.steps=3", "--model.init_args.base_steps=5"],
+}
 
 
 @pytest.fixture
@@ -43,12 +46,8 @@ def test_the_page_works_as_written(pictures):
             call(data, name, spelled(options))
         else:
             run([name, *options, *SHORT.get(name, [])])
-    assert (
-        sum(
-            row["train"] + row["val"] + row["test"] for row in json.loads(Path("outputs/data/classes.json").read_text())
-        )
-        == 200
-    )
+    rows = json.loads(Path("outputs/data/classes.json").read_text())
+    assert sum(row["train"] + row["val"] + row["test"] for row in rows) == 200
     assert Path("outputs/data/batch.png").is_file()
     assert len(list(Path("samples").glob("*.png"))) == 64
     assert Image.open(next(Path("samples").glob("*.png"))).size == (16, 16)

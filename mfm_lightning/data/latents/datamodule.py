@@ -243,10 +243,9 @@ class LatentShards(StepDataModule):
         return f"of {', '.join(stream.shards_of(step))} in {self.folder}"
 
     def label_counts(self) -> dict[str, np.ndarray]:
-        labels = {
-            name: [s.labels[_kept(s, self.classes)] for s in self._part(name)[1].shards] for name in ("train", "val")
-        }
-        return {n: counted(np.concatenate(found), self.num_classes) for n, found in labels.items() if found}
+        shards = {name: self._part(name)[1].shards for name in ("train", "val")}
+        labels = {name: [s.labels[_kept(s, self.classes)] for s in found] for name, found in shards.items() if found}
+        return {name: counted(np.concatenate(found), self.num_classes) for name, found in labels.items()}
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
