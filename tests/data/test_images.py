@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import chi2_contingency, chisquare
 from sklearn.datasets import load_digits
 
-from mfm_lightning.data import ImageDataModule
+from mfm_lightning.data import ImageDataModule, OffPolicyDataModule
 from mfm_lightning.data.images import HuggingFaceImages, IdxImages, ImageFolder, NpzImages, TorchvisionImages
 from mfm_lightning.data.images.order import KeyedPermutation, epoch_order
 from mfm_lightning.utils.decoding import ImageError
@@ -292,6 +292,20 @@ def test_a_resumed_run_sees_what_it_would_have_seen(workers, folder, tmp_path, c
     assert f"decoded for each batch by {workers} workers" in caplog.text
     _train(ImageDataModule(str(folder), **{**options, "batch_size": 32}), 10, tmp_path, tmp_path / "last.ckpt")
     assert "batch_size 64 to 32" in caplog.text
+
+
+def test_a_share_of_the_policys_samples_takes_their_place(folder):
+    """`OffPolicyDataModule` over images has their splits and their shape."""
+    data = ImageDataModule(str(folder), batch_size=8)
+    mixed = OffPolicyDataModule(data, policy_share=0.0)
+    assert (mixed.state_shape, mixed.num_classes) == ((1, 8, 8), 10)
+    assert torch.equal(mixed.train_batch(2)[0], data.train_batch(2)[0])
+    assert len(mixed.splits["train"][0]) == 240
+    assert {name: int(count.sum()) for name, count in data.label_counts().items()} == {
+        "train": 240,
+        "val": 30,
+        "test": 30,
+    }
 
 
 # -- memory, loaders, errors -------------------------------------------------------------------------------------------

@@ -49,9 +49,7 @@ class HuggingFaceImages(LabelledImages):
         try:
             import datasets
         except ImportError as error:
-            raise ImportError(
-                "HuggingFaceImages needs the package datasets: pip install 'mfm-lightning[datasets]'"
-            ) from error
+            raise ImportError("HuggingFaceImages needs datasets: pip install 'mfm-lightning[datasets]'") from error
         if not Path(self.path).is_dir() and not self.download:
             raise FileNotFoundError(
                 f"no folder {self.path}: give one of parquet files or images, or download: true to fetch the id"
