@@ -294,7 +294,7 @@ def test_a_resumed_run_sees_what_it_would_have_seen(workers, folder, tmp_path, c
     assert "batch_size 64 to 32" in caplog.text
 
 
-def test_a_share_of_the_policys_samples_takes_their_place(folder):
+def test_images_serve_fine_tuning(folder):
     """`OffPolicyDataModule` over images has their splits and their shape."""
     data = ImageDataModule(str(folder), batch_size=8)
     mixed = OffPolicyDataModule(data, policy_share=0.0)
