@@ -114,6 +114,8 @@ def test_hugging_face_parquet_and_image_folders(folder, tmp_path):
     assert np.array_equal(np.asarray(found.image(7)), images[7])
     with pytest.raises(ValueError, match=r"columns picture, y, not 'image': set image"):
         _ = HuggingFaceImages(str(tmp_path / "set"), cache=str(tmp_path / "cache")).labels
+    with pytest.raises(ValueError, match=r"datasets cannot open .*\(tset\)"):
+        _ = HuggingFaceImages(str(tmp_path / "set"), split="tset", cache=str(tmp_path / "cache")).labels
     as_folder = HuggingFaceImages(str(folder), cache=str(tmp_path / "cache"))
     assert sorted(as_folder.labels.tolist()) == sorted(ImageFolder(str(folder)).labels.tolist())
     with pytest.raises(FileNotFoundError, match="download: true"):

@@ -57,7 +57,8 @@ class HuggingFaceImages(LabelledImages):
         try:
             found: Any = datasets.load_dataset(self.path, self.name, split=self.split, cache_dir=self.cache)
         except (ValueError, FileNotFoundError, ConnectionError) as error:
-            raise ValueError(f"datasets cannot open {self.path} ({self.split}): {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"datasets cannot open {self.path} ({self.split}): {reason}") from error
         wanted = {"image": self.image_column} | ({} if self.label_column is None else {"label": self.label_column})
         for what, column in wanted.items():
             if column not in found.column_names:
