@@ -43,6 +43,7 @@ from .conditions import Conditions as Conditions
 from .data import DigitsClassifier as DigitsClassifier
 from .data import DigitsDataModule as DigitsDataModule
 from .data import GaussianMixtureDataModule as GaussianMixtureDataModule
+from .data import ImageDataModule as ImageDataModule
 from .data import LatentShards as LatentShards
 from .data import NoiseDataModule as NoiseDataModule
 from .data import OffPolicyDataModule as OffPolicyDataModule

@@ -3,6 +3,7 @@
 from mfm_lightning.data.base import ArrayDataModule, StepDataModule
 from mfm_lightning.data.digits import DigitsClassifier, DigitsDataModule
 from mfm_lightning.data.gaussian_mixture import GaussianMixtureDataModule
+from mfm_lightning.data.images import ImageDataModule
 from mfm_lightning.data.latents import LatentShards
 from mfm_lightning.data.noise import NoiseDataModule
 from mfm_lightning.data.off_policy import OffPolicyDataModule
@@ -12,6 +13,7 @@ __all__ = [
     "DigitsClassifier",
     "DigitsDataModule",
     "GaussianMixtureDataModule",
+    "ImageDataModule",
     "LatentShards",
     "NoiseDataModule",
     "OffPolicyDataModule",

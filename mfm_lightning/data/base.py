@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from mfm_lightning.conditions import INDEX, Batch
 from mfm_lightning.data.stream import BatchStream, StepLoader
+
+log = logging.getLogger(__name__)
 
 
 class StepDataModule(L.LightningDataModule, ABC):
@@ -81,6 +85,10 @@ class StepDataModule(L.LightningDataModule, ABC):
         """Model states to what one looks at (images in [0, 1])."""
         return x
 
+    def label_counts(self) -> dict[str, np.ndarray]:
+        """Samples of each label `(num_classes,)` by the name of a split; nothing where that is not known."""
+        return {}
+
     def rank_seed(self) -> int:
         """A seed of this rank's own."""
         return self.seed + 7919 * (self.trainer.global_rank if self.trainer is not None else 0)
@@ -93,6 +101,9 @@ class ArrayDataModule(StepDataModule):
     """
 
     splits: dict[str, tuple[Tensor, Tensor]]
+
+    def label_counts(self) -> dict[str, np.ndarray]:
+        return {name: counted(label.numpy(), self.num_classes) for name, (_, label) in self.splits.items()}
 
     def val_dataloader(self) -> DataLoader:
         return self._loader("val")
@@ -137,6 +148,22 @@ def trainer_of(data: L.LightningDataModule) -> L.Trainer:
     if data.trainer is None:
         raise RuntimeError(f"{type(data).__name__} has no trainer yet: give it to one, whose steps it counts")
     return data.trainer
+
+
+def say_changed_order(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Warn where a resumed run has another order of batches.
+
+    Args:
+        saved, ours: what the order depends on, of the run before and of this one. Older ones say less.
+    """
+    changed = [f"{key} {saved[key]} to {value}" for key, value in ours.items() if saved.get(key, value) != value]
+    if changed:
+        log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
+
+
+def counted(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """How often each label is there, `(num_classes,)`."""
+    return np.bincount(labels, minlength=num_classes)[:num_classes]
 
 
 def generator(seed: int) -> torch.Generator:

@@ -138,7 +138,7 @@ class ImageEvaluation(Evaluation[ModelModule]):
 
     def _posterior_picture(self, module: ModelModule, data: ArrayData, t: float, path: Path) -> None:
         x, y = data.splits["test"]
-        first = torch.stack([x[y == c][0] for c in range(data.num_classes)]).to(module.device)
+        first = torch.stack([x[y == c][0] for c in y.unique()]).to(module.device)  # data may leave classes out
         x_t = noisy_states(first, t, self._generator(5))
         draws = module.model.sample_posterior(x_t, t, 8, generator=self._generator(6))
         rows = torch.cat([first[:, None], x_t[:, None], draws], dim=1).cpu()

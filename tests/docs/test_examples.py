@@ -34,7 +34,13 @@ NEEDED = {
     "samplers": ["sample_ode", "sample_sde", "sample_refinement", "sample_posterior_glass", "glass_velocity"],
     "oracles": ["GaussianMixture", "EmpiricalDistribution"],
     "modules": ["MFMPretraining", "ValueEstimation", "RewardFinetuning", "RewardAlignment"],
-    "data modules": ["DigitsDataModule", "GaussianMixtureDataModule", "LatentShards", "NoiseDataModule"],
+    "data modules": [
+        "DigitsDataModule",
+        "GaussianMixtureDataModule",
+        "ImageDataModule",
+        "LatentShards",
+        "NoiseDataModule",
+    ],
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mfm_lightning.data import LatentShards
-from mfm_lightning.data.latents.class_folders import find_classes, read_class_index
+from mfm_lightning.data.class_folders import find_classes, read_class_index
 from mfm_lightning.data.latents.index import CLASSES, LatentIndexError
 from tests.inputs.pictures import mfm, moments, picture, prepare, refused, save, write
 from tests.latent_data import shards
@@ -118,7 +118,7 @@ def test_a_class_index_that_does_not_fit(made, tmp_path):
 )
 def test_a_level_too_high_is_refused(names, given, made, tmp_path):
     root = tree(tmp_path / "x", *names)
-    refused(prepare(made, root, tmp_path / "out"), str(root), "not classes", f"give --input {root / given}")
+    refused(prepare(made, root, tmp_path / "out"), str(root), "not classes", f"give {root / given}")
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import StepDataModule
+from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
 from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
@@ -242,6 +242,11 @@ class LatentShards(StepDataModule):
         self._streams.pop()  # it reads nothing
         return f"of {', '.join(stream.shards_of(step))} in {self.folder}"
 
+    def label_counts(self) -> dict[str, np.ndarray]:
+        shards = {name: self._part(name)[1].shards for name in ("train", "val")}
+        labels = {name: [s.labels[_kept(s, self.classes)] for s in found] for name, found in shards.items() if found}
+        return {name: counted(np.concatenate(found), self.num_classes) for name, found in labels.items()}
+
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
         if self.decoder is None:
@@ -263,11 +268,7 @@ class LatentShards(StepDataModule):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ours = self.state_dict()
-        saved = {**ours, **state_dict}  # older checkpoints say less
-        changed = [f"{key} {saved[key]} to {ours[key]}" for key in ours if saved[key] != ours[key]]
-        if changed:
-            log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
+        say_changed_order(state_dict, self.state_dict())
 
 
 def missing_or_truncated(folder: str, index: LatentIndex) -> list[str]:

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mfm_lightning.data.latents.class_folders import InputError, find_classes, read_class_index
+from mfm_lightning.data.class_folders import MOST_CLASSES, InputError, find_classes, read_class_index
 from mfm_lightning.data.latents.urls import check_url, expand, from_webdataset, local_path, open_url
 from mfm_lightning.utils.decoding import ImageError, center_crop, decode, read_image
 from mfm_lightning.utils.image_files import TARS, LeftOut, check_tar, image_endings, is_image, is_junk, is_tar, walk
 from mfm_lightning.utils.tar import SKIPPED, tar_files
 
 log = logging.getLogger(__name__)
-_MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class WebDatasetSource(ImageSource):
             label = int(sample["cls"])
         except ValueError as error:
             raise InputError(f"{where}: cls is {sample['cls']!r}, not a label in ASCII") from error
-        limit = _MOST_CLASSES if self.class_to_idx is None else len(self.class_to_idx)
+        limit = MOST_CLASSES if self.class_to_idx is None else len(self.class_to_idx)
         if not 0 <= label < limit:
             raise InputError(f"{where}: label {label} is outside 0..{limit - 1}")
         key = f"{unit:06d}/{str(sample['__key__']).replace('.', '_')}"  # input shards may number alike

@@ -1,4 +1,5 @@
-"""Which folders are classes, in which order, and by which label: of a tree `ROOT/CLASS/*.jpg`, and of class indices."""
+"""Which folders are classes, in which order, and by which label: of a tree `ROOT/CLASS/*.jpg`, of a flat folder, and of
+class indices."""
 
 from __future__ import annotations
 
@@ -6,15 +7,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mfm_lightning.utils.image_files import LeftOut, is_image, is_junk, walk
+from mfm_lightning.utils.image_files import LeftOut, find_files, is_image, is_junk, walk
 from mfm_rewards.text_lists import TextListError, read_list
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
 _SHOWN = 5
 
 
 class InputError(ValueError):
-    """Images that shards cannot be made of."""
+    """A tree or shards of images that cannot be read as they are."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,31 @@ def find_classes(root: Path, class_index: Path | None = None) -> ClassTree:
     return ClassTree(class_to_idx, [image for name in names for image in images[name]], order, left_out)
 
 
+def find_images(root: Path, class_index: Path | None = None) -> ClassTree:
+    """As `find_classes`; in a folder without folders, its images as one class, "all".
+
+    Raises:
+        FileNotFoundError, InputError: as `find_classes`; if there are no images.
+        InputError: for a class index of a folder without classes.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}: expected one of images, or of a folder for each class")
+    with os.scandir(root) as entries:
+        if any(entry.is_dir() and not is_junk(entry.name) for entry in entries):
+            return find_classes(root, class_index)
+    if class_index is not None:
+        raise InputError(f"{root} has no class folders, to which {class_index} could give labels: leave it out")
+    files, tars, left_out = find_files(root, deep=False)
+    for path in tars:
+        left_out.add_file(path.name)
+    if not files:
+        found = f"; {line}" if (line := left_out.line()) else ""
+        raise FileNotFoundError(f"no images (.png, .jpg, ...) in {root}{found}")
+    stats = [(path.name, path.stat()) for path in files]
+    images = [FoundImage(name, 0, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return ClassTree({"all": 0}, images, "there are no class folders", left_out)
+
+
 def read_class_index(path: Path) -> dict[str, int]:
     """Labels by name of the class folder: as `{"cat": 0}`, or of any form that `mfm_rewards.text_lists` reads, such as
     `imagenet_class_index.json`, of which the WordNet ids are the folders.
@@ -158,6 +185,6 @@ def _check_level(root: Path, images: dict[str, list[FoundImage]]) -> None:
         one = (splits or deep)[0]
         what = "a part of a data set" if splits else "folders of folders, without images of their own"
         raise InputError(
-            f"{root}: {', '.join((splits or deep)[:_SHOWN])} in it are {what}, not classes: give --input {root / one}, "
-            "or --class-index if they are the classes"
+            f"{root}: {', '.join((splits or deep)[:_SHOWN])} in it are {what}, not classes: give {root / one}, "
+            "or a class index (--class-index) if they are the classes"
         )

@@ -1,0 +1,272 @@
+"""Images of one's own as a DataModule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mfm_lightning.conditions import Batch
+from mfm_lightning.data.base import NumberedSamples, StepDataModule, counted, say_changed_order
+from mfm_lightning.data.images.opening import open_images
+from mfm_lightning.data.images.pixels import PixelForm, to_images, to_states
+from mfm_lightning.data.images.reading import Computed, RaisingLoader, SplitReader, TrainBatches, WorkerStream, collated
+from mfm_lightning.data.images.source import LabelledImages, names_line
+from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
+from mfm_lightning.data.stream import BatchStream, StepLoader
+
+log = logging.getLogger(__name__)
+
+
+class ImageDataModule(StepDataModule):
+    """Images as float tensors `(C, size, size)` in [-1, 1], with their labels, from a folder, a file, or a source.
+
+    Guaranteed:
+
+    - In training each image comes once in an epoch, on one rank, whatever their number; the next epoch follows without
+      a gap, in another order. A batch depends on its step, the seed, the rank and the numbers of ranks and of images
+      alone: a resumed run sees the batches that it would have seen.
+    - Validation and test images are the same for every seed, and in no training batch unless their source has the same.
+
+    Images that fit in `memory` are decoded once, when they are first needed (each process has a copy, one byte a
+    number). Others are decoded for each batch, by `num_workers` processes.
+
+    Args:
+        source: a folder of class folders or of images, an .npz (arr_0, arr_1), an IDX file (also .gz), or a source of
+            `mfm_lightning.data.images`.
+        batch_size: training batch on each device.
+        size: height and width to which images are cut, as in ADM; left out, that of the first, which all must have.
+        channels: 1 (grey) or 3 (colour); left out, that of the first image.
+        mirror: take half of the training images mirrored.
+        classes: labels or names that are kept (the others are not renamed); all where None.
+        val_source: images for validation, as source; where None, `val_fraction` of source.
+        test_source: images for test, as source; where None, `test_fraction` of source.
+        val_fraction: share of each class held out for validation; 0 with no val_source: those of test.
+        test_fraction: share of each class held out for test; 0 with no test_source: those of validation.
+        memory: megabytes that the images may take in memory.
+        num_workers: processes that decode, for each device; 0: the training process itself.
+        seed: of order and mirror images.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: for settings out of range, a class that there is not, or no images to train on.
+    """
+
+    def __init__(
+        self,
+        source: str | LabelledImages,
+        batch_size: int = 256,
+        size: int | None = None,
+        channels: int | None = None,
+        mirror: bool = False,
+        classes: list[int | str] | None = None,
+        val_source: str | LabelledImages | None = None,
+        test_source: str | LabelledImages | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        memory: float = 2000.0,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed)
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
+        if size is not None and size < 1:
+            raise ValueError(f"size {size} must be at least 1 pixel")
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction {val_fraction} and test_fraction {test_fraction} must be at least 0, and less than 1 "
+                "together"
+            )
+        if num_workers < 0 or memory < 0 or seed < 0:
+            raise ValueError(f"num_workers {num_workers}, memory {memory} and seed {seed} must be at least 0")
+        if classes is not None and not classes:
+            raise ValueError("classes [] leave no image: name some, or leave it out")
+        self.sources = {"train": open_images(source)}
+        for name, given in (("val", val_source), ("test", test_source)):
+            if given is not None:
+                self.sources[name] = open_images(given)
+        self.size, self.channels, self.mirror, self.classes = size, channels, mirror, classes
+        self.fractions = {"val": val_fraction, "test": test_fraction}
+        self.memory, self.num_workers = memory, num_workers
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> list[str]:
+        """A name for each label."""
+        return self.sources["train"].class_names
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.form.channels, self.form.size, self.form.size
+
+    @cached_property
+    def form(self) -> PixelForm:
+        """Size and channels of all images."""
+        return PixelForm.of(self.sources["train"], self.size, self.channels)
+
+    @cached_property
+    def parts(self) -> dict[str, Split]:
+        """The images of "train", "val" and "test"; without any held out, of "train" alone."""
+        names, split = self.class_names, whole(self.sources["train"], self.class_names, "source")
+        fractions = {n: f for n, f in self.fractions.items() if n not in self.sources and f}
+        *held_out, rest = stratified(split.labels, list(fractions.values()))
+        found = {"train": split.at(rest)}
+        found |= {name: split.at(index) for name, index in zip(fractions, held_out, strict=True)}
+        found |= {name: whole(self.sources[name], names, f"{name}_source") for name in self.sources if name != "train"}
+        if self.classes is not None:
+            kept = labels_of(self.classes, names)
+            found = {name: part.only(kept) for name, part in found.items()}
+        for name, other in (("val", "test"), ("test", "val")):
+            if name not in found and other in found:
+                found[name] = found[other]
+        for name, part in found.items():
+            if not len(part):
+                raise ValueError(
+                    f"no {name} images: {self.sources['train'].line()}, classes {self.classes or 'all'}, "
+                    f"{', '.join(f'{n}_fraction {f}' for n, f in self.fractions.items())}"
+                )
+        return found
+
+    @cached_property
+    def readers(self) -> dict[str, SplitReader]:
+        """What reads them, by split."""
+        made = {id(part): SplitReader(part, self.form) for part in self.parts.values()}
+        return {name: made[id(part)] for name, part in self.parts.items()}
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are held in `memory`."""
+        return self.megabytes <= self.memory
+
+    @property
+    def megabytes(self) -> float:
+        """Of memory that all images take when they are decoded."""
+        return sum(reader.megabytes for reader in set(self.readers.values()))
+
+    @property
+    def splits(self) -> Mapping[str, tuple[Tensor, Tensor]] | None:
+        """`(x, label)` by "train", "val" and "test", each made when it is asked for; None unless they fit in memory."""
+        return _Splits(self) if self.in_memory else None
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.in_memory:
+            log.warning(
+                "the images take %.0f MB decoded, more than memory: %g; they are decoded for each batch by %d workers",
+                self.megabytes, self.memory, self.num_workers,
+            )  # fmt: skip
+            return
+        for name in ("train", "val") if stage in (None, "fit") else ("test",):
+            if name in self.readers:
+                self.reader(name)
+
+    def reader(self, name: str) -> SplitReader:
+        """The reader of a split, with its images in memory if all fit.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        if name not in self.readers:
+            raise ValueError(f"no {name} images are held out: set {name}_source, or val_fraction above 0")
+        if self.in_memory:
+            self.readers[name].keep(self.num_workers, name)
+        return self.readers[name]
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def batches(self, rank: int = 0, world_size: int = 1) -> TrainBatches:
+        """The training batches of a rank, by step."""
+        return TrainBatches(self.reader("train"), self.batch_size, rank, world_size, self.seed, self.mirror)
+
+    def train_batch(self, step: int) -> Batch:
+        return self.batches(*self._rank())(step)
+
+    def train_dataloader(self) -> StepLoader:
+        start, length = self.steps()
+        batches = self.batches(*self._rank())
+        if self.in_memory or not self.num_workers:
+            return BatchStream(batches, length, start, self.position)
+        return WorkerStream(batches, self.num_workers, length, start, self.position)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader | list:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        reader = self.reader("test")
+        numbered = NumberedSamples(len(reader.split), reader.sample)
+        return self._of_samples(Computed(numbered.__getitem__, len(numbered)))
+
+    def _loader(self, name: str) -> DataLoader | list:
+        if name not in self.parts:
+            return []
+        reader = self.reader(name)
+        return self._of_samples(Computed(reader.sample, len(reader.split)))
+
+    def _of_samples(self, data: Computed) -> DataLoader:
+        workers = 0 if self.in_memory else self.num_workers
+        return RaisingLoader(data, batch_size=self.batch_size, num_workers=workers, collate_fn=collated)
+
+    def origin(self, step: int) -> str:
+        batches = self.batches(*self._rank())
+        rows = batches.reader.split.rows[batches.index(step)[:3]]
+        return f"of {', '.join(self.sources['train'].place(int(i)) for i in rows)}, ..."
+
+    def decode(self, x: Tensor) -> Tensor:
+        """States in [-1, 1] to images in [0, 1]."""
+        return to_images(x)
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of batches depends on, to say so where a resumed run has another one."""
+        return {
+            "images": len(self.parts["train"]), "seed": self.seed, "batch_size": self.batch_size,
+            "mirror": self.mirror, "classes": self.classes, "world_size": self._rank()[1],
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        say_changed_order(state_dict, self.state_dict())
+
+    def label_counts(self) -> dict[str, np.ndarray]:
+        return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}
+
+    def summary(self) -> str:
+        """What the sources have, in a line each."""
+        lines = [f"{name}: {source.line()}" for name, source in self.sources.items()]
+        if self.classes is not None:
+            kept = labels_of(self.classes, self.class_names)
+            lines.append(f"classes kept: {names_line([self.class_names[label] for label in kept])}")
+        return "\n".join(lines)
+
+
+class _Splits(Mapping[str, tuple[Tensor, Tensor]]):
+    def __init__(self, data: ImageDataModule) -> None:
+        self.data = data
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        if name not in self.data.parts:
+            raise KeyError(name)
+        reader = self.data.reader(name)
+        return to_states(reader.pixels(np.arange(len(reader.split)))), reader.labels
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.data.parts)
+
+    def __len__(self) -> int:
+        return len(self.data.parts)

@@ -1,0 +1,48 @@
+"""Image files in a folder."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mfm_lightning.data.class_folders import ClassTree, find_images
+from mfm_lightning.data.images.source import LabelledImages
+from mfm_lightning.utils.decoding import read_image
+
+
+class ImageFolder(LabelledImages):
+    """`ROOT/CLASS/*.jpg`, or images of one class side by side in a folder.
+
+    Args:
+        root: of the tree.
+        class_index: file of labels by class; without, the names' order (numeric where all are whole numbers).
+
+    Raises:
+        FileNotFoundError, InputError: as `find_images`, when it is first read.
+    """
+
+    def __init__(self, root: str, class_index: str | None = None) -> None:
+        self.root, self.class_index = Path(root), None if class_index is None else Path(class_index)
+
+    @cached_property
+    def _tree(self) -> ClassTree:
+        tree = find_images(self.root, self.class_index)
+        tree.left_out.report(self.root)
+        return tree
+
+    def read_classes(self) -> tuple[np.ndarray, list[str]]:
+        names = self._tree.class_to_idx
+        labels = np.array([image.label for image in self._tree.images], dtype=np.int64)
+        return labels, sorted(names, key=names.__getitem__)
+
+    def image(self, i: int) -> Image.Image:
+        return read_image(Path(self.place(i)))
+
+    def place(self, i: int) -> str:
+        return str(self.root / self._tree.images[i].name)
+
+    def line(self) -> str:
+        return self._tree.line()

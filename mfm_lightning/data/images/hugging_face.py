@@ -1,0 +1,86 @@
+"""Data sets of Hugging Face's `datasets`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mfm_lightning.data.images.source import LabelledImages, number_names
+from mfm_lightning.utils.decoding import ImageError, decode, read_image
+
+
+class HuggingFaceImages(LabelledImages):
+    """A data set that `datasets.load_dataset` opens: a folder of parquet files or of images, or an id of the hub.
+
+    Args:
+        path: of a folder, or an id such as ylecun/mnist.
+        split: of the data set, such as train, test or validation.
+        name: of its configuration, if it has several.
+        image: column of images.
+        label: column of class numbers; null: all images are one class.
+        download: open an id, and fetch what is not in the cache.
+        cache: folder for what `datasets` keeps; its own where left out.
+
+    Raises:
+        ImportError: without the package `datasets`.
+        FileNotFoundError: for what is no folder, without download.
+        ValueError: for a split or column that it does not have.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: str = "train",
+        name: str | None = None,
+        image: str = "image",
+        label: str | None = "label",
+        download: bool = False,
+        cache: str | None = None,
+    ) -> None:
+        self.path, self.split, self.name = path, split, name
+        self.image_column, self.label_column, self.download, self.cache = image, label, download, cache
+
+    @cached_property
+    def _dataset(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError("HuggingFaceImages needs datasets: pip install 'mfm-lightning[datasets]'") from error
+        if not Path(self.path).is_dir() and not self.download:
+            raise FileNotFoundError(
+                f"no folder {self.path}: give one of parquet files or images, or download: true to fetch the id"
+            )
+        try:
+            found: Any = datasets.load_dataset(self.path, self.name, split=self.split, cache_dir=self.cache)
+        except (ValueError, FileNotFoundError, ConnectionError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"datasets cannot open {self.path} ({self.split}): {reason}") from error
+        wanted = {"image": self.image_column} | ({} if self.label_column is None else {"label": self.label_column})
+        for what, column in wanted.items():
+            if column not in found.column_names:
+                raise ValueError(
+                    f"{self.path} has the columns {', '.join(found.column_names)}, not {column!r}: set {what}"
+                )
+        return found.cast_column(self.image_column, datasets.Image(decode=False))  # decoded as all others here
+
+    def read_classes(self) -> tuple[np.ndarray, list[str]]:
+        if self.label_column is None:
+            return np.zeros(len(self._dataset), dtype=np.int64), ["all"]
+        labels = np.asarray(self._dataset[self.label_column][:])
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{self.path}: {self.label_column} has {labels.dtype} {labels.shape}, not a class each")
+        numbers = number_names(labels, self.path)
+        return labels.astype(np.int64), list(getattr(self._dataset.features[self.label_column], "names", numbers))
+
+    def image(self, i: int) -> Image.Image:
+        found = self._dataset[i][self.image_column]
+        if not found or (found["bytes"] is None and found["path"] is None):
+            raise ImageError(f"{self.place(i)} is empty")
+        return read_image(Path(found["path"])) if found["bytes"] is None else decode(found["bytes"], self.place(i))
+
+    def place(self, i: int) -> str:
+        return f"image {i} of {self.path} ({self.split})"

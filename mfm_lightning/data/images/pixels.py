@@ -1,0 +1,76 @@
+"""Images to states: one size, one number of channels, numbers in [-1, 1]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mfm_lightning.data.images.source import LabelledImages
+from mfm_lightning.utils.decoding import ImageError, center_crop
+
+
+@dataclass(frozen=True)
+class PixelForm:
+    """What all images are made to be.
+
+    Args:
+        size: height and width.
+        channels: 1 (grey) or 3 (colour).
+        given_size, given_channels: were asked for; else images that do not have them are refused.
+    """
+
+    size: int
+    channels: int
+    given_size: bool
+    given_channels: bool
+
+    @classmethod
+    def of(cls, source: LabelledImages, size: int | None, channels: int | None) -> PixelForm:
+        """Where they are not given, those of the first image.
+
+        Raises:
+            ValueError: if it is not square, and no size is given; as `LabelledImages.image`.
+        """
+        if size is not None and channels is not None:
+            return cls(size, channels, True, True)
+        first = source.image(0)
+        if size is None and first.width != first.height:
+            raise ValueError(f"{source.place(0)} has {first.width} x {first.height} pixels: give a size to cut it to")
+        return cls(size or first.width, channels or len(first.getbands()), size is not None, channels is not None)
+
+    def read(self, source: LabelledImages, i: int) -> np.ndarray:
+        """An image as `(channels, size, size)` uint8: `center_crop`, grey levels by ITU-R 601.
+
+        Raises:
+            ImageError: naming it, if it cannot be decoded, or is not of the size or the colour of the first one.
+            OSError: if it cannot be read.
+        """
+        image, wanted = source.image(i), (self.size, self.size)
+        if not self.given_size and image.size != wanted:
+            raise ImageError(
+                f"{source.place(i)} has {image.width} x {image.height} pixels, the first {self.size} x {self.size}: "
+                "give a size to cut all to"
+            )
+        if not self.given_channels and self.channels == 1 and image.mode != "L":
+            raise ImageError(f"{source.place(i)} is in colour, the first image is grey: give channels, 1 or 3")
+        if image.size != wanted:
+            try:
+                image = Image.fromarray(center_crop(image, self.size))
+            except ImageError as error:
+                raise ImageError(f"{source.place(i)}: {error}") from error
+        pixels = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
+        return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def to_states(pixels: Tensor) -> Tensor:
+    """Bytes to float32 in [-1, 1]."""
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def to_images(x: Tensor) -> Tensor:
+    """States in [-1, 1] to images in [0, 1]."""
+    return (x.float() / 2 + 0.5).clamp(0, 1)

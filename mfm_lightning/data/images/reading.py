@@ -1,0 +1,173 @@
+"""Batches of images, decoded when they are asked for, here or in worker processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from mfm_lightning.conditions import Batch
+from mfm_lightning.data.images.order import epoch_order
+from mfm_lightning.data.images.pixels import PixelForm, to_states
+from mfm_lightning.data.images.splits import Split
+from mfm_lightning.data.stream import StepLoader
+from mfm_lightning.utils.console import track
+
+log = logging.getLogger(__name__)
+_CHUNK = 256  # images that a worker decodes at once
+
+
+class Computed(Dataset):
+    """`make(k)` for each k; an error is what comes back: raised in a worker, it would come with its traceback.
+
+    Args:
+        make: what is asked for, by its number.
+        num: how many there are.
+    """
+
+    def __init__(self, make: Callable[[int], Any], num: int) -> None:
+        self.make, self.num = make, num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, k: int) -> Any:
+        try:
+            return self.make(k)
+        except (OSError, ValueError) as error:
+            return error
+
+
+class RaisingLoader(DataLoader):
+    """A DataLoader that raises the errors among what a `Computed` gives; for batches with `collate_fn=collated`."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for found in super().__iter__():
+            if isinstance(found, Exception):
+                raise found
+            yield found
+
+
+def collated(samples: list[Any]) -> Any:
+    """A batch of samples, or the first error among them."""
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or default_collate(samples)
+
+
+class SplitReader:
+    """The images of a split, from memory once `keep` has read them.
+
+    Args:
+        split: which images.
+        form: what they are made to be.
+    """
+
+    def __init__(self, split: Split, form: PixelForm) -> None:
+        self.split, self.form = split, form
+        self.labels = torch.from_numpy(split.labels.astype(np.int64))
+        self.kept: Tensor | None = None
+
+    def pixels(self, index: np.ndarray) -> Tensor:
+        """`(B, C, H, W)` uint8."""
+        if self.kept is not None:
+            return self.kept[torch.from_numpy(index)]
+        rows = self.split.rows[index]
+        return torch.from_numpy(np.stack([self.form.read(self.split.source, int(i)) for i in rows]))
+
+    def states(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """States in [-1, 1], `(B, C, H, W)`, and labels `(B,)`."""
+        return to_states(self.pixels(index)), self.labels[torch.from_numpy(index)]
+
+    @property
+    def megabytes(self) -> float:
+        """Of memory that `keep` takes."""
+        return len(self.split) * self.form.channels * self.form.size**2 / 1e6
+
+    def keep(self, workers: int, name: str) -> None:
+        """Decode all images, once, and hold them in memory.
+
+        Args:
+            workers: processes that decode.
+            name: of the split, for messages.
+        """
+        if self.kept is not None:
+            return
+        chunks = -(-len(self.split) // _CHUNK)
+        loader = RaisingLoader(Computed(self._chunk, chunks), batch_size=None, num_workers=min(workers, chunks - 1))
+        parts = iter(loader)
+        self.kept = torch.cat([next(parts) for _ in track(range(chunks), lambda _: f"decoding {name} images")])
+        log.info("%s: %d images decoded into %.3g MB of memory", name, len(self.split), self.megabytes)
+
+    def _chunk(self, k: int) -> Tensor:
+        return self.pixels(np.arange(k * _CHUNK, min((k + 1) * _CHUNK, len(self.split))))
+
+    def sample(self, i: int) -> tuple[Tensor, Tensor]:
+        """State and label of an image."""
+        x, label = self.states(np.array([i]))
+        return x[0], label[0]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainBatches:
+    """The batch of each step, for one rank.
+
+    The W ranks take the images of a line, in which they stand once in each epoch, in turn: batch `step` of a rank is
+    the stretch of B from `(step W + rank) B` on. So none comes twice in an epoch, on whatever ranks.
+
+    Args:
+        reader: the training images.
+        batch_size: B, of one rank.
+        rank, world_size: which of how many.
+        seed: of order and mirror images.
+        mirror: take half of the images mirrored.
+    """
+
+    reader: SplitReader
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    mirror: bool
+
+    def index(self, step: int) -> np.ndarray:
+        """Which images of the split, `(B,)`."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return epoch_order(len(self.reader.split), first, self.batch_size, self.seed)
+
+    def __call__(self, step: int) -> Batch:
+        x, label = self.reader.states(self.index(step))
+        if self.mirror:
+            random = np.random.default_rng([self.seed, step, self.rank])
+            flipped = torch.from_numpy(random.random(len(x)) < 0.5)
+            x[flipped] = x[flipped].flip(-1)
+        return x, label
+
+
+class WorkerStream(StepLoader):
+    """Batches that worker processes make.
+
+    Args:
+        batch: makes the batch of a step.
+        workers: processes.
+        length, start, where: as of `StepLoader`.
+    """
+
+    def __init__(
+        self,
+        batch: Callable[[int], Batch],
+        workers: int,
+        length: int,
+        start: int = 0,
+        where: Callable[[], int] | None = None,
+    ) -> None:
+        super().__init__(length, start, where)
+        self.batch, self.workers = batch, workers
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        data = Computed(self.batch, last)
+        return iter(RaisingLoader(data, sampler=range(first, last), batch_size=None, num_workers=self.workers))

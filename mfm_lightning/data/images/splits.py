@@ -1,0 +1,86 @@
+"""Which images are for training, validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mfm_lightning.data.images.source import LabelledImages, names_line
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images of a source.
+
+    Args:
+        source: that has them.
+        rows: their numbers in it, `(N,)`.
+        labels: `(N,)`, by the names of the training data.
+    """
+
+    source: LabelledImages
+    rows: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def only(self, classes: Sequence[int]) -> Split:
+        """The images of these labels."""
+        return self.at(np.flatnonzero(np.isin(self.labels, classes)))
+
+    def at(self, index: np.ndarray) -> Split:
+        return Split(self.source, self.rows[index], self.labels[index])
+
+
+def whole(source: LabelledImages, names: Sequence[str], where: str) -> Split:
+    """All images of a source, with the labels that the training data give to classes of the same names.
+
+    Raises:
+        ValueError: for a class that the training data do not have.
+    """
+    labels = source.labels
+    if list(source.class_names) != list(names):
+        if unknown := [name for name in source.class_names if name not in names]:
+            raise ValueError(
+                f"{where} has a class {unknown[0]!r}, which the training images do not have ({names_line(names)})"
+            )
+        labels = np.array([names.index(name) for name in source.class_names])[labels]
+    return Split(source, np.arange(len(labels)), labels)
+
+
+def stratified(labels: np.ndarray, fractions: Sequence[float], seed: int = 0) -> list[np.ndarray]:
+    """Indices of parts that have these fractions of each class, rounded, and last of what is left; each sorted.
+
+    Args:
+        labels: `(N,)`.
+        fractions: of all parts but the last.
+        seed: the parts are the same for the same seed.
+    """
+    random = np.random.default_rng(seed)
+    parts: list[list[np.ndarray]] = [[] for _ in range(len(fractions) + 1)]
+    for label in np.unique(labels):
+        index = random.permutation(np.flatnonzero(labels == label))
+        ends = np.round(np.cumsum([0.0, *fractions]) * len(index)).astype(int)
+        for part, first, last in zip(parts, ends, [*ends[1:], len(index)], strict=True):
+            part.append(index[first:last])
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def labels_of(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Labels of classes that are given by label or by name.
+
+    Raises:
+        ValueError: for one that there is not.
+    """
+    found = []
+    for each in classes:
+        if isinstance(each, str) and each in names:
+            found.append(names.index(each))
+        elif isinstance(each, int) and 0 <= each < len(names):
+            found.append(each)
+        else:
+            raise ValueError(f"classes: there is no class {each!r} (there are {names_line(names)})")
+    return found
