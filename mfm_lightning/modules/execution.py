@@ -29,7 +29,8 @@ class TrainingExecution:
         if self.checkpoint_activations:
             if not hasattr(network, "checkpoint_activations"):
                 raise ValueError(
-                    f"execution.checkpoint_activations: {type(network).__name__} has no blocks to checkpoint, use a DiT"
+                    f"execution.checkpoint_activations: {type(network).__name__} has no blocks to checkpoint, "
+                    "use a DiT or a UNet"
                 )
             setattr(network, "checkpoint_activations", True)  # noqa: B010  (an attribute that not all networks have)
         if self.compile:
