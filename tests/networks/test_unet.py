@@ -150,6 +150,23 @@ def test_checkpointed_blocks_leave_loss_and_gradients():
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_every_block_is_compiled(monkeypatch):
+    """Dynamo gives up after 8 versions of a function, and a UNet has more kinds of blocks."""
+    graphs, compiled = [], torch.nn.Module.compile
+    backend = lambda graph, inputs: graphs.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model = trained(tiny(8, 1, (1, 2, 3, 4), ()))
+    s, u, x, t, x_t, given = inputs(model)
+    tangents = (torch.ones(6), torch.zeros(6), x_t)
+    expected = velocity_and_jvp(model, s, u, x, t, x_t, tangents, given)
+    TrainingExecution(compile=True).prepare(model.network)
+    for ours, reference in zip(velocity_and_jvp(model, s, u, x, t, x_t, tangents, given), expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    assert len(graphs) >= len(model.network.regions) - 2 > 8  # two are alike
+
+
 def test_save_and_load_are_exact(tmp_path):
     model = trained(tiny())
     path = save_model(model, tmp_path / "model.safetensors")
@@ -196,38 +213,38 @@ def test_wrong_shapes_and_names_are_refused():
         architecture("huge", (1, 28, 28))
 
 
-NETWORK = {"input_size": 8, "in_channels": 1, "channels": 16, "channel_multipliers": [1, 2], "num_blocks": 1}
-NETWORK |= {"attention_resolutions": [4], "norm_groups": 4, "num_heads": 2, "num_classes": 10}
+NETWORK = {"input_size": 8, "in_channels": 1, "channels": 8, "channel_multipliers": [1, 2], "num_blocks": 1}
+NETWORK |= {"attention_resolutions": [4], "norm_groups": 2, "num_heads": 2, "num_classes": 10}
 
 
 def test_fit_of_digits_from_the_command_line(tmp_path, monkeypatch):
-    """The flow-matching error falls below 0.75 of that of v = 0; of the mean of the data it is not below 0.85."""
+    """The flow-matching error falls below 0.8 of that of the best velocity that ignores x, E[x1 | label] - E[x0]."""
     monkeypatch.chdir(tmp_path)
     network = {"class_path": "mfm_lightning.networks.UNet", "init_args": NETWORK}
     options = {
-        "--trainer.max_steps": 60,
-        "--trainer.default_root_dir": "unet",
-        "--trainer.accelerator": "cpu",
-        "--trainer.limit_val_batches": 0,
-        "--trainer.enable_progress_bar": False,
-        "--model.init_args.network": json.dumps(network),
-        "--model.init_args.optimization.warmup_steps": 5,
-        "--model.init_args.optimization.learning_rate": 3e-3,
-        "--data.init_args.batch_size": 128,
-        "--ema.decay": 0.8,
+        "trainer.max_steps": 40,
+        "trainer.default_root_dir": "unet",
+        "trainer.accelerator": "cpu",
+        "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": False,
+        "model.init_args.network": json.dumps(network),
+        "model.init_args.optimization.warmup_steps": 5,
+        "model.init_args.optimization.learning_rate": 1e-2,
+        "data.init_args.batch_size": 64,
+        "ema.decay": 0.8,
     }
-    run(["fit", "--config", "digits/flow", *[f"{name}={value}" for name, value in options.items()]])
+    run(["fit", "--config", "digits/flow", *[f"--{name}={value}" for name, value in options.items()]])
     model = load_model(tmp_path / "unet" / "model.safetensors")
     assert isinstance(model.network, UNet)
     assert {k: model.network.config[k] for k in NETWORK} == NETWORK
 
-    data = DigitsDataModule(batch_size=256)
-    data.setup("fit")
-    x1, label = next(iter(data.train_dataloader()))
+    data = DigitsDataModule()
+    data.setup()
+    x1, label = data.splits["test"]
     torch.manual_seed(0)
     x0, t = torch.randn_like(x1), torch.rand(len(x1))
-    x = torch.lerp(x0, x1, t[:, None, None, None])
+    x, velocity = torch.lerp(x0, x1, t[:, None, None, None]), x1 - x0
     with torch.no_grad():
-        error = (model.drift(t, x, label=label) - (x1 - x0)).square().mean()
-    assert error < 0.75 * (x1 - x0).square().mean()
-    print(error, (x1 - x0).square().mean(), (x1.mean(0) - x0 - x1 + x0).square().mean())
+        error = (model.drift(t, x, label=label) - velocity).square().mean()
+    means = torch.stack([x1[label == k].mean(0) for k in range(10)])
+    assert error < 0.8 * (means[label] - velocity).square().mean()
