@@ -1,6 +1,7 @@
 """A UNet for the average velocity of images in pixels (ADM's: Dhariwal and Nichol, arXiv 2105.05233), top to bottom.
 
-The paper's MNIST experiment (F.2) has a UNet of 9 M parameters: `UNet.base` at 28x28.
+The paper's MNIST experiment (F.2) has a UNet of 9 M parameters; `UNet.base` has 8.4 M at 28x28. In a
+config a size stands as `class_path: mfm_lightning.networks.UNet.base`, `init_args: {state_shape: [1, 28, 28]}`.
 
     first features = conv(x) + conv'(x_t)                         conv' = 0 until trained
     down and middle see  c = s + u + class + t + guidance embeddings
@@ -79,7 +80,8 @@ class UNet(VelocityNetwork):
         channel_multipliers: the channels of each level, in those of the first; each level has half the size of the one
             before, rounded up.
         num_blocks: residual blocks of a level on the way down; one more on the way up.
-        attention_resolutions: sizes of the levels whose blocks have self-attention; the middle always has.
+        attention_resolutions: sizes of the levels whose blocks have self-attention; those of 16 and less where None.
+            The middle always has.
         num_heads: attention heads; divides the channels of those levels.
         num_classes: number of labels; label `num_classes` is the null label.
         norm_groups: groups of a group norm.
@@ -99,14 +101,17 @@ class UNet(VelocityNetwork):
         channels: int = 64,
         channel_multipliers: Sequence[int] = (1, 2, 3),
         num_blocks: int = 1,
-        attention_resolutions: Sequence[int] = (14, 7),
+        attention_resolutions: Sequence[int] | None = None,
         num_heads: int = 4,
         num_classes: int = 10,
         norm_groups: int = 16,
         guidance_scales: Sequence[float] = (),
     ) -> None:
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        sizes = level_sizes(input_size, len(channel_multipliers))
+        if attention_resolutions is None:
+            attention_resolutions = [size for size in sizes if size <= 16]
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "sizes", "__class__")}
         for name in ("channel_multipliers", "attention_resolutions", "guidance_scales"):
             self.config[name] = list(self.config[name])
         check_sizes(**self.config)
@@ -126,7 +131,7 @@ class UNet(VelocityNetwork):
             return Block(inputs, outputs, hidden_size, norm_groups, num_heads if attends else 0)
 
         self.input = nn.Conv2d(in_channels, channels, 3, padding=1)
-        sizes, widths = level_sizes(input_size, len(channel_multipliers)), [channels * m for m in channel_multipliers]
+        widths = [channels * m for m in channel_multipliers]
         skips, width, last = [channels], channels, len(sizes) - 1
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, (size, outputs) in enumerate(zip(sizes, widths, strict=True)):
@@ -147,17 +152,35 @@ class UNet(VelocityNetwork):
 
     @classmethod
     def small(cls, state_shape: Sequence[int], num_classes: int = 0, guidance_scales: Sequence[float] = ()) -> UNet:
-        """2 M parameters at 28x28: 32 channels first, one block a level."""
+        """2 M parameters at 28x28: 32 channels first, one block a level.
+
+        Args:
+            state_shape: channels, height and width of the state; the last two are equal.
+            num_classes: number of labels; label `num_classes` is the null label.
+            guidance_scales: the class-guidance scales that the network knows besides 1 (none).
+        """
         return cls(**architecture("small", state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
 
     @classmethod
     def base(cls, state_shape: Sequence[int], num_classes: int = 0, guidance_scales: Sequence[float] = ()) -> UNet:
-        """8 M parameters at 28x28, near the paper's 9 M (F.2): 64 channels first, one block a level."""
+        """8 M parameters at 28x28, near the paper's 9 M (F.2): 64 channels first, one block a level.
+
+        Args:
+            state_shape: channels, height and width of the state; the last two are equal.
+            num_classes: number of labels; label `num_classes` is the null label.
+            guidance_scales: the class-guidance scales that the network knows besides 1 (none).
+        """
         return cls(**architecture("base", state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
 
     @classmethod
     def large(cls, state_shape: Sequence[int], num_classes: int = 0, guidance_scales: Sequence[float] = ()) -> UNet:
-        """47 M parameters at 28x28: 128 channels first, two blocks a level."""
+        """47 M parameters at 28x28: 128 channels first, two blocks a level.
+
+        Args:
+            state_shape: channels, height and width of the state; the last two are equal.
+            num_classes: number of labels; label `num_classes` is the null label.
+            guidance_scales: the class-guidance scales that the network knows besides 1 (none).
+        """
         return cls(**architecture("large", state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
 
     @property

@@ -16,7 +16,7 @@ MULTIPLIERS = (1, 2, 3, 4)  # of the levels: as many as halve the side to 7 or l
 
 
 def architecture(name: str, state_shape: Sequence[int]) -> dict[str, Any]:
-    """Keyword arguments of `UNet` for a size by name and a state `(C, H, W)`: attention at sizes of 16 and less.
+    """Keyword arguments of `UNet` for a size by name and a state `(C, H, W)`.
 
     Raises:
         ValueError: if there is no such size, or the state is not a square image.
@@ -32,7 +32,6 @@ def architecture(name: str, state_shape: Sequence[int]) -> dict[str, Any]:
         "in_channels": state_shape[0],
         **SIZES[name],
         "channel_multipliers": list(MULTIPLIERS[:levels]),
-        "attention_resolutions": [size for size in sizes[:levels] if size <= 16],
         "norm_groups": SIZES[name]["channels"] // 4,
     }
 

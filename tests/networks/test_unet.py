@@ -71,6 +71,13 @@ def test_sizes_by_name_follow_the_state(shape, levels, attention):
     assert counts[0] < counts[1] < counts[2]
 
 
+def test_attention_where_it_is_not_given():
+    given = {k: v for k, v in TINY.items() if k != "attention_resolutions"}
+    network = UNet(20, 1, channel_multipliers=(1, 1, 1), **given)
+    assert network.config["attention_resolutions"] == [10, 5]
+    assert [block.attention is not None for level in network.down for block in level.blocks] == [False, True, True]
+
+
 @pytest.mark.parametrize("size", [2, 5, 7, 9, 14, 28])
 def test_any_size_comes_back(size):
     levels = 2 if size == 2 else 3
@@ -217,24 +224,23 @@ NETWORK = {"input_size": 8, "in_channels": 1, "channels": 8, "channel_multiplier
 NETWORK |= {"attention_resolutions": [4], "norm_groups": 2, "num_heads": 2, "num_classes": 10}
 
 
+def fit_digits(network: dict, **options) -> MetaFlowMap:
+    """What `mfm fit --config digits/flow` leaves with another network."""
+    options |= {"ema.decay": 0.8, "model.init_args.network": json.dumps(network)}
+    options |= {"trainer.accelerator": "cpu", "trainer.limit_val_batches": 0, "trainer.enable_progress_bar": False}
+    options |= {"trainer.default_root_dir": "unet", "data.init_args.batch_size": 64}
+    run(["fit", "--config", "digits/flow", *[f"--{name}={value}" for name, value in options.items()]])
+    return load_model("unet/model.safetensors")
+
+
 def test_fit_of_digits_from_the_command_line(tmp_path, monkeypatch):
     """The flow-matching error falls below 0.8 of that of the best velocity that ignores x, E[x1 | label] - E[x0]."""
     monkeypatch.chdir(tmp_path)
-    network = {"class_path": "mfm_lightning.networks.UNet", "init_args": NETWORK}
-    options = {
-        "trainer.max_steps": 40,
-        "trainer.default_root_dir": "unet",
-        "trainer.accelerator": "cpu",
-        "trainer.limit_val_batches": 0,
-        "trainer.enable_progress_bar": False,
-        "model.init_args.network": json.dumps(network),
-        "model.init_args.optimization.warmup_steps": 5,
-        "model.init_args.optimization.learning_rate": 1e-2,
-        "data.init_args.batch_size": 64,
-        "ema.decay": 0.8,
-    }
-    run(["fit", "--config", "digits/flow", *[f"--{name}={value}" for name, value in options.items()]])
-    model = load_model(tmp_path / "unet" / "model.safetensors")
+    optimization = {"warmup_steps": 5, "learning_rate": 1e-2}
+    model = fit_digits(
+        {"class_path": "mfm_lightning.networks.UNet", "init_args": NETWORK},
+        **{"trainer.max_steps": 40, "model.init_args.optimization": json.dumps(optimization)},
+    )
     assert isinstance(model.network, UNet)
     assert {k: model.network.config[k] for k in NETWORK} == NETWORK
 
@@ -248,3 +254,11 @@ def test_fit_of_digits_from_the_command_line(tmp_path, monkeypatch):
         error = (model.drift(t, x, label=label) - velocity).square().mean()
     means = torch.stack([x1[label == k].mean(0) for k in range(10)])
     assert error < 0.8 * (means[label] - velocity).square().mean()
+
+
+def test_size_by_name_in_a_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = {"class_path": "mfm_lightning.networks.UNet.small", "init_args": {"state_shape": [1, 8, 8]}}
+    network["init_args"]["num_classes"] = 10
+    model = fit_digits(network, **{"trainer.max_steps": 1})
+    assert model.network.config == UNet.small((1, 8, 8), num_classes=10).config
