@@ -4,7 +4,7 @@
 
 The names are those of `__init__.pyi`; each is imported from its room when it is first used.
 
-- models: MetaFlowMap, VelocityNetwork (DiT, MLP)
+- models: MetaFlowMap, VelocityNetwork (DiT, UNet, MLP)
 - their files: load_model, save_model, load_value, import_checkpoint, export_checkpoint
 - what is aligned to what: Target, Conditions, decoders (PixelDecoder, VAEDecoder, IdentityDecoder)
 - methods: Steering, Search, BestOfN, FeynmanKac, TwistedSMC, PolicySampling (as functions: steer, search, best_of_n)

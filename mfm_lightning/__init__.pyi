@@ -60,6 +60,7 @@ from .networks import Decoder as Decoder
 from .networks import DiT as DiT
 from .networks import IdentityDecoder as IdentityDecoder
 from .networks import PixelDecoder as PixelDecoder
+from .networks import UNet as UNet
 from .networks import VAEDecoder as VAEDecoder
 from .networks import ValueDiT as ValueDiT
 from .networks import ValueMLP as ValueMLP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
@@ -12,7 +13,8 @@ class TrainingExecution:
     """How the network in training is executed.
 
     Args:
-        compile: `torch.compile`, block by block (blocks are alike: one is compiled for all). CPUs need a C++ compiler.
+        compile: `torch.compile`, block by block (one for all that are alike: a DiT's all are, a UNet's few, and
+            its first step takes minutes on CPUs). CPUs need a C++ compiler.
         checkpoint_activations: keep the input of each block only, and compute the rest again in the backward pass: less
             memory for one more forward pass.
     """
@@ -29,9 +31,14 @@ class TrainingExecution:
         if self.checkpoint_activations:
             if not hasattr(network, "checkpoint_activations"):
                 raise ValueError(
-                    f"execution.checkpoint_activations: {type(network).__name__} has no blocks to checkpoint, use a DiT"
+                    f"execution.checkpoint_activations: {type(network).__name__} has no blocks to checkpoint, "
+                    "use a DiT or a UNet"
                 )
             setattr(network, "checkpoint_activations", True)  # noqa: B010  (an attribute that not all networks have)
         if self.compile:
-            for region in getattr(network, "regions", [network]):
+            regions: list[nn.Module] = getattr(network, "regions", [network])
+            kinds = {tuple(p.shape for p in region.parameters()) for region in regions}
+            config = torch._dynamo.config  # it gives up after 8 versions of a function, here of all kinds of blocks
+            config.recompile_limit = max(config.recompile_limit, 8 * len(kinds))
+            for region in regions:
                 region.compile()

@@ -4,9 +4,10 @@ from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.networks.decoders import Decoder, IdentityDecoder, PixelDecoder, VAEDecoder
 from mfm_lightning.networks.dit import DiT, architecture
 from mfm_lightning.networks.mlp import MLP
+from mfm_lightning.networks.unet import UNet
 from mfm_lightning.networks.value import ValueDiT, ValueMLP
 
-NETWORKS = {"DiT": DiT, "MLP": MLP}
+NETWORKS = {"DiT": DiT, "MLP": MLP, "UNet": UNet}
 VALUE_NETWORKS = {"ValueDiT": ValueDiT, "ValueMLP": ValueMLP}
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "DiT",
     "IdentityDecoder",
     "PixelDecoder",
+    "UNet",
     "VAEDecoder",
     "ValueDiT",
     "ValueMLP",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ def label_and_guidance(conditions: Conditions) -> tuple[Tensor, Tensor]:
     if conditions.label is None or conditions.guidance is None:
         raise ValueError("a class-conditional network needs label and guidance: call it through a MetaFlowMap")
     return conditions.label, conditions.guidance
+
+
+def check_guidance_scales(scales: Sequence[float]) -> None:
+    """Raise ValueError where a class-guidance scale is not above 1."""
+    if any(g <= 1 for g in scales):
+        raise ValueError(f"guidance_scales {list(scales)} must all be above 1 (1, no guidance, is always there)")
 
 
 def duals(s: Tensor, u: Tensor, x: Tensor, tangents: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Dual, Dual, Dual]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.networks.base import VelocityNetwork, duals, label_and_guidance, result
+from mfm_lightning.networks.base import VelocityNetwork, check_guidance_scales, duals, label_and_guidance, result
 from mfm_lightning.networks.dual import (
     Dual,
     add,
@@ -354,7 +354,4 @@ def _check_sizes(
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads} and of 4")
     if not 0 <= encoder_depth <= depth:
         raise ValueError(f"encoder_depth {encoder_depth} must lie between 0 and depth {depth}")
-    if any(g <= 1 for g in guidance_scales):
-        raise ValueError(
-            f"guidance_scales {list(guidance_scales)} must all be above 1 (1, no guidance, is always there)"
-        )
+    check_guidance_scales(guidance_scales)

@@ -45,13 +45,13 @@ def add(*terms: Dual) -> Dual:
         return Dual(value, sum(tangents[1:], tangents[0]) if tangents else None)
 
 
-def concatenate(*parts: Dual) -> Dual:
-    """Side by side in the last dimension."""
-    value = torch.cat([part.value for part in parts], dim=-1)
+def concatenate(*parts: Dual, dim: int = -1) -> Dual:
+    """Side by side in one dimension, the last where it is not given."""
+    value = torch.cat([part.value for part in parts], dim)
     if all(part.tangent is None for part in parts):
         return Dual(value)
     tangents = [torch.zeros_like(part.value) if part.tangent is None else part.tangent for part in parts]
-    return Dual(value, torch.cat(tangents, dim=-1))
+    return Dual(value, torch.cat(tangents, dim))
 
 
 def linear(layer: nn.Linear, x: Dual) -> Dual:
@@ -123,7 +123,11 @@ def rms_norm(scale: Tensor, eps: float, x: Dual) -> Dual:
 
 def modulate(x: Dual, shift: Dual, scale: Dual) -> Dual:
     """x (1 + scale) + shift; `x` `(B, T, D)`, `shift`, `scale` `(B, D)`."""
-    shift, scale = shift.map(_over_tokens), scale.map(_over_tokens)
+    return scale_shift(x, shift.map(_over_tokens), scale.map(_over_tokens))
+
+
+def scale_shift(x: Dual, shift: Dual, scale: Dual) -> Dual:
+    """x (1 + scale) + shift, of shapes that broadcast to that of `x`."""
     factor = 1 + scale.value
     value = torch.addcmul(shift.value, x.value, factor)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import TrainingExecution
-from mfm_lightning.networks import MLP, DiT, dual
+from mfm_lightning.networks import MLP, DiT, UNet, dual
 from mfm_lightning.networks.dual import Dual
 from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm, adaptive_loss, squared_error
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
@@ -20,6 +20,7 @@ from tests.closed_form import gaussian_model
 NETWORKS = {
     "DiT": lambda: DiT(8, 2, 2, 32, 3, 4, 2, num_classes=5, guidance_scales=(2.5,)),
     "DiT, QK-norm, flipped": lambda: DiT(8, 2, 2, 32, 3, 4, 2, 5, qk_norm=True, guidance_scales=(2.5,), flip_time=True),
+    "UNet": lambda: UNet(5, 2, 8, (1, 2), 1, (5,), 2, num_classes=5, norm_groups=4, guidance_scales=(2.5,)),
     "MLP": lambda: MLP(3, 32, 2, num_classes=5, guidance_scales=(2.5,)),
 }
 

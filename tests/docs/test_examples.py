@@ -23,7 +23,7 @@ PROMISES = {
 }
 # what a researcher reaches for, by kind
 NEEDED = {
-    "model": ["MetaFlowMap", "DiT", "MLP"],
+    "model": ["MetaFlowMap", "DiT", "UNet", "MLP"],
     "loading": ["load_model", "save_model", "load_value", "import_checkpoint", "export_checkpoint"],
     "target": ["Target", "PixelDecoder", "VAEDecoder", "IdentityDecoder"],
     "conditions": ["Conditions"],

@@ -111,7 +111,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_fit_continues_from(folder, monkeypatch)
     ("arguments", "message"),
     [
         (["--model.init_args.objective.terms=[{name: eulerian}]"], "unknown objective 'eulerian'"),
-        (["--model.init_args.network.class_path=mfm_lightning.networks.UNet"], "UNet"),
+        (["--model.init_args.network.class_path=mfm_lightning.networks.Perceiver"], "Perceiver"),
         (["--model.init_args.learning_rte=1"], "learning_rte"),
         (["--model.init_args.teacher=null"], "needs a teacher"),
         (["--model.init_args.network.init_args.dim=3"], "the teacher's states have shape (2,)"),

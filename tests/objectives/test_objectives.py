@@ -5,7 +5,7 @@ import torch
 
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks import MLP, DiT
+from mfm_lightning.networks import MLP, DiT, UNet
 from mfm_lightning.objectives import TERMS, ConditionTimes, InnerTimes, Objective, Pair, PairSampler, WeightedTerm
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
 from mfm_lightning.objectives.terms import Consistency, guided_data_velocity
@@ -85,7 +85,9 @@ def test_gradient_is_finite_at_the_ends(name, s, u, t):
     assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("network", [MLP(2, 32, 2), DiT(4, 2, 1, 16, 2, 2, 1, num_classes=3)])
+@pytest.mark.parametrize(
+    "network", [MLP(2, 32, 2), DiT(4, 2, 1, 16, 2, 2, 1, num_classes=3), UNet(4, 1, 8, (1, 2), 1, (), 2, 3, 4)]
+)
 def test_initialisation_ignores_the_condition(network):
     torch.manual_seed(0)
     for p in network.parameters():  # a network whose output layer is not zero any more
