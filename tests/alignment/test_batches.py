@@ -172,3 +172,16 @@ def test_refinement_and_noisy_states_are_the_samples_own(model):
     assert torch.equal(noisy_states(x0[[2]], 0.3, sample_generators(1, [2])), noisy[[2]])
     draws = model.sample_posterior(x0, 0.3, 3, generator=sample_generators(1, range(4)))
     torch.testing.assert_close(model.sample_posterior(x0[[2]], 0.3, 3, generator=sample_generators(1, [2])), draws[[2]])
+
+
+@pytest.mark.parametrize("states_at_once", [1, 2, 3, 100])
+def test_an_oracles_draws_are_the_samples_own_however_the_states_are_cut(states_at_once):
+    """7 states with a generator each, 5 points: the memory for weights holds so many states at once."""
+    points = torch.randn(5, 2, generator=seeded())
+    whole = EmpiricalDistribution(points)
+    cut = EmpiricalDistribution(points, max_elements=5 * states_at_once)
+    x_t = torch.randn(7, 2, generator=seeded(1))
+    expected = torch.cat([whole.sample_posterior(x_t[[i]], 0.1, 40, None, sample_generators(3, [i])) for i in range(7)])
+    found = cut.sample_posterior(x_t, 0.1, 40, None, sample_generators(3, range(7)))
+    assert torch.equal(found, expected)
+    assert len(expected.flatten(1).unique(dim=0)) == 7
