@@ -40,6 +40,7 @@ def test_all_commands_have_a_line():
     assert {
         "benchmark",
         "configs",
+        "data",
         "demo",
         "export",
         "fid",
