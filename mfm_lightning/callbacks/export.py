@@ -60,21 +60,19 @@ class ExportModel(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = _exporting(pl_module)
         callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] # Lightning sets it elsewhere
-        for callback in (c for c in callbacks if isinstance(c, LastCheckpoint)):
+        kept = [c for c in callbacks if isinstance(c, LastCheckpoint)]
+        for callback in kept:
             callback.finish(trainer)
         ema = next((c for c in callbacks if isinstance(c, EMA)), EMA())
         with ema.applied(module), module.whole_weights():
             if trainer.is_global_zero:
-                path = Path(trainer.default_root_dir) / self.filename
+                folder = Path(trainer.default_root_dir)
                 metadata = {"kind": module.exported_kind, "step": str(trainer.global_step)}
-                if any(isinstance(c, LastCheckpoint) for c in callbacks):
-                    metadata |= self._checkpoint(Path(trainer.default_root_dir) / "last.ckpt")
+                if kept and (checkpoint := folder / "last.ckpt").is_file():
+                    metadata["checkpoint"] = fingerprint(checkpoint)
+                path = folder / self.filename
                 save_network(module.exported, path, metadata)
                 log.info("model written to %s", path)
-
-    @staticmethod
-    def _checkpoint(path: Path) -> dict[str, str]:
-        return {"checkpoint": fingerprint(path)} if path.is_file() else {}
 
 
 def _exporting(module: L.LightningModule) -> TrainingModule:

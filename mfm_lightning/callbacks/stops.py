@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from mfm_lightning.utils.stopping import SIGNALS, Stopped
+from mfm_lightning.utils.stopping import SIGNALS, Stopped, in_main_thread
 
 log = logging.getLogger(__name__)
 _heard: set[int] = set()  # that this process listens to
@@ -23,7 +22,7 @@ _told = [False]  # whether processes that are forked from here on learn of it
 def listen(numbers: Iterable[int], act: Callable[[int, Any], None]) -> None:
     """Call `act(number, frame)` at these signals; at none that is ignored, as a shell does for background jobs (SIGINT)
     and `nohup` (SIGHUP). Only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
+    if not in_main_thread():
         return
     if not _told[0]:
         os.register_at_fork(after_in_child=_leave)
@@ -63,7 +62,7 @@ def stopped_at_once(what: str) -> Iterator[None]:
         yield
     finally:
         unlisten()
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread():
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

@@ -17,7 +17,6 @@ from mfm_lightning.checkpoints.released import (
     from_released_names,
     to_released_names,
 )
-from mfm_lightning.training.run_checkpoints import check_checkpoint
 from mfm_rewards.hub import find_file
 from mfm_rewards.weights import CheckpointError, load_state_dict
 
@@ -25,7 +24,6 @@ __all__ = [
     "RELEASED_NAMES",
     "SOURCES",
     "CheckpointError",
-    "check_checkpoint",
     "check_network",
     "export_checkpoint",
     "find_file",

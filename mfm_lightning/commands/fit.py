@@ -22,7 +22,6 @@ from torch import nn
 
 from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, StepProgressBar
 from mfm_lightning.callbacks.stops import stopped_at_once
-from mfm_lightning.checkpoints import check_checkpoint
 from mfm_lightning.commands.errors import CommandLineError, explain
 from mfm_lightning.commands.imports import import_modules
 from mfm_lightning.commands.options import strict_yaml
@@ -30,6 +29,7 @@ from mfm_lightning.commands.run_folder import RunFolder
 from mfm_lightning.training.fit_loop import use_fit_loop
 from mfm_lightning.training.fsdp import FSDP
 from mfm_lightning.training.logs import own_logs
+from mfm_lightning.training.run_checkpoints import check_checkpoint
 from mfm_lightning.utils.configs import DEFAULTS, find_config, read_config
 from mfm_lightning.utils.console import console
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from typing import TYPE_CHECKING, Literal
 
 from mfm_lightning.commands.errors import CommandLineError
-from mfm_lightning.utils.stopping import stoppable
+from mfm_lightning.utils.stopping import in_main_thread, stoppable
 
 if TYPE_CHECKING:
     from mfm_lightning.data.latents.preparation import Preparation
@@ -111,7 +110,7 @@ def _spawn(job: Preparation, workers: int, process: Process) -> None:
     from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
     # Ctrl-C goes to all processes of a terminal: those do not hear it, and are ended by this one
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN) if _is_main_thread() else None
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread() else None
     try:
         context = spawn(_worker, (job, workers, process), nprocs=workers, join=False)
     finally:
@@ -128,10 +127,6 @@ def _spawn(job: Preparation, workers: int, process: Process) -> None:
     finally:
         for child in filter(None, context.processes):
             child.kill()  # no effect on one that has ended; what it was writing is no shard yet
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _worker(i: int, job: Preparation, workers: int, parent: Process) -> None:

@@ -89,9 +89,13 @@ class StepDataModule(L.LightningDataModule, ABC):
         """Samples of each label `(num_classes,)` by the name of a split; nothing where that is not known."""
         return {}
 
+    def rank(self) -> tuple[int, int]:
+        """This process's rank, and how many there are; without a trainer it is alone."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
     def rank_seed(self) -> int:
         """A seed of this rank's own."""
-        return self.seed + 7919 * (self.trainer.global_rank if self.trainer is not None else 0)
+        return self.seed + 7919 * self.rank()[0]
 
 
 class ArrayDataModule(StepDataModule):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import ArrayDataModule
+from mfm_lightning.data.images.pixels import to_images
 from mfm_lightning.data.stream import shuffled_batch
 from mfm_lightning.metrics.classifier import SmallClassifier, train_classifier
 
@@ -50,7 +51,7 @@ class DigitsDataModule(ArrayDataModule):
 
     def decode(self, x: Tensor) -> Tensor:
         """States in [-1, 1] to images in [0, 1]."""
-        return (x.float() / 2 + 0.5).clamp(0, 1)
+        return to_images(x)
 
 
 class DigitsClassifier(SmallClassifier):

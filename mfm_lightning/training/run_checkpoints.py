@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from mfm_rewards.weights import CheckpointError
+from mfm_rewards.weights import CheckpointError, load_plain
 
 METADATA = ".metadata"  # of a checkpoint in shards: torch.distributed.checkpoint's plan, a pickle
 REST = "meta.pt"  # and Lightning's own part of it
@@ -98,14 +98,10 @@ def _check_folder(path: Path) -> None:
 def _read(path: Path, of: Path) -> Any:
     """A file of torch.save, with its tensors left on the disk."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle or archive raises nearly anything
-        if isinstance(error, OSError) and error.errno is not None:  # of the storage
-            raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return load_plain(path, mmap=True)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{of} cannot be read as plain tensors and numbers ({reason[0][:120]}): it is damaged, or holds code; "
-            f"{EXPECTED}"
+            f"{of} cannot be read as plain tensors and numbers ({error}): it is damaged, or holds code; {EXPECTED}"
         ) from error
 
 

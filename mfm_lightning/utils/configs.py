@@ -47,8 +47,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        check_keys(text)
         found = yaml.safe_load(text)
+        check_keys(text)
     except DuplicateKeyError as error:
         raise ValueError(f"{path}: {error}") from error
     except yaml.MarkedYAMLError as error:
@@ -62,6 +62,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # every value of a command line goes through it
+
+
 class DuplicateKeyError(yaml.YAMLError, ValueError):
     """A key that stands twice in one mapping of a YAML, of which parsers take the last."""
 
@@ -73,7 +76,7 @@ def check_keys(text: str) -> None:
         DuplicateKeyError: for a key that stands twice in a mapping, with both lines.
         yaml.YAMLError: if it is no YAML.
     """
-    waiting, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
+    waiting, seen = [yaml.compose(text, Loader=_LOADER)], set()
     while waiting:
         node = waiting.pop()
         if id(node) in seen:  # by an alias

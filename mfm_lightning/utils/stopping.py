@@ -14,6 +14,11 @@ GRACE = 4.0  # seconds in which the main thread is to hear of a signal; schedule
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+def in_main_thread() -> bool:
+    """Whether this is the thread that hears signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 class Stopped(SystemExit):
     """A signal asks the process to end, with status 128 + its number. Not an Exception: nothing that handles those may
     go on.
@@ -37,7 +42,7 @@ def stoppable(what_next: str) -> Iterator[None]:
     Args:
         what_next: what the user may do then, for the message.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not in_main_thread():
         yield  # only the main thread may hear signals
         return
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]

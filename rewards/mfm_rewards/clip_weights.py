@@ -90,7 +90,8 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
 def _open_clip_config(path: Path, state: dict[str, Tensor]) -> dict[str, Any] | None:
     """The sizes of the shapes, with the activation and the heads of the config that open_clip writes beside them."""
     file = path.parent / OPEN_CLIP
-    model = read_json(file).get("model_cfg")
+    said_of_it = read_json(file)
+    model = said_of_it.get("model_cfg")
     if not isinstance(model, dict):
         return None
     found = infer_config(state, "quick_gelu" if model.get("quick_gelu", False) else "gelu", path)
@@ -110,7 +111,7 @@ def _open_clip_config(path: Path, state: dict[str, Tensor]) -> dict[str, Any] | 
     found["vision_config"]["num_attention_heads"] = found["vision_config"]["hidden_size"] // vision.get(
         "head_width", 64
     )
-    found["preprocess_cfg"] = read_json(file).get("preprocess_cfg", {})
+    found["preprocess_cfg"] = said_of_it.get("preprocess_cfg", {})
     found["text_config"]["num_attention_heads"] = text.get("heads", found["text_config"]["num_attention_heads"])
     return found
 

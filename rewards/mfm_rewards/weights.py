@@ -57,17 +57,33 @@ def read_checkpoint(path: str | Path, allowed: Sequence[type] = ()) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_plain(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    except Exception as error:  # a damaged pickle or archive raises nearly anything
-        if isinstance(error, OSError) and error.errno is not None:  # of the storage
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{path} is refused: it is not a file of plain tensors ({reason[:120]}). "
+            f"{path} is refused: it is not a file of plain tensors ({error}). "
             "Save the state dict alone, best as .safetensors."
         ) from error
+
+
+def load_plain(path: str | Path, mmap: bool = False) -> Any:
+    """What torch.save wrote, of tensors and numbers alone, on the CPU.
+
+    Args:
+        mmap: leave the tensors on the disk.
+
+    Raises:
+        CheckpointError: with torch's reason alone, for the caller to say of which file.
+        OSError: of the storage.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # a damaged pickle or archive raises nearly anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(reason[:120]) from error
 
 
 def _no_weights(path: Path) -> str | None:
@@ -88,9 +104,8 @@ def tensors_of(content: Any, path: str | Path) -> dict[str, Tensor]:
     keys = [key for key in WEIGHTS_KEYS if isinstance(content, Mapping) and _is_state(content.get(key))]
     if len(keys) > 1:
         log.info("%s holds weights under %s: those under %r are taken", path, ", ".join(keys), keys[0])
-    while keys:
-        content = content[keys[0]]
-        keys = [key for key in WEIGHTS_KEYS if _is_state(content.get(key))]
+    if keys:
+        return tensors_of(content[keys[0]], path)
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     states = [k for k, v in content.items() if _is_state(v)] if isinstance(content, Mapping) and not tensors else []
     if len(states) == 1:  # under a name of the script's own

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mfm_lightning.callbacks.checkpoint import AtomicCheckpointIO
-from mfm_lightning.checkpoints import CheckpointError, check_checkpoint
+from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.data import LatentShards
 from mfm_lightning.data.latents.stream import LostWorkerError
-from mfm_lightning.training.run_checkpoints import check_plan
+from mfm_lightning.training.run_checkpoints import check_checkpoint, check_plan
 from tests.inputs.tiny_runs import fit, job, last
 from tests.latent_data import shards
 from tests.processes import ended, forked

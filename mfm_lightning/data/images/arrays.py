@@ -6,6 +6,7 @@ import gzip
 import logging
 import zipfile
 import zlib
+from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
 
@@ -28,9 +29,9 @@ class ArrayImages(LabelledImages):
     def __init__(self, path: str) -> None:
         self.path = Path(path)
 
+    @abstractmethod
     def _read(self) -> tuple[np.ndarray, np.ndarray | None]:
         """The images, and their labels if there are any."""
-        raise NotImplementedError
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:

@@ -189,11 +189,11 @@ class ImageDataModule(StepDataModule):
         return TrainBatches(self.reader("train"), self.batch_size, rank, world_size, self.seed, self.mirror)
 
     def train_batch(self, step: int) -> Batch:
-        return self.batches(*self._rank())(step)
+        return self.batches(*self.rank())(step)
 
     def train_dataloader(self) -> StepLoader:
         start, length = self.steps()
-        batches = self.batches(*self._rank())
+        batches = self.batches(*self.rank())
         if self.in_memory or not self.num_workers:
             return BatchStream(batches, length, start, self.position)
         return WorkerStream(batches, self.num_workers, length, start, self.position)
@@ -220,7 +220,7 @@ class ImageDataModule(StepDataModule):
         return RaisingLoader(data, batch_size=self.batch_size, num_workers=workers, collate_fn=collated)
 
     def origin(self, step: int) -> str:
-        batches = self.batches(*self._rank())
+        batches = self.batches(*self.rank())
         rows = batches.reader.split.rows[batches.index(step)[:3]]
         return f"of {', '.join(self.sources['train'].place(int(i)) for i in rows)}, ..."
 
@@ -228,16 +228,13 @@ class ImageDataModule(StepDataModule):
         """States in [-1, 1] to images in [0, 1]."""
         return to_images(x)
 
-    def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of batches depends on, to say so where a resumed run has another one."""
         return {
             "images": len(self.parts["train"]), "seed": self.seed, "batch_size": self.batch_size,
-            "mirror": self.mirror, "classes": self.classes, "world_size": self._rank()[1],
+            "mirror": self.mirror, "classes": self.classes, "world_size": self.rank()[1],
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -220,10 +220,10 @@ class LatentShards(StepDataModule):
 
     def train_dataloader(self) -> LatentLoader:
         start, length = self.steps()
-        return self.loader("train", *self._rank(), start=start, length=length, where=self.position)
+        return self.loader("train", *self.rank(), start=start, length=length, where=self.position)
 
     def val_dataloader(self) -> LatentLoader | list:
-        return self.loader("val", *self._rank()) if self._part("val")[1].shards else []
+        return self.loader("val", *self.rank()) if self._part("val")[1].shards else []
 
     def test_dataloader(self) -> LatentLoader | list:
         return self.val_dataloader()
@@ -234,11 +234,11 @@ class LatentShards(StepDataModule):
     def train_batch(self, step: int) -> Batch:
         """The training batch of a step, read by this process (for `OffPolicyDataModule`)."""
         if self._random_access is None:
-            self._random_access = self._stream("train", *self._rank(), 1, 0, None)
+            self._random_access = self._stream("train", *self.rank(), 1, 0, None)
         return self._random_access.batch(step)
 
     def origin(self, step: int) -> str:
-        stream = self._stream("train", *self._rank(), self.num_workers, 0, None)
+        stream = self._stream("train", *self.rank(), self.num_workers, 0, None)
         self._streams.pop()  # it reads nothing
         return f"of {', '.join(stream.shards_of(step))} in {self.folder}"
 
@@ -254,9 +254,6 @@ class LatentShards(StepDataModule):
         with torch.no_grad():
             return self.decoder(x)
 
-    def _rank(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,7 +261,7 @@ class LatentShards(StepDataModule):
         return {
             "samples": self.index.samples, "seed": self.seed, "batch_size": self.batch_size,
             "num_workers": self.num_workers, "shuffle_buffer": self.reading.shuffle_buffer, "flip": self.reading.flip,
-            "classes": self.classes, "few_shards": self.few_shards, "world_size": self._rank()[1],
+            "classes": self.classes, "few_shards": self.few_shards, "world_size": self.rank()[1],
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
