@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.networks.base import VelocityNetwork, check_guidance_scales, duals, label_and_guidance, result
+from mfm_lightning.networks.base import check_guidance_scales, duals, result
 from mfm_lightning.networks.dual import (
     Dual,
     add,
     add_gated,
     attention,
-    checkpointed,
     gelu,
     layer_norm,
     linear,
@@ -34,7 +33,8 @@ from mfm_lightning.networks.dual import (
     rms_norm,
     silu,
 )
-from mfm_lightning.networks.embeddings import TimeEmbedding, nearest_scale, sincos_positions
+from mfm_lightning.networks.embeddings import sincos_positions
+from mfm_lightning.networks.two_times import TwoTimeNetwork
 
 SIZES: dict[str, dict[str, int]] = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, "encoder_depth": 8},
@@ -196,7 +196,7 @@ class FinalLayer(nn.Module):
         return linear(self.linear, modulate(layer_norm(self.norm, x), shift, scale))
 
 
-class DiT(VelocityNetwork):
+class DiT(TwoTimeNetwork):
     """Average velocity v_{s,u}(x; t, x_t) of images or latents.
 
     Args:
@@ -214,9 +214,6 @@ class DiT(VelocityNetwork):
         guidance_scales: the class-guidance scales that the network knows besides 1 (none).
         flip_time: the weights were trained with t=1 for noise: embed 1-s and 1-u and negate the output (the outer
             time is not flipped). True for released MFM and DMF weights.
-
-    Attributes:
-        checkpoint_activations: keep the input of each block only, and compute the rest again in the backward pass.
 
     Raises:
         ValueError: where these numbers do not fit each other.
@@ -246,18 +243,12 @@ class DiT(VelocityNetwork):
         self.config["guidance_scales"] = list(guidance_scales)
         self.state_shape = (in_channels, input_size, input_size)
         self.patch_size, self.encoder_depth, self.flip_time = patch_size, encoder_depth, flip_time
-        self.num_classes, self.guidance_scales = num_classes, tuple(guidance_scales)
-        self.checkpoint_activations = False
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size))
         self.condition_patch = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.condition_gate = AdaLN(hidden_size, 2)
-        self.condition_time = TimeEmbedding(hidden_size)
-        self.encoder_s, self.encoder_u = TimeEmbedding(hidden_size), TimeEmbedding(hidden_size)
-        self.decoder_s, self.decoder_u = TimeEmbedding(hidden_size), TimeEmbedding(hidden_size)
-        self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
-        self.guidance_embedding = nn.Embedding(len(self.guidance_scales) + 1, hidden_size)
+        self.embed_conditions(hidden_size, num_classes, guidance_scales)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         self._initialise()
@@ -289,9 +280,7 @@ class DiT(VelocityNetwork):
         gate = self.condition_gate.projection
         with torch.no_grad():  # tokens of x_t enter times 1 + scale: a scale of -1 shuts them out
             gate.bias[gate.out_features // 2 :] = -1.0
-        for embedding in (self.condition_time, self.encoder_u, self.decoder_s):
-            embedding.zero_output()
-        nn.init.zeros_(self.guidance_embedding.weight)
+        self.reset_embeddings()
 
     def forward(
         self,
@@ -307,26 +296,17 @@ class DiT(VelocityNetwork):
 
         With `tangents` (ds, du, dx) also its derivative along them, without a graph.
         """
-        label, guidance = label_and_guidance(conditions)
         start, end, state = duals(s, u, x, tangents)
         if self.flip_time:
             start, end = (
                 Dual(1 - time.value, None if time.tangent is None else -time.tangent) for time in (start, end)
             )
-        t_embedding = self.condition_time(Dual(t))
-        shared = add(t_embedding, Dual(self.label_embedding(label)))
-        scale_embedding = Dual(self.guidance_embedding(nearest_scale(guidance, self.guidance_scales)))
-        encoder = add(shared, self.encoder_s(start), self.encoder_u(end), scale_embedding)
-        decoder = add(shared, self.decoder_s(start), self.decoder_u(end))
+        encoder, decoder, t_embedding = self.embeddings(start, end, t, conditions)
 
         condition = modulate(self.condition_patch(Dual(x_t)), *self.condition_gate(t_embedding))
         tokens = add(self.x_embedder(state), Dual(self.pos_embed), condition)
         for i, block in enumerate(self.blocks):
-            condition = encoder if i < self.encoder_depth else decoder
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                tokens = checkpointed(block, tokens, condition)
-            else:
-                tokens = block(tokens, condition)
+            tokens = self.through(block, tokens, encoder if i < self.encoder_depth else decoder)
         velocity = self.final_layer(tokens, decoder).map(self._unpatchify)
         if self.flip_time:
             velocity = velocity.map(torch.neg)

@@ -16,15 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.networks.base import VelocityNetwork, duals, label_and_guidance, result
+from mfm_lightning.networks.base import duals, result
 from mfm_lightning.networks.dit import Attention
-from mfm_lightning.networks.dual import Dual, add, checkpointed, concatenate, linear, silu
+from mfm_lightning.networks.dual import Dual, add, concatenate, linear, silu
 from mfm_lightning.networks.dual_conv import conv2d, group_norm, modulate_channels, upsample
-from mfm_lightning.networks.embeddings import TimeEmbedding, nearest_scale
+from mfm_lightning.networks.two_times import TwoTimeNetwork
 from mfm_lightning.networks.unet_sizes import architecture, check_sizes, level_sizes
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -70,7 +69,7 @@ class Level(nn.Module):
         self.size, self.blocks, self.resample = size, nn.ModuleList(blocks), resample
 
 
-class UNet(VelocityNetwork):
+class UNet(TwoTimeNetwork):
     """Average velocity v_{s,u}(x; t, x_t) of images in pixels.
 
     Args:
@@ -86,9 +85,6 @@ class UNet(VelocityNetwork):
         num_classes: number of labels; label `num_classes` is the null label.
         norm_groups: groups of a group norm.
         guidance_scales: the class-guidance scales that the network knows besides 1 (none).
-
-    Attributes:
-        checkpoint_activations: keep the input of each block only, and compute the rest again in the backward pass.
 
     Raises:
         ValueError: where these numbers do not fit each other.
@@ -116,16 +112,10 @@ class UNet(VelocityNetwork):
             self.config[name] = list(self.config[name])
         check_sizes(**self.config)
         self.state_shape = (in_channels, input_size, input_size)
-        self.num_classes, self.guidance_scales = num_classes, tuple(guidance_scales)
-        self.checkpoint_activations = False
 
         hidden_size = 4 * channels
         self.condition_input = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
-        self.condition_time = TimeEmbedding(hidden_size)
-        self.encoder_s, self.encoder_u = TimeEmbedding(hidden_size), TimeEmbedding(hidden_size)
-        self.decoder_s, self.decoder_u = TimeEmbedding(hidden_size), TimeEmbedding(hidden_size)
-        self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
-        self.guidance_embedding = nn.Embedding(len(self.guidance_scales) + 1, hidden_size)
+        self.embed_conditions(hidden_size, num_classes, guidance_scales)
 
         def block(inputs: int, outputs: int, attends: bool) -> Block:
             return Block(inputs, outputs, hidden_size, norm_groups, num_heads if attends else 0)
@@ -191,9 +181,7 @@ class UNet(VelocityNetwork):
     def reset_condition(self) -> None:
         """Make the network ignore (t, x_t), guidance, and the two added inner times exactly, until trained."""
         nn.init.zeros_(self.condition_input.weight)
-        for embedding in (self.condition_time, self.encoder_u, self.decoder_s):
-            embedding.zero_output()
-        nn.init.zeros_(self.guidance_embedding.weight)
+        self.reset_embeddings()
 
     def forward(
         self,
@@ -209,35 +197,26 @@ class UNet(VelocityNetwork):
 
         With `tangents` (ds, du, dx) also its derivative along them, without a graph.
         """
-        label, guidance = label_and_guidance(conditions)
         start, end, state = duals(s, u, x, tangents)
-        shared = add(self.condition_time(Dual(t)), Dual(self.label_embedding(label)))
-        scale_embedding = Dual(self.guidance_embedding(nearest_scale(guidance, self.guidance_scales)))
-        encoder = add(shared, self.encoder_s(start), self.encoder_u(end), scale_embedding)
-        decoder = add(shared, self.decoder_s(start), self.decoder_u(end))
+        encoder, decoder, _ = self.embeddings(start, end, t, conditions)
 
         h = add(conv2d(self.input, state), conv2d(self.condition_input, Dual(x_t)))
         skips = [h]
         for level in cast("list[Level]", self.down):
             for block in level.blocks:
-                h = self._block(block, h, encoder)
+                h = self.through(block, h, encoder)
                 skips.append(h)
             if level.resample is not None:
                 h = conv2d(level.resample, h)
                 skips.append(h)
         for block in self.middle:
-            h = self._block(block, h, encoder)
+            h = self.through(block, h, encoder)
         for level in cast("list[Level]", self.up):
             for block in level.blocks:
-                h = self._block(block, concatenate(h, skips.pop(), dim=1), decoder)
+                h = self.through(block, concatenate(h, skips.pop(), dim=1), decoder)
             if level.resample is not None:
                 h = conv2d(level.resample, upsample(h, skips[-1].value.shape[-1]))
         return result(conv2d(self.output, silu(group_norm(self.norm, h))), tangents)
-
-    def _block(self, block: nn.Module, x: Dual, c: Dual) -> Dual:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpointed(block, x, c)
-        return block(x, c)
 
 
 def _zero(layer: _Layer) -> _Layer:
