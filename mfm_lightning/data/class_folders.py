@@ -4,6 +4,7 @@ class indices."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class ClassTree:
     def line(self) -> str:
         """What was found, such as "2 images of 2 classes: 0 cat, 1 dog"."""
         names = [f"{label} {name}" for name, label in sorted(self.class_to_idx.items(), key=lambda item: item[1])]
-        shown = names if len(names) <= 2 * _SHOWN else [*names[:_SHOWN], "...", names[-1]]
+        shown = shortened(names)
         order = f" ({self.order})" if self.order else ""
         return f"{len(self.images)} images of {len(names)} classes{order}: {', '.join(shown)}"
 
@@ -94,6 +95,11 @@ def find_classes(root: Path, class_index: Path | None = None) -> ClassTree:
     if absent := len(class_to_idx) - len(names):
         order += f", which has {absent} more, without images"
     return ClassTree(class_to_idx, [image for name in names for image in images[name]], order, left_out)
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """The first names and the last, where there are many."""
+    return list(names) if len(names) <= 2 * _SHOWN else [*names[:_SHOWN], "...", names[-1]]
 
 
 def find_images(root: Path, class_index: Path | None = None) -> ClassTree:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from mfm_lightning.utils.decoding import ImageError, ReadError, center_crop, decode, read_image
 from mfm_lightning.utils.image_files import LeftOut, find_files, is_image
+from mfm_lightning.utils.loading import Computed, RaisingLoader
 from mfm_lightning.utils.sample_folder import check_finished
 from mfm_lightning.utils.tar import tar_files
 
@@ -36,7 +36,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-class ImageSet(Dataset[Tensor | OSError | ValueError]):
+class ImageSet:
     """Images on disk, read in batches of RGB bytes `(B, 3, H, W)`.
 
     Args:
@@ -91,17 +91,16 @@ class ImageSet(Dataset[Tensor | OSError | ValueError]):
         if not self.files:
             yield from _npz_batches(self.path, batch_size)
             return
-        images: Iterator[Tensor | OSError | ValueError]
+        images: Iterator[Tensor]
         left_out = LeftOut()
         if self._shards:
             members = (member for path in self.files for member in _members(path, left_out))
             images = (self._pixels(decode(content, name), name) for name, content in members)
         else:
-            images = iter(DataLoader(self, batch_size=None, num_workers=workers))
+            files = Computed(self._image, len(self.files))
+            images = iter(RaisingLoader(files, batch_size=None, num_workers=workers))
         batch: list[Tensor] = []
         for image in images:
-            if isinstance(image, Exception):
-                raise image
             if batch and image.shape != batch[0].shape:
                 raise ValueError(
                     f"{self.path}: an image of {tuple(image.shape[1:])} pixels after one of "
@@ -133,16 +132,8 @@ class ImageSet(Dataset[Tensor | OSError | ValueError]):
             return self.shape[0]
         return None if self._shards else len(self.files)
 
-    def __len__(self) -> int:
-        """Number of files, for the loader."""
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor | OSError | ValueError:
-        """An image, or what is wrong with it: raised in a worker, it would come with the worker's traceback."""
-        try:
-            return self._pixels(read_image(self.files[index]), str(self.files[index]))
-        except (OSError, ValueError) as error:
-            return error
+    def _image(self, index: int) -> Tensor:
+        return self._pixels(read_image(self.files[index]), str(self.files[index]))
 
     def _pixels(self, image: Image.Image, name: str) -> Tensor:
         try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.preprocessing import CLIP_MEAN, CLIP_STD
+from mfm_rewards.text_lists import read_text
 from mfm_rewards.weights import CheckpointError, load_into, load_state_dict, num_blocks, unwrapped
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(file))
     except ValueError as error:  # also of its encoding
         raise CheckpointError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, dict):

@@ -15,10 +15,11 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import NumberedSamples, StepDataModule, counted, say_changed_order
 from mfm_lightning.data.images.opening import open_images
 from mfm_lightning.data.images.pixels import PixelForm, to_images, to_states
-from mfm_lightning.data.images.reading import Computed, RaisingLoader, SplitReader, TrainBatches, WorkerStream, collated
+from mfm_lightning.data.images.reading import SplitReader, TrainBatches, WorkerStream
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
 from mfm_lightning.data.stream import BatchStream, StepLoader
+from mfm_lightning.utils.loading import Computed, RaisingLoader, collated
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mfm_lightning.conditions import Batch
 from mfm_lightning.data.images.order import epoch_order
@@ -18,45 +16,10 @@ from mfm_lightning.data.images.pixels import PixelForm, to_states
 from mfm_lightning.data.images.splits import Split
 from mfm_lightning.data.stream import StepLoader
 from mfm_lightning.utils.console import track
+from mfm_lightning.utils.loading import Computed, RaisingLoader
 
 log = logging.getLogger(__name__)
 _CHUNK = 256  # images that a worker decodes at once
-
-
-class Computed(Dataset):
-    """`make(k)` for each k; an error is what comes back: raised in a worker, it would come with its traceback.
-
-    Args:
-        make: what is asked for, by its number.
-        num: how many there are.
-    """
-
-    def __init__(self, make: Callable[[int], Any], num: int) -> None:
-        self.make, self.num = make, num
-
-    def __len__(self) -> int:
-        return self.num
-
-    def __getitem__(self, k: int) -> Any:
-        try:
-            return self.make(k)
-        except (OSError, ValueError) as error:
-            return error
-
-
-class RaisingLoader(DataLoader):
-    """A DataLoader that raises the errors among what a `Computed` gives; for batches with `collate_fn=collated`."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for found in super().__iter__():
-            if isinstance(found, Exception):
-                raise found
-            yield found
-
-
-def collated(samples: list[Any]) -> Any:
-    """A batch of samples, or the first error among them."""
-    return next((sample for sample in samples if isinstance(sample, Exception)), None) or default_collate(samples)
 
 
 class SplitReader:

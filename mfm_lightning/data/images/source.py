@@ -9,9 +9,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from mfm_lightning.data.class_folders import MOST_CLASSES
-
-_SHOWN = 5
+from mfm_lightning.data.class_folders import MOST_CLASSES, shortened
 
 
 class LabelledImages(ABC):
@@ -56,8 +54,7 @@ class LabelledImages(ABC):
 def names_line(names: Sequence[str]) -> str:
     """Labels with their names, the first ones and the last."""
     numbered = [f"{label} {name}" if name != str(label) else name for label, name in enumerate(names)]
-    shown = numbered if len(numbered) <= 2 * _SHOWN else [*numbered[:_SHOWN], "...", numbered[-1]]
-    return ", ".join(shown)
+    return ", ".join(shortened(numbered))
 
 
 def number_names(labels: np.ndarray, where: str) -> list[str]:

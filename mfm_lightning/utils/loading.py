@@ -1,0 +1,44 @@
+"""What worker processes make, with their errors as they are: raised in a worker, one would come with its traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+
+class Computed(Dataset):
+    """`make(k)` for each k; an error is what comes back: raised in a worker, it would come with its traceback.
+
+    Args:
+        make: what is asked for, by its number.
+        num: how many there are.
+    """
+
+    def __init__(self, make: Callable[[int], Any], num: int) -> None:
+        self.make, self.num = make, num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, k: int) -> Any:
+        try:
+            return self.make(k)
+        except (OSError, ValueError) as error:
+            return error
+
+
+class RaisingLoader(DataLoader):
+    """A DataLoader that raises the errors among what a `Computed` gives; for batches with `collate_fn=collated`."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for found in super().__iter__():
+            if isinstance(found, Exception):
+                raise found
+            yield found
+
+
+def collated(samples: list[Any]) -> Any:
+    """A batch of samples, or the first error among them."""
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or default_collate(samples)
