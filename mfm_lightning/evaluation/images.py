@@ -1,4 +1,4 @@
-"""Samples and posterior draws of a class-conditional image model: Fréchet distances and pictures."""
+"""Samples and posterior draws of an image model: Fréchet distances and pictures."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class ImageEvaluation(Evaluation[ModelModule]):
 
     - samples by K-step refinement, and by the base flow's ODE (the teacher's, where there is one);
     - posterior draws from noised training images, one-step, and by the GLASS ODE of the same base flow.
+
+    A model with classes gets the images' labels, and the share of samples that the classifier finds as labelled is told.
 
     Args:
         num_samples: images for each figure.
@@ -75,17 +77,10 @@ class ImageEvaluation(Evaluation[ModelModule]):
         x1, label = real_x[pick].to(module.device), real_y[pick].to(module.device)
         noise = torch.randn(x1.shape, generator=self._generator(1)).to(x1)
         reference = data.decode(torch.cat([data.splits[s][0] for s in ("val", "test")]))
-        rows = [
-            _row(
-                f"held-out {getattr(data, 'name', None) or type(data).__name__}",
-                "",
-                "",
-                frechet(reference),
-                test_accuracy,
-            )
-        ]
-
-        given = Conditions(label=label)
+        labelled = bool(model.num_classes)
+        held_out = f"held-out {getattr(data, 'name', None) or type(data).__name__}"
+        rows = [_row(held_out, "", "", frechet(reference), test_accuracy if labelled else None)]
+        given = Conditions(label=label) if labelled else Conditions()
 
         def ode() -> Tensor:
             return sample_ode(lambda t, x: base(t, x, given), noise, self.ode_steps)
@@ -110,7 +105,8 @@ class ImageEvaluation(Evaluation[ModelModule]):
             jobs.append(("posterior, MFM 1", t, 1, partial(posterior, t, None)))
         for name, t, evaluations, draw in track(jobs, describe=lambda job: f"{job[0]} {job[1] and f't = {job[1]}'}"):
             x = draw()
-            rows.append(_row(name, t, evaluations, frechet(data.decode(x.cpu())), agreement(x, label)))
+            agrees = agreement(x, label) if labelled else None
+            rows.append(_row(name, t, evaluations, frechet(data.decode(x.cpu())), agrees))
         for row in rows:
             module.log(f"test/frechet/{row['samples']}{row['t'] and ' t=' + str(row['t'])}", row["Fréchet"])
         title = f"Fréchet distance to the training images ({self.num_samples} samples; classifier {test_accuracy:.1%})"
@@ -120,19 +116,21 @@ class ImageEvaluation(Evaluation[ModelModule]):
     def draw(self, module: ModelModule, folder: Path) -> None:
         data: ArrayData = data_of(module)
         model, base = module.model, _base_flow(module).drift
-        per_class = 10
-        num = data.num_classes * per_class
-        given = Conditions(label=torch.arange(data.num_classes)).expand(num, module.device)
+        columns = 10
+        rows = model.num_classes or 10
+        num, given, each = rows * columns, Conditions(), ""
+        if model.num_classes:
+            given, each = Conditions(label=torch.arange(rows)).expand(num, module.device), ", one class a row"
         noise = torch.randn(num, *model.state_shape, generator=self._generator()).to(module.device)
         if self.refinement_steps:
             k = max(self.refinement_steps)
             samples = sample_refinement(model, noise, k, given, generator=self._generator(1))
-            title = f"{k}-step refinement, one class a row"
+            title = f"{k}-step refinement{each}"
         else:
             samples = sample_ode(lambda t, x: base(t, x, given), noise, self.ode_steps)
-            title = f"base flow, {self.ode_steps}-step ODE, one class a row"
-        rows = data.decode(samples.cpu()).reshape(data.num_classes, per_class, *model.state_shape)
-        image_grid(rows, folder / "samples.png", title)
+            title = f"base flow, {self.ode_steps}-step ODE{each}"
+        images = data.decode(samples.cpu())
+        image_grid(images.reshape(rows, columns, *images.shape[1:]), folder / "samples.png", title)
         for t in self.picture_times if self.refinement_steps else ():
             self._posterior_picture(module, data, t, folder / f"posterior_t{t:g}.png")
 
@@ -148,7 +146,7 @@ class ImageEvaluation(Evaluation[ModelModule]):
     @torch.no_grad()
     def predict(self, module: ModelModule, batch: Any, batch_idx: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        x1, given = batch[0], Conditions.of_batch(batch[1])
+        x1, given = batch[0], Conditions.of_batch(batch[1])  # no labels for a model without classes
         index = batch[1][INDEX]
         generators = sample_generators((self.seed, 2), index.tolist())
         noise = randn(x1.shape, x1, generators)
@@ -175,5 +173,8 @@ def _base_flow(module: ModelModule) -> Flow:
     return module.model if module.teacher is None else module.teacher
 
 
-def _row(samples: str, t: float | str, evaluations: int | str, frechet: float, agreement: float) -> dict[str, Any]:
-    return {"samples": samples, "t": t, "evaluations": evaluations, "Fréchet": frechet, "as labelled": agreement}
+def _row(
+    samples: str, t: float | str, evaluations: int | str, frechet: float, agreement: float | None
+) -> dict[str, Any]:
+    row = {"samples": samples, "t": t, "evaluations": evaluations, "Fréchet": frechet}
+    return row if agreement is None else {**row, "as labelled": agreement}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from mfm_lightning.modules.finite import require_finite_gradients, require_finit
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
 from mfm_lightning.training.sharding import gathered, shard
 from mfm_lightning.utils.distributed import gather_ranks, own
+
+log = logging.getLogger(__name__)
 
 
 class TrainingModule(L.LightningModule, ABC):
@@ -49,6 +53,7 @@ class TrainingModule(L.LightningModule, ABC):
         self.optimization, self.evaluation = optimization or Optimization(), evaluation
         self._resumed: list[dict[str, Tensor]] | None = None
         self.sample_numbers = SampleNumbers()
+        self._without_labels = False  # data with labels for a network that has no classes
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
 
@@ -91,13 +96,18 @@ class TrainingModule(L.LightningModule, ABC):
         shape, classes = getattr(data, "state_shape", None), getattr(data, "num_classes", None)
         if shape is not None and tuple(shape) != self.state_shape:
             raise ValueError(f"data of shape {tuple(shape)}, but the network takes {self.state_shape}")
-        if classes is not None and classes != self.num_classes:
+        self._without_labels = bool(classes) and not self.num_classes
+        if self._without_labels:
+            log.info("the network has no classes: the labels of the data (%d classes) are not given to it", classes)
+        elif classes is not None and classes != self.num_classes:
             raise ValueError(f"data of {classes} classes, but the network has {self.num_classes}")
         if self.evaluation is not None:
             self.evaluation.check(self)
         self.to_device(self.trainer.strategy.root_device)  # Lightning moves this module itself, but later
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self._without_labels:
+            batch = unlabelled(batch)
         check_batch(batch, self.state_shape, self.num_classes)
         return batch
 
@@ -248,6 +258,16 @@ def own_gradients() -> Iterator[None]:
     """No graph, but code within may take gradients of its own, which Lightning's inference mode rules out."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def unlabelled(batch: Any) -> Any:
+    """A batch without its labels, for a network that has no classes; what is no batch comes back for `check_batch`."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        return batch
+    x1, given = batch
+    index = {INDEX: given[INDEX]} if isinstance(given, Mapping) and INDEX in given else {}
+    rest = replace(Conditions.of_batch(given), label=None).as_batch()
+    return x1, {**rest, **index} if isinstance(rest, Mapping) else rest
 
 
 def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> None:

@@ -35,3 +35,21 @@ def test_one_class_a_row(tmp_path, num_classes, refinement_steps):
     assert names == ({"samples.png", "posterior_t0.5.png"} if refinement_steps else {"samples.png"})
     width, height = Image.open(tmp_path / "samples.png").size
     assert width / height > 10 / num_classes * 0.5
+
+
+def test_without_classes_on_labelled_data(tmp_path):
+    """A network without classes is drawn without labels; the data's classes only make the features."""
+    data = Dots(3)
+    x, y = torch.rand(60, 1, 4, 4) * 2 - 1, torch.arange(60) % 3
+    data.splits = dict.fromkeys(("train", "val", "test"), (x, y))
+    module = SimpleNamespace(
+        model=MetaFlowMap(DiT(4, 2, 1, 16, 2, 2, 1, num_classes=0)), teacher=None, device=torch.device("cpu"),
+        trainer=SimpleNamespace(datamodule=data), log=lambda *_, **__: None,
+    )  # fmt: skip
+    evaluation = ImageEvaluation(num_samples=20, refinement_steps=[1], ode_steps=2, times=[0.5], glass_steps=2)
+    evaluation.measure(module, tmp_path)
+    evaluation.draw(module, tmp_path)
+    header, *rows = (tmp_path / "frechet.csv").read_text().splitlines()
+    assert header == "samples,t,evaluations,Fréchet"
+    assert len(rows) == 5  # held-out images, the ODE, one step, and two kinds of draws
+    assert (tmp_path / "samples.png").is_file()

@@ -28,6 +28,28 @@ def digits_module() -> MFMPretraining:
     )
 
 
+def test_a_network_without_classes_gets_no_labels(tmp_path, caplog):
+    class Relabelled(DigitsDataModule):
+        def train_batch(self, step):
+            x, label = super().train_batch(step)
+            return x, 9 - label
+
+    def weights(data):
+        torch.manual_seed(0)
+        module = MFMPretraining(DiT(8, 4, 1, 16, 2, 2, 1, num_classes=0), Objective([WeightedTerm("flow_matching")]))
+        trainer = L.Trainer(
+            max_steps=2, default_root_dir=tmp_path, logger=False, enable_progress_bar=False, accelerator="cpu",
+            enable_checkpointing=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        return module.state_dict()
+
+    with caplog.at_level("INFO"):
+        ours, theirs = weights(DigitsDataModule(32)), weights(Relabelled(32))
+    assert "has no classes: the labels of the data (10 classes) are not given to it" in caplog.text
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 class Interrupt(L.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step == 5:
