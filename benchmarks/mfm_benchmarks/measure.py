@@ -36,6 +36,7 @@ def measure(
     seed: int,
     batch_size: int | None = None,
     quality: Quality | None = None,
+    each: int = 1,
 ) -> Outcome:
     """Samples of a method, with what they cost and what they are worth.
 
@@ -47,6 +48,7 @@ def measure(
         seed: of the method's own noise, which is each sample's.
         batch_size: samples at once; all where None. The samples do not depend on it, but for the rounding of sums.
         quality: features to keep.
+        each: samples that the method makes of each noise.
 
     Returns:
         numbers: `network` and `reward` evaluations a sample, `nfe` their sum; tensors: `rewards` `(B,)`, `states`,
@@ -57,11 +59,12 @@ def measure(
         part = target.take(rows)
         part.meter = meter
         result = method(part, x0[rows], sample_generators((seed, 1), rows.tolist()))
-        if len(result.states) != len(rows):
-            raise ValueError(f"{len(result.states)} samples for {len(rows)}: a suite compares one for each noise")
+        if len(result.states) != each * len(rows):
+            raise ValueError(f"{len(result.states)} samples for {len(rows)}: a suite compares {each} for each noise")
         states.append(result.states)
-    outcome = judge(target, torch.cat(states), quality)
-    network, reward = meter.network / len(x0), meter.reward / len(x0)
+    found = torch.cat(states)
+    outcome = judge(target.expand(found), found, quality)
+    network, reward = meter.network / len(found), meter.reward / len(found)
     outcome.numbers = {"network": network, "reward": reward, "nfe": network + reward}
     return outcome
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mfm_lightning.data.base import ArrayDataModule
+from mfm_lightning.data.base import StepDataModule
 from mfm_lightning.metrics.classifier import train_classifier
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
 from mfm_lightning.utils.atomic import whole_file
@@ -51,17 +52,27 @@ class ClassifierQuality(Quality):
         data: a DataModule with splits and `decode`.
         seed: of the training.
         steps: of the training.
+
+    Raises:
+        ValueError: if the data do not fit in memory.
     """
 
-    def __init__(self, data: ArrayDataModule, seed: int = 0, steps: int = 600) -> None:
+    def __init__(self, data: StepDataModule, seed: int = 0, steps: int = 600) -> None:
         self.data, self.seed, self.steps = data, seed, steps
 
     def prepare(self, device: torch.device) -> None:
         self.data.setup("test")
-        images, labels = self.data.splits["train"]
+        images, labels = self.splits["train"]
         images = self.data.decode(images)
         self.classifier = train_classifier(images, labels, self.data.num_classes, self.steps, self.seed)
         self._real = self.features(images)
+
+    @property
+    def splits(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """The data's `(x, label)` by "train", "val" and "test"."""
+        if (found := getattr(self.data, "splits", None)) is None:
+            raise ValueError(f"quality.data: a {type(self.data).__name__} with no splits in memory (raise its memory)")
+        return found
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class ImageEvaluation(Evaluation[ModelModule]):
     - samples by K-step refinement, and by the base flow's ODE (the teacher's, where there is one);
     - posterior draws from noised training images, one-step, and by the GLASS ODE of the same base flow.
 
-    A model with classes gets the images' labels, and the share of samples that the classifier finds as labelled is told.
+    A model with classes gets the labels of the images; the share of samples that are classified as labelled is told.
 
     Args:
         num_samples: images for each figure.

@@ -49,7 +49,7 @@ class LinearGaussianLikelihood(Reward):
         return _log_normal(self.observation.to(x) - x @ self.operator.to(x).T, self.noise_std)
 
 
-class _ImageMeasurement(Reward):
+class ImageMeasurement(Reward):
     """Base class of the likelihoods below: `measure` is the linear operator A.
 
     Args:
@@ -69,18 +69,26 @@ class _ImageMeasurement(Reward):
     def measure(self, images: Tensor) -> Tensor:
         """Measurements `(B, ...)` of images `(B, C, H, W)`."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def residuals(self, images: Tensor) -> Tensor:
+        """y - A x `(B, M)` of images `(B, C, H, W)`.
+
+        Raises:
+            ValueError: for images whose measurement is not of the observation's shape.
+        """
         measured = self.measure(images)
         if measured.shape[1:] != self.observation.shape:
             raise ValueError(
                 f"the measurement of an image has shape {tuple(measured.shape[1:])}, the observation "
                 f"{tuple(self.observation.shape)}"
             )
-        return _log_normal((self.observation.to(measured) - measured).flatten(1), self.noise_std)
+        return (self.observation.to(measured) - measured).flatten(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _log_normal(self.residuals(images), self.noise_std)
 
 
 @register("inpainting")
-class Inpainting(_ImageMeasurement):
+class Inpainting(ImageMeasurement):
     """Likelihood of the pixels that a mask shows.
 
     Args:
@@ -107,14 +115,14 @@ class Inpainting(_ImageMeasurement):
     def measure(self, images: Tensor) -> Tensor:
         return images * self.mask.to(images)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def residuals(self, images: Tensor) -> Tensor:
         if images.shape[1:] != self.observation.shape:
             raise ValueError(f"images of shape {tuple(images.shape[1:])}, observed {tuple(self.observation.shape)}")
-        return _log_normal((self.observation.to(images) - images)[:, self.seen], self.noise_std)
+        return (self.observation.to(images) - images)[:, self.seen]
 
 
 @register("super_resolution")
-class SuperResolution(_ImageMeasurement):
+class SuperResolution(ImageMeasurement):
     """Likelihood of the image averaged over blocks of `factor` x `factor` pixels.
 
     Args:
@@ -135,7 +143,7 @@ class SuperResolution(_ImageMeasurement):
 
 
 @register("blur")
-class Blur(_ImageMeasurement):
+class Blur(ImageMeasurement):
     """Likelihood of the image blurred by a Gaussian, edges replicated.
 
     Args:
@@ -163,7 +171,7 @@ class Blur(_ImageMeasurement):
 
 
 @register("colour_removal")
-class ColourRemoval(_ImageMeasurement):
+class ColourRemoval(ImageMeasurement):
     """Likelihood of the image's grey version, the mean over channels: colourisation as an inverse problem.
 
     Args:

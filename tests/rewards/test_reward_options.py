@@ -65,5 +65,5 @@ def test_base_classes_are_abstract():
             kind()
     with pytest.raises(RewardError, match=r"cannot be built: .*abstract"):
         mfm_rewards.build(
-            {"class_path": "mfm_rewards.linear_gaussian._ImageMeasurement", "observation": 0.0, "noise_std": 1}
+            {"class_path": "mfm_rewards.linear_gaussian.ImageMeasurement", "observation": 0.0, "noise_std": 1}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradie
 from mfm_lightning.metrics.distances import frequency_distance
 from mfm_lightning.metrics.measured import Measured, mean, mean_of, resampled
 
+POPULATION = ", all particles"
+
 
 @dataclass
 class FrequencyComparison:
@@ -27,44 +30,66 @@ class FrequencyComparison:
 
     Args:
         draws: N of MFM-G and MFM-GF.
-        particles: of the particle methods.
-        num_samples: samples of a run and seed.
+        particles: of the particle methods, one of which is a sample.
+        population: particles of a run of the particle methods whose particles are all samples; 0 for no such runs.
+        runs: of such populations, with seeds of their own.
+        num_samples: samples of a run and seed, of the other methods.
         seeds: of the noise.
         steps: of the ODE and SDE.
+        dynamics: of MFM-G and MFM-GF, "ode", "sde" or both.
         clip: largest steering, in norms of the drift.
     """
 
     draws: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     particles: list[int] = field(default_factory=lambda: [2, 8])
+    population: int = 0
+    runs: int = 12
     num_samples: int = 256
     seeds: list[int] = field(default_factory=lambda: [0])
     steps: int = 50
+    dynamics: list[str] = field(default_factory=lambda: ["ode"])
     clip: float | None = 2.0
 
     def __post_init__(self) -> None:
-        if not self.draws or not self.particles or not self.seeds:
-            raise ValueError("frequencies: draws, particles and seeds need at least one number each")
+        if not self.draws or not self.seeds or not self.dynamics:
+            raise ValueError("frequencies: draws, seeds and dynamics need at least one each")
+        if self.population and self.runs < 10:
+            raise ValueError(f"frequencies.runs {self.runs}: the interval of populations needs 10 or more")
 
     def shrink(self) -> None:
         self.draws, self.particles = [n for n in self.draws if n <= 8] or self.draws[:1], self.particles[:1]
+        self.dynamics, self.population = self.dynamics[:1], 0
         self.num_samples, self.seeds, self.steps = min(64, self.num_samples), self.seeds[:1], min(20, self.steps)
+
+    def _ours(self) -> list[str]:
+        """The lines by number of draws."""
+        kinds = self.dynamics if len(self.dynamics) > 1 else [""]
+        return [f"{name} {kind.upper()}".strip() for name in ("MFM-G", "MFM-GF") for kind in kinds]
 
     def _methods(self) -> dict[tuple[str, int], AlignmentMethod]:
         """By name, and draws or particles (0 for neither)."""
         grid = TimeGrid(self.steps)
         found: dict[tuple[str, int], AlignmentMethod] = {("base flow", 0): Steering(grid=grid, strength=0.0)}
-        for n in self.draws:
-            found["MFM-G", n] = Steering(DrawGradient(n, max_rows=4096), grid, clip=self.clip)
-            if n > 1:
-                found["MFM-GF", n] = Steering(DrawGradientFree(n, max_rows=4096), grid, clip=self.clip)
+        gradients = {"MFM-G": DrawGradient, "MFM-GF": DrawGradientFree}
+        names = itertools.product(gradients.items(), self.dynamics)
+        for ((kind, gradient), dynamics), name in zip(names, self._ours(), strict=True):
+            for n in (n for n in self.draws if n > 1 or kind == "MFM-G"):  # one draw has no gradient-free form
+                found[name, n] = Steering(gradient(n, max_rows=4096), grid, dynamics, clip=self.clip)
         found["DPS", 0] = Steering(DPSGradient(), grid, clip=self.clip)
         for m in self.particles:
-            found["SMC-TDS", m] = TwistedSMC(num_particles=m, grid=grid, clip=1.0)
-            found["FK-SDE", m] = FeynmanKac(num_particles=m, grid=grid)
-            found["FK-GLASS", m] = FeynmanKac(
-                num_particles=m, grid=TimeGrid(max(2, self.steps // 5)), transition="glass"
-            )
+            found |= {(name, m): method for name, method in self._particle_methods(m, "sample").items()}
+        if self.population:
+            of_all = self._particle_methods(self.population, "all")
+            found |= {(f"{name}{POPULATION}", self.population): method for name, method in of_all.items()}
         return found
+
+    def _particle_methods(self, num: int, keep: str) -> dict[str, AlignmentMethod]:
+        grid, few = TimeGrid(self.steps), TimeGrid(max(2, self.steps // 5))
+        return {
+            "SMC-TDS": TwistedSMC(num_particles=num, keep=keep, grid=grid, clip=1.0),
+            "FK-SDE": FeynmanKac(num_particles=num, keep=keep, grid=grid),
+            "FK-GLASS": FeynmanKac(num_particles=num, keep=keep, grid=few, transition="glass"),
+        }
 
     def cells(
         self, target: Target, classify: Callable[[Tensor], Tensor], device: torch.device, identity: dict[str, Any]
@@ -72,25 +97,28 @@ class FrequencyComparison:
         """`classify`: images to classes `(B,)`."""
         self._cells: dict[tuple[str, int], list[Cell]] = {}
         for (name, n), method in self._methods().items():
-            for seed in self.seeds:
-                settings = {
-                    **identity,
-                    "samples": self.num_samples,
-                    "seed": seed,
-                    "steps": self.steps,
-                    "clip": self.clip,
-                }
+            settings = {**identity, "samples": self.num_samples, "steps": self.steps, "clip": self.clip}
+            population = name.endswith(POPULATION)
+            if population:
+                settings["samples"] = self.runs
+            if isinstance(method, Steering) and method.dynamics != "ode":
+                settings["dynamics"] = method.dynamics
+            for seed in self.seeds[:1] if population else self.seeds:
 
-                def compute(method: AlignmentMethod = method, seed: int = seed) -> Outcome:
-                    x0 = noise(self.num_samples, target.state_shape, seed, device)
-                    outcome = measure(method, target, x0, seed)
+                def compute(
+                    method: AlignmentMethod = method,
+                    seed: int = seed,
+                    num: int = self.runs if population else self.num_samples,
+                    each: int = n if population else 1,
+                ) -> Outcome:
+                    outcome = measure(method, target, noise(num, target.state_shape, seed, device), seed, each=each)
                     with torch.no_grad():
                         classes = classify(target.decoder(outcome.tensors["states"].to(device)))
                     outcome.tensors["classes"] = classes.cpu()
                     return outcome
 
                 words = f", {n}" if n else ""
-                cell = Cell(f"frequencies, {name}{words}, seed {seed}", settings, compute)
+                cell = Cell(f"frequencies, {name}{words}, seed {seed}", {**settings, "seed": seed}, compute)
                 self._cells.setdefault((name, n), []).append(cell)
         return [cell for cells in self._cells.values() for cell in cells]
 
@@ -100,15 +128,18 @@ class FrequencyComparison:
         for (name, n), cells in self._cells.items():
             if (parts := results.all(cells)) is None:
                 continue
-            found[name, n] = mean([resampled(frequency_distance, p.tensors["classes"], wanted) for p in parts])
-            reward = mean([mean_of(p.tensors["rewards"]) for p in parts])
+            if name.endswith(POPULATION):
+                found[name, n], reward = self._of_populations(parts[0], wanted)
+            else:
+                found[name, n] = mean([resampled(frequency_distance, p.tensors["classes"], wanted) for p in parts])
+                reward = mean([mean_of(p.tensors["rewards"]) for p in parts])
             shares = torch.cat([p.tensors["classes"] for p in parts]).bincount(minlength=len(wanted)).double()
             rows.append({
                 "method": name, "draws or particles": n or None, "NFE": round(parts[0].numbers["nfe"]),
                 "L2 to the weights": found[name, n], "mean reward": reward,
                 "class shares in %": " ".join(f"{100 * s:.0f}" for s in (shares / shares.sum()).tolist()),
             })  # fmt: skip
-            if name == "base flow" or n in (self.draws[-1], 0, self.particles[-1]):
+            if n in (self.draws[-1], 0, *self.particles[-1:], self.population):
                 gallery.append(
                     (f"{name}{f', {n}' if n else ''}\n{found[name, n].value:.2f}", parts[0].tensors["images"])
                 )
@@ -119,8 +150,13 @@ class FrequencyComparison:
             f"L2 between the class frequencies of {self.num_samples} samples and the weights "
             f"({', '.join(f'{w:.2g}' for w in wanted.tolist())}); exact samples would be at about {floor:.3f}."
         )
+        if self.population:
+            caption += (
+                f" Populations: all {self.population} particles of {self.runs} runs are samples; their intervals "
+                "resample whole runs."
+            )
         lines: dict[str, Any] = {
-            name: [(n, found[key]) for key in found if key[0] == name for n in key[1:]] for name in ("MFM-G", "MFM-GF")
+            name: [(n, found[name, n]) for n in self.draws if (name, n) in found] for name in self._ours()
         }
         for key in found:
             if key[0] not in lines:
@@ -133,8 +169,14 @@ class FrequencyComparison:
             Table("class_frequencies", "Class frequencies", rows, caption, folded=True),
         ]  # fmt: skip
 
+    def _of_populations(self, outcome: Outcome, wanted: Tensor) -> tuple[Measured, Measured]:
+        """L2 of all runs together, and the mean reward; a run's particles depend on each other: runs are resampled."""
+        one_hot = torch.nn.functional.one_hot(outcome.tensors["classes"], len(wanted)).double()
+        distance = resampled(_mean_distance, one_hot.reshape(self.runs, -1, len(wanted)).mean(dim=1), wanted)
+        return distance, mean_of(outcome.tensors["rewards"].reshape(self.runs, -1).mean(dim=1))
+
     def _claims(self, found: dict[tuple[str, int], Measured]) -> Claims:
-        said, ours = [], ("MFM-G", "MFM-GF")
+        said, ours = [], self._ours()
         others = {
             f"{name} with {n} particles" if n else name: value for (name, n), value in found.items() if name not in ours
         }
@@ -146,3 +188,8 @@ class FrequencyComparison:
             words = verdict(mine[max(mine)], others, "further from the weights than", "closer to the weights than")
             said.append(f"{name} with N = {max(mine)} is {words}.")
         return Claims("Class frequencies", said)
+
+
+def _mean_distance(frequencies: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """L2 `(S,)` between the mean of the runs' frequencies `(R, C)`, with weights `(S, R)`, and the wanted ones."""
+    return (weights @ frequencies / len(frequencies) - wanted).norm(dim=1)

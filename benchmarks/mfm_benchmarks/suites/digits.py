@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mfm_benchmarks.blocks import Block, Text
 from mfm_benchmarks.fitting import Fit
@@ -16,6 +17,7 @@ from mfm_benchmarks.parts.value_estimation import ValueComparison
 from mfm_benchmarks.quality import ClassifierQuality
 from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.suite import Cell, Results, Suite
+from mfm_lightning.alignment.target import Target
 
 
 class DigitsSuite(Suite):
@@ -70,23 +72,36 @@ class DigitsSuite(Suite):
         self._loaded = self._subject.load(self.reward)
         self.quality.prepare(self.device)
 
+    @property
+    def target(self) -> Target:
+        """Of the class mixture."""
+        return self._subject.target(self._loaded, 1)
+
+    @property
+    def clean_states(self) -> Tensor:
+        """Those of the test split, in a random order."""
+        x1, _ = self.quality.splits["test"]
+        return x1[torch.randperm(len(x1), generator=torch.Generator().manual_seed(0))].to(self.device)
+
     def cells(self) -> Sequence[Cell]:
-        target = self._subject.target(self._loaded, 1)
         model = self._subject.identity
         rewarded = {**model, "reward": self.reward, "probe": self._subject.probe(self._loaded)}
-        x1, _ = self.quality.data.splits["test"]
-        x1 = x1[torch.randperm(len(x1), generator=torch.Generator().manual_seed(0))].to(self.device)
         return [
-            *self.frequencies.cells(target, self.quality.classify, self.device, {**rewarded, **self.quality.identity}),
-            *self.posterior.cells(target, x1, model),
-            *self.value.cells(target, x1, rewarded),
+            *self.frequencies.cells(
+                self.target, self.quality.classify, self.device, {**rewarded, **self.quality.identity}
+            ),
+            *self.posterior.cells(self.target, self.clean_states, model),
+            *self.value.cells(self.target, self.clean_states, rewarded),
         ]
 
-    def report(self, results: Results) -> Sequence[Block]:
-        parts = (
+    def parts(self, results: Results) -> list[list[Block]]:
+        """What is made of class frequencies, posterior draws, and values."""
+        return [
             self.frequencies.blocks(results, self.reward["weights"]),
             self.posterior.blocks(results),
             self.value.blocks(results),
-        )
-        found = list(itertools.chain(*parts))
+        ]
+
+    def report(self, results: Results) -> Sequence[Block]:
+        found = list(itertools.chain(*self.parts(results)))
         return found or [Text("No result", ["Every run failed; the messages are above."])]

@@ -1,0 +1,123 @@
+"""The MNIST suite on real images of 28x28 and an untrained model; scores of inverse problems against closed forms."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mfm_benchmarks.parts.frequencies import FrequencyComparison
+from mfm_benchmarks.parts.inverse_problems import InverseProblems, class_score, energy_score
+from mfm_lightning.alignment import Steering
+from mfm_lightning.checkpoints import save_model
+from mfm_lightning.networks import DiT
+from tests.benchmarks.test_benchmarks import ROOT, benchmark, model, rows
+
+EXTRACT = Path(__file__).parents[1] / "fashion_mnist" / "extract.npz"
+CLASSIFIER = {"class_path": "mfm_lightning.metrics.classifier.SmallClassifier", "init_args": {"in_channels": 1, "size": 28, "num_classes": 10}}  # fmt: skip  # noqa: E501
+
+
+def tiny_settings(folder):
+    """The packaged config with an untrained model, real images, and few of everything."""
+    settings = yaml.safe_load((ROOT / "configs/benchmarks/mnist.yaml").read_text())
+    file = folder / "model.safetensors"
+    save_model(model(DiT(28, 14, 1, 16, 2, 2, 1, num_classes=0)), file)
+    settings["model"]["file"] = str(file)
+    data = {"source": str(EXTRACT), "val_fraction": 0.1, "test_fraction": 0.1}
+    settings["quality"]["init_args"] = {"steps": 20, "data": {"class_path": "mfm_lightning.data.ImageDataModule", "init_args": data}}  # fmt: skip  # noqa: E501
+    settings["reward"]["classifier"] = CLASSIFIER
+    settings["frequencies"] |= {"draws": [1, 2], "population": 4, "runs": 10, "num_samples": 12, "steps": 3}
+    settings["inverse"] |= {
+        "num_images": 3,
+        "num_samples": 4,
+        "draws": [1],
+        "free_draws": 2,
+        "particles": 2,
+        "steps": 3,
+    }
+    few = {"times": [0.3], "num_states": 4, "num_draws": 4, "rollout_steps": 3, "model_steps": [1], "glass_steps": [1]}
+    settings["posterior"], settings["value"] = few, few
+    settings |= {"num_samples": 12, "best_of_n": {"numbers": [1, 3], "steps": 3}}
+    settings["rewards"] = {"brightness": {"reward": "brightness", "scale": 10.0}}
+    settings["methods"] = {
+        name: {**settings["methods"][name], "sweep": {"grid.steps": [2]}} for name in ("MFM-G", "DPS")
+    }
+    (folder / "mnist.yaml").write_text(yaml.safe_dump(settings))
+
+
+@pytest.mark.slow
+def test_mnist_suite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_settings(tmp_path)
+    benchmark("mnist", "--config", "mnist.yaml", "--output", "out")
+    found = rows(tmp_path / "out", "class_frequencies")
+    by = {(row["method"], row["draws or particles"]): row for row in found}
+    wanted = {(f"{kind} {d}", n) for kind, d, n in itertools.product(["MFM-G", "MFM-GF"], ["ODE", "SDE"], ["1", "2"])}
+    wanted -= {("MFM-GF ODE", "1"), ("MFM-GF SDE", "1")}  # one draw has no gradient-free form
+    wanted |= {(f"{kind}, all particles", "4") for kind in ("SMC-TDS", "FK-SDE", "FK-GLASS")}
+    assert set(by) == {*wanted, ("base flow", ""), ("DPS", "")}
+    # 3 steps: one evaluation each of the drift; MFM-G with a draw also 2 of the network and 2 of the reward
+    assert by["base flow", ""]["NFE"] == "3"
+    assert by["MFM-G ODE", "1"]["NFE"] == str(3 + 2 * 2 * 3)
+    inverse = rows(tmp_path / "out", "inverse_problems")
+    assert {row["problem"] for row in inverse} == {"left half missing", "4x super-resolution"}
+    assert {row["method"] for row in inverse} == {"MFM-G, N = 1", "MFM-GF, N = 2", "DPS", "FK-SDE, 2 particles"}
+    assert {row["t"] for row in rows(tmp_path / "out", "value_estimates")} == {"0.3"}
+    for picture in ("class_samples", "inverse_inpainting", "inverse_super_resolution", "posterior_recovery"):
+        assert (tmp_path / "out/report" / f"{picture}.png").is_file()
+
+
+def test_names_of_methods_do_not_depend_on_the_other_dynamics():
+    assert ("MFM-G", 2) in FrequencyComparison(draws=[2])._methods()
+    sde = FrequencyComparison(draws=[2], dynamics=["ode", "sde"])._methods()["MFM-G SDE", 2]
+    assert isinstance(sde, Steering)
+    assert sde.dynamics == "sde"
+    with pytest.raises(ValueError, match=r"frequencies\.runs 4: the interval of populations needs 10"):
+        FrequencyComparison(population=8, runs=4)
+
+
+def test_energy_score_is_its_definition_and_least_for_the_posterior():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 5, 2, 2, generator=generator), torch.randn(3, 2, 2, generator=generator)
+    for b in range(3):
+        first = sum((x[b, i] - y[b]).norm() for i in range(5)) / 5
+        second = sum((x[b, i] - x[b, j]).norm() for i in range(5) for j in range(5) if i != j) / 20
+        assert energy_score(x, y)[b] == pytest.approx(float(first - second / 2), rel=1e-6)
+    # truth N(0, 1) in two dimensions: samples of it score less than those of half and of twice its deviation, and than
+    # copies of its mean. 4,000 truths, paired; the least difference is over 8 standard errors from 0 (P < 1e-15)
+    truth, samples = torch.randn(4000, 2, generator=generator), torch.randn(4000, 8, 2, generator=generator)
+    exact = energy_score(samples, truth)
+    for scale in (0.0, 0.5, 2.0):
+        difference = energy_score(scale * samples, truth) - exact
+        assert difference.mean() > 5 * difference.std() / 4000**0.5
+
+
+def test_class_score_has_briers_mean():
+    # samples of p against a truth of q: 1 - 2 p.q + p.p, whatever m; 4,000 truths, 5 standard errors (P < 1e-6)
+    generator = torch.Generator().manual_seed(1)
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    truth = torch.multinomial(q, 4000, replacement=True, generator=generator)
+    for m in (2, 7):
+        classes = torch.multinomial(p, 4000 * m, replacement=True, generator=generator).reshape(4000, m)
+        score = class_score(classes, truth)
+        exact = 1 - 2 * float(p @ q) + float(p @ p)
+        assert abs(float(score.mean()) - exact) < 5 * float(score.std()) / 4000**0.5
+    assert class_score(torch.tensor([[1, 1, 1]]), torch.tensor([1])).item() == 0.0
+    assert class_score(torch.tensor([[1, 1, 1]]), torch.tensor([0])).item() == 2.0
+
+
+def test_measurements_are_of_the_images():
+    """The right half with noise, and means of 4x4 pixels with noise."""
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    part = InverseProblems(noise_std=0.1)
+    (inpainting, shown), (small, _) = part._measurements(images).values()
+    residual = torch.stack([r.residuals(x[None])[0] for r, x in zip(inpainting, images, strict=True)])
+    assert residual.shape == (40, 32)
+    assert residual.square().mean().sqrt() == pytest.approx(0.1, rel=0.1)  # 1,280 normals: 5 deviations
+    torch.testing.assert_close(shown[:, :, :, :4], torch.full((40, 1, 8, 4), 0.5))
+    of_small = torch.stack([r.residuals(x[None])[0] for r, x in zip(small, images, strict=True)])
+    means = images.reshape(40, 1, 2, 4, 2, 4).mean(dim=(3, 5)).flatten(1)
+    observed = torch.stack([r.observation for r in small]).flatten(1)
+    torch.testing.assert_close(observed - means, of_small)
+    assert of_small.square().mean().sqrt() == pytest.approx(0.1, rel=0.3)  # 160 normals: 5 deviations
