@@ -43,7 +43,7 @@ class BestOfNPool:
             raise ValueError(f"best_of_n.numbers {self.numbers}: expected different numbers, smallest first")
 
     def shrink(self) -> None:
-        self.numbers = [n for n in self.numbers if n <= 100] or self.numbers[:1]
+        self.numbers = [n for n in self.numbers if n <= 30] or self.numbers[:1]
 
     def cells(
         self, target: Callable[[], Target], num: int, seed: int, device: torch.device, identity: dict[str, Any]

@@ -64,6 +64,7 @@ class AlignmentSuite(Suite):
         quality: features for the Fréchet distance; without, there is none.
         frechet_limit: the headline takes settings whose Fréchet distance is at most so many times Best-of-N's.
         batch_size: samples of a method at once.
+        quick_samples: num_samples of --quick, which compares with a smaller pool and has few settings.
     """
 
     name = "alignment"
@@ -85,13 +86,14 @@ class AlignmentSuite(Suite):
         quality: Quality | None = None,
         frechet_limit: float = 1.5,
         batch_size: int | None = None,
+        quick_samples: int = 128,
     ) -> None:
         self.model, self.rewards, self.methods = model, dict(rewards), dict(methods)
         self.best_of_n, self.scales = best_of_n or BestOfNPool(), list(scales)
         self.num_samples, self.seeds, self.quality = num_samples, list(seeds), quality
-        self.frechet_limit, self.batch_size = frechet_limit, batch_size
+        self.frechet_limit, self.batch_size, self.quick_samples = frechet_limit, batch_size, quick_samples
         self._skipped: dict[str, str] = {}
-        if not self.rewards or not self.scales or not self.seeds or num_samples < 2:
+        if not self.rewards or not self.scales or not self.seeds or min(num_samples, quick_samples) < 2:
             raise ValueError("a comparison needs at least one reward, one scale, one seed and two samples")
         if any(reward.scale <= 0 for reward in self.rewards.values()) or any(scale <= 0 for scale in self.scales):
             raise ValueError("scales must be above 0; the registered reward `negate` turns a reward round")
@@ -113,8 +115,8 @@ class AlignmentSuite(Suite):
         return self._skipped
 
     def shrink(self) -> None:
-        # with half as many samples the headline is another one for every other seed
-        self.num_samples, self.seeds, self.scales = min(self.num_samples, 128), self.seeds[:1], self.scales[:1]
+        # samples decide the Fréchet ratio, and with it the headline: they come before a larger pool and more settings
+        self.num_samples, self.seeds, self.scales = self.quick_samples, self.seeds[:1], self.scales[:1]
         self.rewards = dict(itertools.islice(self.rewards.items(), 2))
         self.best_of_n.shrink()
         for name, method in self.methods.items():
@@ -129,9 +131,11 @@ class AlignmentSuite(Suite):
                 self._skipped[point.name] = "has more candidates than the Best-of-N of --quick"
             else:
                 kept.setdefault(point.method, []).append(point)
-        # the cheapest, and of three or more the one in the middle: the dearest would take most of the time
-        chosen = ([line[0], line[len(line) // 2]] if line[2:] else line[:1] for line in kept.values())
-        self._points = [point for points in chosen for point in points]
+        # the cheapest of each method, and of the first one also that in the middle: fewer settings are decided by fewer
+        # samples, and the dearest would take most of the time
+        first, *others = kept.values() if kept else [[]]
+        middle = [first[len(first) // 2]] if first[2:] else []
+        self._points = [*first[:1], *middle, *(line[0] for line in others)]
 
     def missing(self) -> list[str]:
         self._methods = {point: point.build() for point in self._points if point.fit is None}

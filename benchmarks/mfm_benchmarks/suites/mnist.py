@@ -40,6 +40,7 @@ class MnistSuite(DigitsSuite):
         seeds: of its noise.
         frechet_limit: its headline takes settings whose Fréchet distance is at most so many times Best-of-N's.
         batch_size: samples of a method at once.
+        quick_samples: num_samples of --quick.
     """
 
     name = "mnist"
@@ -67,12 +68,14 @@ class MnistSuite(DigitsSuite):
         seeds: Sequence[int] = (0,),
         frechet_limit: float = 1.5,
         batch_size: int | None = None,
+        quick_samples: int = 128,
     ) -> None:
         super().__init__(model, reward, quality, frequencies, posterior, value)
         self.inverse = inverse or InverseProblems()
         self.by_cost = AlignmentSuite(
-            model, rewards, methods, best_of_n, scales, num_samples, seeds, quality, frechet_limit, batch_size
-        )
+            model, rewards, methods, best_of_n, scales, num_samples, seeds, quality, frechet_limit, batch_size,
+            quick_samples,
+        )  # fmt: skip
 
     @property
     def skipped(self) -> dict[str, str]:
