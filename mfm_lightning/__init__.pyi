@@ -45,6 +45,7 @@ from .data import DigitsDataModule as DigitsDataModule
 from .data import GaussianMixtureDataModule as GaussianMixtureDataModule
 from .data import ImageDataModule as ImageDataModule
 from .data import LatentShards as LatentShards
+from .data import ModelSamplesDataModule as ModelSamplesDataModule
 from .data import NoiseDataModule as NoiseDataModule
 from .data import OffPolicyDataModule as OffPolicyDataModule
 from .evaluation import Evaluation as Evaluation

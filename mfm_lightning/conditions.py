@@ -238,6 +238,16 @@ class Conditions:
         return self if all(found[name] is values[name] for name in values) else _made(found)
 
 
+def unlabelled(batch: Any) -> Any:
+    """A batch without its labels, for a network that has no classes; what is no batch comes back as it is."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        return batch
+    x1, given = batch
+    index = {INDEX: given[INDEX]} if isinstance(given, Mapping) and INDEX in given else {}
+    rest = replace(Conditions.of_batch(given), label=None).as_batch()
+    return x1, {**rest, **index} if isinstance(rest, Mapping) else rest
+
+
 _SHAPES = {"label": "(B,)", "guidance": "(B,)", "text": "(B, L, D)", "mask": "(B, L)", "pooled": "(B, P)"}
 _DIMENSIONS = {name: shape.count(",") + (shape != "(B,)") for name, shape in _SHAPES.items()}
 _NAMES = tuple(field.name for field in fields(Conditions))

@@ -5,6 +5,7 @@ from mfm_lightning.data.digits import DigitsClassifier, DigitsDataModule
 from mfm_lightning.data.gaussian_mixture import GaussianMixtureDataModule
 from mfm_lightning.data.images import ImageDataModule
 from mfm_lightning.data.latents import LatentShards
+from mfm_lightning.data.model_samples import ModelSamplesDataModule
 from mfm_lightning.data.noise import NoiseDataModule
 from mfm_lightning.data.off_policy import OffPolicyDataModule
 
@@ -15,6 +16,7 @@ __all__ = [
     "GaussianMixtureDataModule",
     "ImageDataModule",
     "LatentShards",
+    "ModelSamplesDataModule",
     "NoiseDataModule",
     "OffPolicyDataModule",
     "StepDataModule",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mfm_lightning.conditions import Conditions
+from mfm_lightning.conditions import Conditions, unlabelled
 from mfm_lightning.data.base import StepDataModule, generator, trainer_of
 from mfm_lightning.data.stream import BatchStream
 from mfm_lightning.utils.distributed import gather_ranks, own
@@ -70,7 +70,7 @@ class OffPolicyDataModule(L.LightningDataModule):
 
     def train_batch(self, step: int) -> tuple[Tensor, Any]:
         """The training batch of a step; renews the buffer where it is due."""
-        x, given = self.data.train_batch(step)
+        x, given = self._data_batch(step)
         k = round(self.policy_share * len(x))
         if not k:
             return x, given
@@ -105,6 +105,12 @@ class OffPolicyDataModule(L.LightningDataModule):
         self._buffer = buffer and (buffer[0], Conditions.of_batch(buffer[1]))
         self.data.load_state_dict(state_dict.get("data", {}))  # older checkpoints have none
 
+    def _data_batch(self, step: int) -> tuple[Tensor, Any]:
+        """The other DataModule's, without labels where the policy has no classes."""
+        batch = self.data.train_batch(step)
+        classes = getattr(trainer_of(self).lightning_module, "num_classes", None)
+        return unlabelled(batch) if classes == 0 and self.num_classes else batch
+
     def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Conditions]:
         module = trainer_of(self).lightning_module
         sample_policy = getattr(module, "sample_policy", None)
@@ -112,7 +118,7 @@ class OffPolicyDataModule(L.LightningDataModule):
             raise ValueError(f"{type(module).__name__} has no policy to sample: set policy_share to 0")
         given, num = Conditions(), 0
         while num < self.buffer_size:  # classes as frequent as in the data's batches
-            x, more = self.data.train_batch(step)
+            x, more = self._data_batch(step)
             more = Conditions.of_batch(more).expand(len(x))
             given, num, step = given.cat(more) if num else more, num + len(x), step + 1
         given = given.take(slice(self.buffer_size)).expand(self.buffer_size)

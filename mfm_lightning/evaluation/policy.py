@@ -30,7 +30,7 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
     features of a small classifier trained on them.
 
     Args:
-        samples_per_class: M, of every class.
+        samples_per_class: M, of every class; in all of a model without classes.
         num_samples: in place of that, so many in all, of classes drawn without repetition as long as there are more.
         likeness: measure Fréchet distance and diversity; for data that fit into memory.
         ode_steps: Euler steps of both flows.
@@ -66,8 +66,8 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
         super().check(module)
         if self.likeness:
             data_of(module, "splits", "decode", "num_classes", by="PolicyEvaluation with likeness")
-        if module.num_classes < 1 or len(module.state_shape) != 3:
-            raise ValueError("PolicyEvaluation is for images with classes: for a mixture use TiltedMixtureEvaluation")
+        if len(module.state_shape) != 3:
+            raise ValueError("PolicyEvaluation is for images: for a mixture use TiltedMixtureEvaluation")
         if self.steering is not None and self.steering.needs_reward_gradient:
             require_gradient(module.target.reward, f"the evaluation's {type(self.steering).__name__}")
         for name, reward in self.held_out.items():
@@ -136,7 +136,7 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
         target = module.target(given)
         before, after = (sample(noise, given, self.ode_steps) for sample in (module.sample_base, module.sample_policy))
         title = "base flow (upper of each pair) and policy from the same noise (lower), with rewards"
-        columns = min(10, max(1, module.num_classes))
+        columns = min(10, module.num_classes or 10)
         before_after(
             target.decoder(before).cpu(),
             target.decoder(after).cpu(),

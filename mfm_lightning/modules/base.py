@@ -6,7 +6,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfm_lightning.checkpoints import CheckpointError
-from mfm_lightning.conditions import INDEX, Batch, Conditions
+from mfm_lightning.conditions import INDEX, Batch, Conditions, unlabelled
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.finite import require_finite_gradients, require_finite_losses
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
@@ -258,16 +257,6 @@ def own_gradients() -> Iterator[None]:
     """No graph, but code within may take gradients of its own, which Lightning's inference mode rules out."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def unlabelled(batch: Any) -> Any:
-    """A batch without its labels, for a network that has no classes; what is no batch comes back for `check_batch`."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        return batch
-    x1, given = batch
-    index = {INDEX: given[INDEX]} if isinstance(given, Mapping) and INDEX in given else {}
-    rest = replace(Conditions.of_batch(given), label=None).as_batch()
-    return x1, {**rest, **index} if isinstance(rest, Mapping) else rest
 
 
 def check_batch(batch: Any, state_shape: tuple[int, ...], num_classes: int) -> None:

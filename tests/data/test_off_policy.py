@@ -68,3 +68,17 @@ def test_each_state_keeps_its_conditions(given, batch, share, buffer):
                 f"{int(a)} {int(b)}" for a, b in x[~own].tolist()
             ]
     assert sum(made) == 2 * buffer  # renewed at steps 0 and 2
+
+
+def test_a_policy_without_classes_gets_no_labels():
+    given = []
+
+    def sample_policy(x0, conditions, steps):
+        given.append(conditions.label)
+        return x0
+
+    data = OffPolicyDataModule(Steps(4, labels), 0.5, 6, ode_steps=1)
+    module = SimpleNamespace(sample_policy=sample_policy, device=torch.device("cpu"), num_classes=0)
+    data.trainer = SimpleNamespace(lightning_module=module, accumulate_grad_batches=1)
+    assert data.train_batch(0)[1] == {}
+    assert set(given) == {None}
