@@ -92,6 +92,13 @@ def fitted_features(images: Tensor, labels: Tensor, num_classes: int, cache: Pat
     return model, fitted
 
 
+def proportion(hits: int, number: int) -> tuple[float, float]:
+    """The 95 % interval of a share, `hits` of `number` (Wilson); 0 to 1 where the number is 0."""
+    from scipy.stats import binomtest
+
+    return tuple(binomtest(hits, number).proportion_ci(0.95, "wilson")) if number else (0.0, 1.0)
+
+
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images classified as labelled."""
     return (model(images).argmax(dim=1) == labels).float().mean().item()

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from mfm_lightning.checkpoints import load_model, save_model
-from mfm_lightning.checkpoints.files import load_network
+from mfm_lightning.networks.files import load_network
 from mfm_lightning.commands.main import run
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import DigitsDataModule
