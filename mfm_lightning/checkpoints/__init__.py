@@ -2,6 +2,7 @@
 
 from mfm_lightning.checkpoints.files import load_classifier, load_model, load_value, save_model
 from mfm_lightning.checkpoints.importing import export_checkpoint, import_checkpoint, imported_kind
+from mfm_lightning.checkpoints.names import find_weights, is_there, shipped
 from mfm_lightning.checkpoints.released import (
     RELEASED_NAMES,
     SOURCES,
@@ -19,10 +20,12 @@ __all__ = [
     "check_network",
     "export_checkpoint",
     "find_file",
+    "find_weights",
     "fingerprint",
     "from_released_names",
     "import_checkpoint",
     "imported_kind",
+    "is_there",
     "load_classifier",
     "load_model",
     "load_network",
@@ -31,5 +34,6 @@ __all__ = [
     "read_metadata",
     "save_model",
     "save_network",
+    "shipped",
     "to_released_names",
 ]

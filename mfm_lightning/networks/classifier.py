@@ -27,6 +27,7 @@ class ImageClassifier(nn.Module):
             raise ValueError(f"width {width} must be a multiple of 4, and stages {stages} at least 1")
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.in_channels, self.num_classes = in_channels, num_classes
+        self.class_names: list[str] | None = None  # of the data that it was trained on
         layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1), nn.MaxPool2d(2)]
         for stage in range(stages):
             channels = width * 2**stage

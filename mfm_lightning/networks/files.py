@@ -25,8 +25,16 @@ _KINDS = {"value": VALUE_NETWORKS, "classifier": CLASSIFIERS}  # by what a file 
 _LIBRARIES = ("torch", "lightning", "mfm_lightning", "mfm_rewards", "mfm_benchmarks")  # not a user's own
 
 
-def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+def save_network(
+    network: nn.Module,
+    path: str | Path,
+    metadata: dict[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Write a network's weights, and in the file's metadata its class and `config`, as safetensors.
+
+    Args:
+        dtype: of the weights in the file, such as torch.bfloat16; as they are where None. They are loaded in float32.
 
     Raises:
         CheckpointError: if the network cannot be made again from them; `check_network` says so before any training. Or
@@ -40,7 +48,10 @@ def save_network(network: nn.Module, path: str | Path, metadata: dict[str, str] 
                 "last.ckpt has the same; begin anew with a lower learning rate, or from a checkpoint before"
             )
     header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
-    return save_tensors(network.state_dict(), path, header)
+    state = network.state_dict()
+    if dtype is not None:
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return save_tensors(state, path, header)
 
 
 def check_network(network: nn.Module) -> None:
@@ -124,8 +135,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
+def said_in(path: str | Path) -> dict[str, str]:
+    """`read_metadata` without what belongs to one file or is made anew with each: what a copy of the network says."""
+    return {k: v for k, v in read_metadata(path).items() if k not in ("network", "config", "checkpoint")}
+
+
 def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWORKS) -> nn.Module:
-    """Build the network that `save_network` wrote.
+    """Build the network that `save_network` wrote; in float32, also where the file has 16 bits.
 
     Args:
         known: the classes of ours that are wanted, by name; a class of the user's own is imported by its path.
@@ -159,6 +175,11 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
         )
     load_into(network, state, set(network.state_dict()), path, "mfm-lightning")
     return network
+
+
+def load_any(path: str | Path) -> nn.Module:
+    """Build the network of a file, of whatever kind it says it is; raises as `load_network`."""
+    return load_network(path, _KINDS.get(read_metadata(path).get("kind", ""), NETWORKS))
 
 
 def _read_config(header: Mapping[str, str], path: str | Path) -> dict[str, Any]:
