@@ -67,7 +67,7 @@ def write_card(folder: str | Path, path: Path, title: str, intro: str) -> Path:
     found = {section.partition("\n")[0].removeprefix("## "): section for section in sections}
     found[title] = card(path, title)
     with whole_file(readme) as partial:
-        partial.write_text("\n".join([begin.rstrip(), *[found[key].rstrip() for key in sorted(found)]]).strip() + "\n")
+        partial.write_text("\n\n".join([begin.strip(), *[found[key].strip() for key in sorted(found)]]) + "\n")
     return readme
 
 
