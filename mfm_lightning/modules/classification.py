@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfm_lightning.conditions import Batch, Conditions
-from mfm_lightning.evaluation.base import data_of
+from mfm_lightning.evaluation.base import data_of, datamodule_of
 from mfm_lightning.metrics.classifier import proportion
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.optimization import Optimization
@@ -62,7 +62,12 @@ class Classification(TrainingModule):
         return self.network
 
     def setup(self, stage: str) -> None:
-        data = data_of(self, "decode", "num_classes", by=type(self).__name__)
+        data = datamodule_of(self.trainer)
+        if missing := [name for name in ("decode", "num_classes", "state_shape") if not hasattr(data, name)]:
+            raise ValueError(
+                f"a classifier is trained on a DataModule of labelled images, such as ImageDataModule; "
+                f"{type(data).__name__} has no {missing[0]}"
+            )
         self.state_shape = tuple(data.state_shape)
         channels = getattr(self.network, "in_channels", self.state_shape[0])
         if len(self.state_shape) != 3 or channels != self.state_shape[0]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_rewards.classifiers import class_index, class_names, load_classifier
+from mfm_rewards.pretrained import at_least_float32
 from mfm_rewards.protocol import Reward
 from mfm_rewards.registry import register
 
@@ -82,8 +83,8 @@ class ClassMixture(Reward):
 
 
 def _logits(classifier: nn.Module, images: Tensor, least: int) -> Tensor:
-    """`(B, K)` in float32; raises ValueError for fewer classes than `least`."""
-    logits = classifier(images).float()  # autocast may have made them 16 bits
+    """`(B, K)`, at least float32; raises ValueError for fewer classes than `least`."""
+    logits = at_least_float32(classifier(images))  # autocast may have made them 16 bits
     if logits.dim() != 2 or logits.shape[1] < least:
         raise ValueError(f"the classifier gave {tuple(logits.shape)}: expected (B, K), K >= {least}")
     return logits

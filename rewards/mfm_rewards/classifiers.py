@@ -60,7 +60,8 @@ def class_index(target: int | str, names: Sequence[str] | None) -> int:
         several = ", ".join(f"{k} ({names[k]})" for k in found[:5])
         raise ValueError(f"target {target!r} is ambiguous: give a label, such as {several}")
     if not found:
-        raise ValueError(f"no class {target!r}: did you mean {nearest(target, names)!r}?")
+        known = {*names, *(word for name in names for word in name.split())}
+        raise ValueError(f"no class {target!r}: did you mean {nearest(target, sorted(known))!r}?")
     return found[0]
 
 
