@@ -36,6 +36,7 @@ from .callbacks import LastCheckpoint as LastCheckpoint
 from .callbacks import SampleFID as SampleFID
 from .checkpoints import export_checkpoint as export_checkpoint
 from .checkpoints import import_checkpoint as import_checkpoint
+from .checkpoints import load_classifier as load_classifier
 from .checkpoints import load_model as load_model
 from .checkpoints import load_value as load_value
 from .checkpoints import save_model as save_model
@@ -51,6 +52,7 @@ from .data import OffPolicyDataModule as OffPolicyDataModule
 from .evaluation import Evaluation as Evaluation
 from .glass import glass_velocity as glass_velocity
 from .models import MetaFlowMap as MetaFlowMap
+from .modules import Classification as Classification
 from .modules import MFMPretraining as MFMPretraining
 from .modules import RewardAlignment as RewardAlignment
 from .modules import RewardFinetuning as RewardFinetuning
@@ -60,6 +62,7 @@ from .networks import MLP as MLP
 from .networks import Decoder as Decoder
 from .networks import DiT as DiT
 from .networks import IdentityDecoder as IdentityDecoder
+from .networks import ImageClassifier as ImageClassifier
 from .networks import PixelDecoder as PixelDecoder
 from .networks import UNet as UNet
 from .networks import VAEDecoder as VAEDecoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -12,6 +13,7 @@ from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Generators, Times, as_times, expand, randn
 from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.tangents import velocity_and_jvp
+from mfm_rewards.hub import require_hub
 
 __all__ = ["MetaFlowMap", "velocity_and_jvp"]
 
@@ -39,6 +41,7 @@ class MetaFlowMap(nn.Module):
         if missing := [name for name in needed if not hasattr(network, name)]:
             raise TypeError(f"a {type(network).__name__} has no {missing[0]}: see mfm_lightning.VelocityNetwork")
         self.network = cast(VelocityNetwork, network)  # or one that keeps to its attributes
+        self.metadata: dict[str, str] = {}  # what the file that it was loaded from says besides class and config
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -194,6 +197,79 @@ class MetaFlowMap(nn.Module):
         for k in range(steps):
             x = self.flow_map(k / steps, (k + 1) / steps, x, time, outer, drawn)
         return x.reshape(noise.shape)
+
+    # -- Hugging Face's hub --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> MetaFlowMap:
+        """What `save_pretrained` or `push_to_hub` wrote; options as of huggingface_hub.
+
+        Args:
+            name: a folder, or a repository, "org/name", which is downloaded where it is not in the cache.
+
+        Raises:
+            ImportError: without huggingface_hub.
+            FileNotFoundError: if it is nowhere.
+            CheckpointError: if its file holds no network of ours.
+        """
+        require_hub(str(name))
+        from mfm_lightning.networks.hub import HubNetwork
+
+        found = HubNetwork.from_pretrained(
+            str(name), revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=local_files_only,
+        )  # fmt: skip
+        model = cls(found.network)
+        model.metadata = found.metadata
+        return model
+
+    def save_pretrained(self, folder: str | Path, metadata: dict[str, str] | None = None) -> None:
+        """Write `model.safetensors`, `config.json` and a model card (README.md) into a folder.
+
+        Args:
+            metadata: said in the file and in the card, beside what the model's own file said: `data`, `licence`,
+                `command`, `kind`.
+
+        Raises:
+            ImportError: without huggingface_hub.
+        """
+        require_hub(str(folder))
+        from mfm_lightning.networks.hub import HubNetwork
+
+        HubNetwork(self.network, {**self.metadata, **(metadata or {})}).save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        metadata: dict[str, str] | None = None,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        commit_message: str = "Push model using huggingface_hub.",
+    ) -> str:
+        """Upload what `save_pretrained` writes; options as of huggingface_hub. Returns the commit's address.
+
+        Raises:
+            ImportError: without huggingface_hub.
+        """
+        require_hub(repo_id)
+        from mfm_lightning.networks.hub import HubNetwork
+
+        return HubNetwork(self.network, {**self.metadata, **(metadata or {})}).push_to_hub(
+            repo_id, private=private, token=token, branch=branch, commit_message=commit_message
+        )
+
+    # -- conditions ----------------------------------------------------------------------------------------------------
 
     def _conditions(
         self, conditions: Conditions | None, label: Tensor | int | None, guidance: Tensor | float | None

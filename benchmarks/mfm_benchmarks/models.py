@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from mfm_benchmarks.fitting import Fit, FitSettings
 from mfm_benchmarks.measure import noise
 from mfm_benchmarks.spec import Spec, build
 from mfm_lightning.alignment.target import LoadedTarget, Target, TargetSettings
-from mfm_lightning.checkpoints import fingerprint
+from mfm_lightning.checkpoints import find_weights, fingerprint, is_there
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
@@ -25,7 +24,7 @@ class ModelSettings:
     """A Meta Flow Map, which contains the base flow of all methods.
 
     Args:
-        file: its `model.safetensors`.
+        file: its `model.safetensors`, a name such as mnist, or a Hugging Face id.
         fits: jobs that make it where it is not there, in order.
         decoder: states to images, `{class_path: ..., init_args: {...}}`; the states themselves where None.
         labels: classes of the samples, in turn; None for no class.
@@ -58,12 +57,12 @@ class ModelSettings:
 
     def jobs(self) -> list[Fit]:
         """The jobs that make it; none where it is there already."""
-        return [] if Path(self.file).is_file() else [fit.job() for fit in self.fits]
+        return [] if is_there(self.file) else [fit.job() for fit in self.fits]
 
     def missing(self) -> list[str]:
         """What is not there and no job makes."""
         found = self.built_decoder.missing()
-        if not Path(self.file).is_file() and not any(fit.file == self.file for fit in self.fits):
+        if not is_there(self.file) and not any(fit.file == self.file for fit in self.fits):
             found.append(
                 f"model.file: no model at {self.file}: give a model.safetensors, or jobs that make it as model.fits"
             )
@@ -76,7 +75,7 @@ class Subject:
     def __init__(self, settings: ModelSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.identity = {
-            "model": fingerprint(settings.file),
+            "model": fingerprint(find_weights(settings.file)),
             "decoder": repr(settings.built_decoder),
             "labels": settings.labels,
             "guidance": settings.guidance,

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mfm_lightning.data.base import StepDataModule
-from mfm_lightning.metrics.classifier import train_classifier
+from mfm_lightning.checkpoints import find_weights, fingerprint
+from mfm_lightning.data.base import ArrayDataModule
+from mfm_lightning.metrics.classifier import fitted_features, load_features
+from mfm_lightning.metrics.frechet import Gaussian
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
 from mfm_lightning.utils.atomic import whole_file
 from mfm_lightning.utils.console import track
@@ -39,19 +41,25 @@ class Quality(ABC):
         """`(M, F)`, on the CPU."""
 
     @property
+    def gaussian(self) -> Gaussian:
+        """Fitted to the real ones."""
+        return Gaussian.of_features(self.real)
+
+    @property
     @abstractmethod
     def identity(self) -> dict[str, object]:
         """What the features depend on."""
 
 
 class ClassifierQuality(Quality):
-    """The last hidden layer of a small classifier, trained here on the data's training split; not the classifier that
-    gives rewards (its seed is another).
+    """The last hidden layer of a classifier: a small one, trained here on the data's training split, or a given one;
+    not the classifier that gives rewards.
 
     Args:
         data: a DataModule with splits and `decode`.
         seed: of the training.
         steps: of the training.
+<<<<<<< HEAD
 
     Raises:
         ValueError: if the data do not fit in memory.
@@ -66,6 +74,44 @@ class ClassifierQuality(Quality):
         images = self.data.decode(images)
         self.classifier = train_classifier(images, labels, self.data.num_classes, self.steps, self.seed)
         self._real = self.features(images)
+=======
+        classifier: in place of one trained here, a file that `mfm fit` wrote for `Classification`, or a name, such as
+            mnist/features.
+        cache: file that keeps the trained classifier and the Gaussian of real features for the next run;
+            outputs/features/DATA.safetensors where None.
+    """
+
+    def __init__(
+        self,
+        data: ArrayDataModule,
+        seed: int = 0,
+        steps: int = 600,
+        classifier: str | None = None,
+        cache: str | None = None,
+    ) -> None:
+        self.data, self.seed, self.steps, self.given = data, seed, steps, classifier
+        name = type(data).__name__ + ("" if classifier is None else f"_{Path(classifier).stem}")
+        self.cache = Path(cache or f"outputs/features/{name}.safetensors")
+
+    def missing(self) -> list[str]:
+        try:
+            if self.given is not None:
+                find_weights(self.given, "classifier")
+        except (FileNotFoundError, ImportError, ValueError) as error:
+            return [f"quality.classifier: {error}"]
+        return []
+
+    def prepare(self, device: torch.device) -> None:
+        self.data.setup("test")
+        images, labels = self.data.splits["train"]
+        self._images = self.data.decode(images)
+        data = self._images, labels, self.data.num_classes, self.cache
+        self.classifier, self._gaussian = (
+            fitted_features(*data, steps=self.steps, seed=self.seed)
+            if self.given is None
+            else fitted_features(*data, load_features(self.given))
+        )
+>>>>>>> classifiers
 
     @property
     def splits(self) -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -90,10 +136,17 @@ class ClassifierQuality(Quality):
 
     @property
     def real(self) -> Tensor:
-        return self._real
+        return self.features(self._images)
+
+    @property
+    def gaussian(self) -> Gaussian:
+        return self._gaussian
 
     @property
     def identity(self) -> dict[str, object]:
+        if self.given is not None:
+            weights, real = fingerprint(find_weights(self.given, "classifier")), float(self._gaussian.mean.sum())
+            return {"classifier": weights, "data": type(self.data).__name__, "real": real}
         steps = {} if self.steps == 600 else {"steps": self.steps}
         return {"classifier": type(self.data).__name__, "seed": self.seed, **steps}
 

@@ -18,7 +18,7 @@ class PolicySampling(AlignmentMethod):
     """The plain ODE of a fine-tuned policy: aligned by its weights, at the cost of ordinary sampling.
 
     Args:
-        policy: the model, or the `model.safetensors` that fitting `RewardFinetuning` exported.
+        policy: the model; or the `model.safetensors` that fitting `RewardFinetuning` exported, or its Hugging Face id.
         steps: Euler steps.
     """
 

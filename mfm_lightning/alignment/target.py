@@ -6,14 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.nfe import Meter
-from mfm_lightning.checkpoints import CheckpointError, fingerprint, load_model, read_metadata
+from mfm_lightning.checkpoints import CheckpointError, find_weights, fingerprint, load_model, read_metadata
 from mfm_lightning.conditions import Conditions, Index
 from mfm_lightning.interpolant import Times, as_times
 from mfm_lightning.models import MetaFlowMap
@@ -182,7 +181,8 @@ class TargetSettings:
     """A target as a config describes it.
 
     Args:
-        model: a `model.safetensors` that `mfm fit` exported: the Meta Flow Map, and the base flow that it contains.
+        model: a `model.safetensors` that `mfm fit` exported, a name ("mnist") or a Hugging Face id: the Meta Flow Map,
+            and the base flow that it contains.
         reward: a registered name; `{name: ..., and its options}`; or `{class_path: ..., init_args: {...}}`.
         decoder: states to images; the states themselves where None.
         reward_scale: the reward is multiplied by it.
@@ -216,15 +216,12 @@ class TargetSettings:
         """
         if not math.isfinite(self.reward_scale):
             raise ValueError(f"target.reward_scale {self.reward_scale} must be a finite number")
-        if not Path(self.model).is_file():
-            raise FileNotFoundError(
-                f"no model at {self.model}: fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)"
-            )
-        if (kind := read_metadata(self.model).get("kind")) in ("base_flow", "flow_map"):
+        file = find_weights(self.model, hint="fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)")
+        if (kind := read_metadata(file).get("kind")) in ("base_flow", "flow_map"):
             raise CheckpointError(
                 f"{self.model} is a {kind.replace('_', ' ')}, which draws no posteriors: give a Meta Flow Map's file"
             )
-        model = (model or load_model(self.model)).eval().requires_grad_(False)
+        model = (model or load_model(file)).eval().requires_grad_(False)
         model.check(Conditions(guidance=self.guidance))
         prompts = self._prompts(model.num_classes)
         reward = (reward or build(self.reward)).eval().requires_grad_(False)
@@ -234,7 +231,7 @@ class TargetSettings:
             self.decoder.eval().requires_grad_(False)
         settings = {"reward": self.reward, "reward_scale": self.reward_scale, "guidance": self.guidance}
         settings |= {"prompts": self.prompts, "class_names": self.class_names, "decoder": self.decoder}
-        identity = {"model": self.model, "sha256": fingerprint(self.model), **{k: repr(v) for k, v in settings.items()}}
+        identity = {"model": self.model, "sha256": fingerprint(file), **{k: repr(v) for k, v in settings.items()}}
         return LoadedTarget(self, model, reward, prompts, identity)
 
     def _prompts(self, num_classes: int) -> str | list[str] | None:

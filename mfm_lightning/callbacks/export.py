@@ -67,7 +67,11 @@ class ExportModel(L.Callback):
         with ema.applied(module), module.whole_weights():
             if trainer.is_global_zero:
                 folder = Path(trainer.default_root_dir)
-                metadata = {"kind": module.exported_kind, "step": str(trainer.global_step)}
+                metadata = {
+                    "kind": module.exported_kind,
+                    "step": str(trainer.global_step),
+                    **module.exported_metadata(),
+                }
                 if kept and (checkpoint := folder / "last.ckpt").is_file():
                     metadata["checkpoint"] = fingerprint(checkpoint)
                 path = folder / self.filename

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from mfm_lightning.checkpoints.architecture import infer_architecture
-from mfm_lightning.checkpoints.files import read_metadata
 from mfm_lightning.checkpoints.released import (
     ADDED,
     ANCHORS,
@@ -29,6 +28,7 @@ from mfm_lightning.checkpoints.released import (
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
 from mfm_lightning.networks.dit import QKNorm
+from mfm_lightning.networks.files import read_metadata
 from mfm_lightning.utils.atomic import whole_file
 from mfm_rewards.hub import find_file
 from mfm_rewards.weights import CheckpointError, load_into, read_checkpoint, tensors_of, unwrapped

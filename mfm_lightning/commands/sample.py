@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def sample(
-    model: Path,
+    model: str,
     *,
     output: Path,
     format: Literal["npz", "png", "webdataset"] = "png",
@@ -37,7 +37,7 @@ def sample(
     Under torchrun or srun the processes share them; the same command goes on with what a killed one has left.
 
     Args:
-        model: a model.safetensors.
+        model: a model.safetensors, a name such as mnist (which comes with the package), or a Hugging Face id.
         output: folder to write to.
         format: of the files.
         num_samples: in all; 50,000 is what the paper takes for FID.
@@ -46,9 +46,10 @@ def sample(
         steps: K refinements or flow-map steps (4 if left out), or ODE steps (250).
         method: of the ODE.
         guidance: class-guidance scale that the network knows.
-        decoder: "pixel" (states in [-1, 1]), or a VAE's folder or Hugging Face id.
+        decoder: "pixel" (states in [-1, 1]), or a VAE's folder or Hugging Face id; what the model's file says, else
+            pixel, if left out.
         scale: factor of a VAE's latents; its own if left out.
-        allow_download: fetch the VAE where it is not on this machine.
+        allow_download: fetch the model and the VAE where they are not on this machine.
         seed: with the index, of a sample's noise.
         batch_size: samples drawn at once by each process.
         precision: of the network.
@@ -58,7 +59,7 @@ def sample(
         FileNotFoundError: if the model or the decoder is not there.
         ValueError: if settings do not fit the model, or the folder has samples of other settings.
     """
-    from mfm_lightning.checkpoints import fingerprint, load_model, read_metadata
+    from mfm_lightning.checkpoints import find_weights, fingerprint, load_model, read_metadata
     from mfm_lightning.sampling import OUTPUTS, ModelSampler, SamplePlan, sample_files
     from mfm_lightning.sampling.model_sampler import BY_MODEL
     from mfm_lightning.utils.atomic import check_is_folder
@@ -68,19 +69,21 @@ def sample(
     check_is_folder(output)
     process = Process.from_environment()
     where = find_device(device, process.local_rank)
-    kind, default_steps = BY_MODEL.get(read_metadata(model).get("kind", ""), BY_MODEL["meta_flow_map"])
+    file = find_weights(model, allow_download=allow_download)
+    header = read_metadata(file)
+    kind, default_steps = BY_MODEL.get(header.get("kind", ""), BY_MODEL["meta_flow_map"])
     if sampler not in (None, kind):
         kind, default_steps = sampler, {"ode": 250}.get(sampler, 4)
     drawn = ModelSampler(kind, default_steps if steps is None else steps, method, guidance, precision)
-    loaded = load_model(model).eval().requires_grad_(False)
+    loaded = load_model(file).eval().requires_grad_(False)
     classes = _labels(labels, loaded)
     drawn.check(loaded, classes)
-    decode = _decoder(decoder, scale, allow_download, loaded)
+    decode = _decoder(decoder or header.get("decoder"), scale, allow_download, loaded)
     plan = SamplePlan(num_samples, classes, seed, batch_size)
     files = OUTPUTS[format](output, plan)
     files.claim(
         {
-            "model": fingerprint(model),
+            "model": fingerprint(file),
             "sampler": repr(drawn),
             "decoder": repr(decode),
             "format": format,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Literal
@@ -67,19 +68,68 @@ def import_weights(
     log.info("%s (%s) written to %s: %s", path, source, output, model.network.config)
 
 
-def export_weights(path: Path, *, output: Path, prefix: str = "dit.") -> None:
-    """Convert a model.safetensors of ours to the released MFM's parameter names.
+def export_weights(
+    path: str,
+    *,
+    output: Path,
+    names: Literal["release", "own"] = "release",
+    prefix: str = "dit.",
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    decoder: str | None = None,
+    data: str | None = None,
+    licence: str | None = None,
+    command: str | None = None,
+) -> None:
+    """Convert a model.safetensors of ours to the released MFM's parameter names, or make a file to be published of it.
+
+    With --names own: a smaller file (--dtype), whose metadata say how it was made and what mfm test measured in its
+    folder, and a section on it in the README.md (model card) beside it.
 
     Args:
-        path: a model.safetensors that was written here.
-        output: file to write, .safetensors, or .pt, .pth, .ckpt (a state_dict).
-        prefix: before each name; the release's if left out.
+        path: a model.safetensors that was written here, or a name such as mnist.
+        output: file to write, .safetensors, or .pt, .pth, .ckpt (a state_dict; only with the release's names).
+        names: of the parameters; those of the release, or our own.
+        prefix: before each of the release's names; the release's if left out.
+        dtype: of the weights in the file; as they are if left out. They are loaded in fp32.
+        decoder: said in the file: what mfm sample decodes with, such as pixel.
+        data: said in the file: what it was trained on.
+        licence: said in the file: of the weights.
+        command: said in the file: what made it.
 
     Raises:
+        CommandLineError: for options of the other names.
         FileNotFoundError, CheckpointError, ValueError: as `load_model` and `export_checkpoint`.
     """
-    from mfm_lightning.checkpoints import export_checkpoint, load_model, read_metadata
+    from mfm_lightning.checkpoints import export_checkpoint, find_weights, load_model, read_metadata
 
-    model, kind = load_model(path), read_metadata(path).get("kind", "meta_flow_map")
+    file = find_weights(path)
+    said = {"decoder": decoder, "data": data, "licence": licence, "command": command}
+    said = {key: text for key, text in said.items() if text is not None}
+    if names == "own":
+        if output.suffix != ".safetensors" or prefix != "dit.":
+            raise CommandLineError(f"--names own: expected --output NAME.safetensors, without --prefix, got {output}")
+        _publish(file, output, dtype, said)
+        return
+    if said or dtype:
+        given = next(iter(said), "dtype")
+        raise CommandLineError(f"--{given} is for --names own: the release's files have no place for it")
+    model, kind = load_model(file), read_metadata(file).get("kind", "meta_flow_map")
     export_checkpoint(model, output, prefix, kind)
     log.info("%s (%s) written to %s", path, kind, output)
+
+
+def _publish(file: Path, output: Path, dtype: str | None, said: dict[str, str]) -> None:
+    """Write the network of a file again, with what is said of it, and the section of its model card."""
+    from mfm_lightning.networks.card import measured_in, write_card
+    from mfm_lightning.networks.files import load_any, said_in, save_network
+    from mfm_rewards.execution import DTYPES, check_precision
+
+    network = load_any(file)  # before anything is written
+    if tables := measured_in(file.parent):
+        said["measured"] = json.dumps(tables)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_network(network, output, {**said_in(file), **said}, None if dtype is None else DTYPES[check_precision(dtype)])
+    folder = output.parent
+    intro = f"# {folder.resolve().name}\n\nWeights for mfm-lightning; `mfm export` wrote this page from the files."
+    readme = write_card(folder, output, output.name, intro)
+    log.info("%s written to %s, described in %s", file, output, readme)

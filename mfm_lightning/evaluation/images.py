@@ -15,7 +15,7 @@ from mfm_lightning.conditions import INDEX, Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, ModelModule, data_of
 from mfm_lightning.evaluation.draws import noisy_states
 from mfm_lightning.interpolant import as_times, interpolate, randn, sample_generators
-from mfm_lightning.metrics.classifier import accuracy, fitted_features
+from mfm_lightning.metrics.classifier import accuracy, fitted_features, load_features
 from mfm_lightning.metrics.frechet import frechet_of_features
 from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
 from mfm_lightning.utils.console import track, write_table
@@ -38,6 +38,8 @@ class ImageEvaluation(Evaluation[ModelModule]):
         glass_steps: Euler steps of the GLASS ODE.
         picture_times: outer times in the posterior pictures.
         seed: of all noise.
+        classifier: whose features they are, in place of one trained on the training images: a file that `mfm fit` wrote
+            for `Classification`, or a name, such as mnist/features.
     """
 
     needs_data = ("splits", "decode", "num_classes")
@@ -51,10 +53,11 @@ class ImageEvaluation(Evaluation[ModelModule]):
         glass_steps: int = 64,
         picture_times: Sequence[float] = (0.2, 0.4, 0.6, 0.8),
         seed: int = 0,
+        classifier: str | None = None,
     ) -> None:
         self.num_samples, self.refinement_steps, self.ode_steps = num_samples, tuple(refinement_steps), ode_steps
         self.times, self.glass_steps, self.picture_times = tuple(times), glass_steps, tuple(picture_times)
-        self.seed = seed
+        self.seed, self.classifier = seed, classifier
 
     @torch.no_grad()
     def measure(self, module: ModelModule, folder: Path) -> None:
@@ -62,7 +65,12 @@ class ImageEvaluation(Evaluation[ModelModule]):
         model, base = module.model, _base_flow(module).drift
         real_x, real_y = data.splits["train"]
         real = data.decode(real_x)
-        classifier, fitted = fitted_features(real, real_y, data.num_classes, folder / "features.safetensors")
+        cache = folder / "features.safetensors"
+        classifier, fitted = (
+            fitted_features(real, real_y, data.num_classes, cache)
+            if self.classifier is None
+            else fitted_features(real, real_y, data.num_classes, cache, load_features(self.classifier))
+        )
         test_accuracy = accuracy(classifier, data.decode(data.splits["test"][0]), data.splits["test"][1])
         module.log("test/classifier_accuracy", test_accuracy, rank_zero_only=True)
 

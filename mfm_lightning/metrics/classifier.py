@@ -1,10 +1,11 @@
-"""A small classifier, trained here on the training split, whose features measure image quality."""
+"""A small classifier, trained here on the training split or given, whose features measure image quality."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from pathlib import Path
+from typing import cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mfm_lightning._version import __version__
+from mfm_lightning.checkpoints import load_classifier
 from mfm_lightning.metrics.frechet import Gaussian
+from mfm_lightning.networks.classifier import ImageClassifier
 from mfm_lightning.utils.atomic import save_tensors
 
 log = logging.getLogger(__name__)
@@ -66,32 +69,83 @@ def train_classifier(
     return model.eval().requires_grad_(False)
 
 
-def fitted_features(images: Tensor, labels: Tensor, num_classes: int, cache: Path) -> tuple[SmallClassifier, Gaussian]:
+@overload
+def fitted_features(
+    images: Tensor, labels: Tensor, num_classes: int, cache: Path, *, steps: int = 600, seed: int = 0
+) -> tuple[SmallClassifier, Gaussian]: ...
+@overload
+def fitted_features(
+    images: Tensor, labels: Tensor, num_classes: int, cache: Path, classifier: ImageClassifier
+) -> tuple[ImageClassifier, Gaussian]: ...
+def fitted_features(
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    cache: Path,
+    classifier: ImageClassifier | None = None,
+    steps: int = 600,
+    seed: int = 0,
+) -> tuple[SmallClassifier | ImageClassifier, Gaussian]:
     """A classifier of these images and the Gaussian of their features, as `train_classifier` and `Gaussian` make them:
-    from the file `cache`, where it is of these images, else made and written there; either is said."""
-    digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {num_classes} {__version__}".encode())
-    for part in (images, labels):
-        digest.update(part.cpu().contiguous().numpy().tobytes())
+    from the file `cache`, where it is of these images, else made and written there; either is said.
+
+    Args:
+        classifier: in place of one that is trained here; labels and num_classes are then of no account.
+        steps, seed: of the training.
+    """
+    parts = [images] if classifier is not None else [images, labels]
+    given = () if classifier is None else [tensor for _, tensor in sorted(classifier.state_dict().items())]
+    settings = (num_classes, *(() if (steps, seed) == (600, 0) else (steps, seed))) if classifier is None else "given"
+    digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {settings} {__version__}".encode())
+    for part in (*parts, *given):
+        digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     identity = digest.hexdigest()
-    model = SmallClassifier(images.shape[1], images.shape[2], num_classes)
+    model = classifier if classifier is not None else SmallClassifier(images.shape[1], images.shape[2], num_classes)
     try:
         with safe_open(cache, framework="pt") as file:
             if (file.metadata() or {}).get("identity") == identity:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # it is no dictionary
                 fitted = Gaussian(state.pop("features.mean"), state.pop("features.root"))
-                model.load_state_dict(state)
+                if classifier is None:
+                    model.load_state_dict(state)
                 log.info("features of the training images: from %s", cache)
                 return model.eval().requires_grad_(False), fitted
     except (OSError, SafetensorError, KeyError, RuntimeError):  # not there, or damaged: it is made anew
         pass
-    model = train_classifier(images, labels, num_classes)
-    fitted = Gaussian.of_features(model.features(images))
-    tensors = {**model.state_dict(), "features.mean": fitted.mean, "features.root": fitted.root}
+    if classifier is None:
+        model = train_classifier(images, labels, num_classes, steps, seed)
+    fitted = Gaussian.of_features(model.eval().features(images))
+    tensors = {"features.mean": fitted.mean, "features.root": fitted.root}
+    tensors |= model.state_dict() if classifier is None else {}
     save_tensors(tensors, cache, {"identity": identity})
     log.info("features of the %d training images: kept in %s for the next test", len(images), cache)
-    return model, fitted
+    return model.requires_grad_(False), fitted
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images classified as labelled."""
-    return (model(images).argmax(dim=1) == labels).float().mean().item()
+def load_features(classifier: str) -> ImageClassifier:
+    """`load_classifier`, of one that has features.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_classifier`.
+        ValueError: if it has none.
+    """
+    loaded = load_classifier(classifier)
+    if not hasattr(loaded, "features") or not hasattr(loaded, "head"):
+        raise ValueError(
+            f"classifier {classifier} is a {type(loaded).__name__}, which has no features: give the file of an "
+            "ImageClassifier"
+        )
+    return cast(ImageClassifier, loaded)  # or one that keeps to its methods
+
+
+def proportion(hits: int, number: int) -> tuple[float, float]:
+    """The 95 % interval of a share, `hits` of `number` (Wilson); 0 to 1 where the number is 0."""
+    from scipy.stats import binomtest
+
+    return tuple(binomtest(hits, number).proportion_ci(0.95, "wilson")) if number else (0.0, 1.0)
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 512) -> float:
+    """Share of images classified as labelled, so many at once."""
+    found = torch.cat([model(part).argmax(dim=1) for part in images.split(batch_size)])
+    return (found == labels).float().mean().item()

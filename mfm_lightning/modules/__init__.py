@@ -2,6 +2,7 @@
 
 from mfm_lightning.modules.alignment import RewardAlignment
 from mfm_lightning.modules.base import TrainingModule, check_batch
+from mfm_lightning.modules.classification import Classification
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.finetuning import DiffusionSchedule, LowRank, RewardFinetuning
 from mfm_lightning.modules.finite import NonFiniteGradientError, NonFiniteLossError
@@ -11,6 +12,7 @@ from mfm_lightning.modules.pretraining import MFMPretraining
 from mfm_lightning.modules.value_estimation import ValueEstimation
 
 __all__ = [
+    "Classification",
     "DiffusionSchedule",
     "LogNormaliser",
     "LowRank",

@@ -75,6 +75,10 @@ class TrainingModule(L.LightningModule, ABC):
         """By name, the identity of each frozen part; a run cannot be resumed with another one."""
         return {}
 
+    def exported_metadata(self) -> dict[str, str]:
+        """What the file of the network says besides its class and config; called where it holds what is written."""
+        return {}
+
     def to_device(self, device: torch.device) -> None:
         """Move the frozen parts, which are no part of this module."""
 

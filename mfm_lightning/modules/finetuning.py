@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import TargetSettings, require_gradient
 from mfm_lightning.alignment.values import effective_sample_size
-from mfm_lightning.checkpoints import fingerprint, load_model
+from mfm_lightning.checkpoints import find_weights, fingerprint, load_model
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import diffusion, randn, sample_generators
@@ -129,8 +129,9 @@ class RewardFinetuning(TrainingModule):
         if gradient not in GRADIENTS:
             raise ValueError(f"unknown gradient {gradient!r}: expected one of {', '.join(GRADIENTS)}")
         self.target, self.base_path = target.load(), base or target.model
+        file = find_weights(self.base_path)
         model = self.target.model
-        flow = model if base is None else load_model(base).eval().requires_grad_(False)
+        flow = model if base is None else load_model(file).eval().requires_grad_(False)
         if (flow.state_shape, flow.num_classes) != (model.state_shape, model.num_classes):
             raise ValueError(
                 f"the base flow has states {flow.state_shape} and {flow.num_classes} classes, the Meta Flow Map "
@@ -143,10 +144,10 @@ class RewardFinetuning(TrainingModule):
             raise ValueError(f"num_draws {num_draws} must be at least 1 and class_dropout {class_dropout} in [0, 1]")
         self.state_shape, self.num_classes = model.state_shape, model.num_classes
         self._base = [flow]  # in a list: frozen, and no part of this module's state
-        self._identity = {**self.target.identity, "base": self.base_path, "base_sha256": fingerprint(self.base_path)}
+        self._identity = {**self.target.identity, "base": self.base_path, "base_sha256": fingerprint(file)}
         self._identity["adapters"] = repr(adapters)
         self._seen: list[tuple[Tensor, Tensor]] = []  # rewards and labels that the normaliser has yet to take in
-        self.policy = load_model(self.base_path)
+        self.policy = load_model(file)
         if adapters is not None:
             _add_adapters(self.policy, adapters)
             self.strict_loading = False  # what is frozen is not in the checkpoint

@@ -26,7 +26,8 @@ class MFMPretraining(TrainingModule):
         objective: the terms, and how their samples are drawn.
         teacher: frozen base drift for the distilled terms. It is in neither the checkpoint nor the optimiser: the
             checkpoint names it by its `identity`, and resuming with another one is refused.
-        initial: a `model.safetensors` to start from; must have this network's architecture.
+        initial: a `model.safetensors`, a name ("mnist/flow") or a Hugging Face id to start from; must have this
+            network's architecture.
         optimization: the optimiser and its learning rate.
         evaluation: what `validate` draws and `test` measures.
         execution: compilation and activation checkpointing, of the network; the teacher is compiled with it.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mfm_lightning.checkpoints import fingerprint, load_model
+from mfm_lightning.checkpoints import find_weights, fingerprint, load_model
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.glass import glass_velocity
 from mfm_lightning.interpolant import Times, as_times, expand
@@ -101,7 +100,7 @@ class CheckpointTeacher(ModelTeacher):
     """`ModelTeacher` of a file that `mfm fit` exported, referenced in checkpoints by path and SHA-256.
 
     Args:
-        path: a `model.safetensors`.
+        path: a `model.safetensors`, a name ("mnist/flow") or a Hugging Face id.
         omega: the model guidance that it was trained with; 0 for none.
         precision: "fp32", "bf16" or "fp16", whatever the student has; as the student where None.
 
@@ -110,10 +109,9 @@ class CheckpointTeacher(ModelTeacher):
     """
 
     def __init__(self, path: str, omega: float = 0.0, precision: Precision | None = None) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no teacher at {path}: fit the base flow first (e.g. configs/digits/flow.yaml)")
-        identity = {"kind": "model", "path": path, "sha256": fingerprint(path)}
-        super().__init__(load_model(path), omega, identity, precision)
+        file = find_weights(path, "teacher", "fit the base flow first (e.g. configs/digits/flow.yaml)")
+        identity = {"kind": "model", "path": path, "sha256": fingerprint(file)}
+        super().__init__(load_model(file), omega, identity, precision)
 
 
 class OracleTeacher(Teacher):

@@ -1,17 +1,48 @@
-"""Rewards of a classifier: the log-probability of a mixture of classes (paper, section 7.1.2)."""
+"""Rewards of a classifier: of one class, and the log-probability of a mixture of classes (paper, section 7.1.2)."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mfm_rewards.classifiers import class_index, class_names, load_classifier
+from mfm_rewards.pretrained import at_least_float32
 from mfm_rewards.protocol import Reward
 from mfm_rewards.registry import register
-from mfm_rewards.weights import load_state_dict, unwrapped
+
+
+@register("classifier")
+class ClassProbability(Reward):
+    """log p(class | x) of a classifier, or the class's logit, times `scale`.
+
+    Args:
+        classifier: a file that `mfm fit` wrote; a name: mnist, or efficientnet_lite0 of ImageNet's 1,000 classes; a
+            dictionary of a `class_path`, its `init_args` and a file of `weights`; or a module.
+        target: label or name of the class, such as 281 or "tabby".
+        output: "log_probability", or "logit", whose gradient does not vanish where the class is nearly certain.
+        scale: factor of the reward.
+    """
+
+    def __init__(
+        self,
+        classifier: nn.Module | dict[str, Any] | str,
+        target: int | str,
+        output: Literal["log_probability", "logit"] = "log_probability",
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if output not in ("log_probability", "logit"):
+            raise ValueError(f"output {output!r}: expected log_probability or logit")
+        self.classifier = load_classifier(classifier)
+        self.target, self.output, self.scale = class_index(target, class_names(self.classifier)), output, scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = _logits(self.classifier, images, self.target + 1)
+        chosen = logits if self.output == "logit" else logits.log_softmax(dim=1)
+        return self.scale * chosen[:, self.target]
 
 
 @register("class_mixture")
@@ -19,9 +50,7 @@ class ClassMixture(Reward):
     """log sum_i w_i p(y_i | x) of a classifier's class probabilities, times `scale` (paper, section 7.1.2).
 
     Args:
-        classifier: a module from images `(B, C, H, W)` in [0, 1] to logits `(B, K)`; or a dictionary of its
-            `class_path`, and where needed of its `init_args` and of a file of `weights` (`.safetensors` or `.pt`; a
-            `.pt` is read with `weights_only=True`).
+        classifier: as of the reward `classifier`.
         weights: w, one number for each class, or a dictionary of them by class; none negative, not all zero. They are
             normalised to sum to 1.
         scale: factor of the reward.
@@ -30,11 +59,13 @@ class ClassMixture(Reward):
     weights: Tensor
 
     def __init__(
-        self, classifier: nn.Module | dict[str, Any], weights: Sequence[float] | dict[int, float], scale: float = 1.0
+        self,
+        classifier: nn.Module | dict[str, Any] | str,
+        weights: Sequence[float] | dict[int, float],
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.classifier = classifier if isinstance(classifier, nn.Module) else load_classifier(**classifier)
-        self.classifier.eval().requires_grad_(False)
+        self.classifier = load_classifier(classifier)
         if isinstance(weights, dict):
             by_class = {int(k): float(w) for k, w in weights.items()}  # YAML and JSON may have strings
             weights = [by_class.get(k, 0.0) for k in range(max(by_class) + 1)]
@@ -44,31 +75,16 @@ class ClassMixture(Reward):
         self.scale = scale
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.classifier(images).float()  # autocast may have made them 16 bits
-        if logits.dim() != 2 or logits.shape[1] < len(self.weights):
-            raise ValueError(f"the classifier gave {tuple(logits.shape)}: expected (B, K), K >= {len(self.weights)}")
+        logits = _logits(self.classifier, images, len(self.weights))
         log_weights = (self.weights / self.weights.sum()).log().to(logits)
         chosen = logits.log_softmax(dim=1)[:, : len(log_weights)]
         # only classes of positive weight: a log-weight of -inf would give NaN gradients
         return self.scale * (chosen + log_weights)[:, self.weights > 0].logsumexp(dim=1)
 
 
-def load_classifier(class_path: str, init_args: dict[str, Any] | None = None, weights: str | None = None) -> nn.Module:
-    """A classifier by its class, with weights from a file of plain tensors.
-
-    Raises:
-        ValueError: if the class cannot be imported, or the weights are not plain tensors or do not fit.
-    """
-    module, _, name = class_path.rpartition(".")
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"classifier {class_path!r} cannot be imported: {error}") from error
-    classifier = target(**(init_args or {}))
-    if weights is not None:
-        try:
-            state = unwrapped(load_state_dict(weights), list(classifier.state_dict())[:1], weights)
-            classifier.load_state_dict(state)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise ValueError(f"weights {weights!r} of the classifier cannot be loaded: {error}") from error
-    return classifier
+def _logits(classifier: nn.Module, images: Tensor, least: int) -> Tensor:
+    """`(B, K)`, at least float32; raises ValueError for fewer classes than `least`."""
+    logits = at_least_float32(classifier(images))  # autocast may have made them 16 bits
+    if logits.dim() != 2 or logits.shape[1] < least:
+        raise ValueError(f"the classifier gave {tuple(logits.shape)}: expected (B, K), K >= {least}")
+    return logits

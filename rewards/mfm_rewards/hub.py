@@ -34,7 +34,7 @@ def find_file(path: str | Path, allow_download: bool = False, revision: str | No
     repo, file = _repository(str(path), "checkpoint")
     if file is None and PurePosixPath(repo).suffix in SUFFIXES:
         raise FileNotFoundError(f"no checkpoint at {path}")
-    hub = _hub(str(path))
+    hub = require_hub(str(path))
 
     def cached() -> Path:
         if file is not None:
@@ -48,7 +48,7 @@ def find_file(path: str | Path, allow_download: bool = False, revision: str | No
 
     # without a file's name the cache may have less than the repository
     ways = [cached] if not allow_download else [fetched] if file is None else [cached, fetched]
-    return _from_hub(ways, str(path), repo, [file] if file else [], "checkpoint", revision)
+    return from_hub(ways, str(path), repo, [file] if file else [], "checkpoint", revision)
 
 
 def find_folder(
@@ -79,7 +79,7 @@ def find_folder(
             raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: not the folder of a {what}")
         return folder
     repo, _ = _repository(str(path), what)
-    hub = _hub(str(path))
+    hub = require_hub(str(path))
     first = [alternatives.split("|")[0] for alternatives in needed]
 
     def cached() -> Path:
@@ -94,7 +94,7 @@ def find_folder(
         return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=[*chosen, *wanted]))
 
     ways = [cached, fetched] if allow_download else [cached]
-    return _from_hub(ways, str(path), repo, list(dict.fromkeys([*first, *wanted])), what, revision)
+    return from_hub(ways, str(path), repo, list(dict.fromkeys([*first, *wanted])), what, revision)
 
 
 def _missing(folder: Path, needed: Sequence[str]) -> list[str]:
@@ -110,7 +110,8 @@ def _repository(text: str, what: str) -> tuple[str, str | None]:
     return match["repo"], match["file"]
 
 
-def _hub(text: str) -> ModuleType:
+def require_hub(text: str) -> ModuleType:
+    """huggingface_hub, wanted for `text`; ImportError without it."""
     try:
         import huggingface_hub
     except ImportError as error:
@@ -118,10 +119,19 @@ def _hub(text: str) -> ModuleType:
     return huggingface_hub
 
 
-def _from_hub(
+def from_hub(
     ways: Sequence[Callable[[], Path]], text: str, repo: str, files: list[str], what: str, revision: str | None
 ) -> Path:
-    """What the first of the ways finds; if all fail, the error of the last."""
+    """What the first of the ways finds.
+
+    Args:
+        text: what was asked for.
+        files: of the repository `repo`.
+        what: how errors call it.
+
+    Raises:
+        FileNotFoundError: if all fail, with what was looked for, the reason, and the command that fetches it.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -133,7 +133,7 @@ def test_files_that_hold_no_weights_say_what_they_are(tmp_path):
 
 def test_a_file_is_checked_before_its_network_is_built(tmp_path, monkeypatch):
     """A small file whose config asks for a network of many gigabytes."""
-    from mfm_lightning.checkpoints.files import save_tensors
+    from mfm_lightning.networks.files import save_tensors
 
     model = MetaFlowMap(DiT(8, 4, 1, 16, 2, 2, 1, num_classes=3, guidance_scales=()))
     path = save_model(model, tmp_path / "small.safetensors")

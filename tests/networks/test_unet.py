@@ -7,13 +7,13 @@ import torch
 from safetensors import safe_open
 
 from mfm_lightning.checkpoints import load_model, save_model
-from mfm_lightning.checkpoints.files import load_network
 from mfm_lightning.commands.main import run
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import DigitsDataModule
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import TrainingExecution
 from mfm_lightning.networks import UNet
+from mfm_lightning.networks.files import load_network
 from mfm_lightning.networks.unet_sizes import architecture
 from mfm_lightning.tangents import velocity_and_jvp
 

@@ -81,6 +81,9 @@ def test_it_holds_all_that_git_tracks_and_nothing_else(tracked, wheel):
     assert {name.split("/")[0] for name in held} == {"mfm_lightning", "mfm_rewards", "mfm_benchmarks"}
     for name in ("mfm_lightning/configs/defaults.yaml", "mfm_rewards/data/imagenet_classes.txt"):
         assert name in held
+    assert {"classifier.safetensors", "features.safetensors", "README.md"} <= {
+        name.removeprefix("mfm_lightning/weights/mnist/") for name in held
+    }
     for package in ("mfm_lightning", "mfm_rewards", "mfm_benchmarks"):
         assert f"{package}/py.typed" in held
 
@@ -115,6 +118,8 @@ for command in (
         main(command.split())
     except SystemExit as stopped:
         print(stopped)
+print("classifier of", len(mfm_lightning.load_classifier("mnist").class_names), "classes")
+print(mfm_rewards.build("classifier", classifier="mnist", target="seven").target, "is seven")
 """
 
 
@@ -139,6 +144,8 @@ def test_it_works_in_an_empty_folder(installed, tmp_path):
     assert shown.count("package ") == 3
     assert all(suite in shown for suite in ("alignment", "digits", "gmm", "imagenet256"))
     assert "jpeg_compressibility" in shown
+    assert "classifier of 10 classes" in shown
+    assert "7 is seven" in shown
     assert "1.51 M trained parameters" in shown
     assert "max_steps: 1000" in shown
     assert "max_epochs: -1" in shown  # of the defaults

@@ -14,7 +14,7 @@ from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import sample_generators
-from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
+from mfm_lightning.metrics.frechet import frechet_of_features
 from mfm_lightning.metrics.measured import resampled
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.decoders import Decoder
@@ -79,7 +79,7 @@ class SampleQuality:
         return Outcome({}, {"features": torch.cat(features)})
 
     def blocks(self, results: Results, quality: Quality) -> list[Block]:
-        rows, real = [], Gaussian.of_features(quality.real)
+        rows, real = [], quality.gaussian
         for k, cells in self._cells.items():
             if (done := results.all(cells)) is None:
                 continue  # a part has not its share of each class

@@ -24,7 +24,7 @@ from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_lightning.alignment import BestOfN
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.metrics.distances import frequency_distance, pairwise_distance
-from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
+from mfm_lightning.metrics.frechet import frechet_of_features
 from mfm_lightning.metrics.measured import mean_of, resampled
 from mfm_rewards import Reward, RewardError, build
 
@@ -239,7 +239,7 @@ class AlignmentSuite(Suite):
     # what is made of it
 
     def report(self, results: Results) -> Sequence[Block]:
-        self._real = Gaussian.of_features(self.quality.real) if self.quality is not None else None
+        self._real = self.quality.gaussian if self.quality is not None else None
         entries = {reward: list(self._entries(reward, results)) for reward in self.rewards}
         entries = {reward: found for reward, found in entries.items() if found}
         if not entries:

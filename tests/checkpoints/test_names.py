@@ -1,0 +1,197 @@
+"""One door for models: paths, names of the package, Hugging Face ids; and files that are made to be published."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from mfm_benchmarks.models import ModelSettings, Subject
+from mfm_lightning.alignment.target import TargetSettings
+from mfm_lightning.checkpoints import (
+    CheckpointError,
+    find_weights,
+    fingerprint,
+    is_there,
+    load_classifier,
+    load_model,
+    read_metadata,
+    save_model,
+    shipped,
+)
+from mfm_lightning.commands.main import main, run
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.modules import MFMPretraining, RewardFinetuning
+from mfm_lightning.networks import DiT, ImageClassifier
+from mfm_lightning.networks.files import save_network
+from mfm_lightning.objectives import CheckpointTeacher, Objective, WeightedTerm
+
+OPTIONS = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
+
+
+def small(seed: int = 0) -> MetaFlowMap:
+    torch.manual_seed(seed)
+    model = MetaFlowMap(DiT(**OPTIONS, encoder_depth=1, num_classes=0, guidance_scales=()))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package that ships a model "tiny" with its flow, and a classifier; and an empty folder to work in."""
+    folder = tmp_path / "weights/tiny"
+    folder.mkdir(parents=True)
+    for seed, name, kind in ((0, "mfm", "meta_flow_map"), (1, "flow", "base_flow")):
+        save_model(small(seed), folder / f"{name}.safetensors", {"kind": kind, "decoder": "pixel"})
+    save_network(ImageClassifier(1, 3, 4, 1), folder / "classifier.safetensors", {"kind": "classifier"})
+    monkeypatch.setattr("mfm_lightning.checkpoints.names.SHIPPED", tmp_path / "weights")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return folder
+
+
+def test_a_name_is_that_of_the_package_until_a_file_hides_it(package, caplog):
+    assert sorted(shipped()) == ["tiny/classifier", "tiny/flow", "tiny/mfm"]
+    assert find_weights("tiny") == package / "mfm.safetensors"
+    assert find_weights("tiny/flow", "teacher") == package / "flow.safetensors"
+    assert find_weights("tiny", "classifier") == package / "classifier.safetensors"
+    assert not caplog.messages
+    small(7).save_pretrained("tiny")  # a folder, as of Hugging Face
+    assert find_weights("tiny") == Path("tiny/model.safetensors")
+    assert "tiny is taken for the file tiny/model.safetensors here, not for the model of the package" in caplog.messages
+    assert torch.equal(load_model("tiny").network.pos_embed, small(7).network.pos_embed)
+    weight = load_model("tiny").network.final_layer.linear.weight
+    assert torch.equal(weight, small(7).network.final_layer.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "message"),
+    [
+        ("tyny", "model", "no model at tyny: did you mean tiny"),
+        ("tiny/flwo", "teacher", "no teacher at tiny/flwo: did you mean tiny/flow"),
+        ("other", "model", "no model at other: fit it"),
+        ("outputs/x/model.safetensors", "model", "no model at outputs/x/model.safetensors: fit it"),
+        ("org/name", "model", "a checkpoint of org/name is not in Hugging Face's cache on this machine"),
+        ("hf:tiny/flow", "model", "a checkpoint of tiny/flow is not in Hugging Face's cache"),
+    ],
+)
+def test_what_is_nowhere_is_said_in_a_line(package, tmp_path, monkeypatch, name, what, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        find_weights(name, what, "fit it")
+    assert "\n" not in str(error.value)
+    assert not is_there(name)
+
+
+def test_a_repository_in_the_cache_is_loaded_by_its_id(package, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub/models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    small(3).save_pretrained(folder / "snapshots" / ("0" * 40))
+    loaded = load_model("org/name")
+    assert torch.equal(loaded.network.final_layer.linear.weight, small(3).network.final_layer.linear.weight)
+
+
+def test_all_who_take_a_model_take_its_name(package):
+    digest = fingerprint(package / "mfm.safetensors")
+    target = TargetSettings("tiny", "brightness", None).load()
+    assert (target.identity["model"], target.identity["sha256"]) == ("tiny", digest)
+    teacher = CheckpointTeacher("tiny/flow")
+    assert teacher.identity["sha256"] == fingerprint(package / "flow.safetensors")
+    objective = Objective([WeightedTerm("eulerian_teacher")])
+    module = MFMPretraining(small(5).network, objective, teacher, initial="tiny")
+    assert torch.equal(module.model.network.final_layer.linear.weight, small(0).network.final_layer.linear.weight)
+    settings = ModelSettings("tiny", decoder=None)
+    assert not settings.missing()
+    assert Subject(settings, torch.device("cpu")).identity["model"] == digest
+    assert "no model at tyni" in ModelSettings("tyni").missing()[0]
+    with pytest.raises(CheckpointError, match="is a base flow, which draws no posteriors"):
+        TargetSettings("tiny/flow", "brightness").load()
+
+
+def test_finetuning_starts_from_a_name(package):
+    from mfm_lightning.networks import PixelDecoder
+
+    module = RewardFinetuning(TargetSettings("tiny", "brightness", PixelDecoder()), base="tiny/flow")
+    assert module.frozen["base_sha256"] == fingerprint(package / "flow.safetensors")
+    assert torch.equal(module.policy.network.final_layer.linear.weight, small(1).network.final_layer.linear.weight)
+
+
+def test_samples_of_a_name_are_pictures(package):
+    run(["sample", "tiny", "--output", "samples", "--num-samples", "3", "--steps", "2", "--device", "cpu"])
+    pictures = sorted(Path("samples").rglob("*.png"))
+    assert len(pictures) == 3
+    assert Image.open(pictures[0]).size == (8, 8)
+    with pytest.raises(SystemExit, match="no model at tinny: did you mean tiny"):
+        main(["sample", "tinny", "--output", "others"])
+
+
+def test_a_published_file_has_16_bits_and_is_described(package, tmp_path):
+    run_folder = tmp_path / "run"
+    (run_folder / "test").mkdir(parents=True)
+    (run_folder / "test/frechet.json").write_text(json.dumps([{"samples": "ODE", "Fréchet": 1.23456}]))
+    file = save_model(small(2), run_folder / "model.safetensors", {"kind": "meta_flow_map", "step": "8000"})
+    said = ["--data", "Noise of mine", "--licence", "MIT", "--decoder", "pixel", "--command", "mfm fit"]
+    out = tmp_path / "published"
+    for name in ("b", "a"):
+        output = ["--output", str(out / f"{name}.safetensors")]
+        run(["export", str(file), "--names", "own", "--dtype", "bf16", *output, *said])
+    with safe_open(out / "a.safetensors", framework="pt") as opened:
+        assert {opened.get_slice(k).get_dtype() for k in opened.keys()} == {"BF16"}  # noqa: SIM118
+    loaded, original = load_model(out / "a.safetensors"), small(2)
+    for name, tensor in original.network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], tensor.bfloat16().float()), name
+    header = read_metadata(out / "a.safetensors")
+    assert {k: header[k] for k in ("kind", "step", "licence", "decoder")} == {
+        "kind": "meta_flow_map", "step": "8000", "licence": "MIT", "decoder": "pixel",
+    }  # fmt: skip
+    text = (out / "README.md").read_text()
+    assert text.index("## a.safetensors") < text.index("## b.safetensors")
+    number = sum(p.numel() for p in original.state_dict().values())
+    assert text.count(f"A Meta Flow Map: `DiT`, {number / 1e6:.2f} M parameters as BF16") == 2
+    for line in ("- Data: Noise of mine", "- Licence: MIT", "8,000 steps", "| samples | Fréchet |", "| ODE | 1.235 |"):
+        assert text.count(line) == 2
+    run(["export", "tiny/flow", "--names", "own", "--output", str(out / "a.safetensors")])
+    text = (out / "README.md").read_text()  # its section anew, the other as it was
+    assert text.count("## a.safetensors") == text.count("| ODE | 1.235 |") == 1
+    assert "A base flow: `DiT`" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--names", "own", "--output", "x.pt"], "--names own: expected --output NAME.safetensors"),
+        (["--dtype", "bf16", "--output", "x.safetensors"], "--dtype is for --names own"),
+        (["--licence", "MIT", "--output", "x.safetensors"], "--licence is for --names own"),
+    ],
+)
+def test_options_of_the_other_names_are_refused(package, capsys, options, message):
+    with pytest.raises(SystemExit):
+        main(["export", "tiny", *options])
+    assert message in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("name", ["mnist", "mnist/features"])
+def test_the_classifiers_of_the_package_read_other_peoples_digits(name):
+    """scikit-learn's scans of 8x8 pixels are no MNIST: smaller, of other people, and cut closer."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    images = torch.nn.functional.interpolate(images, (20, 20), mode="bilinear")
+    images = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    classifier = load_classifier(name)
+    with torch.no_grad():
+        found = classifier(images).argmax(dim=1)
+    assert (found == torch.tensor(digits.target)).float().mean() > 0.8
+    assert json.loads(read_metadata(find_weights(name, "classifier"))["accuracy"])["low"] > 0.99
+    assert find_weights(name, "classifier").parent.joinpath("README.md").read_text().count("- Accuracy: 99.") == 2
+
+
+def test_what_is_shipped_is_small():
+    assert sum(path.stat().st_size for path in shipped().values()) < 6e6

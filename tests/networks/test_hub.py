@@ -1,0 +1,74 @@
+"""Models on Hugging Face's hub, by its own mixin, without reaching it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks import MLP
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MetaFlowMap(MLP(dim=2, hidden_size=8, depth=1))
+
+
+def test_a_folder_gives_back_the_model_and_what_was_said_of_it(tmp_path, model):
+    said = {"kind": "base_flow", "data": "two moons", "licence": "MIT"}
+    model.save_pretrained(tmp_path / "saved", said)
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    assert (config["network"], config["config"]["hidden_size"], config["data"]) == ("MLP", 8, "two moons")
+    loaded = MetaFlowMap.from_pretrained(tmp_path / "saved")
+    assert loaded.metadata == said
+    s, x = torch.rand(3), torch.randn(3, 2)
+    assert torch.equal(loaded.velocity(s, 1.0, x, 0.2, x), model.velocity(s, 1.0, x, 0.2, x))
+    card = (tmp_path / "saved/README.md").read_text()
+    for line in ("library_name: mfm-lightning", "- Data: two moons", "- Licence: MIT", "A base flow: `MLP`"):
+        assert line in card
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/README.md").read_text() == card
+
+
+def test_what_is_pushed_is_what_is_saved(tmp_path, model, monkeypatch):
+    pushed = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            assert token == "mine"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, revision, **_):
+            pushed.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+            return f"https://hub/{repo_id}/{revision}/{commit_message}"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    address = model.push_to_hub("org/name", {"data": "moons"}, token="mine", branch="b", commit_message="first")
+    assert address == "https://hub/org/name/b/first"
+    model.save_pretrained(tmp_path / "saved", {"data": "moons"})
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    assert sorted(pushed) == sorted(saved) == ["README.md", "config.json", "model.safetensors"]
+    tensors = load(pushed.pop("model.safetensors")), load(saved.pop("model.safetensors"))
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    assert pushed == saved
+
+
+def test_a_hub_that_is_not_reached_is_a_line():
+    message = r"model\.safetensors of org/none is not in Hugging Face's cache"
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        MetaFlowMap.from_pretrained("org/none", local_files_only=True)
+    assert "\n" not in str(error.value)
+
+
+def test_without_huggingface_hub_a_line_says_what_to_install(tmp_path, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for call in (model.save_pretrained, model.push_to_hub, MetaFlowMap.from_pretrained):
+        with pytest.raises(ImportError, match="pip install huggingface-hub"):
+            call(str(tmp_path / "folder"))
+    assert not list(tmp_path.iterdir())
