@@ -7,6 +7,7 @@ from mfm_lightning.data.images import ImageDataModule
 from mfm_lightning.data.latents import LatentShards
 from mfm_lightning.data.noise import NoiseDataModule
 from mfm_lightning.data.off_policy import OffPolicyDataModule
+from mfm_lightning.data.web import WebDatasetDataModule
 
 __all__ = [
     "ArrayDataModule",
@@ -18,4 +19,5 @@ __all__ = [
     "NoiseDataModule",
     "OffPolicyDataModule",
     "StepDataModule",
+    "WebDatasetDataModule",
 ]
