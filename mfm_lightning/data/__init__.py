@@ -4,6 +4,7 @@ from mfm_lightning.data.base import ArrayDataModule, StepDataModule
 from mfm_lightning.data.digits import DigitsClassifier, DigitsDataModule
 from mfm_lightning.data.gaussian_mixture import GaussianMixtureDataModule
 from mfm_lightning.data.images import ImageDataModule
+from mfm_lightning.data.latent_files import LatentDataModule
 from mfm_lightning.data.latents import LatentShards
 from mfm_lightning.data.noise import NoiseDataModule
 from mfm_lightning.data.off_policy import OffPolicyDataModule
@@ -15,6 +16,7 @@ __all__ = [
     "DigitsDataModule",
     "GaussianMixtureDataModule",
     "ImageDataModule",
+    "LatentDataModule",
     "LatentShards",
     "NoiseDataModule",
     "OffPolicyDataModule",
