@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mfm_lightning.checkpoints import find_weights, fingerprint
-from mfm_lightning.data.base import ArrayDataModule
+from mfm_lightning.data.base import StepDataModule
 from mfm_lightning.metrics.classifier import fitted_features, load_features
 from mfm_lightning.metrics.frechet import Gaussian
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
@@ -59,31 +59,18 @@ class ClassifierQuality(Quality):
         data: a DataModule with splits and `decode`.
         seed: of the training.
         steps: of the training.
-<<<<<<< HEAD
+        classifier: in place of one trained here, a file that `mfm fit` wrote for `Classification`, or a name, such as
+            mnist/features.
+        cache: file that keeps the trained classifier and the Gaussian of real features for the next run;
+            outputs/features/DATA.safetensors where None.
 
     Raises:
         ValueError: if the data do not fit in memory.
     """
 
-    def __init__(self, data: StepDataModule, seed: int = 0, steps: int = 600) -> None:
-        self.data, self.seed, self.steps = data, seed, steps
-
-    def prepare(self, device: torch.device) -> None:
-        self.data.setup("test")
-        images, labels = self.splits["train"]
-        images = self.data.decode(images)
-        self.classifier = train_classifier(images, labels, self.data.num_classes, self.steps, self.seed)
-        self._real = self.features(images)
-=======
-        classifier: in place of one trained here, a file that `mfm fit` wrote for `Classification`, or a name, such as
-            mnist/features.
-        cache: file that keeps the trained classifier and the Gaussian of real features for the next run;
-            outputs/features/DATA.safetensors where None.
-    """
-
     def __init__(
         self,
-        data: ArrayDataModule,
+        data: StepDataModule,
         seed: int = 0,
         steps: int = 600,
         classifier: str | None = None,
@@ -103,7 +90,7 @@ class ClassifierQuality(Quality):
 
     def prepare(self, device: torch.device) -> None:
         self.data.setup("test")
-        images, labels = self.data.splits["train"]
+        images, labels = self.splits["train"]
         self._images = self.data.decode(images)
         data = self._images, labels, self.data.num_classes, self.cache
         self.classifier, self._gaussian = (
@@ -111,7 +98,6 @@ class ClassifierQuality(Quality):
             if self.given is None
             else fitted_features(*data, load_features(self.given))
         )
->>>>>>> classifiers
 
     @property
     def splits(self) -> Mapping[str, tuple[Tensor, Tensor]]:

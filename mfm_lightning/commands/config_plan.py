@@ -11,6 +11,8 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mfm_lightning.commands.data_report import data_of_config
+from mfm_lightning.commands.data_sizes import fill_sizes, missing_sizes
 from mfm_lightning.commands.errors import explain
 from mfm_lightning.commands.planning import Plan, plan_training
 from mfm_lightning.modules import TrainingExecution
@@ -40,8 +42,7 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
     if "network" not in arguments:
         raise ValueError(f"{path}: model.init_args has no network")
     fake = FakeTensorMode()
-    with fake:
-        made = _instantiate(path, {k: arguments.get(k) for k in ("network", "objective", "execution")})
+    made = _instantiate(path, {k: arguments.get(k) for k in ("network", "objective", "execution")}, fake)
     return plan_training(
         made.network,
         made.objective,
@@ -76,15 +77,27 @@ def show(plan: Plan, memory: float) -> None:
     )
 
 
-def _instantiate(path: Path, settings: dict[str, Any]) -> Any:
+def _instantiate(path: Path, settings: dict[str, Any], fake: FakeTensorMode) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--network", type=nn.Module)
     parser.add_argument("--objective", type=Objective)
     parser.add_argument("--execution", type=TrainingExecution | None, default=None)
     try:
-        return parser.instantiate(parser.parse_object({k: v for k, v in settings.items() if v is not None}))
+        parsed = parser.parse_object({k: v for k, v in settings.items() if v is not None})
+        if missing := missing_sizes(parsed.network):
+            _fill_from_data(path, parsed.network, missing)
+        with fake:
+            return parser.instantiate(parsed)
     except (argparse.ArgumentError, TypeError) as error:
         raise ValueError(f"{path}: {explain(str(error))}") from error
+
+
+def _fill_from_data(path: Path, network: Any, missing: list[str]) -> None:
+    try:
+        fill_sizes(network, data_of_config(path))
+    except (OSError, ImportError, ValueError) as error:
+        hint = "to plan without the data, set them in network.init_args"
+        raise ValueError(f"{path} leaves the network's {', '.join(missing)} to its data: {error} ({hint})") from error
 
 
 def _batch_size(config: dict[str, Any]) -> int:

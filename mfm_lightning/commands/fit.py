@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ActionYesNo
+from jsonargparse import ActionYesNo, Namespace
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -22,6 +22,7 @@ from torch import nn
 
 from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, StepProgressBar
 from mfm_lightning.callbacks.stops import stopped_at_once
+from mfm_lightning.commands.data_sizes import fill_sizes, missing_sizes
 from mfm_lightning.commands.errors import CommandLineError, explain
 from mfm_lightning.commands.imports import import_modules
 from mfm_lightning.commands.options import strict_yaml
@@ -136,6 +137,21 @@ class MFMCLI(LightningCLI):
         for noise in NOISE:
             warnings.filterwarnings("ignore", message=noise)
 
+    def instantiate_classes(self) -> None:
+        """As LightningCLI's, but that sizes which the network's config leaves out are those of the data. jsonargparse's
+        own links (`link_arguments`) would write over sizes that are given, and leave those they set out of the saved
+        config."""
+        config = self.config
+        network = (self.settings.get("model.init_args") or {}).get("network")
+        if missing_sizes(network):
+            data = _instantiated("data", L.LightningDataModule, self.settings.get("data"))
+            fill_sizes(network, data)
+            config = config.clone()
+            self.settings_of(config)["data"] = data  # what is made already is not made again
+        self.config_init = self.parser.instantiate_classes(config)
+        self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
+        self.trainer = self.instantiate_trainer()
+
     def _add_instantiators(self) -> None:
         super()._add_instantiators()  # of LightningModules, which come first
         self.parser.add_instantiator(_with_config, nn.Module)
@@ -218,6 +234,13 @@ class MFMCLI(LightningCLI):
         made = super().instantiate_trainer(**kwargs)
         use_fit_loop(made)
         return made
+
+
+def _instantiated(name: str, kind: type, config: Any) -> Any:
+    """What a parsed config of its own stands for."""
+    parser = Parser()
+    parser.add_argument(f"--{name}", type=kind)
+    return parser.instantiate_classes(Namespace(**{name: config}))[name]
 
 
 def _with_config(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from pathlib import Path
 def plan(*, config: Path, devices: int | None = None, batch_size: int | None = None, memory: float = 80.0) -> None:
     """Tell parameters, operations and memory of a training step on each GPU, under DDP and FSDP.
 
-    Computed without the config's files, data or devices.
+    Computed without the config's files, data or devices; of the data only the sizes that the network leaves to them.
 
     Args:
         config: YAML of mfm fit: its path, or the name of a packaged one, such as imagenet256/mfm_b2.

@@ -57,6 +57,7 @@ class RewardAlignment(L.LightningModule):
         super().__init__()
         self.target, self.method = target.load(), method or Steering()
         self.method.check(self.target.reward)
+        self.state_shape, self.num_classes = self.target.model.state_shape, self.target.model.num_classes
         self.base_steps, self.pictures, self.seed = base_steps, pictures, seed
         self._numbers = SampleNumbers()
         self._done: list[dict[str, Any]] = []
@@ -70,20 +71,20 @@ class RewardAlignment(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "predict":
             raise ValueError(f"alignment has nothing to {stage}: run mfm predict")
-        data, model = datamodule_of(self.trainer), self.target.model
-        shape = tuple(getattr(data, "state_shape", model.state_shape))
-        classes = getattr(data, "num_classes", model.num_classes)
-        if (shape, classes) != (model.state_shape, model.num_classes):
+        data = datamodule_of(self.trainer)
+        shape = tuple(getattr(data, "state_shape", self.state_shape))
+        classes = getattr(data, "num_classes", self.num_classes)
+        if (shape, classes) != (self.state_shape, self.num_classes):
             raise ValueError(
                 f"noise of shape {shape} with {classes} classes for a model of "
-                f"{model.state_shape} with {model.num_classes}: set data.state_shape and data.num_classes"
+                f"{self.state_shape} with {self.num_classes}: leave out data.state_shape and data.num_classes"
             )
         self.target.to(self.trainer.strategy.root_device)  # this module's own device is known only later
         self.folder.mkdir(parents=True, exist_ok=True)
         self._done, self._shown = [], []
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        check_batch(batch, self.target.model.state_shape, self.target.model.num_classes)
+        check_batch(batch, self.state_shape, self.num_classes)
         return batch
 
     def predict_step(self, batch: Batch, batch_idx: int) -> AlignmentResult:

@@ -62,6 +62,33 @@ def label_and_guidance(conditions: Conditions) -> tuple[Tensor, Tensor]:
     return conditions.label, conditions.guidance
 
 
+def given_sizes(kind: str, **sizes: int | None) -> list[int]:
+    """The sizes, by name, in their order.
+
+    Args:
+        kind: of the network, for the message.
+
+    Raises:
+        ValueError: for one that is None. A config may leave it out: `mfm fit` then takes that of the data.
+    """
+    if missing := [name for name, size in sizes.items() if size is None]:
+        raise ValueError(f"{kind} needs {', '.join(missing)}: give them; mfm fit takes those of the data")
+    return [size for size in sizes.values() if size is not None]
+
+
+def image_sizes(kind: str, state_shape: Sequence[int] | None) -> tuple[int, int]:
+    """Channels and side of a state `(C, H, H)`.
+
+    Raises:
+        ValueError: if it is None (as of `given_sizes`), or no square image.
+    """
+    if state_shape is None:
+        raise ValueError(f"{kind} needs state_shape: give it; mfm fit takes that of the data")
+    if len(state_shape) != 3 or state_shape[1] != state_shape[2]:
+        raise ValueError(f"state_shape {tuple(state_shape)}: {kind} takes square images, (channels, size, size)")
+    return state_shape[0], state_shape[1]
+
+
 def check_guidance_scales(scales: Sequence[float]) -> None:
     """Raise ValueError where a class-guidance scale is not above 1."""
     if any(g <= 1 for g in scales):

@@ -13,14 +13,14 @@ that a pretrained flow fills; the other two, and the t-embedding, start at zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.networks.base import check_guidance_scales, duals, result
+from mfm_lightning.networks.base import check_guidance_scales, duals, given_sizes, image_sizes, result
 from mfm_lightning.networks.dual import (
     Dual,
     add,
@@ -196,8 +196,47 @@ class FinalLayer(nn.Module):
         return linear(self.linear, modulate(layer_norm(self.norm, x), shift, scale))
 
 
+def _of_size(name: str) -> Any:
+    """`DiT.S` and so on: a constructor whose signature a config can name."""
+
+    def make(
+        cls: type[DiT],
+        state_shape: Sequence[int] | None = None,
+        patch_size: int = 2,
+        num_classes: int | None = None,
+        mlp_ratio: float = 4.0,
+        qk_norm: QKNorm = False,
+        guidance_scales: Sequence[float] = (2.5,),
+        flip_time: bool = False,
+    ) -> DiT:
+        """A DiT of this size by name (Table 5).
+
+        In a config `state_shape` and `num_classes` may be left out: they are those of the data.
+
+        Args:
+            state_shape: channels, height and width of the state; the last two are equal.
+            patch_size: side of a patch; divides height and width.
+            num_classes: number of labels; label `num_classes` is the null label.
+            mlp_ratio: width of a block's MLP, in widths of the transformer.
+            qk_norm: normalise queries and keys, as of `DiT`.
+            guidance_scales: the class-guidance scales that the network knows besides 1 (none).
+            flip_time: the weights were trained with t=1 for noise, as of `DiT`.
+        """
+        in_channels, input_size = image_sizes("a DiT", state_shape)
+        return cls(
+            input_size, patch_size, in_channels, **SIZES[name], num_classes=num_classes, mlp_ratio=mlp_ratio,
+            qk_norm=qk_norm, guidance_scales=guidance_scales, flip_time=flip_time,
+        )  # fmt: skip
+
+    make.__name__, make.__qualname__ = name, f"DiT.{name}"
+    return classmethod(make)
+
+
 class DiT(TwoTimeNetwork):
-    """Average velocity v_{s,u}(x; t, x_t) of images or latents.
+    """Average velocity v_{s,u}(x; t, x_t) of images or latents. In a config a size of the paper (Table 5) stands as
+    `class_path: mfm_lightning.networks.DiT.B`, `init_args: {patch_size: 2}`.
+
+    In a config `input_size`, `in_channels` and `num_classes` may be left out: they are those of the data.
 
     Args:
         input_size: height and width of the state.
@@ -220,23 +259,27 @@ class DiT(TwoTimeNetwork):
     """
 
     pos_embed: Tensor
+    S, B, L, XL = map(_of_size, SIZES)
 
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: int | None = None,
         patch_size: int = 2,
-        in_channels: int = 4,
+        in_channels: int | None = None,
         hidden_size: int = 768,
         depth: int = 12,
         num_heads: int = 12,
         encoder_depth: int = 8,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         mlp_ratio: float = 4.0,
         qk_norm: QKNorm = False,
         guidance_scales: Sequence[float] = (2.5,),
         flip_time: bool = False,
     ) -> None:
         super().__init__()
+        input_size, in_channels, num_classes = given_sizes(
+            "a DiT", input_size=input_size, in_channels=in_channels, num_classes=num_classes
+        )
         _check_sizes(input_size, patch_size, hidden_size, depth, num_heads, encoder_depth, guidance_scales)
         qk_norm = "rms" if qk_norm is True else qk_norm
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}

@@ -164,7 +164,9 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
     try:
         _check_size(kind, config, path)
         network = kind(**config)
-    except (TypeError, RuntimeError) as error:
+    except CheckpointError:
+        raise
+    except (TypeError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} holds a {name} that the class does not make any more: {error}") from error
     if not hasattr(network, "config"):
         setattr(network, "config", config)  # noqa: B010 # a Module declares tensors and modules alone

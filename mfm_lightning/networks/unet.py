@@ -1,7 +1,8 @@
 """A UNet for the average velocity of images in pixels (ADM's: Dhariwal and Nichol, arXiv 2105.05233), top to bottom.
 
 The paper's MNIST experiment (F.2) has a UNet of 9 M parameters; `UNet.base` has 8.4 M at 28x28. In a
-config a size stands as `class_path: mfm_lightning.networks.UNet.base`, `init_args: {state_shape: [1, 28, 28]}`.
+config a size stands as `class_path: mfm_lightning.networks.UNet.base`; its `state_shape` and `num_classes` may be left
+out there, and are those of the data.
 
     first features = conv(x) + conv'(x_t)                         conv' = 0 until trained
     down and middle see  c = s + u + class + t + guidance embeddings
@@ -19,7 +20,7 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.networks.base import duals, result
+from mfm_lightning.networks.base import duals, given_sizes, result
 from mfm_lightning.networks.dit import Attention
 from mfm_lightning.networks.dual import Dual, add, concatenate, linear, silu
 from mfm_lightning.networks.dual_conv import conv2d, group_norm, modulate_channels, upsample
@@ -72,6 +73,8 @@ class Level(nn.Module):
 class UNet(TwoTimeNetwork):
     """Average velocity v_{s,u}(x; t, x_t) of images in pixels.
 
+    In a config `input_size`, `in_channels` and `num_classes` may be left out: they are those of the data.
+
     Args:
         input_size: height and width of the state; any, also odd.
         in_channels: channels of the state.
@@ -92,18 +95,21 @@ class UNet(TwoTimeNetwork):
 
     def __init__(
         self,
-        input_size: int = 28,
-        in_channels: int = 1,
+        input_size: int | None = None,
+        in_channels: int | None = None,
         channels: int = 64,
         channel_multipliers: Sequence[int] = (1, 2, 3),
         num_blocks: int = 1,
         attention_resolutions: Sequence[int] | None = None,
         num_heads: int = 4,
-        num_classes: int = 10,
+        num_classes: int | None = None,
         norm_groups: int = 16,
         guidance_scales: Sequence[float] = (),
     ) -> None:
         super().__init__()
+        input_size, in_channels, num_classes = given_sizes(
+            "a UNet", input_size=input_size, in_channels=in_channels, num_classes=num_classes
+        )
         sizes = level_sizes(input_size, len(channel_multipliers))
         if attention_resolutions is None:
             attention_resolutions = [size for size in sizes if size <= 16]
@@ -141,7 +147,12 @@ class UNet(TwoTimeNetwork):
         self.reset_condition()
 
     @classmethod
-    def small(cls, state_shape: Sequence[int], num_classes: int = 0, guidance_scales: Sequence[float] = ()) -> UNet:
+    def small(
+        cls,
+        state_shape: Sequence[int] | None = None,
+        num_classes: int | None = None,
+        guidance_scales: Sequence[float] = (),
+    ) -> UNet:
         """2 M parameters at 28x28: 32 channels first, one block a level.
 
         Args:
@@ -152,7 +163,12 @@ class UNet(TwoTimeNetwork):
         return cls(**architecture("small", state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
 
     @classmethod
-    def base(cls, state_shape: Sequence[int], num_classes: int = 0, guidance_scales: Sequence[float] = ()) -> UNet:
+    def base(
+        cls,
+        state_shape: Sequence[int] | None = None,
+        num_classes: int | None = None,
+        guidance_scales: Sequence[float] = (),
+    ) -> UNet:
         """8 M parameters at 28x28, near the paper's 9 M (F.2): 64 channels first, one block a level.
 
         Args:
@@ -163,7 +179,12 @@ class UNet(TwoTimeNetwork):
         return cls(**architecture("base", state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
 
     @classmethod
-    def large(cls, state_shape: Sequence[int], num_classes: int = 0, guidance_scales: Sequence[float] = ()) -> UNet:
+    def large(
+        cls,
+        state_shape: Sequence[int] | None = None,
+        num_classes: int | None = None,
+        guidance_scales: Sequence[float] = (),
+    ) -> UNet:
         """47 M parameters at 28x28: 128 channels first, two blocks a level.
 
         Args:

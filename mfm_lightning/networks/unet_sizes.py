@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mfm_lightning.networks.base import check_guidance_scales
+from mfm_lightning.networks.base import check_guidance_scales, image_sizes
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"channels": 32, "num_blocks": 1},
@@ -15,7 +15,7 @@ SIZES: dict[str, dict[str, int]] = {
 MULTIPLIERS = (1, 2, 3, 4)  # of the levels: as many as halve the side to 7 or less, 4 at most
 
 
-def architecture(name: str, state_shape: Sequence[int]) -> dict[str, Any]:
+def architecture(name: str, state_shape: Sequence[int] | None) -> dict[str, Any]:
     """Keyword arguments of `UNet` for a size by name and a state `(C, H, W)`.
 
     Raises:
@@ -23,13 +23,12 @@ def architecture(name: str, state_shape: Sequence[int]) -> dict[str, Any]:
     """
     if name not in SIZES:
         raise ValueError(f"unknown UNet size {name!r}: expected one of {', '.join(SIZES)}")
-    if len(state_shape) != 3 or state_shape[1] != state_shape[2]:
-        raise ValueError(f"state_shape {tuple(state_shape)}: a UNet takes square images, (channels, size, size)")
-    sizes = level_sizes(state_shape[1], len(MULTIPLIERS))
-    levels = 1 + sum(size > 7 for size in sizes[:-1])
+    channels, size = image_sizes("a UNet", state_shape)
+    sizes = level_sizes(size, len(MULTIPLIERS))
+    levels = 1 + sum(side > 7 for side in sizes[:-1])
     return {
-        "input_size": state_shape[1],
-        "in_channels": state_shape[0],
+        "input_size": size,
+        "in_channels": channels,
         **SIZES[name],
         "channel_multipliers": list(MULTIPLIERS[:levels]),
         "norm_groups": SIZES[name]["channels"] // 4,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.networks.base import given_sizes
 from mfm_lightning.networks.dit import AdaLN, Block, PatchEmbedding
 from mfm_lightning.networks.dual import Dual, add, layer_norm, modulate
 from mfm_lightning.networks.embeddings import TimeEmbedding, TimeFeatures, sincos_positions
@@ -48,6 +49,8 @@ class ValueNetwork(nn.Module, ABC):
 class ValueDiT(ValueNetwork):
     """A DiT on images or latents whose tokens are averaged to one number; conditioned on t and the label.
 
+    In a config `input_size`, `in_channels` and `num_classes` may be left out: they are those of the data.
+
     Args:
         input_size: height and width of the state.
         patch_size: side of a patch; divides `input_size`.
@@ -63,16 +66,19 @@ class ValueDiT(ValueNetwork):
 
     def __init__(
         self,
-        input_size: int = 32,
+        input_size: int | None = None,
         patch_size: int = 2,
-        in_channels: int = 4,
+        in_channels: int | None = None,
         hidden_size: int = 384,
         depth: int = 6,
         num_heads: int = 6,
-        num_classes: int = 1000,
+        num_classes: int | None = None,
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
+        input_size, in_channels, num_classes = given_sizes(
+            "a ValueDiT", input_size=input_size, in_channels=in_channels, num_classes=num_classes
+        )
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(
                 f"input_size {input_size} must be a multiple of patch_size {patch_size}, and hidden_size {hidden_size} "

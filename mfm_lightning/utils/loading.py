@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 
@@ -30,7 +31,13 @@ class Computed(Dataset):
 
 
 class RaisingLoader(DataLoader):
-    """A DataLoader that raises the errors among what a `Computed` gives; for batches with `collate_fn=collated`."""
+    """A DataLoader that raises the errors among what a `Computed` gives; for batches with `collate_fn=collated`.
+
+    It takes no random number from training's noise, as torch's own does at each start, also of a resumed run.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"generator": torch.Generator(), **kwargs})
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for found in super().__iter__():

@@ -73,7 +73,7 @@ def test_sizes_are_read_from_the_shapes(released, source):
 @pytest.mark.parametrize("name", ["S/2", "B/2", "L/4", "XL/2"])
 def test_known_sizes_need_no_keyword(name):
     with torch.device("meta"):
-        network = DiT(**architecture(name), guidance_scales=())
+        network = DiT(**architecture(name), input_size=32, in_channels=4, num_classes=1000, guidance_scales=())
     assert infer_architecture(network.state_dict(), {}, "file") == {
         k: () if k == "guidance_scales" else v for k, v in network.config.items() if k != "flip_time"
     }

@@ -57,7 +57,7 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     for name, source in (("sit_b2", "sit"), ("dmf_xl2", "dmf")):  # with the convention of time that importing gives
         save_file(weights(source), f"{source}.safetensors")
         flip = import_checkpoint(f"{source}.safetensors", source, **NOT_IN_SHAPES).network.flip_time
-        model = MetaFlowMap(DiT(**shape, encoder_depth=1, flip_time=flip))
+        model = MetaFlowMap(DiT(**shape, in_channels=4, encoder_depth=1, num_classes=1000, flip_time=flip))
         save_model(model, f"checkpoints/imagenet256/{name}.safetensors")
     small_vae(Path("checkpoints/sd-vae-ft-mse"), blocks=1)
     small = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]

@@ -18,7 +18,8 @@ from mfm_lightning.modules import TrainingExecution
 from mfm_lightning.networks import DiT
 from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm
 
-NETWORK = {"input_size": 16, "hidden_size": 64, "depth": 4, "num_heads": 4, "encoder_depth": 2, "num_classes": 10}
+NETWORK = {"input_size": 16, "in_channels": 4, "hidden_size": 64, "depth": 4, "num_heads": 4, "encoder_depth": 2}
+NETWORK |= {"num_classes": 10}
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

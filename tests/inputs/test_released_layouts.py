@@ -100,4 +100,4 @@ def test_weights_with_qk_norm_are_imported_with_their_norm(tmp_path, kind):
 
 def test_an_unknown_qk_norm_is_refused():
     with pytest.raises(ValueError, match=r"qk_norm 'batch': expected true or 'rms'"):
-        DiT(8, 4, 1, 16, 2, 2, 1, qk_norm="batch")
+        DiT(8, 4, 1, 16, 2, 2, 1, num_classes=10, qk_norm="batch")

@@ -188,7 +188,7 @@ def test_a_network_of_the_users_own_may_have_large_numbers_in_its_config(tmp_pat
     found = load_network(save_network(network, tmp_path / "own.safetensors"))
     assert torch.equal(found.layer.weight, network.layer.weight)
     # a file without most of the network is refused before it is built
-    header = {"network": "DiT", "config": json.dumps(DiT(8, 4, 1, 16, 2, 2, 1).config | {"depth": 40})}
+    header = {"network": "DiT", "config": json.dumps(DiT(8, 4, 1, 16, 2, 2, 1, 10).config | {"depth": 40})}
     save_file({"nothing": torch.ones(1000)}, tmp_path / "less.safetensors", header)
     with pytest.raises(CheckpointError, match=r"less.safetensors does not hold the network of its config: \d+ names"):
         load_network(tmp_path / "less.safetensors")

@@ -125,7 +125,7 @@ def test_a_failing_reward_leaves_what_was_finished(tmp_path, model_file):
 
 def test_noise_that_does_not_fit_is_refused(tmp_path, model_file):
     module = RewardAlignment(settings(model_file))
-    with pytest.raises(ValueError, match=r"set data.state_shape and data.num_classes"):
+    with pytest.raises(ValueError, match=r"leave out data.state_shape and data.num_classes"):
         predict(tmp_path, module, num_classes=3)
     with pytest.raises(ValueError, match=r"labels \[11\] must lie in 0..10"):
         NoiseDataModule([1, 8, 8], num_classes=10, labels=[11])

@@ -93,7 +93,7 @@ def test_prefixes_and_containers(mfm, tmp_path, prefix, kind):
 def test_full_size_names_shapes_and_count(name):
     released = json.loads((DATA / "official_state_dict_shapes.json").read_text())[f"MFM-{name}"]
     with torch.device("meta"):
-        model = MetaFlowMap(DiT(**architecture(name)))
+        model = MetaFlowMap(DiT(**architecture(name), input_size=32, in_channels=4, num_classes=1000))
     shapes = {f"dit.{k}": list(v.shape) for k, v in to_released_names(model.network.state_dict()).items()}
     assert shapes == released["state_dict"]
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == released["parameters"]

@@ -45,7 +45,7 @@ def inputs(model: MetaFlowMap, B: int = 6):
 def test_size_of_the_paper():
     network = UNet.base((1, 28, 28), num_classes=10)
     assert 8e6 < sum(p.numel() for p in network.parameters()) < 10e6  # 9 M (F.2)
-    assert network.config == UNet().config  # the constructor's defaults
+    assert network.config == UNet(28, 1, num_classes=10).config  # the constructor's defaults
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,14 @@ def test_save_and_load_are_exact(tmp_path):
 )
 def test_wrong_sizes_are_refused_before_building(options, message, monkeypatch):
     monkeypatch.setattr(torch.nn.Conv2d, "__init__", lambda *_, **__: pytest.fail("a layer was built"))
-    given = {"input_size": 7, "channel_multipliers": [1, 2], "attention_resolutions": [4], **TINY, **options}
+    given = {
+        "input_size": 7,
+        "in_channels": 1,
+        "channel_multipliers": [1, 2],
+        "attention_resolutions": [4],
+        **TINY,
+        **options,
+    }
     with pytest.raises(ValueError, match=message):
         UNet(**given)
 

@@ -100,7 +100,8 @@ class TrainingSpeedSuite(Suite):
         }  # fmt: skip
 
     def _network(self, size: str) -> dict[str, Any]:
-        return {**architecture(size), "input_size": self.input_size, "in_channels": self.in_channels}
+        shape = {"input_size": self.input_size, "in_channels": self.in_channels, "num_classes": 1000}
+        return {**architecture(size), **shape}
 
     def _compute(self, size: str, batch: int, precision: Precision) -> Outcome:
         training = Training(self._network(size), batch, precision, self.device)

@@ -55,6 +55,15 @@ def epoch_order(n: int, first: int, num: int, seed: int) -> np.ndarray:
     return found
 
 
+def batch_order(n: int, step: int, batch_size: int, rank: int, world_size: int, seed: int) -> np.ndarray:
+    """Which of n samples batch `step` of a rank has, `(B,)`.
+
+    The W ranks take the samples of a line, in which they stand once in each epoch, in turn: batch `step` of a rank is
+    the stretch of B from `(step W + rank) B` on. So none comes twice in an epoch, on whatever ranks.
+    """
+    return epoch_order(n, (step * world_size + rank) * batch_size, batch_size, seed)
+
+
 def _hash(x: np.ndarray, key: np.uint64, size: int) -> np.ndarray:
     """Numbers of 0..size-1 by splitmix64 (Steele et al., 2014) of x and a key."""
     z = x.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key  # arrays of unsigned numbers wrap around

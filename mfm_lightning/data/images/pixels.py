@@ -37,31 +37,41 @@ class PixelForm:
         """
         if size is not None and channels is not None:
             return cls(size, channels, True, True)
-        first = source.image(0)
+        return cls.of_image(source.image(0), source.place(0), size, channels)
+
+    @classmethod
+    def of_image(cls, first: Image.Image, place: str, size: int | None, channels: int | None) -> PixelForm:
+        """Where they are not given, those of this image; raises as `of`."""
         if size is None and first.width != first.height:
-            raise ValueError(f"{source.place(0)} has {first.width} x {first.height} pixels: give a size to cut it to")
+            raise ValueError(f"{place} has {first.width} x {first.height} pixels: give a size to cut it to")
         return cls(size or first.width, channels or len(first.getbands()), size is not None, channels is not None)
 
     def read(self, source: LabelledImages, i: int) -> np.ndarray:
+        """The image i by `pixels`; raises as that and `LabelledImages.image`."""
+        return self.pixels(source.image(i), source.place(i))
+
+    def pixels(self, image: Image.Image, place: str) -> np.ndarray:
         """An image as `(channels, size, size)` uint8: `center_crop`, grey levels by ITU-R 601.
 
+        Args:
+            place: of the image, for messages.
+
         Raises:
-            ImageError: naming it, if it cannot be decoded, or is not of the size or the colour of the first one.
-            OSError: if it cannot be read.
+            ImageError: if it is not of the size or the colour of the first one, or cannot be cut.
         """
-        image, wanted = source.image(i), (self.size, self.size)
+        wanted = (self.size, self.size)
         if not self.given_size and image.size != wanted:
             raise ImageError(
-                f"{source.place(i)} has {image.width} x {image.height} pixels, the first {self.size} x {self.size}: "
+                f"{place} has {image.width} x {image.height} pixels, the first {self.size} x {self.size}: "
                 "give a size to cut all to"
             )
         if not self.given_channels and self.channels == 1 and image.mode != "L":
-            raise ImageError(f"{source.place(i)} is in colour, the first image is grey: give channels, 1 or 3")
+            raise ImageError(f"{place} is in colour, the first image is grey: give channels, 1 or 3")
         if image.size != wanted:
             try:
                 image = Image.fromarray(center_crop(image, self.size))
             except ImageError as error:
-                raise ImageError(f"{source.place(i)}: {error}") from error
+                raise ImageError(f"{place}: {error}") from error
         pixels = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
         return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

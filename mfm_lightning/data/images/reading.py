@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.images.order import epoch_order
+from mfm_lightning.data.images.order import batch_order
 from mfm_lightning.data.images.pixels import PixelForm, to_states
 from mfm_lightning.data.images.splits import Split
 from mfm_lightning.data.stream import StepLoader
@@ -77,10 +77,7 @@ class SplitReader:
 
 @dataclass(frozen=True, eq=False)
 class TrainBatches:
-    """The batch of each step, for one rank.
-
-    The W ranks take the images of a line, in which they stand once in each epoch, in turn: batch `step` of a rank is
-    the stretch of B from `(step W + rank) B` on. So none comes twice in an epoch, on whatever ranks.
+    """The batch of each step, for one rank, in the order of `batch_order`.
 
     Args:
         reader: the training images.
@@ -99,8 +96,7 @@ class TrainBatches:
 
     def index(self, step: int) -> np.ndarray:
         """Which images of the split, `(B,)`."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        return epoch_order(len(self.reader.split), first, self.batch_size, self.seed)
+        return batch_order(len(self.reader.split), step, self.batch_size, self.rank, self.world_size, self.seed)
 
     def __call__(self, step: int) -> Batch:
         x, label = self.reader.states(self.index(step))

@@ -1,0 +1,30 @@
+"""Which source of latents a path is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mfm_lightning.data.latent_files.arrays import ENDINGS, LatentArrays
+from mfm_lightning.data.latent_files.folder import INDEX, LatentFolder
+from mfm_lightning.data.latent_files.source import StoredLatents
+
+
+def open_latents(source: str | StoredLatents) -> StoredLatents:
+    """The source of a path; one that is given comes back as it is.
+
+    Raises:
+        FileNotFoundError: if there is no such path.
+        ValueError: for one of another kind, or of our own shards.
+    """
+    if isinstance(source, StoredLatents):
+        return source
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"no latents at {source}: expected a folder, a .zip, a .safetensors or an .npz")
+    if path.suffix == ".zip" or (path / INDEX).is_file():
+        return LatentFolder(source)
+    if path.suffix in ENDINGS or any(any(path.glob(f"*{end}")) for end in ENDINGS):
+        return LatentArrays(source)
+    if (path / "index.json").is_file():
+        raise ValueError(f"{source} has shards of mfm prepare-latents: read them with LatentShards")
+    raise ValueError(f"{source} has no {INDEX} with .npy files, and no {' or '.join(ENDINGS)}")

@@ -1,0 +1,109 @@
+"""Latents of other tools to states: what their arrays hold, and how they are scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Holds = Literal["latent", "mean_std", "mean_logvar"]
+HOLDS = ("latent", "mean_std", "mean_logvar")
+
+
+@dataclass(frozen=True)
+class LatentForm:
+    """x = (z - shift) scale, where z is the latent, or mean + std noise.
+
+    Args:
+        holds: "latent" `(C, H, W)`; or its posterior's moments "mean_std" or "mean_logvar", `(2C, H, W)` or
+            `(2, C, H, W)`, the mean first.
+        scale, shift: a number, or one for each channel.
+        stored_shape: of an array.
+
+    Raises:
+        ValueError: for an unknown `holds`, an array that cannot hold it, or other numbers of channels.
+    """
+
+    holds: Holds
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    stored_shape: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        array: np.ndarray | Tensor,
+        place: str,
+        holds: Holds,
+        scale: float | Sequence[float],
+        shift: float | Sequence[float] = 0.0,
+    ) -> LatentForm:
+        """Of arrays like this one; raises as the class, naming its place."""
+        form = cls(holds, _numbers(scale), _numbers(shift), tuple(array.shape))
+        try:
+            form._check()
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        return form
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """`(C, H, W)`."""
+        if self.holds == "latent":
+            return self.stored_shape
+        if len(self.stored_shape) == 4:
+            return self.stored_shape[1:]
+        return self.stored_shape[0] // 2, *self.stored_shape[1:]
+
+    def _check(self) -> None:
+        check_holds(self.holds)
+        shape, moments = self.stored_shape, self.holds != "latent"
+        fits = len(shape) == 3 and (not moments or shape[0] % 2 == 0)
+        fits = fits or (moments and len(shape) == 4 and shape[0] == 2)
+        if not fits:
+            wanted = "(2C, H, W) or (2, C, H, W)" if moments else "(C, H, W)"
+            raise ValueError(f"an array {shape}, expected {wanted} for holds: {self.holds}")
+        for name, values in (("scale", self.scale), ("shift", self.shift)):
+            if len(values) not in (1, self.state_shape[0]):
+                raise ValueError(f"{name} has {len(values)} numbers, latents {self.state_shape[0]} channels")
+
+    def states(self, arrays: Tensor, noise: torch.Generator) -> Tensor:
+        """Stored arrays `(B, *stored_shape)` to states `(B, C, H, W)` float32.
+
+        Args:
+            noise: what is drawn with, where they are moments.
+        """
+        arrays = arrays.float()
+        if self.holds != "latent":
+            mean, std = arrays.reshape(len(arrays), 2, *self.state_shape).unbind(1)
+            if self.holds == "mean_logvar":
+                std = (0.5 * std.clamp(-30.0, 20.0)).exp()  # clamped as diffusers' DiagonalGaussianDistribution
+            arrays = mean + std * torch.randn(mean.shape, generator=noise)
+        scale, shift = (torch.tensor(values).reshape(-1, 1, 1) for values in (self.scale, self.shift))
+        return (arrays - shift) * scale
+
+    def check(self, array: np.ndarray | Tensor, place: str) -> None:
+        """Raise ValueError, naming the place, unless an array has this shape and finite floats."""
+        given = torch.as_tensor(array)
+        if tuple(given.shape) != self.stored_shape or not given.is_floating_point():
+            raise ValueError(
+                f"{place} has {given.dtype} {tuple(given.shape)}, expected floats {self.stored_shape} as of the first"
+            )
+        if not torch.isfinite(given).all():
+            raise ValueError(f"{place} has numbers that are not finite")
+        if self.holds == "mean_std" and bool((given.reshape(2, -1)[1] < 0).any()):
+            raise ValueError(f"{place} has deviations below 0: are they logarithms (holds: mean_logvar)?")
+
+
+def check_holds(holds: str) -> None:
+    """Raise ValueError for what is none of `HOLDS`."""
+    if holds not in HOLDS:
+        raise ValueError(f"holds {holds!r}: expected one of {', '.join(HOLDS)}")
+
+
+def _numbers(given: float | Sequence[float]) -> tuple[float, ...]:
+    return (float(given),) if isinstance(given, int | float) else tuple(float(value) for value in given)

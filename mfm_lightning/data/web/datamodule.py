@@ -1,0 +1,304 @@
+"""WebDataset's shards as a DataModule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfm_lightning.conditions import Batch
+from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
+from mfm_lightning.data.images.pixels import PixelForm, to_images
+from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
+from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
+from mfm_lightning.data.web.fields import Fields
+from mfm_lightning.data.web.samples import SampleReader
+from mfm_lightning.data.web.shards import Corrupt, Faults, Rank, expand_urls, named, of_worker, pipeline
+from mfm_lightning.networks.decoders import Decoder
+from mfm_lightning.utils.console import track
+
+log = logging.getLogger(__name__)
+
+
+class WebDatasetDataModule(StepDataModule):
+    """Images or latents in shards that others made, as they are, read by the library webdataset.
+
+    Guaranteed:
+
+    - All ranks have the same number of batches, of one size. In an epoch each takes other shards; one whose shards have
+      fewer samples than others' goes through them again.
+    - A run that was stopped goes on at its epoch, whose shards are begun anew in another order; the epochs after it are
+      those of a run that was not stopped. `LatentShards` and `ImageDataModule` go on at the step.
+    - In validation and test the batches hold every sample once, but for up to W - 1 that two of W ranks see; the same
+      each time. Each rank reads all shards.
+
+    Args:
+        urls: of shards, as webdataset takes them: paths, https:, s3:, gs:, hf: or pipe:, with braces
+            (train-{0000..0127}.tar) or `::` between several; or a list of such.
+        batch_size: training batch on each device.
+        image: endings of images, such as jpg;png;webp.
+        latent: ending of arrays in .npy, in place of images, such as npy.
+        label: ending of labels, such as cls, or json:label for a key of a JSON file; null: no labels.
+        caption: ending of texts, such as txt, or json:caption; they become prompts.
+        num_classes: number of labels; counted where left out.
+        num_samples: in all shards; counted where left out. Counting reads all shards, each time.
+        size: height and width to which images are cut, as in ADM; left out, that of the first, which all must have.
+        channels: 1 (grey) or 3 (colour); left out, that of the first image.
+        mirror: take half of the training images mirrored.
+        holds: what arrays hold: latent, mean_std or mean_logvar, the mean first.
+        scale: factor of latents, or one for each channel: 0.18215 for SD's VAE, 1 where they are scaled.
+        shift: what is subtracted from latents before.
+        decoder: for pictures, from latents to images.
+        val_urls: shards for validation and test, as urls.
+        resampled: draw shards with replacement, for each rank by itself; with fewer shards than ranks.
+        shuffle_buffer: samples that are shuffled with each other in each worker.
+        num_workers: processes that read, for each device; 0: the training process itself.
+        corrupt: "raise" at a sample or shard that is damaged, or "skip" it; `skipped` counts them.
+        allow_pipe: run the commands of `pipe:` URLs.
+        seed: of order and draws.
+
+    Raises:
+        FileNotFoundError: for a local shard that is not there.
+        ValueError: for settings out of range or of the other kind of data; for fewer shards than ranks, unless
+            resampled.
+    """
+
+    def __init__(
+        self,
+        urls: str | list[str],
+        batch_size: int = 256,
+        image: str | None = None,
+        latent: str | None = None,
+        label: str | None = "cls",
+        caption: str | None = None,
+        num_classes: int | None = None,
+        num_samples: int | None = None,
+        size: int | None = None,
+        channels: int | None = None,
+        mirror: bool = False,
+        holds: Holds = "latent",
+        scale: float | list[float] | None = None,
+        shift: float | list[float] = 0.0,
+        decoder: Decoder | None = None,
+        val_urls: str | list[str] | None = None,
+        resampled: bool = False,
+        shuffle_buffer: int = 1000,
+        num_workers: int = 4,
+        corrupt: Corrupt = "raise",
+        allow_pipe: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed)
+        if (image is None) == (latent is None):
+            raise ValueError("give image or latent: the ending of the files, such as image: jpg;png, or latent: npy")
+        if latent is not None and (size, channels, mirror) != (None, None, False):
+            raise ValueError("size, channels and mirror are for images, not for latents")
+        if image is not None and (holds, scale, shift) != ("latent", None, 0.0):
+            raise ValueError("holds, scale and shift are for latents, not for images")
+        if latent is not None and scale is None:
+            raise ValueError("scale must be given for latents: 0.18215 for SD's VAE, 1 where they are scaled already")
+        check_holds(holds)
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
+        for name, value, least in (
+            ("size", size, 1), ("num_classes", num_classes, 0), ("num_samples", num_samples, 1), ("seed", seed, 0),
+            ("num_workers", num_workers, 0), ("shuffle_buffer", shuffle_buffer, 1),
+        ):  # fmt: skip
+            if value is not None and value < least:
+                raise ValueError(f"{name} {value} must be at least {least}")
+        if corrupt not in ("raise", "skip"):
+            raise ValueError(f"corrupt {corrupt!r}: expected one of raise, skip")
+        self.urls = expand_urls(urls, allow_pipe)
+        self.val_urls = None if val_urls is None else expand_urls(val_urls, allow_pipe)
+        self.fields = Fields(image or latent or "", label, caption, num_classes)
+        self.is_latent, self.size, self.channels, self.mirror = latent is not None, size, channels, mirror
+        self.holds: Holds = holds
+        self.scale, self.shift, self.decoder = scale, shift, decoder
+        self.given_classes, self.given_samples = num_classes, num_samples
+        self.resampled, self.shuffle_buffer, self.num_workers = resampled, shuffle_buffer, num_workers
+        self.corrupt: Corrupt = corrupt
+        self._faults: list[Faults] = []
+        self._walk: tuple[int, Iterator[Batch]] | None = None
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        form = self.form
+        return form.state_shape if isinstance(form, LatentForm) else (form.channels, form.size, form.size)
+
+    @property
+    def num_classes(self) -> int:
+        if self.given_classes is not None:
+            return self.given_classes
+        return 0 if self.fields.label is None else len(self.counts)
+
+    @property
+    def num_samples(self) -> int:
+        """Of all training shards."""
+        return int(self.counts.sum()) if self.given_samples is None else self.given_samples
+
+    @property
+    def skipped(self) -> int:
+        """Corrupt samples and shards skipped by this process and its workers so far."""
+        return sum(int(faults.skipped.sum()) for faults in self._faults)
+
+    @cached_property
+    def form(self) -> PixelForm | LatentForm:
+        """What all samples are made to be, by the first one."""
+        if not self.is_latent and self.size is not None and self.channels is not None:
+            return PixelForm(self.size, self.channels, True, True)
+        faults = Faults(self.corrupt)
+        for sample in pipeline(self.urls, faults, of_worker):
+            try:
+                if not self.is_latent:
+                    return PixelForm.of_image(*self.fields.image(sample), self.size, self.channels)
+                return LatentForm.of(*self.fields.array(sample), self.holds, self.scale or 0.0, self.shift)
+            except ValueError as error:
+                faults(error)
+        raise ValueError(f"no sample that can be used in {named(self.urls)}")
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Samples of each label, `(classes,)`; of samples without labels their number, `(1,)`."""
+        labels, faults = [], Faults(self.corrupt)
+        for url in track(self.urls, lambda url: f"counting samples of {url}"):
+            for sample in pipeline([url], faults, of_worker):
+                try:
+                    labels.append(self.fields.label_of(sample))
+                except ValueError as error:
+                    faults(error)
+        if not labels:
+            raise ValueError(f"no sample that can be used in {named(self.urls)}")
+        found = np.bincount(labels, minlength=self.given_classes or 0)
+        log.info(
+            "%d shards read once: num_samples: %d, num_classes: %d; give both to begin at once",
+            len(self.urls), len(labels), len(found) if self.fields.label is not None else self.given_classes or 0,
+        )  # fmt: skip
+        return found
+
+    def _new_faults(self, workers: int = 0) -> Faults:
+        self._faults.append(Faults(self.corrupt, workers))
+        return self._faults[-1]
+
+    def teardown(self, stage: str) -> None:
+        if self.skipped:
+            log.warning("%d corrupt samples or shards were skipped", self.skipped)
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def reader(self, mirror: bool = False) -> SampleReader:
+        """What reads samples; what is asked of the shards first is asked here, and not in each worker."""
+        return SampleReader(replace(self.fields, num_classes=self.num_classes), self.form, mirror)
+
+    def epochs(self, rank: int = 0, world_size: int = 1, workers: int = 0) -> Epochs:
+        """How a rank's training batches are made.
+
+        Raises:
+            ValueError: for fewer shards than ranks, unless resampled; for fewer samples than a batch for each rank.
+        """
+        if len(self.urls) < world_size and not self.resampled:
+            raise ValueError(
+                f"{len(self.urls)} shards for {world_size} ranks: set resampled: true, which draws shards for each "
+                "rank, or make more shards"
+            )
+        # of shards that are drawn, each rank takes as many samples as there are: else it would end within its first one
+        batches = self.num_samples // (self.batch_size * (1 if self.resampled else world_size))
+        if not batches and not self.resampled:
+            raise ValueError(
+                f"{self.num_samples} samples are not one batch of {self.batch_size} for each of {world_size} ranks: "
+                "lower batch_size, or set resampled: true"
+            )
+        return Epochs(
+            self.urls, self.reader(self.mirror), self._new_faults(workers), self.batch_size, max(1, batches),
+            self.shuffle_buffer, Rank(rank, world_size), self.resampled, self.seed,
+        )  # fmt: skip
+
+    def workers(self, world_size: int) -> int:
+        """Processes of each rank: at most as many as it has shards."""
+        fewest = len(self.urls) if self.resampled else len(self.urls) // world_size
+        if self.num_workers > fewest:
+            log.info(
+                "%d shards for %d ranks: %d workers each, not %d", len(self.urls), world_size, fewest, self.num_workers
+            )
+        return min(self.num_workers, fewest)
+
+    def loader(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        length: int = 1,
+        where: Callable[[], int] | None = None,
+    ) -> WebStream:
+        """Training batches start..length-1 of a rank."""
+        epochs = self.epochs(rank, world_size, workers := self.workers(world_size))
+        if start % epochs.batches:
+            log.warning(
+                "training goes on at epoch %d of the shards, not at its step %d: they are begun anew, in another order "
+                "(LatentShards and ImageDataModule go on at the step)", start // epochs.batches, start % epochs.batches,
+            )  # fmt: skip
+        return WebStream(epochs, workers, length, start, where)
+
+    def train_dataloader(self) -> WebStream:
+        start, length = self.steps()
+        return self.loader(*self.rank(), start, length, self.position)
+
+    def val_dataloader(self) -> HeldOutLoader | list:
+        return [] if self.val_urls is None else self.held_out(*self.rank())
+
+    def held_out(self, rank: int = 0, world_size: int = 1) -> HeldOutLoader:
+        """Validation batches of a rank."""
+        urls, workers = self.val_urls or [], min(self.num_workers, len(self.val_urls or []))
+        faults = self._new_faults(workers)
+        ours = Rank(rank, world_size)
+        return HeldOutLoader(Epochs(urls, self.reader(), faults, self.batch_size, 1, 1, ours, False, 0), workers)
+
+    def test_dataloader(self) -> HeldOutLoader | list:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> HeldOutLoader | list:
+        return self.val_dataloader()
+
+    def train_batch(self, step: int) -> Batch:
+        """The training batch of a step, read by this process: at once where it is asked for after the one before it,
+        else its epoch is begun anew, as in a resumed run."""
+        if self._walk is None or self._walk[0] != step:
+            epochs = self.epochs(*self.rank())
+            self._walk = step, iter(WebStream(epochs, 0, 2**62, step))
+        batch = next(self._walk[1])
+        self._walk = step + 1, self._walk[1]
+        return batch
+
+    def label_counts(self) -> dict[str, np.ndarray]:
+        if self.fields.label is None or (self.given_classes is not None and self.given_samples is not None):
+            return {}
+        return {"train": counted(np.repeat(np.arange(len(self.counts)), self.counts), self.num_classes)}
+
+    def decode(self, x: Tensor) -> Tensor:
+        """States to images in [0, 1]; latents by the decoder, as they are without one."""
+        if not self.is_latent:
+            return to_images(x)
+        if self.decoder is None:
+            return x
+        with torch.no_grad():
+            return self.decoder(x)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of batches depends on, to say so where a resumed run has another one."""
+        return {
+            "shards": len(self.urls), "samples": self.num_samples, "seed": self.seed, "batch_size": self.batch_size,
+            "num_workers": self.num_workers, "shuffle_buffer": self.shuffle_buffer, "mirror": self.mirror,
+            "resampled": self.resampled, "world_size": self.rank()[1],
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        say_changed_order(state_dict, self.state_dict())

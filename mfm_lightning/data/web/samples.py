@@ -1,0 +1,55 @@
+"""A sample of webdataset's to a state with label and caption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfm_lightning.conditions import Batch
+from mfm_lightning.data.images.pixels import PixelForm, to_states
+from mfm_lightning.data.latent_form import LatentForm
+from mfm_lightning.data.web.fields import Fields
+
+Sample = tuple[Tensor, int, str]  # state, label, caption
+
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Reads samples, in a worker process, too.
+
+    Args:
+        fields: where in a sample things are.
+        form: what states are made to be.
+        mirror: half of the images, mirrored.
+    """
+
+    fields: Fields
+    form: PixelForm | LatentForm
+    mirror: bool = False
+
+    def __call__(self, sample: Mapping[str, Any], random: np.random.Generator) -> Sample:
+        """Raises as `Fields` and the form.
+
+        Args:
+            random: what decides on mirror images and noise.
+        """
+        label = self.fields.label_of(sample)
+        caption = "" if self.fields.caption is None else self.fields.caption_of(sample)
+        if isinstance(self.form, LatentForm):
+            array, place = self.fields.array(sample)
+            self.form.check(array, place)
+            noise = torch.Generator().manual_seed(int(random.integers(2**63)))
+            return self.form.states(torch.from_numpy(array)[None], noise)[0], label, caption
+        x = to_states(torch.tensor(self.form.pixels(*self.fields.image(sample))))
+        return x.flip(-1) if self.mirror and random.random() < 0.5 else x, label, caption
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """A batch, with prompts where there are captions."""
+        x, label, captions = zip(*samples, strict=True)
+        labels = torch.tensor(label)
+        return torch.stack(x), labels if self.fields.caption is None else {"label": labels, "prompts": list(captions)}

@@ -1,0 +1,176 @@
+"""Shards to samples, by WebDataset's pipelines: which shards, in which order, and what is done with damaged ones."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tarfile as tars
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import get_worker_info
+
+from mfm_lightning.data.latents.urls import check_url, from_webdataset, local_path
+from mfm_lightning.utils.image_files import check_tar
+from mfm_lightning.utils.tar import tar_files
+
+log = logging.getLogger(__name__)
+Corrupt = Literal["raise", "skip"]
+_WARNINGS = 10  # of corrupt samples, in each worker; all are counted
+
+
+class ShardError(ValueError):
+    """A shard that cannot be read to its end."""
+
+
+class Faults:
+    """The `handler` of all stages: raises what is wrong, or counts it.
+
+    Args:
+        corrupt: "raise" or "skip".
+        workers: processes that count.
+    """
+
+    def __init__(self, corrupt: Corrupt, workers: int = 0) -> None:
+        self.corrupt: Corrupt = corrupt
+        self.skipped = torch.zeros(max(1, workers), dtype=torch.long).share_memory_()  # by worker
+        self._warned = 0
+
+    def __call__(self, error: Exception) -> bool:
+        """True where webdataset goes on with the next sample or shard."""
+        if self.corrupt == "raise" or not isinstance(error, ValueError):
+            raise _one_line(error)
+        worker = get_worker_info()
+        self.skipped[0 if worker is None else worker.id] += 1
+        self._warned += 1
+        if self._warned <= _WARNINGS:
+            more = "; further ones are only counted" * (self._warned == _WARNINGS)
+            log.warning("skipped: %s%s", _one_line(error), more)
+        return True
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which of how many processes that train."""
+
+    number: int = 0
+    count: int = 1
+
+
+class ShardOrder:
+    """A stage in place of webdataset's `split_by_node` and `shardshuffle`: all ranks shuffle all shards alike, and each
+    takes every W-th, so that a rank's shards are others in each epoch; with `resampled` each draws its own, with
+    replacement. The workers of a rank share its shards, as by `split_by_worker`.
+
+    Args:
+        rank: of this process.
+        resampled: draw shards with replacement, as many a pass as there are.
+        seed: numbers that the order depends on.
+    """
+
+    def __init__(self, rank: Rank, resampled: bool, *seed: int) -> None:
+        self.rank, self.resampled, self.seed, self._passes = rank, resampled, seed, itertools.count()
+
+    def __call__(self, shards: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
+        found, key = list(shards), (*self.seed, next(self._passes))
+        if self.resampled:
+            worker = get_worker_info()
+            random = Random(repr((*key, self.rank.number, 0 if worker is None else worker.id)))
+            yield from (dict(random.choice(found)) for _ in range(len(found)))
+            return
+        Random(repr(key)).shuffle(found)
+        yield from of_worker(iter(found[self.rank.number :: self.rank.count]))
+
+
+def of_worker(shards: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """webdataset's `split_by_worker`, which would also ask torch.distributed for ranks."""
+    worker = get_worker_info()
+    return shards if worker is None else itertools.islice(shards, worker.id, None, worker.num_workers)
+
+
+def share(samples: Iterator[Any], rank: Rank) -> Iterator[Any]:
+    """Of each W samples one for each rank; the last ones, where they are fewer, come more than once."""
+    while group := list(itertools.islice(samples, rank.count)):
+        yield group[rank.number % len(group)]
+
+
+def pipeline(urls: Sequence[str], faults: Faults, *stages: Callable[[Iterator[Any]], Iterator[Any]]) -> Any:
+    """webdataset's `DataPipeline` of the samples of shards, one pass.
+
+    Args:
+        faults: what is done where something is wrong.
+        stages: the first one picks shards; the others take samples.
+    """
+    from_webdataset()
+    from webdataset.pipeline import DataPipeline
+    from webdataset.shardlists import SimpleShardList
+    from webdataset.tariterators import group_by_keys, url_opener
+
+    first, *others = stages
+    return DataPipeline(
+        SimpleShardList(list(urls)),
+        first,
+        partial(url_opener, handler=partial(_not_opened, faults)),
+        partial(_files, faults=faults),
+        partial(group_by_keys, handler=faults),
+        *others,
+    )
+
+
+def _files(shards: Iterator[dict[str, Any]], faults: Faults) -> Iterator[dict[str, Any]]:
+    """In place of webdataset's `tar_file_expander`, which takes a damaged header for the end of a shard."""
+    for shard in shards:
+        url, files = shard["url"], 0
+        try:
+            with closing(shard["stream"]) as stream:
+                for file in tar_files(stream, url):
+                    files += 1
+                    yield file
+        except (tars.TarError, OSError, EOFError, zlib.error) as error:
+            faults(ShardError(f"shard {url} cannot be read after {files} files: {error}"))
+        yield {}  # the end of a shard: samples of two are not joined
+
+
+def _not_opened(faults: Faults, error: Exception) -> bool:
+    *_, url = error.args  # which webdataset adds
+    return faults(ShardError(f"shard {url} cannot be opened: {getattr(error, 'strerror', None) or error}"))
+
+
+def _one_line(error: Exception) -> Exception:
+    """Without what webdataset adds to a ValueError's arguments."""
+    return type(error)(str(error.args[0])) if isinstance(error, ValueError) and len(error.args) > 1 else error
+
+
+def expand_urls(given: str | Sequence[str], allow_pipe: bool = False) -> list[str]:
+    """The URLs of shards as webdataset expands them.
+
+    Raises:
+        ValueError: for none, or one that may not or cannot be opened.
+        FileNotFoundError: for a local shard that is not there.
+    """
+    from_webdataset()
+    from webdataset.shardlists import expand_urls as expanded
+
+    try:
+        urls = [url for text in ([given] if isinstance(given, str) else given) for url in expanded(text)]
+    except (AssertionError, ValueError) as error:  # an environment variable that is not there; unbalanced braces
+        raise ValueError(f"{given}: {error}") from error
+    if not any(urls):
+        raise ValueError(f"urls {given!r} name no shard")
+    for url in urls:
+        check_url(url, allow_pipe)
+        check_tar(url)
+        if (path := local_path(url)) is not None and not path.is_file():
+            raise FileNotFoundError(f"no shard {path}: expected a tar" + " (a folder is none)" * path.is_dir())
+    return urls
+
+
+def named(urls: Sequence[str]) -> str:
+    """The first ones, for a message."""
+    return ", ".join(urls[:3]) + ", ..." * (len(urls) > 3)
