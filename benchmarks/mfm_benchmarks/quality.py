@@ -63,32 +63,44 @@ class ClassifierQuality(Quality):
             mnist/features.
         cache: file that keeps the trained classifier and the Gaussian of real features for the next run;
             outputs/features/DATA.safetensors where None.
+        reference: in place of data, with a classifier: the Gaussian of real features in a file that a run with data
+            kept as its cache, or a name, such as mnist/real_features.
 
     Raises:
-        ValueError: if the data do not fit in memory.
+        ValueError: if the data do not fit in memory; with neither data nor classifier and reference, or with both.
     """
 
     def __init__(
         self,
-        data: StepDataModule,
+        data: StepDataModule | None = None,
         seed: int = 0,
         steps: int = 600,
         classifier: str | None = None,
         cache: str | None = None,
+        reference: str | None = None,
     ) -> None:
+        if (data is None) == (reference is None) or (reference is not None and classifier is None):
+            raise ValueError("ClassifierQuality needs data, or else a classifier and its reference of real features")
         self.data, self.seed, self.steps, self.given = data, seed, steps, classifier
+        self.reference = reference
         name = type(data).__name__ + ("" if classifier is None else f"_{Path(classifier).stem}")
         self.cache = Path(cache or f"outputs/features/{name}.safetensors")
 
     def missing(self) -> list[str]:
-        try:
-            if self.given is not None:
-                find_weights(self.given, "classifier")
-        except (FileNotFoundError, ImportError, ValueError) as error:
-            return [f"quality.classifier: {error}"]
-        return []
+        found = []
+        for key, name in (("classifier", self.given), ("reference", self.reference)):
+            try:
+                if name is not None:
+                    find_weights(name, key)
+            except (FileNotFoundError, ImportError, ValueError) as error:
+                found.append(f"quality.{key}: {error}")
+        return found
 
     def prepare(self, device: torch.device) -> None:
+        if self.data is None:
+            self.classifier = load_features(str(self.given))
+            self._gaussian = self._kept()
+            return
         self.data.setup("test")
         images, labels = self.splits["train"]
         self._images = self.data.decode(images)
@@ -99,9 +111,25 @@ class ClassifierQuality(Quality):
             else fitted_features(*data, load_features(self.given))
         )
 
+    def _kept(self) -> Gaussian:
+        """The Gaussian of the reference's file."""
+        path = find_weights(str(self.reference), "reference")
+        state = load_file(path)
+        if absent := {"features.mean", "features.root"} - state.keys():
+            raise ValueError(f"quality.reference: {path} has no {min(absent)}, only {', '.join(sorted(state)[:4])}")
+        found = Gaussian(state["features.mean"].double(), state["features.root"].double())
+        if found.mean.shape != (self.classifier.num_features,):
+            raise ValueError(
+                f"quality.reference: {path} is of {len(found.mean)} features, classifier {self.given} has "
+                f"{self.classifier.num_features}"
+            )
+        return found
+
     @property
     def splits(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """The data's `(x, label)` by "train", "val" and "test"."""
+        if self.data is None:
+            raise ValueError("quality.data is left out, but the suite takes its images")
         if (found := getattr(self.data, "splits", None)) is None:
             raise ValueError(f"quality.data: a {type(self.data).__name__} with no splits in memory (raise its memory)")
         return found
@@ -122,6 +150,8 @@ class ClassifierQuality(Quality):
 
     @property
     def real(self) -> Tensor:
+        if self.data is None:
+            raise ValueError("quality: a reference has no real images, only the Gaussian of their features")
         return self.features(self._images)
 
     @property
@@ -132,7 +162,8 @@ class ClassifierQuality(Quality):
     def identity(self) -> dict[str, object]:
         if self.given is not None:
             weights, real = fingerprint(find_weights(self.given, "classifier")), float(self._gaussian.mean.sum())
-            return {"classifier": weights, "data": type(self.data).__name__, "real": real}
+            data = self.reference if self.data is None else type(self.data).__name__
+            return {"classifier": weights, "data": data, "real": real}
         steps = {} if self.steps == 600 else {"steps": self.steps}
         return {"classifier": type(self.data).__name__, "seed": self.seed, **steps}
 

@@ -15,9 +15,10 @@ from mfm_lightning.alignment.values import exact_likelihood
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, PolicyModule, data_of, datamodule_of
 from mfm_lightning.evaluation.draws import noisy_states
-from mfm_lightning.metrics.classifier import SmallClassifier, fitted_features
+from mfm_lightning.metrics.classifier import SmallClassifier, fitted_features, load_features
 from mfm_lightning.metrics.distances import pairwise_distance, sliced_wasserstein
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
+from mfm_lightning.networks import ImageClassifier
 from mfm_lightning.oracles import GaussianMixture, LinearGaussian
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import before_after, scatter
@@ -38,6 +39,8 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
         steering: a method at inference time to compare with, run by `test` only, from the same noise.
         pictures: samples in the picture.
         seed: of the noise.
+        classifier: whose features the likeness is in, in place of one trained on the training images: a file that
+            `mfm fit` wrote for `Classification`, or a name, such as mnist/features.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
         steering: AlignmentMethod | None = None,
         pictures: int = 20,
         seed: int = 0,
+        classifier: str | None = None,
     ) -> None:
         if samples_per_class < 2:
             raise ValueError(f"samples_per_class {samples_per_class} must be at least 2, for the diversity")
@@ -58,8 +62,8 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
         self.samples_per_class, self.num_samples, self.likeness = samples_per_class, num_samples, likeness
         self.ode_steps, self.steering = ode_steps, steering
         self.held_out = {name: build(reward) for name, reward in (held_out or {}).items()}
-        self.pictures, self.seed = pictures, seed
-        self._fitted: tuple[SmallClassifier, Gaussian] | None = None  # to the training images
+        self.pictures, self.seed, self.classifier = pictures, seed, classifier
+        self._fitted: tuple[SmallClassifier | ImageClassifier, Gaussian] | None = None  # to the training images
         self._base_row: dict[str, float] | None = None
 
     def check(self, module: PolicyModule) -> None:
@@ -117,7 +121,11 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
             x, classes = data.splits["train"]
             real = data.decode(x)
             cache = module.folder / "test" / "features.safetensors"
-            self._fitted = fitted_features(real, classes, data.num_classes, cache)
+            self._fitted = (
+                fitted_features(real, classes, data.num_classes, cache)
+                if self.classifier is None
+                else fitted_features(real, classes, data.num_classes, cache, load_features(self.classifier))
+            )
         classifier, fitted = self._fitted
         features = classifier.features(images)
         return {
