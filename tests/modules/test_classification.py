@@ -63,10 +63,8 @@ def test_its_file_tells_class_names_and_the_accuracy_of_the_averaged_weights(fit
     with torch.no_grad():
         found = classifier(x / 2 + 0.5).argmax(dim=1)
     for k, row in enumerate(rows[:-1]):
-        assert (row["images"], row["accuracy"]) == (
-            int((y == k).sum()),
-            pytest.approx((found[y == k] == k).float().mean().item()),
-        )
+        right = (found[y == k] == k).float().mean().item()
+        assert (row["images"], row["accuracy"]) == (int((y == k).sum()), pytest.approx(right))
 
 
 def test_a_classifier_is_taken_for_nothing_else(fitted, tmp_path):
