@@ -45,7 +45,8 @@ def find_weights(
         ValueError: for a repository of several checkpoints.
     """
     text, known = str(name), shipped()
-    of_package = known.get(text) or known.get(f"{text}/{'classifier' if what == 'classifier' else 'mfm'}")
+    usual = "classifier" if what == "classifier" else "mfm"
+    of_package = known.get(text) or known.get(f"{text}/{usual}")
     for path in (Path(text), Path(text) / _FILE):
         if path.is_file():
             if of_package is not None:
@@ -56,7 +57,8 @@ def find_weights(
     ours = text.split("/")[0] in {key.split("/")[0] for key in known}
     if text.startswith("hf:") or (not ours and _is_hub_id(text)):
         return find_file(text, allow_download, revision)
-    meant = None if Path(text).suffix in SUFFIXES else nearest(text, [*{key.split("/")[0] for key in known}, *known])
+    names = [*known, *(key.removesuffix(f"/{usual}") for key in known if key.endswith(f"/{usual}"))]
+    meant = None if Path(text).suffix in SUFFIXES else nearest(text, names)
     hint = f"did you mean {meant}?" if meant else hint
     raise FileNotFoundError(f"no {what} at {text}" + (f": {hint}" if hint else ""))
 

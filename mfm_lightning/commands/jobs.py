@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 JOBS = {
-    "fit": "train: a Meta Flow Map, a base flow, a value network, a policy",
+    "fit": "train: a Meta Flow Map, a base flow, a value network, a policy, a classifier",
     "validate": "the losses on held-out data, and pictures, of a trained model",
     "test": "measure a trained model, and write tables and pictures",
     "predict": "draw samples, or align them with a reward by a method",

@@ -72,6 +72,7 @@ def test_a_name_is_that_of_the_package_until_a_file_hides_it(package, caplog):
     [
         ("tyny", "model", "no model at tyny: did you mean tiny"),
         ("tiny/flwo", "teacher", "no teacher at tiny/flwo: did you mean tiny/flow"),
+        ("tiny/flow/x", "classifier", "no classifier at tiny/flow/x: did you mean tiny/flow"),
         ("other", "model", "no model at other: fit it"),
         ("outputs/x/model.safetensors", "model", "no model at outputs/x/model.safetensors: fit it"),
         ("org/name", "model", "a checkpoint of org/name is not in Hugging Face's cache on this machine"),

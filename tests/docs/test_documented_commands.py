@@ -1,6 +1,7 @@
 """The commands of README and docs that need files of the user's: what they lack on a fresh machine are those alone."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ COMMAND = re.compile(
 
 def documented() -> list[tuple[str, list[str]]]:
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
-    return [(name, rest.split()) for name, rest in COMMAND.findall(text) if "..." not in rest]
+    return [(name, shlex.split(rest)) for name, rest in COMMAND.findall(text) if "..." not in rest]
 
 
 def test_documented_commands_lack_files_alone(tmp_path, monkeypatch):
