@@ -13,7 +13,8 @@ The names are those of `__init__.pyi`; each is imported from its room when it is
 - samplers: sample_ode, sample_sde, sample_refinement, sample_posterior_glass, glass_velocity, velocity_and_jvp
 - oracles (Oracle): GaussianMixture, EmpiricalDistribution
 - training: MFMPretraining, ValueEstimation, RewardFinetuning, RewardAlignment, Objective, teachers, EMA
-- data: ImageDataModule, LatentShards, DigitsDataModule, GaussianMixtureDataModule, NoiseDataModule, OffPolicyDataModule
+- data: ImageDataModule, WebDatasetDataModule, LatentShards, LatentDataModule, DigitsDataModule,
+  GaussianMixtureDataModule, NoiseDataModule, OffPolicyDataModule
 """
 
 import lazy_loader
