@@ -45,10 +45,12 @@ from .data import DigitsClassifier as DigitsClassifier
 from .data import DigitsDataModule as DigitsDataModule
 from .data import GaussianMixtureDataModule as GaussianMixtureDataModule
 from .data import ImageDataModule as ImageDataModule
+from .data import LatentDataModule as LatentDataModule
 from .data import LatentShards as LatentShards
 from .data import ModelSamplesDataModule as ModelSamplesDataModule
 from .data import NoiseDataModule as NoiseDataModule
 from .data import OffPolicyDataModule as OffPolicyDataModule
+from .data import WebDatasetDataModule as WebDatasetDataModule
 from .evaluation import Evaluation as Evaluation
 from .glass import glass_velocity as glass_velocity
 from .models import MetaFlowMap as MetaFlowMap

@@ -129,18 +129,18 @@ class NumberedSamples(Dataset):
 
     Args:
         num: how many.
-        sample: x and label of a sample.
+        sample: x of a sample, and its label or a dictionary of its conditions.
     """
 
-    def __init__(self, num: int, sample: Callable[[int], tuple[Tensor, Tensor | int]]) -> None:
+    def __init__(self, num: int, sample: Callable[[int], tuple[Tensor, Any]]) -> None:
         self.num, self.sample = num, sample
 
     def __len__(self) -> int:
         return self.num
 
     def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Any]]:
-        x, label = self.sample(i)
-        return x, {"label": label, INDEX: i}
+        x, given = self.sample(i)
+        return x, {**(given if isinstance(given, Mapping) else {"label": given}), INDEX: i}
 
 
 def trainer_of(data: L.LightningDataModule) -> L.Trainer:

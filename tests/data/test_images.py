@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.stats import chi2_contingency, chisquare
 from sklearn.datasets import load_digits
 
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import ImageDataModule, OffPolicyDataModule
 from mfm_lightning.data.images import HuggingFaceImages, IdxImages, ImageFolder, NpzImages, TorchvisionImages
 from mfm_lightning.data.images.order import KeyedPermutation, epoch_order
@@ -120,6 +121,42 @@ def test_hugging_face_parquet_and_image_folders(folder, tmp_path):
     assert sorted(as_folder.labels.tolist()) == sorted(ImageFolder(str(folder)).labels.tolist())
     with pytest.raises(FileNotFoundError, match="download: true"):
         _ = HuggingFaceImages("someone/not_here").labels
+
+
+@pytest.mark.parametrize(("memory", "workers"), [(2000.0, 0), (0.0, 0), (0.0, 2)])
+def test_captions_of_hugging_face_become_prompts(tmp_path, memory, workers):
+    """Of each image its own, in training, validation and `mfm predict`."""
+    datasets = pytest.importorskip("datasets")
+    features = {"image": datasets.Image(), "text": datasets.Value("string"), "n": datasets.Value("int64")}
+    rows = {"image": [Image.fromarray(np.full((4, 4), i, np.uint8)) for i in range(12)], "n": list(range(12))}
+    rows["text"] = [f" grey {i}\n" for i in range(12)]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(tmp_path / "set/train.parquet")
+
+    def source(**given) -> HuggingFaceImages:
+        return HuggingFaceImages(str(tmp_path / "set"), label=None, cache=str(tmp_path / "cache"), **given)
+
+    def check(x, given):
+        numbers = ((x[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        conditions = Conditions.of_batch(given, len(x))
+        assert conditions.prompts == tuple(f"grey {i}" for i in numbers)
+        assert conditions.label.tolist() == [0] * len(x)
+        return numbers
+
+    given = {"source": source(caption="text"), "batch_size": 4, "memory": memory, "num_workers": workers}
+    data = ImageDataModule(**given, val_fraction=0.5, test_fraction=0.0)
+    seen = [number for step in range(3) for number in check(*data.batches()(step))]
+    held_out = [number for batch in data.val_dataloader() for number in check(*batch)]
+    assert sorted({*seen, *held_out}) == list(range(12))
+    numbered = list(data.predict_dataloader())
+    assert [n for batch in numbered for n in check(*batch)] == held_out
+    assert torch.cat([batch[1]["index"] for batch in numbered]).tolist() == list(range(6))
+    with pytest.raises(ValueError, match=r"columns image, n, text, not 'txt': set caption"):
+        _ = source(caption="txt").labels
+    with pytest.raises(ValueError, match=r"image 0 of .*set \(train\) has n 0, expected a text"):
+        source(caption="n").caption(0)
+    with pytest.raises(ValueError, match="has no caption"):
+        NpzImages("a.npz").caption(0)
 
 
 # -- pixels ------------------------------------------------------------------------------------------------------------

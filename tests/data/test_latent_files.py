@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.commands.main import run
 from mfm_lightning.data import LatentDataModule
+from mfm_lightning.data.images.reading import WorkerStream
 from mfm_lightning.data.latent_files import LatentArrays, LatentFolder
 from mfm_lightning.data.latent_files.arrays import _Npz
 from tests.data.web_shards import npy
@@ -237,6 +238,16 @@ def test_wrong_paths_and_settings(tmp_path):
         with pytest.raises(ValueError, match=message):
             data(source=source, **given).setup()
     assert data(source=source, num_classes=5).num_classes == 5
+
+
+def test_workers_take_no_number_from_trainings_noise(tmp_path):
+    found = data(source=lightning_dit(tmp_path), num_workers=2, val_fraction=0.3)
+    for loader in (WorkerStream(found.batches(), 2, 3), found.val_dataloader()):
+        torch.manual_seed(0)
+        list(loader)
+        ours = torch.rand(3)
+        torch.manual_seed(0)
+        assert torch.equal(ours, torch.rand(3))
 
 
 TINY = """

@@ -38,8 +38,10 @@ NEEDED = {
         "DigitsDataModule",
         "GaussianMixtureDataModule",
         "ImageDataModule",
+        "LatentDataModule",
         "LatentShards",
         "NoiseDataModule",
+        "WebDatasetDataModule",
     ],
 }
 

@@ -22,6 +22,7 @@ class HuggingFaceImages(LabelledImages):
         name: of its configuration, if it has several.
         image: column of images.
         label: column of class numbers; null: all images are one class.
+        caption: column of texts, which become prompts; null: none are read.
         download: open an id, and fetch what is not in the cache.
         cache: folder for what `datasets` keeps; its own where left out.
 
@@ -38,11 +39,13 @@ class HuggingFaceImages(LabelledImages):
         name: str | None = None,
         image: str = "image",
         label: str | None = "label",
+        caption: str | None = None,
         download: bool = False,
         cache: str | None = None,
     ) -> None:
         self.path, self.split, self.name = path, split, name
-        self.image_column, self.label_column, self.download, self.cache = image, label, download, cache
+        self.image_column, self.label_column, self.caption_column = image, label, caption
+        self.download, self.cache, self.has_captions = download, cache, caption is not None
 
     @cached_property
     def _dataset(self) -> Any:
@@ -59,9 +62,9 @@ class HuggingFaceImages(LabelledImages):
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"datasets cannot open {self.path} ({self.split}): {reason}") from error
-        wanted = {"image": self.image_column} | ({} if self.label_column is None else {"label": self.label_column})
+        wanted = {"image": self.image_column, "label": self.label_column, "caption": self.caption_column}
         for what, column in wanted.items():
-            if column not in found.column_names:
+            if column is not None and column not in found.column_names:
                 raise ValueError(
                     f"{self.path} has the columns {', '.join(found.column_names)}, not {column!r}: set {what}"
                 )
@@ -81,6 +84,16 @@ class HuggingFaceImages(LabelledImages):
         if not found or (found["bytes"] is None and found["path"] is None):
             raise ImageError(f"{self.place(i)} is empty")
         return read_image(Path(found["path"])) if found["bytes"] is None else decode(found["bytes"], self.place(i))
+
+    @cached_property
+    def _captions(self) -> Any:
+        return self._dataset.select_columns([self.caption_column])  # the image is not read for it
+
+    def caption(self, i: int) -> str:
+        found = self._captions[i][self.caption_column]
+        if not isinstance(found, str):
+            raise ValueError(f"{self.place(i)} has {self.caption_column} {found!r}, expected a text")
+        return found.strip()
 
     def place(self, i: int) -> str:
         return f"image {i} of {self.path} ({self.split})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +43,12 @@ class SplitReader:
         rows = self.split.rows[index]
         return torch.from_numpy(np.stack([self.form.read(self.split.source, int(i)) for i in rows]))
 
-    def states(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """States in [-1, 1], `(B, C, H, W)`, and labels `(B,)`."""
-        return to_states(self.pixels(index)), self.labels[torch.from_numpy(index)]
+    def states(self, index: np.ndarray) -> Batch:
+        """States in [-1, 1], `(B, C, H, W)`, and labels `(B,)`; where images have captions, labels and prompts."""
+        x, labels, source = to_states(self.pixels(index)), self.labels[torch.from_numpy(index)], self.split.source
+        if not source.has_captions:
+            return x, labels
+        return x, {"label": labels, "prompts": [source.caption(i) for i in self.split.rows[index].tolist()]}
 
     @property
     def megabytes(self) -> float:
@@ -69,10 +73,10 @@ class SplitReader:
     def _chunk(self, k: int) -> Tensor:
         return self.pixels(np.arange(k * _CHUNK, min((k + 1) * _CHUNK, len(self.split))))
 
-    def sample(self, i: int) -> tuple[Tensor, Tensor]:
-        """State and label of an image."""
-        x, label = self.states(np.array([i]))
-        return x[0], label[0]
+    def sample(self, i: int) -> tuple[Tensor, Any]:
+        """State and label of an image, or its conditions."""
+        x, given = self.states(np.array([i]))
+        return x[0], given[0] if isinstance(given, Tensor) else {name: rows[0] for name, rows in given.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +103,12 @@ class TrainBatches:
         return batch_order(len(self.reader.split), step, self.batch_size, self.rank, self.world_size, self.seed)
 
     def __call__(self, step: int) -> Batch:
-        x, label = self.reader.states(self.index(step))
+        x, given = self.reader.states(self.index(step))
         if self.mirror:
             random = np.random.default_rng([self.seed, step, self.rank])
             flipped = torch.from_numpy(random.random(len(x)) < 0.5)
             x[flipped] = x[flipped].flip(-1)
-        return x, label
+        return x, given
 
 
 class WorkerStream(StepLoader):

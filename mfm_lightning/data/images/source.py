@@ -13,7 +13,13 @@ from mfm_lightning.data.class_folders import MOST_CLASSES, shortened
 
 
 class LabelledImages(ABC):
-    """Images with a label each, in a fixed order. Making one reads nothing; the first question does."""
+    """Images with a label each, in a fixed order. Making one reads nothing; the first question does.
+
+    Attributes:
+        has_captions: each has a text, too.
+    """
+
+    has_captions = False
 
     @abstractmethod
     def read_classes(self) -> tuple[np.ndarray, list[str]]:
@@ -41,6 +47,10 @@ class LabelledImages(ABC):
             ImageError: naming it, if it cannot be decoded.
             OSError: if it cannot be read.
         """
+
+    def caption(self, i: int) -> str:
+        """The text of image i, of a source that `has_captions`."""
+        raise ValueError(f"{self.place(i)} has no caption")
 
     @abstractmethod
     def place(self, i: int) -> str:

@@ -18,10 +18,9 @@ from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
 from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
 from mfm_lightning.data.web.fields import Fields
-from mfm_lightning.data.web.samples import SampleReader
+from mfm_lightning.data.web.samples import SampleReader, count_labels
 from mfm_lightning.data.web.shards import Corrupt, Faults, Rank, expand_urls, named, of_worker, pipeline
 from mfm_lightning.networks.decoders import Decoder
-from mfm_lightning.utils.console import track
 
 log = logging.getLogger(__name__)
 
@@ -167,19 +166,11 @@ class WebDatasetDataModule(StepDataModule):
     @cached_property
     def counts(self) -> np.ndarray:
         """Samples of each label, `(classes,)`; of samples without labels their number, `(1,)`."""
-        labels, faults = [], Faults(self.corrupt)
-        for url in track(self.urls, lambda url: f"counting samples of {url}"):
-            for sample in pipeline([url], faults, of_worker):
-                try:
-                    labels.append(self.fields.label_of(sample))
-                except ValueError as error:
-                    faults(error)
-        if not labels:
-            raise ValueError(f"no sample that can be used in {named(self.urls)}")
-        found = np.bincount(labels, minlength=self.given_classes or 0)
+        found = count_labels(self.urls, self.fields, Faults(self.corrupt))
+        classes = len(found) if self.fields.label is not None else self.given_classes or 0
         log.info(
             "%d shards read once: num_samples: %d, num_classes: %d; give both to begin at once",
-            len(self.urls), len(labels), len(found) if self.fields.label is not None else self.given_classes or 0,
+            len(self.urls), found.sum(), classes,
         )  # fmt: skip
         return found
 

@@ -1,8 +1,8 @@
-"""A sample of webdataset's to a state with label and caption."""
+"""A sample of webdataset's to a state with label and caption, and how many there are of each label."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.images.pixels import PixelForm, to_states
 from mfm_lightning.data.latent_form import LatentForm
 from mfm_lightning.data.web.fields import Fields
+from mfm_lightning.data.web.shards import Faults, named, of_worker, pipeline
+from mfm_lightning.utils.console import track
 
 Sample = tuple[Tensor, int, str]  # state, label, caption
 
@@ -53,3 +55,21 @@ class SampleReader:
         x, label, captions = zip(*samples, strict=True)
         labels = torch.tensor(label)
         return torch.stack(x), labels if self.fields.caption is None else {"label": labels, "prompts": list(captions)}
+
+
+def count_labels(urls: Sequence[str], fields: Fields, faults: Faults) -> np.ndarray:
+    """Samples of each label, `(classes,)`, by reading all shards; of samples without labels their number.
+
+    Raises:
+        ValueError: if there is none that can be used; as `Fields.label_of`, where `faults` raises.
+    """
+    labels = []
+    for url in track(urls, lambda url: f"counting samples of {url}"):
+        for sample in pipeline([url], faults, of_worker):
+            try:
+                labels.append(0 if fields.label is None else fields.label_of(sample))
+            except ValueError as error:
+                faults(error)
+    if not labels:
+        raise ValueError(f"no sample that can be used in {named(urls)}")
+    return np.bincount(labels, minlength=fields.num_classes or 0)
