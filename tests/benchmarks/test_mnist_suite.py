@@ -27,7 +27,14 @@ def tiny_settings(folder):
     data = {"source": str(EXTRACT), "val_fraction": 0.1, "test_fraction": 0.1}
     settings["quality"]["init_args"] = {"steps": 20, "data": {"class_path": "mfm_lightning.data.ImageDataModule", "init_args": data}}  # fmt: skip  # noqa: E501
     settings["reward"]["classifier"] = CLASSIFIER
-    settings["frequencies"] |= {"draws": [1, 2], "population": 4, "runs": 10, "num_samples": 12, "steps": 3}
+    settings["frequencies"] |= {
+        "draws": [1, 2],
+        "population": 4,
+        "runs": 10,
+        "num_samples": 12,
+        "steps": 3,
+        "other_steps": [6],
+    }
     settings["inverse"] |= {
         "num_images": 3,
         "num_samples": 4,
@@ -55,11 +62,13 @@ def test_mnist_suite(tmp_path, monkeypatch):
     by = {(row["method"], row["draws or particles"]): row for row in found}
     wanted = {(f"{kind} {d}", n) for kind, d, n in itertools.product(["MFM-G", "MFM-GF"], ["ODE", "SDE"], ["1", "2"])}
     wanted -= {("MFM-GF ODE", "1"), ("MFM-GF SDE", "1")}  # one draw has no gradient-free form
+    wanted |= {("MFM-G ODE, 6 steps", "1")}
     wanted |= {(f"{kind}, all particles", "4") for kind in ("SMC-TDS", "FK-SDE", "FK-GLASS")}
     assert set(by) == {*wanted, ("base flow", ""), ("DPS", "")}
     # 3 steps: one evaluation each of the drift; MFM-G with a draw also 2 of the network and 2 of the reward
     assert by["base flow", ""]["NFE"] == "3"
     assert by["MFM-G ODE", "1"]["NFE"] == str(3 + 2 * 2 * 3)
+    assert by["MFM-G ODE, 6 steps", "1"]["NFE"] == str(6 + 2 * 2 * 6)
     inverse = rows(tmp_path / "out", "inverse_problems")
     assert {row["problem"] for row in inverse} == {"left half missing", "4x super-resolution"}
     assert {row["method"] for row in inverse} == {"MFM-G, N = 1", "MFM-GF, N = 2", "DPS", "FK-SDE, 2 particles"}

@@ -21,7 +21,7 @@ from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradie
 from mfm_lightning.metrics.distances import frequency_distance
 from mfm_lightning.metrics.measured import Measured, mean, mean_of, resampled
 
-POPULATION = ", all particles"
+POPULATION, STEPS = ", all particles", " steps"
 
 
 @dataclass
@@ -36,6 +36,8 @@ class FrequencyComparison:
         num_samples: samples of a run and seed, of the other methods.
         seeds: of the noise.
         steps: of the ODE and SDE.
+        other_steps: further numbers of steps at which the first of our lines is run with the fewest draws, to see
+            whether `steps` are enough.
         dynamics: of MFM-G and MFM-GF, "ode", "sde" or both.
         clip: largest steering, in norms of the drift.
     """
@@ -47,6 +49,7 @@ class FrequencyComparison:
     num_samples: int = 256
     seeds: list[int] = field(default_factory=lambda: [0])
     steps: int = 50
+    other_steps: list[int] = field(default_factory=list)
     dynamics: list[str] = field(default_factory=lambda: ["ode"])
     clip: float | None = 2.0
 
@@ -58,7 +61,7 @@ class FrequencyComparison:
 
     def shrink(self) -> None:
         self.draws, self.particles = [n for n in self.draws if n <= 8] or self.draws[:1], self.particles[:1]
-        self.dynamics, self.population = self.dynamics[:1], 0
+        self.dynamics, self.population, self.other_steps = self.dynamics[:1], 0, []
         self.num_samples, self.seeds, self.steps = min(64, self.num_samples), self.seeds[:1], min(20, self.steps)
 
     def _ours(self) -> list[str]:
@@ -75,6 +78,10 @@ class FrequencyComparison:
         for ((kind, gradient), dynamics), name in zip(names, self._ours(), strict=True):
             for n in (n for n in self.draws if n > 1 or kind == "MFM-G"):  # one draw has no gradient-free form
                 found[name, n] = Steering(gradient(n, max_rows=4096), grid, dynamics, clip=self.clip)
+        for k in self.other_steps:
+            found[f"{self._ours()[0]}, {k}{STEPS}", self.draws[0]] = Steering(
+                DrawGradient(self.draws[0], max_rows=4096), TimeGrid(k), self.dynamics[0], clip=self.clip
+            )
         found["DPS", 0] = Steering(DPSGradient(), grid, clip=self.clip)
         for m in self.particles:
             found |= {(name, m): method for name, method in self._particle_methods(m, "sample").items()}
@@ -97,7 +104,8 @@ class FrequencyComparison:
         """`classify`: images to classes `(B,)`."""
         self._cells: dict[tuple[str, int], list[Cell]] = {}
         for (name, n), method in self._methods().items():
-            settings = {**identity, "samples": self.num_samples, "steps": self.steps, "clip": self.clip}
+            steps = len(method.grid.pairs) if isinstance(method, Steering) else self.steps
+            settings = {**identity, "samples": self.num_samples, "steps": steps, "clip": self.clip}
             population = name.endswith(POPULATION)
             if population:
                 settings["samples"] = self.runs
@@ -139,7 +147,7 @@ class FrequencyComparison:
                 "L2 to the weights": found[name, n], "mean reward": reward,
                 "class shares in %": " ".join(f"{100 * s:.0f}" for s in (shares / shares.sum()).tolist()),
             })  # fmt: skip
-            if n in (self.draws[-1], 0, *self.particles[-1:], self.population):
+            if n in (self.draws[-1], 0, *self.particles[-1:], self.population) and not name.endswith(STEPS):
                 gallery.append(
                     (f"{name}{f', {n}' if n else ''}\n{found[name, n].value:.2f}", parts[0].tensors["images"])
                 )
@@ -159,7 +167,7 @@ class FrequencyComparison:
             name: [(n, found[name, n]) for n in self.draws if (name, n) in found] for name in self._ours()
         }
         for key in found:
-            if key[0] not in lines:
+            if key[0] not in lines and not key[0].endswith(STEPS):
                 lines[f"{key[0]}, {key[1]} particles" if key[1] else key[0]] = found[key]
         plot = plots.lines({"class mixture": lines}, "posterior draws N", "L2 to the weights", size=(7.6, 5.0))
         return [
@@ -178,7 +186,9 @@ class FrequencyComparison:
     def _claims(self, found: dict[tuple[str, int], Measured]) -> Claims:
         said, ours = [], self._ours()
         others = {
-            f"{name} with {n} particles" if n else name: value for (name, n), value in found.items() if name not in ours
+            f"{name} with {n} particles" if n else name: value
+            for (name, n), value in found.items()
+            if name not in ours and not name.endswith(STEPS)
         }
         for name in ours:
             mine = {n: value for (other, n), value in found.items() if other == name}
@@ -187,6 +197,16 @@ class FrequencyComparison:
             said.append(change(name, "L2", mine))
             words = verdict(mine[max(mine)], others, "further from the weights than", "closer to the weights than")
             said.append(f"{name} with N = {max(mine)} is {words}.")
+        fewest = self.draws[0]
+        if (here := found.get((ours[0], fewest))) is not None:
+            more = {
+                f"{k} steps": found[key]
+                for k in self.other_steps
+                if (key := (f"{ours[0]}, {k}{STEPS}", fewest)) in found
+            }
+            if more:
+                words = verdict(here, more, "further from the weights than with", "closer to the weights than with")
+                said.append(f"{ours[0]} with N = {fewest} and {self.steps} steps is {words}.")
         return Claims("Class frequencies", said)
 
 
