@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +17,7 @@ from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.tangents import velocity_and_jvp
 from mfm_rewards.hub import require_hub
 
-__all__ = ["MetaFlowMap", "velocity_and_jvp"]
+__all__ = ["MetaFlowMap", "posterior_steps", "velocity_and_jvp"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -191,12 +193,8 @@ class MetaFlowMap(nn.Module):
                 f"noise of shape {tuple(noise.shape)} for states of shape {tuple(x_t.shape)}: "
                 f"expected (B, N, *shape) = ({len(x_t)}, N, {', '.join(map(str, x_t.shape[1:]))})"
             )
-        x, N = noise.flatten(0, 1), noise.shape[1]
-        outer, time = x_t.repeat_interleave(N, dim=0), as_times(t, x_t).repeat_interleave(N)
-        drawn = self._conditions(conditions, label, guidance).expand(len(x), x.device)
-        for k in range(steps):
-            x = self.flow_map(k / steps, (k + 1) / steps, x, time, outer, drawn)
-        return x.reshape(noise.shape)
+        drawn = self._conditions(conditions, label, guidance).expand(noise.shape[0] * noise.shape[1], noise.device)
+        return posterior_steps(partial(self.flow_map, conditions=drawn), x_t, t, noise, steps)
 
     # -- Hugging Face's hub --------------------------------------------------------------------------------------------
 
@@ -276,3 +274,19 @@ class MetaFlowMap(nn.Module):
     ) -> Conditions:
         """Those of a call, checked."""
         return self.check(Conditions.of(conditions, label=label, guidance=guidance))
+
+
+def posterior_steps(
+    flow_map: Callable[[Times, Times, Tensor, Times, Tensor], Tensor], x_t: Tensor, t: Times, noise: Tensor, steps: int
+) -> Tensor:
+    """Posterior draws `(B, N, *shape)` by `steps` steps of X_{s,u}(x; t, x_t) on a uniform inner grid.
+
+    Args:
+        flow_map: `flow_map(s, u, x, t, x_t)` of B*N states, draws of one state next to each other.
+        noise: at s = 0, `(B, N, *shape)`.
+    """
+    x, N = noise.flatten(0, 1), noise.shape[1]
+    outer, time = x_t.repeat_interleave(N, dim=0), as_times(t, x_t).repeat_interleave(N)
+    for k in range(steps):
+        x = flow_map(k / steps, (k + 1) / steps, x, time, outer)
+    return x.reshape(noise.shape)

@@ -63,11 +63,12 @@ class ClassifierQuality(Quality):
             mnist/features.
         cache: file that keeps the trained classifier and the Gaussian of real features for the next run;
             outputs/features/DATA.safetensors where None.
-        reference: in place of data, with a classifier: the Gaussian of real features in a file that a run with data
-            kept as its cache, or a name, such as mnist/real_features.
+        reference: with a classifier, in place of the training images: the Gaussian of their features in a file that a
+            run kept as its cache, or a name, such as mnist/real_features. Data then are only for suites that take
+            images of them.
 
     Raises:
-        ValueError: if the data do not fit in memory; with neither data nor classifier and reference, or with both.
+        ValueError: if the data do not fit in memory; with neither data nor classifier and reference.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class ClassifierQuality(Quality):
         cache: str | None = None,
         reference: str | None = None,
     ) -> None:
-        if (data is None) == (reference is None) or (reference is not None and classifier is None):
+        if (data is None and reference is None) or (reference is not None and classifier is None):
             raise ValueError("ClassifierQuality needs data, or else a classifier and its reference of real features")
         self.data, self.seed, self.steps, self.given = data, seed, steps, classifier
         self.reference = reference
@@ -97,14 +98,14 @@ class ClassifierQuality(Quality):
         return found
 
     def prepare(self, device: torch.device) -> None:
-        if self.data is None:
+        if self.data is not None:
+            self.data.setup("test")
+        if self.reference is not None:
             self.classifier = load_features(str(self.given))
             self._gaussian = self._kept()
             return
-        self.data.setup("test")
         images, labels = self.splits["train"]
-        self._images = self.data.decode(images)
-        data = self._images, labels, self.data.num_classes, self.cache
+        data = self.data.decode(images), labels, self.data.num_classes, self.cache
         self.classifier, self._gaussian = (
             fitted_features(*data, steps=self.steps, seed=self.seed)
             if self.given is None
@@ -150,9 +151,7 @@ class ClassifierQuality(Quality):
 
     @property
     def real(self) -> Tensor:
-        if self.data is None:
-            raise ValueError("quality: a reference has no real images, only the Gaussian of their features")
-        return self.features(self._images)
+        return self.features(self.data.decode(self.splits["train"][0]))
 
     @property
     def gaussian(self) -> Gaussian:
@@ -162,7 +161,7 @@ class ClassifierQuality(Quality):
     def identity(self) -> dict[str, object]:
         if self.given is not None:
             weights, real = fingerprint(find_weights(self.given, "classifier")), float(self._gaussian.mean.sum())
-            data = self.reference if self.data is None else type(self.data).__name__
+            data = self.reference or type(self.data).__name__
             return {"classifier": weights, "data": data, "real": real}
         steps = {} if self.steps == 600 else {"steps": self.steps}
         return {"classifier": type(self.data).__name__, "seed": self.seed, **steps}

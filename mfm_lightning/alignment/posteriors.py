@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.interpolant import Times, as_times
+from mfm_lightning.interpolant import Times
+from mfm_lightning.models import posterior_steps
 from mfm_lightning.oracles import Oracle
 from mfm_lightning.samplers import METHODS, sample_posterior_glass, sample_sde
 
@@ -40,11 +41,7 @@ class FlowMapPosterior(Posterior):
         self.steps = steps
 
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
-        x, N = noise.flatten(0, 1), noise.shape[1]
-        outer, time, drawn = x_t.repeat_interleave(N, dim=0), as_times(t, x_t).repeat_interleave(N), target.expand(x)
-        for k in range(self.steps):
-            x = drawn.flow_map(k / self.steps, (k + 1) / self.steps, x, time, outer)
-        return x.reshape(noise.shape)
+        return posterior_steps(target.expand(noise.flatten(0, 1)).flow_map, x_t, t, noise, self.steps)
 
 
 class GlassPosterior(Posterior):

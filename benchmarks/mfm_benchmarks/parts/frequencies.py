@@ -60,7 +60,7 @@ class FrequencyComparison:
             raise ValueError(f"frequencies.runs {self.runs}: the interval of populations needs 10 or more")
 
     def shrink(self) -> None:
-        self.draws, self.particles = [n for n in self.draws if n <= 8] or self.draws[:1], self.particles[:1]
+        self.draws, self.particles = [n for n in self.draws if n <= 4] or self.draws[:1], self.particles[:1]
         self.dynamics, self.population, self.other_steps = self.dynamics[:1], 0, []
         self.num_samples, self.seeds, self.steps = min(64, self.num_samples), self.seeds[:1], min(20, self.steps)
 

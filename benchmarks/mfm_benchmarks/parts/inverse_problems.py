@@ -61,8 +61,8 @@ class InverseProblems:
             raise ValueError("inverse: a comparison needs two images, two samples of each, and draws")
 
     def shrink(self) -> None:
-        self.num_images, self.num_samples, self.steps = min(4, self.num_images), min(8, self.num_samples), 20
-        self.draws, self.particles = self.draws[:1], min(4, self.particles)
+        self.num_images, self.num_samples, self.steps = min(3, self.num_images), min(6, self.num_samples), 20
+        self.draws, self.free_draws, self.particles = self.draws[:1], min(4, self.free_draws), min(4, self.particles)
 
     def _methods(self) -> dict[str, AlignmentMethod]:
         grid = TimeGrid(self.steps)
