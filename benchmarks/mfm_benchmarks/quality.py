@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mfm_lightning.checkpoints import find_weights, fingerprint
+from mfm_lightning.checkpoints import find_weights, fingerprint, read_metadata
 from mfm_lightning.data.base import StepDataModule
-from mfm_lightning.metrics.classifier import fitted_features, load_features
+from mfm_lightning.metrics.classifier import fitted_features, load_features, weights_digest
 from mfm_lightning.metrics.frechet import Gaussian
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
 from mfm_lightning.utils.atomic import whole_file
@@ -104,8 +104,8 @@ class ClassifierQuality(Quality):
             self.classifier = load_features(str(self.given))
             self._gaussian = self._kept()
             return
-        images, labels = self.splits["train"]
-        data = self.data.decode(images), labels, self.data.num_classes, self.cache
+        (images, labels), given = self.splits["train"], self._images_of
+        data = given.decode(images), labels, given.num_classes, self.cache
         self.classifier, self._gaussian = (
             fitted_features(*data, steps=self.steps, seed=self.seed)
             if self.given is None
@@ -118,22 +118,23 @@ class ClassifierQuality(Quality):
         state = load_file(path)
         if absent := {"features.mean", "features.root"} - state.keys():
             raise ValueError(f"quality.reference: {path} has no {min(absent)}, only {', '.join(sorted(state)[:4])}")
-        found = Gaussian(state["features.mean"].double(), state["features.root"].double())
-        if found.mean.shape != (self.classifier.num_features,):
-            raise ValueError(
-                f"quality.reference: {path} is of {len(found.mean)} features, classifier {self.given} has "
-                f"{self.classifier.num_features}"
-            )
-        return found
+        if read_metadata(path).get("classifier") != weights_digest(self.classifier):
+            raise ValueError(f"quality.reference: {path} has features of another classifier than {self.given}")
+        return Gaussian(state["features.mean"].double(), state["features.root"].double())
 
     @property
     def splits(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """The data's `(x, label)` by "train", "val" and "test"."""
+        data = self._images_of
+        if (found := getattr(data, "splits", None)) is None:
+            raise ValueError(f"quality.data: a {type(data).__name__} with no splits in memory (raise its memory)")
+        return found
+
+    @property
+    def _images_of(self) -> StepDataModule:
         if self.data is None:
             raise ValueError("quality.data is left out, but the suite takes its images")
-        if (found := getattr(self.data, "splits", None)) is None:
-            raise ValueError(f"quality.data: a {type(self.data).__name__} with no splits in memory (raise its memory)")
-        return found
+        return self.data
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class ClassifierQuality(Quality):
 
     @property
     def real(self) -> Tensor:
-        return self.features(self.data.decode(self.splits["train"][0]))
+        return self.features(self._images_of.decode(self.splits["train"][0]))
 
     @property
     def gaussian(self) -> Gaussian:

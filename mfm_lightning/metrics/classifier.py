@@ -117,9 +117,18 @@ def fitted_features(
     fitted = Gaussian.of_features(model.eval().features(images))
     tensors = {"features.mean": fitted.mean, "features.root": fitted.root}
     tensors |= model.state_dict() if classifier is None else {}
-    save_tensors(tensors, cache, {"identity": identity})
+    of = {} if classifier is None else {"classifier": weights_digest(classifier)}
+    save_tensors(tensors, cache, {"identity": identity, **of})
     log.info("features of the %d training images: kept in %s for the next test", len(images), cache)
     return model.requires_grad_(False), fitted
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, by which a file of features says whose they are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_features(classifier: str) -> ImageClassifier:
