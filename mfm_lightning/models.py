@@ -220,12 +220,11 @@ class MetaFlowMap(nn.Module):
             CheckpointError: if its file holds no network of ours.
         """
         require_hub(str(name))
-        from mfm_lightning.networks.hub import HubNetwork
+        from mfm_lightning.networks.hub import HubNetwork, find_folder
 
         found = HubNetwork.from_pretrained(
-            str(name), revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
-            local_files_only=local_files_only,
-        )  # fmt: skip
+            find_folder(str(name), revision, token, cache_dir, force_download, local_files_only)
+        )
         model = cls(found.network)
         model.metadata = found.metadata
         return model

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
 from mfm_lightning.networks.card import card
@@ -60,26 +60,37 @@ class HubNetwork(
         return super().generate_model_card(*args, section=self._section, **kwargs)
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **others: Any,  # of the mixin: proxies, and what it reads from config.json
-    ) -> HubNetwork:
-        def downloaded() -> Path:
-            return Path(
-                hf_hub_download(
-                    model_id, FILE, revision=revision, cache_dir=cache_dir, force_download=force_download, token=token,
-                    local_files_only=local_files_only,
-                )
-            )  # fmt: skip
-
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubNetwork:  # of the mixin's, a folder needs none
         path = Path(model_id) / FILE
-        if not Path(model_id).is_dir():
-            path = from_hub([downloaded], model_id, model_id, [FILE], "model", revision)
         return cls(load_any(path), said_in(path))
+
+
+def find_folder(
+    name: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a model: a local one, or a repository's, at once (the mixin asks for each file, and asks again for
+    half a minute where there is no network); options as of huggingface_hub.
+
+    Raises:
+        FileNotFoundError: if it is nowhere, or has no model.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+
+    def snapshot() -> Path:
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
+                local_files_only=local_files_only, allow_patterns=[FILE, "config.json"],
+            )
+        )  # fmt: skip
+        if not (folder / FILE).is_file():
+            raise FileNotFoundError(f"{name} has no {FILE}")
+        return folder
+
+    return from_hub([snapshot], name, name, [FILE], "model", revision)

@@ -59,6 +59,19 @@ def test_what_is_pushed_is_what_is_saved(tmp_path, model, monkeypatch):
     assert pushed == saved
 
 
+def test_a_repository_is_loaded_from_the_cache(tmp_path, model, monkeypatch):
+    folder = tmp_path / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    model.save_pretrained(folder / "snapshots" / ("0" * 40), {"data": "moons"})
+    loaded = MetaFlowMap.from_pretrained("org/name", cache_dir=tmp_path, local_files_only=True)
+    assert loaded.metadata == {"data": "moons"}
+    assert torch.equal(loaded.network.output.weight, model.network.output.weight)
+    (folder / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"org/name has no model\.safetensors"):
+        MetaFlowMap.from_pretrained("org/name", cache_dir=tmp_path, local_files_only=True)
+
+
 def test_a_hub_that_is_not_reached_is_a_line():
     message = r"model\.safetensors of org/none is not in Hugging Face's cache"
     with pytest.raises(FileNotFoundError, match=message) as error:
