@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 
 import torch
@@ -20,6 +21,11 @@ SHOWN = 16  # images kept of each run
 def noise(num: int, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
     """`(num, *shape)`: the noise that every method begins from."""
     return torch.randn(num, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def states_digest(states: Tensor) -> str:
+    """SHA-256 of states, for the identity of results on them."""
+    return hashlib.sha256(states.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def clock(device: torch.device) -> float:

@@ -11,7 +11,7 @@ from mfm_lightning.commands.errors import CommandLineError
 
 OUTPUTS = Path("outputs")
 MODEL = "model.safetensors"
-REPORT = OUTPUTS / "benchmarks/alignment_quick/report/index.html"
+REPORT = OUTPUTS / "benchmarks/mnist_demo_quick/report/index.html"
 HELP = """Usage: mfm demo [--overwrite] [options of mfm fit and mfm test, such as --trainer.accelerator cpu]
 
 Fit a base flow and a Meta Flow Map on real 8x8 digits; then, with the model of MNIST at 28x28 that comes with the
@@ -53,7 +53,7 @@ STAGES = (
     Stage("Before and after", "test --config configs/mnist/finetune.yaml", "mnist/finetune", 20),
     Stage(
         "Compare with Best-of-N, GLASS and others",
-        "benchmark alignment --quick --config benchmarks/mnist_demo", "benchmarks/alignment_quick", 110,
+        "benchmark alignment --quick --config benchmarks/mnist_demo", "benchmarks/mnist_demo_quick", 110,
     ),
 )  # fmt: skip
 SHORTER = {  # than the configs' own runs
@@ -111,8 +111,8 @@ def _options(stage: Stage, fresh: bool, others: Sequence[str]) -> list[str] | No
         return ["--fresh"] if fresh else []
     if stage.name == "sample":
         if fresh and folder.is_dir():
-            for path in folder.glob("*"):
-                path.unlink()
+            for path in (folder / "samples.json", *folder.glob("[0-9]" * 8 + ".png")):  # what mfm sample writes
+                path.unlink(missing_ok=True)
         return []
     if stage.name == "predict":
         done = (folder / "predict" / "summary.json").exists() and not fresh

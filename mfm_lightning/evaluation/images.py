@@ -14,8 +14,9 @@ from mfm_lightning.alignment.target import Flow
 from mfm_lightning.conditions import INDEX, Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, ModelModule, data_of
 from mfm_lightning.evaluation.draws import noisy_states
+from mfm_lightning.evaluation.features import check_features, features_of
 from mfm_lightning.interpolant import as_times, interpolate, randn, sample_generators
-from mfm_lightning.metrics.classifier import accuracy, fitted_features, load_features
+from mfm_lightning.metrics.classifier import accuracy
 from mfm_lightning.metrics.frechet import frechet_of_features
 from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
 from mfm_lightning.utils.console import track, write_table
@@ -59,18 +60,16 @@ class ImageEvaluation(Evaluation[ModelModule]):
         self.times, self.glass_steps, self.picture_times = tuple(times), glass_steps, tuple(picture_times)
         self.seed, self.classifier = seed, classifier
 
+    def check(self, module: ModelModule) -> None:
+        super().check(module)
+        check_features(module, self.classifier)
+
     @torch.no_grad()
     def measure(self, module: ModelModule, folder: Path) -> None:
         data: ArrayData = data_of(module)
         model, base = module.model, _base_flow(module).drift
         real_x, real_y = data.splits["train"]
-        real = data.decode(real_x)
-        cache = folder / "features.safetensors"
-        classifier, fitted = (
-            fitted_features(real, real_y, data.num_classes, cache)
-            if self.classifier is None
-            else fitted_features(real, real_y, data.num_classes, cache, load_features(self.classifier))
-        )
+        classifier, fitted = features_of(data, self.classifier, folder / "features.safetensors")
         test_accuracy = accuracy(classifier, data.decode(data.splits["test"][0]), data.splits["test"][1])
         module.log("test/classifier_accuracy", test_accuracy, rank_zero_only=True)
 

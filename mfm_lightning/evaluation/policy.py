@@ -15,7 +15,8 @@ from mfm_lightning.alignment.values import exact_likelihood
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, PolicyModule, data_of, datamodule_of
 from mfm_lightning.evaluation.draws import noisy_states
-from mfm_lightning.metrics.classifier import SmallClassifier, fitted_features, load_features
+from mfm_lightning.evaluation.features import check_features, features_of
+from mfm_lightning.metrics.classifier import SmallClassifier
 from mfm_lightning.metrics.distances import pairwise_distance, sliced_wasserstein
 from mfm_lightning.metrics.frechet import Gaussian, frechet_of_features
 from mfm_lightning.networks import ImageClassifier
@@ -70,6 +71,7 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
         super().check(module)
         if self.likeness:
             data_of(module, "splits", "decode", "num_classes", by="PolicyEvaluation with likeness")
+            check_features(module, self.classifier)
         if len(module.state_shape) != 3:
             raise ValueError("PolicyEvaluation is for images: for a mixture use TiltedMixtureEvaluation")
         if self.steering is not None and self.steering.needs_reward_gradient:
@@ -118,14 +120,7 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
     def _likeness(self, module: PolicyModule, images: Tensor, label: Tensor | None) -> dict[str, float]:
         if self._fitted is None:
             data: ArrayData = data_of(module)
-            x, classes = data.splits["train"]
-            real = data.decode(x)
-            cache = module.folder / "test" / "features.safetensors"
-            self._fitted = (
-                fitted_features(real, classes, data.num_classes, cache)
-                if self.classifier is None
-                else fitted_features(real, classes, data.num_classes, cache, load_features(self.classifier))
-            )
+            self._fitted = features_of(data, self.classifier, module.folder / "test" / "features.safetensors")
         classifier, fitted = self._fitted
         features = classifier.features(images)
         return {

@@ -105,3 +105,26 @@ def test_a_package_does_not_take_the_name_of_a_command(monkeypatch, caplog):
         }
         for name in ("fit", "sample"):
             assert f"the command {name} of plug:run is left out" in caplog.text
+
+
+def test_the_demo_says_where_its_report_is():
+    """The folder is what `mfm benchmark` makes of the stage's command."""
+    from mfm_benchmarks.command import load_suite
+    from mfm_lightning.commands.demo import REPORT, STAGES
+
+    _, name, *args = STAGES[-1].command.split()
+    _, _, how = load_suite(name, args)
+    assert how["quick"]
+    assert REPORT.as_posix() == f"outputs/benchmarks/{how['config'].stem}_quick/report/index.html"
+    assert f"outputs/{STAGES[-1].folder}/report/index.html" == REPORT.as_posix()
+
+
+def test_configs_that_the_demo_names_are_there():
+    from mfm_lightning.commands.demo import SHORTER, STAGES
+    from mfm_lightning.utils.configs import find_config
+
+    for stage in STAGES:
+        words = stage.command.split()
+        if "--config" in words:
+            find_config(words[words.index("--config") + 1])
+    assert set(SHORTER) <= {stage.folder for stage in STAGES}

@@ -18,7 +18,7 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
 from mfm_benchmarks.claims import verdict
-from mfm_benchmarks.measure import measure, noise
+from mfm_benchmarks.measure import measure, noise, states_digest
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment import AlignmentMethod, FeynmanKac, Steering, TimeGrid
 from mfm_lightning.alignment.target import Target
@@ -116,7 +116,7 @@ class InverseProblems:
         self._shown: dict[str, Tensor] = {}
         self._cells: dict[tuple[str, str], Cell] = {}
         settings = {
-            **identity, "images": len(self._images), "samples": self.num_samples, "steps": self.steps,
+            **identity, "images": states_digest(self._images), "samples": self.num_samples, "steps": self.steps,
             "clip": self.clip, "noise_std": self.noise_std,
         }  # fmt: skip
         for problem, (likelihoods, shown) in self._measurements(self._images).items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
 from mfm_benchmarks.claims import verdict
+from mfm_benchmarks.measure import states_digest
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.posteriors import Posterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
@@ -38,7 +39,7 @@ class PosteriorRecovery(DrawSettings):
     def cells(self, target: Target, x1: Tensor, identity: dict[str, Any]) -> list[Cell]:
         """`x1`: clean states to noise, at least `num_states`."""
         x1 = x1[: self.num_states]
-        settings = {**identity, "states": len(x1), "draws": self.num_draws}
+        settings = {**identity, "states": states_digest(x1), "draws": self.num_draws}
         self._cells: dict[tuple[float, str], Cell] = {}
         found = []
         for t in self.times:

@@ -14,6 +14,7 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Table
 from mfm_benchmarks.claims import verdict
+from mfm_benchmarks.measure import states_digest
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.posteriors import RolloutPosterior
 from mfm_lightning.alignment.target import Target
@@ -39,7 +40,7 @@ class ValueComparison(DrawSettings):
         self._cells: dict[tuple[float, str], Cell] = {}
         self._reference: dict[float, Cell] = {}
         for t in self.times:
-            settings = {**identity, "states": len(x1), "draws": self.num_draws, "t": t}
+            settings = {**identity, "states": states_digest(x1), "draws": self.num_draws, "t": t}
             x_t = noisy_states(x1, t, torch.Generator().manual_seed(1))
             rollouts = DrawValue(self.num_draws, RolloutPosterior(self.rollout_steps), max_rows=self.max_rows)
             self._reference[t] = Cell(

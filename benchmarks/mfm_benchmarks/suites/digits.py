@@ -62,7 +62,7 @@ class DigitsSuite(Suite):
             part.shrink()
 
     def missing(self) -> list[str]:
-        return self.model.missing()
+        return [*self.model.missing(), *self.quality.missing()]
 
     def fits(self) -> list[Fit]:
         return self.model.jobs()
