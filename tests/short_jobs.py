@@ -18,6 +18,23 @@ SHORT = {  # by config: what makes the rest of a job short
     ],
     "gmm/mfm": [f"{EVALUATION}.num_states=2"],
     "gmm/finetune": [f"{EVALUATION}.num_samples=64", f"{EVALUATION}.ode_steps=3", *BUFFER],
+    "mnist/flow": IMAGES,
+    "mnist/mfm": IMAGES,
+    "mnist/mfm_from_data": IMAGES,
+    "mnist/value": [f"{EVALUATION}.{option}" for option in VALUES],
+    "mnist/finetune": [
+        *[f"{EVALUATION}.{option}" for option in ("samples_per_class=6", "ode_steps=2", "pictures=6")],
+        STEERING,
+        *BUFFER,
+        f"{DATA_MODULE}.data.init_args.num_samples=20",
+    ],
+    "fashion/flow": IMAGES,
+    "fashion/mfm": IMAGES,
+    **{
+        f"{name}/steer": [f"{DATA_MODULE}.num_samples=4", "--model.init_args.method.init_args.grid.steps=2"]
+        for name in ("mnist", "fashion")
+    },
+    "mnist/search": [f"{DATA_MODULE}.num_samples=2", "--model.init_args.method.init_args.steps=1"],
     "digits/steer": [f"{DATA_MODULE}.num_samples=4", "--model.init_args.method.init_args.grid.steps=2"],
 }
 

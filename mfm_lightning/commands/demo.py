@@ -53,7 +53,7 @@ STAGES = (
     Stage("Before and after", "test --config configs/mnist/finetune.yaml", "mnist/finetune", 20),
     Stage(
         "Compare with Best-of-N, GLASS and others",
-        "benchmark alignment --quick --config benchmarks/mnist_demo", "benchmarks/mnist_demo_quick", 110,
+        "benchmark alignment --quick --config configs/benchmarks/mnist_demo.yaml", "benchmarks/mnist_demo_quick", 110,
     ),
 )  # fmt: skip
 SHORTER = {  # than the configs' own runs

@@ -108,7 +108,8 @@ class OffPolicyDataModule(L.LightningDataModule):
     def _data_batch(self, step: int) -> tuple[Tensor, Any]:
         """The other DataModule's, without labels where the policy has no classes."""
         batch = self.data.train_batch(step)
-        classes = getattr(trainer_of(self).lightning_module, "num_classes", None)
+        module = getattr(getattr(self, "trainer", None), "lightning_module", None)
+        classes = getattr(module, "num_classes", None)
         return unlabelled(batch) if classes == 0 and self.num_classes else batch
 
     def _sample(self, step: int, noise: torch.Generator) -> tuple[Tensor, Conditions]:

@@ -1,7 +1,6 @@
 """The MNIST suite on real images of 28x28 and an untrained model; scores of inverse problems against closed forms."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from mfm_lightning.alignment import Steering
 from mfm_lightning.checkpoints import save_model
 from mfm_lightning.networks import DiT
 from tests.benchmarks.test_benchmarks import ROOT, benchmark, model, rows
+from tests.fashion_mnist import EXTRACT
 
-EXTRACT = Path(__file__).parents[1] / "fashion_mnist" / "extract.npz"
 CLASSIFIER = {"class_path": "mfm_lightning.metrics.classifier.SmallClassifier", "init_args": {"in_channels": 1, "size": 28, "num_classes": 10}}  # fmt: skip  # noqa: E501
 
 

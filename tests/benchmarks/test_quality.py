@@ -8,7 +8,7 @@ from mfm_benchmarks.quality import ClassifierQuality
 from mfm_lightning.checkpoints import save_network
 from mfm_lightning.data import ImageDataModule
 from mfm_lightning.networks import ImageClassifier
-from tests.benchmarks.test_mnist_suite import EXTRACT
+from tests.fashion_mnist import EXTRACT
 
 
 def saved(path, seed):

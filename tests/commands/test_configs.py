@@ -10,10 +10,18 @@ import yaml
 from safetensors.torch import save_file
 
 from mfm_benchmarks.parts.shard_readers import random_shards
-from mfm_lightning.checkpoints import CheckpointError, import_checkpoint, load_model, load_value, save_model
+from mfm_lightning.checkpoints import (
+    CheckpointError,
+    import_checkpoint,
+    load_classifier,
+    load_model,
+    load_value,
+    save_model,
+)
 from mfm_lightning.commands.main import run
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
+from tests.fashion_mnist import as_torchvision
 from tests.latent_data import small_vae
 from tests.parity import NOT_IN_SHAPES, weights
 from tests.short_jobs import DATA_MODULE, EVALUATION, SHORT, short
@@ -22,7 +30,10 @@ from tests.tiny_rewards import tiny_rewards
 # a config that is not here is a config that is not tested; flow and mfm of the digits are those of `digits_outputs`
 FIT = ["digits/flow", "digits/mfm", "digits/mfm_from_data", "digits/value", "gmm/mfm", "gmm/mean_flow", "gmm/semigroup"]
 FIT += ["digits/finetune", "gmm/value", "gmm/finetune"]
-PREDICT = ["digits/steer"]
+FIT += [f"mnist/{name}" for name in ("flow", "mfm", "mfm_from_data", "classifier", "features", "value", "finetune")]
+FIT += ["fashion/flow", "fashion/mfm"]
+PREDICT = ["digits/steer", "mnist/steer", "mnist/search", "fashion/steer"]
+SHAPES = {"digits": (1, 8, 8), "gmm": (2,), "mnist": (1, 28, 28), "fashion": (1, 28, 28)}
 
 
 @pytest.mark.slow
@@ -30,6 +41,8 @@ def test_every_config_runs(folder, digits_outputs):
     # benchmarks are test_benchmarks.py's
     jobs = {str(p) for p in Path("configs").glob("*/*.yaml") if p.parent.name not in ("benchmarks", "imagenet256")}
     assert jobs == {f"configs/{name}.yaml" for name in FIT + PREDICT}
+    for name in ("MNIST", "FashionMNIST"):
+        as_torchvision(Path("data"), name)
     for name in FIT:
         config = Path(f"configs/{name}.yaml")
         output = Path(yaml.safe_load(config.read_text())["trainer"]["default_root_dir"])
@@ -37,11 +50,15 @@ def test_every_config_runs(folder, digits_outputs):
             run(short("fit", name))
         assert (output / "last.ckpt").is_file()
         exported = output / ("value.safetensors" if "value" in name else "model.safetensors")
-        load = load_value if "value" in name else load_model
-        assert tuple(load(exported).state_shape) == ((1, 8, 8) if "digits" in name else (2,))
+        classifier = name in ("mnist/classifier", "mnist/features")
+        if classifier:
+            assert load_classifier(str(exported))(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+        else:
+            load = load_value if "value" in name else load_model
+            assert tuple(load(exported).state_shape) == SHAPES[name.split("/")[0]]
         rows = list(csv.DictReader((output / "logs/csv/metrics.csv").read_text().splitlines()))
         assert any(row["train/loss"] for row in rows)
-        assert "value" in name or list((output / "pictures").rglob("*.png"))
+        assert classifier or "value" in name or list((output / "pictures").rglob("*.png"))
     # less than an interval of validation
     run(["fit", "--config", "configs/gmm/mfm.yaml", "--trainer.max_steps=2", "--overwrite"])
 

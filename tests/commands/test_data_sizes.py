@@ -60,6 +60,7 @@ def test_the_same_network_comes_of_sizes_that_are_given(caplog):
     """What is trained does not depend on who says them; nothing is said then."""
     fit(job(DIT), 2)
     ours = load_model("out/model.safetensors").network.state_dict()
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         fit(job({**DIT, "init_args": NETWORK}), 2, "--overwrite")
     assert "of the data" not in caplog.text

@@ -90,7 +90,7 @@ def test_a_resumed_run_goes_on_at_its_epoch(urls, caplog):
     assert len(set(rest[:20])) == 20
     caplog.clear()
     assert numbers(data(urls).loader(start=8, length=24)) == whole[8 * 4 :]
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     others = [tuple(numbers(data(urls).loader(start=8 + k, length=9 + k))) for k in range(4)]
     assert len(set(others)) == 4  # one that is often stopped does not see the same samples again and again
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 # by a word of the block: what is true once it has run
 PROMISES = {
-    "sample_posterior": "assert draws.shape == (4, 8, 1, 8, 8) and draws.isfinite().all()",
+    "sample_posterior": "assert draws.shape == (4, 8, 1, 28, 28) and draws.isfinite().all()",
     "register": "import torch\n"
     "assert 'top_heavy' in mfm_rewards.available()\n"
     "image = torch.ones(2, 1, 8, 8); image[1, :, :4] = 0\n"

@@ -26,7 +26,7 @@ def test_the_readme_works_as_written(folder, digits_outputs, capsys):
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL):
         exec(block, namespace)
-    assert namespace["draws"].shape == (4, 8, 1, 8, 8)
+    assert namespace["draws"].shape == (4, 8, 1, 28, 28)
     assert Path("steered.png").stat().st_size > 100
     assert namespace["result"].rewards.shape == (16,)
     run([*short("validate", "digits/mfm"), "--ckpt_path", "outputs/digits/mfm/last.ckpt"])
