@@ -282,6 +282,24 @@ def test_broken_files_are_named_or_counted(tmp_path, caplog, workers):
         list(data(f"{tmp_path}/2.tar", 1, workers, corrupt="skip", size=8, channels=3, **given).loader())
 
 
+@pytest.mark.parametrize("resampled", [False, True])
+def test_workers_and_ranks_pass_over_shards_that_are_damaged_as_a_whole(urls, tmp_path, resampled):
+    """One shard each: in each epoch the garbage is another one's."""
+    (tmp_path / "shards/001.tar").write_bytes(b"garbage" * 1000)
+    given = {"corrupt": "skip", "num_classes": 3, "num_samples": 32, "resampled": resampled}
+    for workers, world in ((4, 1), (0, 2), (0, 4)):
+        for rank in range(world):
+            found = data(urls, num_workers=workers, **given)
+            batches = numbers(found.loader(rank, world, length=16))
+            assert len(batches) == 16 * 4
+            assert set(batches) <= set(range(32)) - set(range(8, 16))
+            assert found.skipped
+    for k in (0, 2, 3):
+        (tmp_path / f"shards/00{k}.tar").write_bytes(b"garbage" * 1000)
+    with pytest.raises(ValueError, match=r"no sample that can be used in .*000.tar, .*001.tar, .*002.tar, \.\.\."):
+        list(data(urls, size=8, channels=3, **given).loader(0, 2, length=2))
+
+
 def test_damaged_and_missing_shards(urls, tmp_path):
     path = tmp_path / "shards/002.tar"
     path.write_bytes(path.read_bytes()[:9000])

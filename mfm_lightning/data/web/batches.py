@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -55,27 +56,33 @@ class Epochs:
         is often stopped would train on the first shards alone.
 
         Raises:
-            ValueError: if there are no samples that can be used.
+            ValueError: if no shard has a sample that can be used.
         """
         from webdataset.filters import batched
-        from webdataset.pipeline import DataPipeline
 
         key, worker = (self.seed, epoch, start - epoch * self.batches), get_worker_info()
         random = np.random.default_rng([*key, self.rank.number, 0 if worker is None else worker.id])
+        order = ShardOrder(self.rank, self.resampled, *key)
         samples = pipeline(
             self.urls,
             self.faults,
-            ShardOrder(self.rank, self.resampled, *key),
+            order,
             partial(_shuffled, size=self.shuffle_buffer, seed=int(random.integers(2**63))),
             partial(_mapped, read=self.read, random=random, faults=self.faults),
-        ).repeat()
+        )
         batches = batched(self.batch_size, collation_fn=self.read.collate, partial=False)
-        found = 0
-        for batch in DataPipeline(samples, batches).with_epoch(nbatches=number):
-            found += 1
-            yield batch
-        if found < number:
-            raise ValueError(f"no sample that can be used in {named(self.urls)}")
+        yield from islice(batches(self._passes(samples, order)), number)
+
+    def _passes(self, samples: Any, order: ShardOrder) -> Iterator[Any]:
+        """Samples of pass after pass. After one without any (its shards are all damaged) all shards are gone through."""
+        while True:
+            found = False
+            for sample in samples:
+                found = True
+                yield sample
+            if not found and order.all_shards:
+                raise ValueError(f"no sample that can be used in {named(self.urls)}")
+            order.all_shards = not found
 
 
 def _shuffled(samples: Iterator[Any], size: int, seed: int) -> Iterator[Any]:

@@ -30,8 +30,9 @@ class WebDatasetDataModule(StepDataModule):
 
     Guaranteed:
 
-    - All ranks have the same number of batches, of one size. In an epoch each takes other shards; one whose shards have
-      fewer samples than others' goes through them again.
+    - All ranks have the same number of batches, of one size. In an epoch each worker of each rank takes other shards.
+      One whose shards have fewer samples than others' then goes on with shards that are dealt out anew, also those of
+      others: of uneven shards some samples come twice in an epoch, and others not at all.
     - A run that was stopped goes on at its epoch, whose shards are begun anew in another order; the epochs after it are
       those of a run that was not stopped. `LatentShards` and `ImageDataModule` go on at the step.
     - In validation and test the batches hold every sample once, but for up to W - 1 that two of W ranks see; the same
