@@ -95,6 +95,34 @@ def test_a_resumed_run_goes_on_at_its_epoch(urls, caplog):
     assert len(set(others)) == 4  # one that is often stopped does not see the same samples again and again
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_epochs_after_that_of_a_resumed_run_do_not_depend_on_where_it_was_stopped(urls, workers):
+    """8 steps an epoch, of 2 and of 3 workers: steps 16.. are the same batches from wherever it goes on."""
+    whole = numbers(data(urls, num_workers=workers).loader(length=24))
+    for start in (0, 1, 8, 11, 13):
+        rest = numbers(data(urls, num_workers=workers).loader(start=start, length=24))
+        assert len(rest) == 4 * (24 - start)
+        assert rest[-8 * 4 :] == whole[-8 * 4 :]
+
+
+def test_reading_that_begins_within_an_epoch_is_said_once(urls, caplog):
+    """As with `trainer.limit_train_batches` of 3, and where `OffPolicyDataModule` asks for other steps."""
+    position = iter([0, 3, 6, 8])
+    stream = data(urls).loader(length=24, where=lambda: next(position))
+    walked = data(urls)
+    said = "goes on at epoch 0 of the shards, not at its step 3"
+    with caplog.at_level(logging.WARNING):
+        next(iter(stream))
+        assert not caplog.records
+        for _ in range(3):
+            next(iter(stream))
+        assert caplog.text.count(said) == len(caplog.records) == 1
+        caplog.clear()
+        for step in (0, 1, 8, 3, 4, 6):
+            walked.train_batch(step)
+        assert caplog.text.count(said) == len(caplog.records) == 1
+
+
 def test_training_batches_by_step(urls):
     walked = data(urls)
     whole = numbers(data(urls).loader(length=12))

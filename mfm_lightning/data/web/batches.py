@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.stream import StepLoader
 from mfm_lightning.data.web.samples import SampleReader
 from mfm_lightning.data.web.shards import Faults, Rank, ShardOrder, named, of_worker, pipeline, share
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Epochs:
         yield from islice(batches(self._passes(samples, order)), number)
 
     def _passes(self, samples: Any, order: ShardOrder) -> Iterator[Any]:
-        """Samples of pass after pass. After one without any (its shards are all damaged) all shards are gone through."""
+        """Samples of pass after pass. After one without any (its shards are damaged) all shards are gone through."""
         while True:
             found = False
             for sample in samples:
@@ -98,7 +101,8 @@ def _mapped(samples: Iterator[Any], read: SampleReader, random: np.random.Genera
 
 
 class WebBatches(IterableDataset):
-    """Batches of the steps first..last-1 of a rank, dealt out to its workers in turn; an error is what comes back.
+    """Batches of the steps first..last-1 of a rank, dealt out to its workers in turn, in each epoch from the first
+    worker on: a worker whose turn is left out at an epoch's end gives None. An error is what comes back.
 
     Args:
         epochs: where they come from.
@@ -108,13 +112,15 @@ class WebBatches(IterableDataset):
     def __init__(self, epochs: Epochs, first: int, last: int) -> None:
         self.epochs, self.first, self.last = epochs, first, last
 
-    def __iter__(self) -> Iterator[Batch | Exception]:
+    def __iter__(self) -> Iterator[Batch | Exception | None]:
         worker = get_worker_info()
         k, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
         try:
             for epoch, start, end in self.epochs.stretches(self.first, self.last):
-                if number := len(range(start + (k + self.first - start) % of, end, of)):
+                if number := len(range(start + k, end, of)):
                     yield from self.epochs.pass_over(epoch, start, number)
+                if number < len(range(start, end, of)):
+                    yield None
         except (OSError, ValueError) as error:
             yield error
 
@@ -146,7 +152,7 @@ class HeldOut(IterableDataset):
 
 
 def raising(batches: IterableDataset, workers: int) -> Iterator[Batch]:
-    """The batches by way of webdataset's `WebLoader`; raises the errors among them."""
+    """The batches by way of webdataset's `WebLoader`, without None; raises the errors among them."""
     from webdataset.compat import WebLoader
 
     loader = WebLoader(
@@ -158,11 +164,13 @@ def raising(batches: IterableDataset, workers: int) -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
-        yield batch
+        if batch is not None:
+            yield batch
 
 
 class WebStream(StepLoader):
-    """Training batches, each pass by a loader of its own.
+    """Training batches, each pass by a loader of its own. One that begins within an epoch begins its shards anew, in
+    another order: what was left of them may not be seen in that epoch. The first such pass is said.
 
     Args:
         epochs: where they come from.
@@ -174,9 +182,17 @@ class WebStream(StepLoader):
         self, epochs: Epochs, workers: int, length: int, start: int = 0, where: Callable[[], int] | None = None
     ) -> None:
         super().__init__(length, start, where)
-        self.epochs, self.workers = epochs, workers
+        self.epochs, self.workers, self._said = epochs, workers, False
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
+        epoch, step = divmod(first, self.epochs.batches)
+        if step and not self._said:
+            self._said = True
+            log.warning(
+                "training goes on at epoch %d of the shards, not at its step %d: they are begun anew, in another order, "
+                "here and wherever reading begins within an epoch (LatentShards and ImageDataModule go on at the step)",
+                epoch, step,
+            )  # fmt: skip
         return raising(WebBatches(self.epochs, first, last), self.workers)
 
 

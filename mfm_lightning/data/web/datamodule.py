@@ -34,9 +34,11 @@ class WebDatasetDataModule(StepDataModule):
       One whose shards have fewer samples than others' then goes on with shards that are dealt out anew, also those of
       others: of uneven shards some samples come twice in an epoch, and others not at all.
     - A run that was stopped goes on at its epoch, whose shards are begun anew in another order; the epochs after it are
-      those of a run that was not stopped. `LatentShards` and `ImageDataModule` go on at the step.
-    - In validation and test the batches hold every sample once, but for up to W - 1 that two of W ranks see; the same
-      each time. Each rank reads all shards.
+      those of a run that was not stopped. `LatentShards` and `ImageDataModule` go on at the step. The same holds
+      wherever reading begins within an epoch, as with `trainer.limit_train_batches`, and after each renewal of
+      `OffPolicyDataModule`'s buffer: the first time it is said.
+    - In validation and test the batches hold every sample once, but for up to W - 1 of each worker that two of W ranks
+      see; the same each time. Each rank reads all shards.
 
     Args:
         urls: of shards, as webdataset takes them: paths, https:, s3:, gs:, hf: or pipe:, with braces
@@ -124,6 +126,7 @@ class WebDatasetDataModule(StepDataModule):
         self.resampled, self.shuffle_buffer, self.num_workers = resampled, shuffle_buffer, num_workers
         self.corrupt: Corrupt = corrupt
         self._faults: list[Faults] = []
+        self._stream: WebStream | None = None
         self._walk: tuple[int, Iterator[Batch]] | None = None
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -231,11 +234,6 @@ class WebDatasetDataModule(StepDataModule):
     ) -> WebStream:
         """Training batches start..length-1 of a rank."""
         epochs = self.epochs(rank, world_size, workers := self.workers(world_size))
-        if start % epochs.batches:
-            log.warning(
-                "training goes on at epoch %d of the shards, not at its step %d: they are begun anew, in another order "
-                "(LatentShards and ImageDataModule go on at the step)", start // epochs.batches, start % epochs.batches,
-            )  # fmt: skip
         return WebStream(epochs, workers, length, start, where)
 
     def train_dataloader(self) -> WebStream:
@@ -261,9 +259,11 @@ class WebDatasetDataModule(StepDataModule):
     def train_batch(self, step: int) -> Batch:
         """The training batch of a step, read by this process: at once where it is asked for after the one before it,
         else its epoch is begun anew, as in a resumed run."""
+        ours = Rank(*self.rank())
+        if self._stream is None or self._stream.epochs.rank != ours:
+            self._stream, self._walk = WebStream(self.epochs(ours.number, ours.count), 0, 2**62), None
         if self._walk is None or self._walk[0] != step:
-            epochs = self.epochs(*self.rank())
-            self._walk = step, iter(WebStream(epochs, 0, 2**62, step))
+            self._walk = step, self._stream.batches(step, self._stream.length)
         batch = next(self._walk[1])
         self._walk = step + 1, self._walk[1]
         return batch
