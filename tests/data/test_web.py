@@ -1,5 +1,6 @@
 """Shards that others made: which samples are read, by whom, and what is refused; against tars written by tarfile."""
 
+import io
 import logging
 from collections import Counter
 from pathlib import Path
@@ -276,6 +277,32 @@ def test_wrong_latents_are_refused(tmp_path):
         data(scale=[1.0, 2.0], **given).state_shape  # noqa: B018
 
 
+def test_other_orders_of_bytes_are_read_and_other_kinds_named(tmp_path):
+    good = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
+    given = latents(tmp_path, [good.astype(">f4")])
+    x, _ = next(iter(data(scale=1.0, val_urls=given["urls"], **given).val_dataloader()))
+    np.testing.assert_array_equal(x[0], good)
+    given = latents(tmp_path, [good, np.full((4, 2, 2), "text")])
+    with pytest.raises(ValueError, match=r"00001.npy has <U4, expected floats"):
+        list(data(batch_size=2, scale=1.0, **given).loader())
+    file = io.BytesIO()
+    np.savez(file, good)
+    for content, message in ((file.getvalue(), "it is an .npz"), (b"PK\x03\x04 nothing", "not a zip file")):
+        write(tmp_path / "z.tar", [{"npz": content, "cls": b"0"}])
+        with pytest.raises(ValueError, match=rf"z.tar:folder/00000.npz cannot be read as .npy: .*{message}"):
+            data(str(tmp_path / "z.tar"), image=None, latent="npz", scale=1.0).state_shape  # noqa: B018
+    for scale, message in ((0.0, r"scale \[0.0\]: expected finite"), (float("nan"), r"scale \[nan\]: expected finite")):
+        with pytest.raises(ValueError, match=message):
+            data(scale=scale, **latents(tmp_path, [good])).state_shape  # noqa: B018
+
+
+def test_captions_that_are_no_text_are_found_when_samples_are_counted(tmp_path):
+    write(tmp_path / "0.tar", [sample(0), sample(1) | {"json": b'{"text": 3}'}])
+    with pytest.raises(ValueError, match=r"0.tar:folder/00001.json:text is 3, expected a text"):
+        data(str(tmp_path / "0.tar"), caption="json:text").num_samples  # noqa: B018
+    assert data(str(tmp_path / "0.tar"), caption="json:text", corrupt="skip").num_samples == 1
+
+
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +402,7 @@ def test_urls(urls, tmp_path):
         ({"scale": 1.0}, "holds, scale and shift are for latents"),
         ({"image": None, "latent": "npy", "scale": 1.0, "holds": "moments"}, "holds 'moments': expected one of latent"),
         ({"channels": 2}, "channels 2: expected 1"),
+        ({"num_classes": 0}, "num_classes 0 with label cls: set label: null"),
         ({"num_samples": 0}, "num_samples 0 must be at least 1"),
         ({"corrupt": "drop"}, "corrupt 'drop': expected one of raise, skip"),
     ],

@@ -189,7 +189,7 @@ class WebStream(StepLoader):
         if step and not self._said:
             self._said = True
             log.warning(
-                "training goes on at epoch %d of the shards, not at its step %d: they are begun anew, in another order, "
+                "training goes on at epoch %d of the shards, not at its step %d: they are begun anew in another order, "
                 "here and wherever reading begins within an epoch (LatentShards and ImageDataModule go on at the step)",
                 epoch, step,
             )  # fmt: skip

@@ -105,6 +105,8 @@ class WebDatasetDataModule(StepDataModule):
             raise ValueError("holds, scale and shift are for latents, not for images")
         if latent is not None and scale is None:
             raise ValueError("scale must be given for latents: 0.18215 for SD's VAE, 1 where they are scaled already")
+        if num_classes == 0 and label is not None:
+            raise ValueError(f"num_classes 0 with label {label}: set label: null, or leave num_classes out")
         check_holds(holds)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
