@@ -70,6 +70,8 @@ class LatentForm:
         for name, values in (("scale", self.scale), ("shift", self.shift)):
             if len(values) not in (1, self.state_shape[0]):
                 raise ValueError(f"{name} has {len(values)} numbers, latents {self.state_shape[0]} channels")
+            if not np.isfinite(values).all() or (name == "scale" and 0.0 in values):
+                raise ValueError(f"{name} {list(values)}: expected finite numbers" + ", not 0" * (name == "scale"))
 
     def states(self, arrays: Tensor, noise: torch.Generator) -> Tensor:
         """Stored arrays `(B, *stored_shape)` to states `(B, C, H, W)` float32.
@@ -88,7 +90,10 @@ class LatentForm:
 
     def check(self, array: np.ndarray | Tensor, place: str) -> None:
         """Raise ValueError, naming the place, unless an array has this shape and finite floats."""
-        given = torch.as_tensor(array)
+        try:
+            given = torch.as_tensor(array)
+        except (TypeError, ValueError) as error:  # texts, dates and other kinds that torch does not have
+            raise ValueError(f"{place} has {array.dtype}, expected floats") from error
         if tuple(given.shape) != self.stored_shape or not given.is_floating_point():
             raise ValueError(
                 f"{place} has {given.dtype} {tuple(given.shape)}, expected floats {self.stored_shape} as of the first"
@@ -97,6 +102,17 @@ class LatentForm:
             raise ValueError(f"{place} has numbers that are not finite")
         if self.holds == "mean_std" and bool((given.reshape(2, -1)[1] < 0).any()):
             raise ValueError(f"{place} has deviations below 0: are they logarithms (holds: mean_logvar)?")
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """The array in this machine's order of bytes, the one that torch takes.
+
+    Raises:
+        ValueError: for what `np.load` gives of an `.npz`.
+    """
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it is an .npz, an archive of arrays; expected one array")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def check_holds(holds: str) -> None:

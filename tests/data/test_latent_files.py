@@ -146,6 +146,27 @@ def test_validation_is_a_share_of_each_class_or_other_latents(tmp_path):
         data(source=other, holds="mean_std", val_source=edm2(tmp_path / "d", 2, labels=False)).setup()
 
 
+def test_held_out_latents_of_another_shape_are_refused_before_training(tmp_path):
+    save_file({"latents": torch.ones(3, 2, 4, 4), "labels": torch.tensor([0, 1, 2])}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"latent 0 of .*b.safetensors has torch.float32 \(2, 4, 4\), expected floats"):
+        data(source=lightning_dit(tmp_path / "a"), val_source=str(tmp_path / "b.safetensors")).setup()
+
+
+def test_orders_of_bytes_and_damaged_compression(tmp_path):
+    array = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(">f4")
+    np.savez(tmp_path / "a.npz", latents=array)
+    np.save(tmp_path / "a.npy", array[0])
+    (tmp_path / "dataset.json").write_text('{"labels": [["a.npy", 0]]}')
+    for source in (LatentArrays(str(tmp_path / "a.npz"), labels=None), LatentFolder(str(tmp_path))):
+        np.testing.assert_array_equal(source.array(0), array[0])
+    np.savez_compressed(tmp_path / "b.npz", latents=array)
+    content = (tmp_path / "b.npz").read_bytes()
+    begin = 30 + int.from_bytes(content[26:28], "little") + int.from_bytes(content[28:30], "little")
+    (tmp_path / "b.npz").write_bytes(content[:begin] + b"\xff" * 20 + content[begin + 20 :])
+    with pytest.raises(ValueError, match=r"b.npz cannot be read as .npz: .*decompress"):
+        LatentArrays(str(tmp_path / "b.npz"), labels=None).array(0)
+
+
 def test_arrays_are_mapped_and_compressed_ones_said(tmp_path, caplog):
     folder = Path(lightning_dit(tmp_path, kind="npz"))
     stored, packed = (_Npz(folder / f"latents_rank00_shard00{k}.npz") for k in (0, 1))

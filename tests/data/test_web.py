@@ -1,5 +1,6 @@
 """Shards that others made: which samples are read, by whom, and what is refused; against tars written by tarfile."""
 
+import io
 import logging
 from collections import Counter
 from pathlib import Path
@@ -93,6 +94,34 @@ def test_a_resumed_run_goes_on_at_its_epoch(urls, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     others = [tuple(numbers(data(urls).loader(start=8 + k, length=9 + k))) for k in range(4)]
     assert len(set(others)) == 4  # one that is often stopped does not see the same samples again and again
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_epochs_after_that_of_a_resumed_run_do_not_depend_on_where_it_was_stopped(urls, workers):
+    """8 steps an epoch, of 2 and of 3 workers: steps 16.. are the same batches from wherever it goes on."""
+    whole = numbers(data(urls, num_workers=workers).loader(length=24))
+    for start in (0, 1, 8, 11, 13):
+        rest = numbers(data(urls, num_workers=workers).loader(start=start, length=24))
+        assert len(rest) == 4 * (24 - start)
+        assert rest[-8 * 4 :] == whole[-8 * 4 :]
+
+
+def test_reading_that_begins_within_an_epoch_is_said_once(urls, caplog):
+    """As with `trainer.limit_train_batches` of 3, and where `OffPolicyDataModule` asks for other steps."""
+    position = iter([0, 3, 6, 8])
+    stream = data(urls).loader(length=24, where=lambda: next(position))
+    walked = data(urls)
+    said = "goes on at epoch 0 of the shards, not at its step 3"
+    with caplog.at_level(logging.WARNING):
+        next(iter(stream))
+        assert not caplog.records
+        for _ in range(3):
+            next(iter(stream))
+        assert caplog.text.count(said) == len(caplog.records) == 1
+        caplog.clear()
+        for step in (0, 1, 8, 3, 4, 6):
+            walked.train_batch(step)
+        assert caplog.text.count(said) == len(caplog.records) == 1
 
 
 def test_training_batches_by_step(urls):
@@ -248,6 +277,32 @@ def test_wrong_latents_are_refused(tmp_path):
         data(scale=[1.0, 2.0], **given).state_shape  # noqa: B018
 
 
+def test_other_orders_of_bytes_are_read_and_other_kinds_named(tmp_path):
+    good = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
+    given = latents(tmp_path, [good.astype(">f4")])
+    x, _ = next(iter(data(scale=1.0, val_urls=given["urls"], **given).val_dataloader()))
+    np.testing.assert_array_equal(x[0], good)
+    given = latents(tmp_path, [good, np.full((4, 2, 2), "text")])
+    with pytest.raises(ValueError, match=r"00001.npy has <U4, expected floats"):
+        list(data(batch_size=2, scale=1.0, **given).loader())
+    file = io.BytesIO()
+    np.savez(file, good)
+    for content, message in ((file.getvalue(), "it is an .npz"), (b"PK\x03\x04 nothing", "not a zip file")):
+        write(tmp_path / "z.tar", [{"npz": content, "cls": b"0"}])
+        with pytest.raises(ValueError, match=rf"z.tar:folder/00000.npz cannot be read as .npy: .*{message}"):
+            data(str(tmp_path / "z.tar"), image=None, latent="npz", scale=1.0).state_shape  # noqa: B018
+    for scale, message in ((0.0, r"scale \[0.0\]: expected finite"), (float("nan"), r"scale \[nan\]: expected finite")):
+        with pytest.raises(ValueError, match=message):
+            data(scale=scale, **latents(tmp_path, [good])).state_shape  # noqa: B018
+
+
+def test_captions_that_are_no_text_are_found_when_samples_are_counted(tmp_path):
+    write(tmp_path / "0.tar", [sample(0), sample(1) | {"json": b'{"text": 3}'}])
+    with pytest.raises(ValueError, match=r"0.tar:folder/00001.json:text is 3, expected a text"):
+        data(str(tmp_path / "0.tar"), caption="json:text").num_samples  # noqa: B018
+    assert data(str(tmp_path / "0.tar"), caption="json:text", corrupt="skip").num_samples == 1
+
+
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +335,24 @@ def test_broken_files_are_named_or_counted(tmp_path, caplog, workers):
     write(tmp_path / "2.tar", [{"png": b"x", "cls": b"0"}])
     with pytest.raises(ValueError, match=r"no sample that can be used in .*2.tar"):
         list(data(f"{tmp_path}/2.tar", 1, workers, corrupt="skip", size=8, channels=3, **given).loader())
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+def test_workers_and_ranks_pass_over_shards_that_are_damaged_as_a_whole(urls, tmp_path, resampled):
+    """One shard each: in each epoch the garbage is another one's."""
+    (tmp_path / "shards/001.tar").write_bytes(b"garbage" * 1000)
+    given = {"corrupt": "skip", "num_classes": 3, "num_samples": 32, "resampled": resampled}
+    for workers, world in ((4, 1), (0, 2), (0, 4)):
+        for rank in range(world):
+            found = data(urls, num_workers=workers, **given)
+            batches = numbers(found.loader(rank, world, length=16))
+            assert len(batches) == 16 * 4
+            assert set(batches) <= set(range(32)) - set(range(8, 16))
+            assert found.skipped
+    for k in (0, 2, 3):
+        (tmp_path / f"shards/00{k}.tar").write_bytes(b"garbage" * 1000)
+    with pytest.raises(ValueError, match=r"no sample that can be used in .*000.tar, .*001.tar, .*002.tar, \.\.\."):
+        list(data(urls, size=8, channels=3, **given).loader(0, 2, length=2))
 
 
 def test_damaged_and_missing_shards(urls, tmp_path):
@@ -329,6 +402,7 @@ def test_urls(urls, tmp_path):
         ({"scale": 1.0}, "holds, scale and shift are for latents"),
         ({"image": None, "latent": "npy", "scale": 1.0, "holds": "moments"}, "holds 'moments': expected one of latent"),
         ({"channels": 2}, "channels 2: expected 1"),
+        ({"num_classes": 0}, "num_classes 0 with label cls: set label: null"),
         ({"num_samples": 0}, "num_samples 0 must be at least 1"),
         ({"corrupt": "drop"}, "corrupt 'drop': expected one of raise, skip"),
     ],

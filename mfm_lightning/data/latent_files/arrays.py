@@ -6,6 +6,7 @@ import logging
 import os
 import struct
 import zipfile
+import zlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
+from mfm_lightning.data.latent_form import native
 
 log = logging.getLogger(__name__)
 ENDINGS = (".safetensors", ".npz")
@@ -163,7 +165,7 @@ class _Npz(_File):
         if name not in self.arrays:
             try:
                 self.arrays[name] = self._mapped(name)
-            except (ValueError, zipfile.BadZipFile, EOFError, struct.error) as error:
+            except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, struct.error) as error:
                 if isinstance(error, LatentFileError):
                     raise
                 raise LatentFileError(f"{self.path} cannot be read as .npz: {error}") from error
@@ -195,4 +197,4 @@ class _Npz(_File):
         return np.array(self._array(name))
 
     def row(self, name: str, i: int) -> Tensor:
-        return torch.from_numpy(np.array(self._array(name)[i]))
+        return torch.from_numpy(native(np.array(self._array(name)[i])))

@@ -195,11 +195,12 @@ class LatentDataModule(StepDataModule):
         return {name: part for name, part in found.items() if len(part)}
 
     def _check_like_training(self, held_out: StoredLatents) -> None:
-        """Raise LatentFileError unless both have labels, of the same classes, or none."""
+        """Raise ValueError unless both have labels, of the same classes, or none, and arrays of one shape."""
         ours, theirs = self.source.labels, held_out.labels
         if (theirs is None) != (ours is None) or (theirs is not None and theirs.max() >= self.num_classes):
             found = "no labels" if theirs is None else f"labels up to {theirs.max()}"
             raise LatentFileError(f"{held_out} has {found}, {self.source} {self.num_classes} classes")
+        self.form.check(held_out.array(0), held_out.place(0))
 
     def setup(self, stage: str | None = None) -> None:
         self.parts  # noqa: B018 # labels and the first array are read

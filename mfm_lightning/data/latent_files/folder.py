@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
+from mfm_lightning.data.latent_form import native
 
 INDEX = "dataset.json"
 
@@ -75,7 +76,7 @@ class LatentFolder(StoredLatents):
 
     def array(self, i: int, mirrored: bool = False) -> Tensor:
         try:
-            return torch.from_numpy(np.load(io.BytesIO(self._read(self._entries[0][i])), allow_pickle=False))
+            return torch.from_numpy(native(np.load(io.BytesIO(self._read(self._entries[0][i])), allow_pickle=False)))
         except KeyError as error:
             raise FileNotFoundError(f"{self.place(i)} is named in {INDEX}, and not there") from error
         except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.stream import StepLoader
 from mfm_lightning.data.web.samples import SampleReader
 from mfm_lightning.data.web.shards import Faults, Rank, ShardOrder, named, of_worker, pipeline, share
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,27 +59,33 @@ class Epochs:
         is often stopped would train on the first shards alone.
 
         Raises:
-            ValueError: if there are no samples that can be used.
+            ValueError: if no shard has a sample that can be used.
         """
         from webdataset.filters import batched
-        from webdataset.pipeline import DataPipeline
 
         key, worker = (self.seed, epoch, start - epoch * self.batches), get_worker_info()
         random = np.random.default_rng([*key, self.rank.number, 0 if worker is None else worker.id])
+        order = ShardOrder(self.rank, self.resampled, *key)
         samples = pipeline(
             self.urls,
             self.faults,
-            ShardOrder(self.rank, self.resampled, *key),
+            order,
             partial(_shuffled, size=self.shuffle_buffer, seed=int(random.integers(2**63))),
             partial(_mapped, read=self.read, random=random, faults=self.faults),
-        ).repeat()
+        )
         batches = batched(self.batch_size, collation_fn=self.read.collate, partial=False)
-        found = 0
-        for batch in DataPipeline(samples, batches).with_epoch(nbatches=number):
-            found += 1
-            yield batch
-        if found < number:
-            raise ValueError(f"no sample that can be used in {named(self.urls)}")
+        yield from islice(batches(self._passes(samples, order)), number)
+
+    def _passes(self, samples: Any, order: ShardOrder) -> Iterator[Any]:
+        """Samples of pass after pass. After one without any (its shards are damaged) all shards are gone through."""
+        while True:
+            found = False
+            for sample in samples:
+                found = True
+                yield sample
+            if not found and order.all_shards:
+                raise ValueError(f"no sample that can be used in {named(self.urls)}")
+            order.all_shards = not found
 
 
 def _shuffled(samples: Iterator[Any], size: int, seed: int) -> Iterator[Any]:
@@ -91,7 +101,8 @@ def _mapped(samples: Iterator[Any], read: SampleReader, random: np.random.Genera
 
 
 class WebBatches(IterableDataset):
-    """Batches of the steps first..last-1 of a rank, dealt out to its workers in turn; an error is what comes back.
+    """Batches of the steps first..last-1 of a rank, dealt out to its workers in turn, in each epoch from the first
+    worker on: a worker whose turn is left out at an epoch's end gives None. An error is what comes back.
 
     Args:
         epochs: where they come from.
@@ -101,13 +112,15 @@ class WebBatches(IterableDataset):
     def __init__(self, epochs: Epochs, first: int, last: int) -> None:
         self.epochs, self.first, self.last = epochs, first, last
 
-    def __iter__(self) -> Iterator[Batch | Exception]:
+    def __iter__(self) -> Iterator[Batch | Exception | None]:
         worker = get_worker_info()
         k, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
         try:
             for epoch, start, end in self.epochs.stretches(self.first, self.last):
-                if number := len(range(start + (k + self.first - start) % of, end, of)):
+                if number := len(range(start + k, end, of)):
                     yield from self.epochs.pass_over(epoch, start, number)
+                if number < len(range(start, end, of)):
+                    yield None
         except (OSError, ValueError) as error:
             yield error
 
@@ -139,7 +152,7 @@ class HeldOut(IterableDataset):
 
 
 def raising(batches: IterableDataset, workers: int) -> Iterator[Batch]:
-    """The batches by way of webdataset's `WebLoader`; raises the errors among them."""
+    """The batches by way of webdataset's `WebLoader`, without None; raises the errors among them."""
     from webdataset.compat import WebLoader
 
     loader = WebLoader(
@@ -151,11 +164,13 @@ def raising(batches: IterableDataset, workers: int) -> Iterator[Batch]:
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
-        yield batch
+        if batch is not None:
+            yield batch
 
 
 class WebStream(StepLoader):
-    """Training batches, each pass by a loader of its own.
+    """Training batches, each pass by a loader of its own. One that begins within an epoch begins its shards anew, in
+    another order: what was left of them may not be seen in that epoch. The first such pass is said.
 
     Args:
         epochs: where they come from.
@@ -167,9 +182,17 @@ class WebStream(StepLoader):
         self, epochs: Epochs, workers: int, length: int, start: int = 0, where: Callable[[], int] | None = None
     ) -> None:
         super().__init__(length, start, where)
-        self.epochs, self.workers = epochs, workers
+        self.epochs, self.workers, self._said = epochs, workers, False
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
+        epoch, step = divmod(first, self.epochs.batches)
+        if step and not self._said:
+            self._said = True
+            log.warning(
+                "training goes on at epoch %d of the shards, not at its step %d: they are begun anew in another order, "
+                "here and wherever reading begins within an epoch (LatentShards and ImageDataModule go on at the step)",
+                epoch, step,
+            )  # fmt: skip
         return raising(WebBatches(self.epochs, first, last), self.workers)
 
 

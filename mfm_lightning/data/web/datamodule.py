@@ -30,12 +30,15 @@ class WebDatasetDataModule(StepDataModule):
 
     Guaranteed:
 
-    - All ranks have the same number of batches, of one size. In an epoch each takes other shards; one whose shards have
-      fewer samples than others' goes through them again.
+    - All ranks have the same number of batches, of one size. In an epoch each worker of each rank takes other shards.
+      One whose shards have fewer samples than others' then goes on with shards that are dealt out anew, also those of
+      others: of uneven shards some samples come twice in an epoch, and others not at all.
     - A run that was stopped goes on at its epoch, whose shards are begun anew in another order; the epochs after it are
-      those of a run that was not stopped. `LatentShards` and `ImageDataModule` go on at the step.
-    - In validation and test the batches hold every sample once, but for up to W - 1 that two of W ranks see; the same
-      each time. Each rank reads all shards.
+      those of a run that was not stopped. `LatentShards` and `ImageDataModule` go on at the step. The same holds
+      wherever reading begins within an epoch, as with `trainer.limit_train_batches`, and after each renewal of
+      `OffPolicyDataModule`'s buffer: the first time it is said.
+    - In validation and test the batches hold every sample once, but for up to W - 1 of each worker that two of W ranks
+      see; the same each time. Each rank reads all shards.
 
     Args:
         urls: of shards, as webdataset takes them: paths, https:, s3:, gs:, hf: or pipe:, with braces
@@ -102,6 +105,8 @@ class WebDatasetDataModule(StepDataModule):
             raise ValueError("holds, scale and shift are for latents, not for images")
         if latent is not None and scale is None:
             raise ValueError("scale must be given for latents: 0.18215 for SD's VAE, 1 where they are scaled already")
+        if num_classes == 0 and label is not None:
+            raise ValueError(f"num_classes 0 with label {label}: set label: null, or leave num_classes out")
         check_holds(holds)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
@@ -123,6 +128,7 @@ class WebDatasetDataModule(StepDataModule):
         self.resampled, self.shuffle_buffer, self.num_workers = resampled, shuffle_buffer, num_workers
         self.corrupt: Corrupt = corrupt
         self._faults: list[Faults] = []
+        self._stream: WebStream | None = None
         self._walk: tuple[int, Iterator[Batch]] | None = None
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -230,11 +236,6 @@ class WebDatasetDataModule(StepDataModule):
     ) -> WebStream:
         """Training batches start..length-1 of a rank."""
         epochs = self.epochs(rank, world_size, workers := self.workers(world_size))
-        if start % epochs.batches:
-            log.warning(
-                "training goes on at epoch %d of the shards, not at its step %d: they are begun anew, in another order "
-                "(LatentShards and ImageDataModule go on at the step)", start // epochs.batches, start % epochs.batches,
-            )  # fmt: skip
         return WebStream(epochs, workers, length, start, where)
 
     def train_dataloader(self) -> WebStream:
@@ -260,9 +261,11 @@ class WebDatasetDataModule(StepDataModule):
     def train_batch(self, step: int) -> Batch:
         """The training batch of a step, read by this process: at once where it is asked for after the one before it,
         else its epoch is begun anew, as in a resumed run."""
+        ours = Rank(*self.rank())
+        if self._stream is None or self._stream.epochs.rank != ours:
+            self._stream, self._walk = WebStream(self.epochs(ours.number, ours.count), 0, 2**62), None
         if self._walk is None or self._walk[0] != step:
-            epochs = self.epochs(*self.rank())
-            self._walk = step, iter(WebStream(epochs, 0, 2**62, step))
+            self._walk = step, self._stream.batches(step, self._stream.length)
         batch = next(self._walk[1])
         self._walk = step + 1, self._walk[1]
         return batch

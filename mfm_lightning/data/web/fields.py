@@ -7,11 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
 from mfm_lightning.data.class_folders import MOST_CLASSES
+from mfm_lightning.data.latent_form import native
 from mfm_lightning.utils.decoding import decode
 
 
@@ -47,8 +49,8 @@ class Fields:
         name, content = _first(sample, self.state)
         place = f"{_place(sample)}.{name}"
         try:
-            return np.load(io.BytesIO(content), allow_pickle=False), place
-        except (ValueError, EOFError, OSError) as error:
+            return native(np.load(io.BytesIO(content), allow_pickle=False)), place
+        except (ValueError, EOFError, OSError, BadZipFile) as error:
             raise ValueError(f"{place} cannot be read as .npy: {error}") from error
 
     def label_of(self, sample: Mapping[str, Any]) -> int:

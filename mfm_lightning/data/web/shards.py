@@ -66,7 +66,8 @@ class Rank:
 class ShardOrder:
     """A stage in place of webdataset's `split_by_node` and `shardshuffle`: all ranks shuffle all shards alike, and each
     takes every W-th, so that a rank's shards are others in each epoch; with `resampled` each draws its own, with
-    replacement. The workers of a rank share its shards, as by `split_by_worker`.
+    replacement. The workers of a rank share its shards, as by `split_by_worker`. Each pass deals them out anew. With
+    `all_shards` the next pass has all of them, in this worker.
 
     Args:
         rank: of this process.
@@ -76,16 +77,17 @@ class ShardOrder:
 
     def __init__(self, rank: Rank, resampled: bool, *seed: int) -> None:
         self.rank, self.resampled, self.seed, self._passes = rank, resampled, seed, itertools.count()
+        self.all_shards = False
 
     def __call__(self, shards: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
         found, key = list(shards), (*self.seed, next(self._passes))
-        if self.resampled:
+        if self.resampled and not self.all_shards:
             worker = get_worker_info()
             random = Random(repr((*key, self.rank.number, 0 if worker is None else worker.id)))
             yield from (dict(random.choice(found)) for _ in range(len(found)))
             return
         Random(repr(key)).shuffle(found)
-        yield from of_worker(iter(found[self.rank.number :: self.rank.count]))
+        yield from found if self.all_shards else of_worker(iter(found[self.rank.number :: self.rank.count]))
 
 
 def of_worker(shards: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
