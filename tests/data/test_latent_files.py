@@ -5,6 +5,7 @@ import logging
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from safetensors.torch import save_file
 
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.commands.main import run
-from mfm_lightning.data import LatentDataModule
+from mfm_lightning.data import LatentDataModule, WebDatasetDataModule
 from mfm_lightning.data.images.reading import WorkerStream
 from mfm_lightning.data.latent_files import LatentArrays, LatentFolder
 from mfm_lightning.data.latent_files.arrays import _Npz
-from tests.data.web_shards import npy
+from mfm_lightning.networks import VAEDecoder
+from tests.data.web_shards import npy, write
 from tests.processes import torchrun
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*")
@@ -150,6 +152,36 @@ def test_held_out_latents_of_another_shape_are_refused_before_training(tmp_path)
     save_file({"latents": torch.ones(3, 2, 4, 4), "labels": torch.tensor([0, 1, 2])}, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"latent 0 of .*b.safetensors has torch.float32 \(2, 4, 4\), expected floats"):
         data(source=lightning_dit(tmp_path / "a"), val_source=str(tmp_path / "b.safetensors")).setup()
+
+
+@pytest.mark.parametrize("web", [False, True])
+def test_pictures_of_shifted_latents_are_those_of_the_latents(monkeypatch, tmp_path, web):
+    """A VAE that gives back what it decodes, the factor 0.5 of its own scale taken away."""
+
+    def make(decoder, **more):
+        if web:
+            write(tmp_path / "a.tar", [{"npy": npy(np.ones(SHAPE, np.float32))}])
+            return WebDatasetDataModule(str(tmp_path / "a.tar"), latent="npy", label=None, decoder=decoder, **more)
+        return data(source=lightning_dit(tmp_path), decoder=decoder, **more)
+
+    class Plain:
+        config = MappingProxyType({"scaling_factor": 0.5})
+
+        def to(self, device):
+            return self
+
+        def decode(self, z):
+            return SimpleNamespace(sample=z)
+
+    monkeypatch.setattr("mfm_lightning.networks.decoders.load_vae", lambda *_: Plain())
+    z = torch.rand(3, *SHAPE) - 0.5
+    for scale, shift in (([0.25, 4.0], [3.0, -1.0]), (2.0, 0.7), ([2.0, 3.0], 0.0)):
+        factor, moved = (torch.tensor(v).expand(2).reshape(2, 1, 1) for v in (scale, shift))
+        found = make(VAEDecoder(scale=1.0), scale=scale, shift=shift).decode((z - moved) * factor)
+        torch.testing.assert_close(found, (z + 1) / 2)
+        with pytest.raises(ValueError, match=r"decoder.scale must be given where latents are shifted"):
+            make(VAEDecoder(), scale=scale, shift=shift)
+    torch.testing.assert_close(make(VAEDecoder(), scale=0.5).decode(z * 0.5), (z + 1) / 2)
 
 
 def test_orders_of_bytes_and_damaged_compression(tmp_path):

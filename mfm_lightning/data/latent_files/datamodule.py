@@ -19,6 +19,7 @@ from mfm_lightning.data.images.splits import stratified
 from mfm_lightning.data.latent_files.opening import open_latents
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
+from mfm_lightning.data.latent_pictures import check_decoder, decoded
 from mfm_lightning.data.stream import BatchStream, StepLoader
 from mfm_lightning.networks.decoders import Decoder
 from mfm_lightning.utils.loading import Computed, RaisingLoader, collated
@@ -139,6 +140,7 @@ class LatentDataModule(StepDataModule):
     ) -> None:
         super().__init__(batch_size, seed)
         check_holds(holds)
+        check_decoder(decoder, scale, shift)
         if not 0 <= val_fraction < 1 or num_workers < 0 or seed < 0 or (num_classes or 0) < 0:
             raise ValueError(
                 f"val_fraction {val_fraction} must be in [0, 1); num_workers {num_workers}, seed {seed} and "
@@ -253,10 +255,7 @@ class LatentDataModule(StepDataModule):
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
-        if self.decoder is None:
-            return x
-        with torch.no_grad():
-            return self.decoder(x)
+        return decoded(x, self.decoder, self.scale, self.shift)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

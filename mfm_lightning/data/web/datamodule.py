@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
 from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
+from mfm_lightning.data.latent_pictures import check_decoder, decoded
 from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
 from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.data.web.samples import SampleReader, count_labels
@@ -108,6 +108,7 @@ class WebDatasetDataModule(StepDataModule):
         if num_classes == 0 and label is not None:
             raise ValueError(f"num_classes 0 with label {label}: set label: null, or leave num_classes out")
         check_holds(holds)
+        check_decoder(decoder, scale or 1.0, shift)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
         for name, value, least in (
@@ -279,10 +280,7 @@ class WebDatasetDataModule(StepDataModule):
         """States to images in [0, 1]; latents by the decoder, as they are without one."""
         if not self.is_latent:
             return to_images(x)
-        if self.decoder is None:
-            return x
-        with torch.no_grad():
-            return self.decoder(x)
+        return decoded(x, self.decoder, self.scale or 1.0, self.shift)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
