@@ -55,19 +55,25 @@ def card(path: str | Path, title: str | None = None) -> str:
 
 
 def write_card(folder: str | Path, path: Path, title: str, intro: str) -> Path:
-    """Write the section of a file into a folder's README.md, in place of one of that title; others stay.
+    """Write the section of a file into a folder's README.md, between two comments (`<!-- mfm export TITLE -->`,
+    `<!-- end -->`): in place of what stands between them, else at the end. Nothing else of the page changes.
 
     Args:
         title: of the section.
         intro: what a new README.md begins with.
     """
     readme = Path(folder) / "README.md"
-    text = readme.read_text() if readme.is_file() else f"{intro}\n"
-    begin, *sections = re.split(r"(?m)^(?=## )", text)
-    found = {section.partition("\n")[0].removeprefix("## "): section for section in sections}
-    found[title] = card(path, title)
+    text = readme.read_bytes() if readme.is_file() else f"{intro}\n".encode()
+    begin, end = f"<!-- mfm export {title} -->".encode(), b"<!-- end -->"
+    section = b"\n".join([begin, card(path, title).strip().encode(), end])
+    # one without its end would reach to that of another section
+    marked = re.compile(rb"(?ms)^%s\s*$(?:(?!<!-- mfm export ).)*?^%s" % (re.escape(begin), re.escape(end)))
+    if found := marked.search(text):
+        text = text[: found.start()] + section + text[found.end() :]
+    else:
+        text = b"%s\n\n%s\n" % (text.rstrip(b"\n"), section)
     with whole_file(readme) as partial:
-        partial.write_text("\n\n".join([begin.strip(), *[found[key].strip() for key in sorted(found)]]) + "\n")
+        partial.write_bytes(text)
     return readme
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -38,20 +39,32 @@ def save_network(
 
     Raises:
         CheckpointError: if the network cannot be made again from them; `check_network` says so before any training. Or
-            if a weight is NaN or infinite.
+            if a weight is NaN or infinite, or becomes so by `dtype`.
     """
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            value = tensor.flatten()[~torch.isfinite(tensor.flatten())][0].item()
-            raise CheckpointError(
-                f"{path} is not written: weight {name} of the {type(network).__name__} is {value}. In a run, its "
-                "last.ckpt has the same; begin anew with a lower learning rate, or from a checkpoint before"
-            )
-    header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
     state = network.state_dict()
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    _check_finite(network, state, path)
+    header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
     return save_tensors(state, path, header)
+
+
+def _check_finite(network: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Refuse what would be written, `state`, if a number of it is not finite."""
+    for name, given in network.state_dict().items():
+        finite = torch.isfinite(state[name]) if given.is_floating_point() else None
+        if finite is None or finite.all():
+            continue
+        value, kind = given[~finite].flatten()[0].item(), type(network).__name__
+        if math.isfinite(value):
+            raise CheckpointError(
+                f"{path} is not written: weight {name} of the {kind} is {value:g}, more than a {state[name].dtype} can "
+                "hold; take bf16 (torch.bfloat16), or leave the dtype out"
+            )
+        raise CheckpointError(
+            f"{path} is not written: weight {name} of the {kind} is {value}. In a run, its last.ckpt has the same; "
+            "begin anew with a lower learning rate, or from a checkpoint before"
+        )
 
 
 def check_network(network: nn.Module) -> None:

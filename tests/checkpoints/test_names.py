@@ -151,7 +151,7 @@ def test_a_published_file_has_16_bits_and_is_described(package, tmp_path):
         "kind": "meta_flow_map", "step": "8000", "licence": "MIT", "decoder": "pixel",
     }  # fmt: skip
     text = (out / "README.md").read_text()
-    assert text.index("## a.safetensors") < text.index("## b.safetensors")
+    assert text.index("## b.safetensors") < text.index("## a.safetensors")  # as they were made
     number = sum(p.numel() for p in original.state_dict().values())
     assert text.count(f"A Meta Flow Map: `DiT`, {number / 1e6:.2f} M parameters as BF16") == 2
     for line in ("- Data: Noise of mine", "- Licence: MIT", "8,000 steps", "| samples | Fréchet |", "| ODE | 1.235 |"):
@@ -160,6 +160,39 @@ def test_a_published_file_has_16_bits_and_is_described(package, tmp_path):
     text = (out / "README.md").read_text()  # its section anew, the other as it was
     assert text.count("## a.safetensors") == text.count("| ODE | 1.235 |") == 1
     assert "A base flow: `DiT`" in text
+
+
+def test_a_weight_that_fp16_cannot_hold_is_refused_before_a_file_is_written(package):
+    model = small(4)
+    with torch.no_grad():
+        model.network.final_layer.linear.weight[0, 0] = 70000.0
+    file, output = save_model(model, "large.safetensors"), ["--names", "own", "--output", "out/x.safetensors"]
+    message = r"x\.safetensors is not written: weight final_layer\.linear\.weight of the DiT is 70000.*take bf16"
+    with pytest.raises(SystemExit, match=message):
+        main(["export", str(file), *output, "--dtype", "fp16"])
+    assert not list(Path().glob("out/*"))
+    run(["export", str(file), *output, "--dtype", "bf16"])
+    assert load_model("out/x.safetensors").network.final_layer.linear.weight[0, 0] == 70144  # 8 bits
+
+
+def test_a_readme_keeps_all_that_is_not_the_sections(package):
+    def export(name):
+        run(["export", "tiny", "--names", "own", "--output", f"out/{name}.safetensors"])
+        return Path("out/README.md").read_bytes()
+
+    export("a")
+    section = export("a").partition(b"<!-- mfm export")[2].partition(b"<!-- end -->")[0]
+    Path("out").joinpath("README.md").unlink()
+    fence = b"```\n## not a section\n```\r\n"
+    mine = b"# Z \xe9\n\n## Use\n" + fence + b"\n## Use\ntwice\n\n<!-- mfm export a.safetensors -->\nno end, mine\n"
+    mine += b"\n<!-- mfm export b.safetensors -->\nold\n<!-- end -->  \n\n## A\nlast"
+    Path("out/README.md").write_bytes(mine)
+    begin = b"<!-- mfm export"
+    added = mine + b"\n\n" + begin + section + b"<!-- end -->\n"
+    assert export("a") == added
+    assert export("a") == added  # again: in its place
+    theirs = begin + section.replace(b"a.safetensors", b"b.safetensors")
+    assert export("b") == added.replace(begin + b" b.safetensors -->\nold\n", theirs)
 
 
 @pytest.mark.parametrize(
