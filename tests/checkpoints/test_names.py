@@ -231,3 +231,18 @@ def test_what_is_shipped_is_small():
     sizes = {name: path.stat().st_size for name, path in shipped().items()}
     assert sizes["mnist/flow"] + sizes["mnist/mfm"] < 6_000_000
     assert sum(sizes.values()) < 6_500_000
+
+
+def test_the_model_of_the_package_draws_digits():
+    """One-step posterior draws of images with a little noise are near the images: far nearer than other draws are."""
+    model = load_model("mnist")
+    digits = load_model("mnist").sample_posterior(
+        torch.zeros(4, 1, 28, 28), 0.0, 1, generator=torch.Generator().manual_seed(0)
+    )[:, 0]
+    assert digits.shape == (4, 1, 28, 28)
+    assert digits.isfinite().all()
+    noise = torch.randn(digits.shape, generator=torch.Generator().manual_seed(1))
+    again = model.sample_posterior(0.8 * digits + 0.2 * noise, 0.8, 1, generator=torch.Generator().manual_seed(2))[:, 0]
+    own = (again - digits).flatten(1).norm(dim=1)
+    others = torch.cdist(digits.flatten(1), digits.flatten(1))[~torch.eye(4, dtype=torch.bool)].min()
+    assert own.max() < 0.7 * others
