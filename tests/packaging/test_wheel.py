@@ -81,9 +81,8 @@ def test_it_holds_all_that_git_tracks_and_nothing_else(tracked, wheel):
     assert {name.split("/")[0] for name in held} == {"mfm_lightning", "mfm_rewards", "mfm_benchmarks"}
     for name in ("mfm_lightning/configs/defaults.yaml", "mfm_rewards/data/imagenet_classes.txt"):
         assert name in held
-    assert {"classifier.safetensors", "features.safetensors", "README.md"} <= {
-        name.removeprefix("mfm_lightning/weights/mnist/") for name in held
-    }
+    weights = {f"{name}.safetensors" for name in ("classifier", "features", "flow", "mfm", "real_features")}
+    assert {*weights, "README.md"} <= {name.removeprefix("mfm_lightning/weights/mnist/") for name in held}
     for package in ("mfm_lightning", "mfm_rewards", "mfm_benchmarks"):
         assert f"{package}/py.typed" in held
 
