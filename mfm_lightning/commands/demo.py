@@ -16,7 +16,7 @@ HELP = """Usage: mfm demo [--overwrite] [options of mfm fit and mfm test, such a
 
 Fit a base flow and a Meta Flow Map on real 8x8 digits; then, with the model of MNIST at 28x28 that comes with the
 package, draw samples, steer and search for a reward, fine-tune to it, and compare methods in a report. All in the
-folder outputs/ of the current one. Six to eight minutes on two cores, more on slow ones. What an earlier demo has left
+folder outputs/ of the current one. About ten minutes on two cores (not timed alone yet). What an earlier demo has left
 is taken as it is; --overwrite makes it again."""
 
 
