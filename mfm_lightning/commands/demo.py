@@ -25,8 +25,7 @@ class Stage:
     """A command of the demo.
 
     title: what it shows; command: its arguments; folder: of what it leaves, under outputs/; seconds: on two idle cores,
-    of which only the proportions matter; options: given to a fit or test, but not to the commands that are said to the
-    user.
+    of which only the proportions matter; options: what makes a fit shorter than its config says.
     """
 
     title: str
@@ -41,33 +40,30 @@ class Stage:
 
 
 STAGES = (
-    Stage("Train a base flow on 8x8 digits", "fit --config configs/digits/flow.yaml", "digits/flow", 50),
-    Stage("Distil a Meta Flow Map from it", "fit --config configs/digits/mfm.yaml", "digits/mfm", 75),
+    Stage(
+        "Train a base flow on 8x8 digits", "fit --config configs/digits/flow.yaml", "digits/flow", 50,
+        ("--trainer.max_steps", "600", "--trainer.val_check_interval", "600"),
+    ),
+    Stage(
+        "Distil a Meta Flow Map from it", "fit --config configs/digits/mfm.yaml", "digits/mfm", 75,
+        ("--trainer.max_steps", "700", "--trainer.val_check_interval", "700"),
+    ),
     Stage(
         "Samples of MNIST at 28x28, from the package's model",
         "sample mnist --output outputs/mnist/samples --num-samples 100", "mnist/samples", 12,
     ),
     Stage("Steer it: odd digits, nines most of all", "predict --config configs/mnist/steer.yaml", "mnist/steer", 45),
     Stage("Search it for symmetric digits", "predict --config configs/mnist/search.yaml", "mnist/search", 45),
-    Stage("Fine-tune it to bright digits", "fit --config configs/mnist/finetune.yaml", "mnist/finetune", 80),
+    Stage(
+        "Fine-tune it to bright digits", "fit --config configs/mnist/finetune.yaml", "mnist/finetune", 80,
+        ("--trainer.max_steps", "80", "--trainer.val_check_interval", "80", "--data.init_args.buffer_size", "256"),
+    ),
     Stage("Before and after", "test --config configs/mnist/finetune.yaml", "mnist/finetune", 20),
     Stage(
         "Compare with Best-of-N, GLASS and others",
         "benchmark alignment --quick --config configs/benchmarks/mnist_demo.yaml", "benchmarks/mnist_demo_quick", 110,
     ),
 )  # fmt: skip
-SHORTER = {  # than the configs' own runs
-    "digits/flow": ("--trainer.max_steps", "600", "--trainer.val_check_interval", "600"),
-    "digits/mfm": ("--trainer.max_steps", "700", "--trainer.val_check_interval", "700"),
-    "mnist/finetune": (
-        "--trainer.max_steps",
-        "80",
-        "--trainer.val_check_interval",
-        "80",
-        "--data.init_args.buffer_size",
-        "256",
-    ),
-}
 
 
 def demo(args: Sequence[str]) -> None:
@@ -80,7 +76,7 @@ def demo(args: Sequence[str]) -> None:
         print(HELP)
         return
     from mfm_lightning.commands.main import run
-    from mfm_lightning.utils.console import console
+    from mfm_lightning.utils.console import console, duration
 
     if args and not args[0].startswith("-"):
         raise CommandLineError(f"mfm demo takes options only, got {args[0]!r} (mfm demo --help)")
@@ -90,7 +86,7 @@ def demo(args: Sequence[str]) -> None:
         left = sum(later.seconds for later in STAGES[i:])
         if expected:  # by the pace so far
             left *= (time.monotonic() - begin) / expected
-        terminal.rule(f"{i + 1}/{len(STAGES)}  {stage.title}  (mfm {stage.command}), {_minutes(left)}")
+        terminal.rule(f"{i + 1}/{len(STAGES)}  {stage.title}  (mfm {stage.command}), about {duration(left)} left")
         if (more := _options(stage, fresh, others)) is None:
             terminal.print(
                 f"{OUTPUTS / stage.folder} has it already, and it is taken; mfm demo --overwrite makes it again"
@@ -106,7 +102,6 @@ def demo(args: Sequence[str]) -> None:
 def _options(stage: Stage, fresh: bool, others: Sequence[str]) -> list[str] | None:
     """What is added to a stage's command; None where an earlier demo has done it."""
     folder = OUTPUTS / stage.folder
-    shorter = list(SHORTER.get(stage.folder, ()))
     if stage.name == "benchmark":
         return ["--fresh"] if fresh else []
     if stage.name == "sample":
@@ -123,11 +118,7 @@ def _options(stage: Stage, fresh: bool, others: Sequence[str]) -> list[str] | No
     if (folder / MODEL).exists() and not fresh:
         return None
     stopped = (folder / "last.ckpt").exists() and not fresh
-    return [*shorter, *(["--overwrite"] if fresh else last if stopped else []), *others]
-
-
-def _minutes(seconds: float) -> str:
-    return "less than a minute left" if seconds < 60 else f"about {seconds / 60:.0f} min left"
+    return [*stage.options, *(["--overwrite"] if fresh else last if stopped else []), *others]
 
 
 def _shown() -> list[Path]:
