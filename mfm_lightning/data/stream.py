@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
+from mfm_lightning.utils.loading import Computed, RaisingLoader
 
 
 class StepLoader(ABC):
@@ -71,6 +72,31 @@ class BatchStream(StepLoader):
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         return (self.batch(step) for step in range(first, last))
+
+
+class WorkerStream(StepLoader):
+    """Batches that worker processes make.
+
+    Args:
+        batch: makes the batch of a step.
+        workers: processes.
+        length, start, where: as of `StepLoader`.
+    """
+
+    def __init__(
+        self,
+        batch: Callable[[int], Batch],
+        workers: int,
+        length: int,
+        start: int = 0,
+        where: Callable[[], int] | None = None,
+    ) -> None:
+        super().__init__(length, start, where)
+        self.batch, self.workers = batch, workers
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        data = Computed(self.batch, last)
+        return iter(RaisingLoader(data, sampler=range(first, last), batch_size=None, num_workers=self.workers))
 
 
 def shuffled_batch(x: Tensor, label: Tensor, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:

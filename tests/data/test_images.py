@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import ImageDataModule, OffPolicyDataModule
 from mfm_lightning.data.images import HuggingFaceImages, IdxImages, ImageFolder, NpzImages, TorchvisionImages
-from mfm_lightning.data.images.order import KeyedPermutation, epoch_order
+from mfm_lightning.data.order import KeyedPermutation, epoch_order
 from mfm_lightning.utils.decoding import ImageError
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.commands.main import run
 from mfm_lightning.data import LatentDataModule, WebDatasetDataModule
-from mfm_lightning.data.images.reading import WorkerStream
 from mfm_lightning.data.latent_files import LatentArrays, LatentFolder
 from mfm_lightning.data.latent_files.arrays import _Npz
+from mfm_lightning.data.stream import WorkerStream
 from mfm_lightning.networks import VAEDecoder
 from tests.data.web_shards import npy, write
 from tests.processes import torchrun

@@ -11,20 +11,18 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import NumberedSamples, StepDataModule, counted, say_changed_order
+from mfm_lightning.data.base import counted, say_changed_order
 from mfm_lightning.data.images.opening import open_images
 from mfm_lightning.data.images.pixels import PixelForm, to_images, to_states
-from mfm_lightning.data.images.reading import SplitReader, TrainBatches, WorkerStream
+from mfm_lightning.data.images.reading import SplitReader, TrainBatches
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
-from mfm_lightning.data.stream import BatchStream, StepLoader
-from mfm_lightning.utils.loading import Computed, RaisingLoader, collated
+from mfm_lightning.data.indexed import IndexedDataModule, Samples
 
 log = logging.getLogger(__name__)
 
 
-class ImageDataModule(StepDataModule):
+class ImageDataModule(IndexedDataModule):
     """Images as float tensors `(C, size, size)` in [-1, 1], with their labels, from a folder, a file, or a source.
 
     Guaranteed:
@@ -185,45 +183,25 @@ class ImageDataModule(StepDataModule):
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
+    @property
+    def workers(self) -> int:
+        return 0 if self.in_memory else self.num_workers
+
     def batches(self, rank: int = 0, world_size: int = 1) -> TrainBatches:
-        """The training batches of a rank, by step."""
-        return TrainBatches(self.reader("train"), self.batch_size, rank, world_size, self.seed, self.mirror)
+        return TrainBatches(self.batch_size, rank, world_size, self.seed, self.reader("train"), self.mirror)
 
-    def train_batch(self, step: int) -> Batch:
-        return self.batches(*self.rank())(step)
-
-    def train_dataloader(self) -> StepLoader:
-        start, length = self.steps()
-        batches = self.batches(*self.rank())
-        if self.in_memory or not self.num_workers:
-            return BatchStream(batches, length, start, self.position)
-        return WorkerStream(batches, self.num_workers, length, start, self.position)
-
-    def val_dataloader(self) -> DataLoader | list:
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader | list:
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        reader = self.reader("test")
-        numbered = NumberedSamples(len(reader.split), reader.sample)
-        return self._of_samples(Computed(numbered.__getitem__, len(numbered)))
-
-    def _loader(self, name: str) -> DataLoader | list:
+    def held_out(self, name: str) -> Samples | None:
         if name not in self.parts:
-            return []
+            return None
         reader = self.reader(name)
-        return self._of_samples(Computed(reader.sample, len(reader.split)))
+        return Samples(len(reader.split), reader.sample)
 
-    def _of_samples(self, data: Computed) -> DataLoader:
-        workers = 0 if self.in_memory else self.num_workers
-        return RaisingLoader(data, batch_size=self.batch_size, num_workers=workers, collate_fn=collated)
+    def place(self, row: int) -> str:
+        return self.sources["train"].place(row)
 
-    def origin(self, step: int) -> str:
-        batches = self.batches(*self.rank())
-        rows = batches.reader.split.rows[batches.index(step)[:3]]
-        return f"of {', '.join(self.sources['train'].place(int(i)) for i in rows)}, ..."
+    def predict_dataloader(self) -> DataLoader | list:
+        self.reader("test")  # raises where no images are held out
+        return super().predict_dataloader()
 
     def decode(self, x: Tensor) -> Tensor:
         """States in [-1, 1] to images in [0, 1]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.images.order import batch_order
 from mfm_lightning.data.images.pixels import PixelForm, to_states
 from mfm_lightning.data.images.splits import Split
-from mfm_lightning.data.stream import StepLoader
+from mfm_lightning.data.indexed import IndexedBatches
 from mfm_lightning.utils.console import track
 from mfm_lightning.utils.loading import Computed, RaisingLoader
 
@@ -80,57 +78,24 @@ class SplitReader:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainBatches:
-    """The batch of each step, for one rank, in the order of `batch_order`.
+class TrainBatches(IndexedBatches):
+    """Of images.
 
     Args:
         reader: the training images.
-        batch_size: B, of one rank.
-        rank, world_size: which of how many.
-        seed: of order and mirror images.
-        mirror: take half of the images mirrored.
+        mirror: take half of them mirrored.
     """
 
     reader: SplitReader
-    batch_size: int
-    rank: int
-    world_size: int
-    seed: int
     mirror: bool
 
-    def index(self, step: int) -> np.ndarray:
-        """Which images of the split, `(B,)`."""
-        return batch_order(len(self.reader.split), step, self.batch_size, self.rank, self.world_size, self.seed)
+    @property
+    def rows(self) -> np.ndarray:
+        return self.reader.split.rows
 
     def __call__(self, step: int) -> Batch:
         x, given = self.reader.states(self.index(step))
         if self.mirror:
-            random = np.random.default_rng([self.seed, step, self.rank])
-            flipped = torch.from_numpy(random.random(len(x)) < 0.5)
+            flipped = torch.from_numpy(self.random(step).random(len(x)) < 0.5)
             x[flipped] = x[flipped].flip(-1)
         return x, given
-
-
-class WorkerStream(StepLoader):
-    """Batches that worker processes make.
-
-    Args:
-        batch: makes the batch of a step.
-        workers: processes.
-        length, start, where: as of `StepLoader`.
-    """
-
-    def __init__(
-        self,
-        batch: Callable[[int], Batch],
-        workers: int,
-        length: int,
-        start: int = 0,
-        where: Callable[[], int] | None = None,
-    ) -> None:
-        super().__init__(length, start, where)
-        self.batch, self.workers = batch, workers
-
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        data = Computed(self.batch, last)
-        return iter(RaisingLoader(data, sampler=range(first, last), batch_size=None, num_workers=self.workers))

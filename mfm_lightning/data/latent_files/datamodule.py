@@ -9,20 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import NumberedSamples, StepDataModule, counted, say_changed_order
-from mfm_lightning.data.images.order import batch_order
-from mfm_lightning.data.images.reading import WorkerStream
+from mfm_lightning.data.base import counted, say_changed_order
 from mfm_lightning.data.images.splits import stratified
+from mfm_lightning.data.indexed import IndexedBatches, IndexedDataModule, Samples
 from mfm_lightning.data.latent_files.opening import open_latents
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
 from mfm_lightning.data.latent_pictures import check_decoder, decoded
-from mfm_lightning.data.stream import BatchStream, StepLoader
 from mfm_lightning.networks.decoders import Decoder
-from mfm_lightning.utils.loading import Computed, RaisingLoader, collated
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,38 +62,31 @@ class LatentSplit:
 
 
 @dataclass(frozen=True, eq=False)
-class LatentBatches:
-    """The training batch of each step, for one rank, in the order of `batch_order`.
+class LatentBatches(IndexedBatches):
+    """Of latents.
 
     Args:
         split: the training latents.
         labels: theirs, `(N,)`.
-        batch_size: of one rank.
-        rank, world_size: which of how many.
-        seed: of order, draws and mirror images.
         flip: take the mirror image's latents for half of the samples.
     """
 
     split: LatentSplit
     labels: Tensor
-    batch_size: int
-    rank: int
-    world_size: int
-    seed: int
     flip: bool
 
-    def index(self, step: int) -> np.ndarray:
-        """Which latents of the split, `(B,)`."""
-        return batch_order(len(self.split), step, self.batch_size, self.rank, self.world_size, self.seed)
+    @property
+    def rows(self) -> np.ndarray:
+        return self.split.rows
 
     def __call__(self, step: int) -> Batch:
-        index, random = self.index(step), np.random.default_rng([self.seed, step, self.rank])
+        index, random = self.index(step), self.random(step)
         mirrored = random.random(len(index)) < 0.5 if self.flip else np.zeros(len(index), dtype=bool)
         noise = torch.Generator().manual_seed(int(random.integers(2**63)))
         return self.split.states(index, mirrored, noise), self.labels[torch.from_numpy(index)]
 
 
-class LatentDataModule(StepDataModule):
+class LatentDataModule(IndexedDataModule):
     """Latents `(C, H, W)` as other people's scripts leave them, scaled, with their labels.
 
     In training each comes once in an epoch, on one rank, whatever their number; a batch depends on its step, the seed,
@@ -209,44 +198,22 @@ class LatentDataModule(StepDataModule):
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
+    @property
+    def workers(self) -> int:
+        return self.num_workers
+
     def batches(self, rank: int = 0, world_size: int = 1) -> LatentBatches:
-        """The training batches of a rank, by step."""
         split = self.parts["train"]
         labels = torch.from_numpy(split.labels.astype(np.int64))
-        return LatentBatches(split, labels, self.batch_size, rank, world_size, self.seed, self.flip)
+        return LatentBatches(self.batch_size, rank, world_size, self.seed, split, labels, self.flip)
 
-    def train_batch(self, step: int) -> Batch:
-        return self.batches(*self.rank())(step)
+    def held_out(self, name: str) -> Samples | None:
+        """Validation and test have the same."""
+        found = self.parts.get("val")
+        return None if found is None else Samples(len(found), found.sample)
 
-    def train_dataloader(self) -> StepLoader:
-        start, length = self.steps()
-        batches = self.batches(*self.rank())
-        if not self.num_workers:
-            return BatchStream(batches, length, start, self.position)
-        return WorkerStream(batches, self.num_workers, length, start, self.position)
-
-    def val_dataloader(self) -> DataLoader | list:
-        if "val" not in self.parts:
-            return []
-        split = self.parts["val"]
-        return self._of_samples(Computed(split.sample, len(split)))
-
-    def test_dataloader(self) -> DataLoader | list:
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> DataLoader | list:
-        if "val" not in self.parts:
-            return []
-        numbered = NumberedSamples(len(self.parts["val"]), self.parts["val"].sample)
-        return self._of_samples(Computed(numbered.__getitem__, len(numbered)))
-
-    def _of_samples(self, data: Computed) -> DataLoader:
-        return RaisingLoader(data, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collated)
-
-    def origin(self, step: int) -> str:
-        batches = self.batches(*self.rank())
-        rows = batches.split.rows[batches.index(step)[:3]]
-        return f"of {', '.join(self.source.place(int(i)) for i in rows)}, ..."
+    def place(self, row: int) -> str:
+        return self.source.place(row)
 
     def label_counts(self) -> dict[str, np.ndarray]:
         if self.source.labels is None:
