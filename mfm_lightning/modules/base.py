@@ -30,8 +30,8 @@ class TrainingModule(L.LightningModule, ABC):
     """Base class: trains the parameters that require a gradient, and stores nothing else.
 
     A subclass sets `state_shape` and `num_classes`, and implements `losses`, `trained` (the module that is trained, and
-    sharded under FSDP), `exported` (the network that is written to a file of its own), `frozen` (what a checkpoint
-    names its frozen parts by), and `to_device` (which moves them).
+    sharded under FSDP), `exported` (the network that is written to a file of its own, where it is another one),
+    `frozen` (what a checkpoint names its frozen parts by), and `to_device` (which moves them).
 
     Resuming is exact: checkpoints are written between two optimiser steps (`LastCheckpoint`), with each rank's random
     state.
@@ -66,9 +66,9 @@ class TrainingModule(L.LightningModule, ABC):
         """The module that is trained, by calls of it."""
 
     @property
-    @abstractmethod
     def exported(self) -> nn.Module:
-        """The trained network."""
+        """The trained network, where what is trained holds more."""
+        return self.trained
 
     @property
     def frozen(self) -> dict[str, Any]:

@@ -57,10 +57,6 @@ class Classification(TrainingModule):
     def trained(self) -> nn.Module:
         return self.network
 
-    @property
-    def exported(self) -> nn.Module:
-        return self.network
-
     def setup(self, stage: str) -> None:
         data = datamodule_of(self.trainer)
         if missing := [name for name in ("decode", "num_classes", "state_shape") if not hasattr(data, name)]:

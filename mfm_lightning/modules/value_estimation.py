@@ -73,10 +73,6 @@ class ValueEstimation(TrainingModule):
         return self.network
 
     @property
-    def exported(self) -> nn.Module:
-        return self.network
-
-    @property
     def frozen(self) -> dict[str, Any]:
         return self.target.identity
 

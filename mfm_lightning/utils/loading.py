@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ class Computed(Dataset):
             return error
 
 
+def raised(items: Iterable[Any]) -> Iterator[Any]:
+    """The items, until an error is among them, which is raised."""
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
 class RaisingLoader(DataLoader):
     """A DataLoader that raises the errors among what a `Computed` gives; for batches with `collate_fn=collated`.
 
@@ -40,10 +48,7 @@ class RaisingLoader(DataLoader):
         super().__init__(*args, **{"generator": torch.Generator(), **kwargs})
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for found in super().__iter__():
-            if isinstance(found, Exception):
-                raise found
-            yield found
+        return raised(super().__iter__())
 
 
 def collated(samples: list[Any]) -> Any:

@@ -7,6 +7,7 @@ import os
 import struct
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class LatentArrays(StoredLatents):
         return self._open[key]
 
 
-class _File:
+class _File(ABC):
     """Arrays by name."""
 
     def __init__(self, path: Path) -> None:
@@ -118,14 +119,17 @@ class _File:
     def missing(self, name: str, there: list[str]) -> LatentFileError:
         return LatentFileError(f"{self.path} has no array {name!r}: it has {', '.join(there) or 'none'}")
 
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        raise NotImplementedError
+        """Of an array."""
 
+    @abstractmethod
     def whole(self, name: str) -> np.ndarray:
-        raise NotImplementedError
+        """An array, in memory."""
 
+    @abstractmethod
     def row(self, name: str, i: int) -> Tensor:
-        raise NotImplementedError
+        """One row of an array."""
 
 
 class _Safetensors(_File):

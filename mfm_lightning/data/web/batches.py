@@ -17,6 +17,7 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.stream import StepLoader
 from mfm_lightning.data.web.samples import SampleReader
 from mfm_lightning.data.web.shards import Faults, Rank, ShardOrder, named, of_worker, pipeline, share
+from mfm_lightning.utils.loading import raised
 
 log = logging.getLogger(__name__)
 
@@ -161,11 +162,7 @@ def raising(batches: IterableDataset, workers: int) -> Iterator[Batch]:
         num_workers=workers,
         generator=torch.Generator(),  # else each start would take a number from training's noise
     )
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        if batch is not None:
-            yield batch
+    return (batch for batch in raised(loader) if batch is not None)
 
 
 class WebStream(StepLoader):
