@@ -15,7 +15,7 @@ t-embedding, start at zero. A side is halved and rounded up, and goes back to wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from mfm_lightning.networks.dit import Attention
 from mfm_lightning.networks.dual import Dual, add, concatenate, linear, silu
 from mfm_lightning.networks.dual_conv import conv2d, group_norm, modulate_channels, upsample
 from mfm_lightning.networks.two_times import TwoTimeNetwork
-from mfm_lightning.networks.unet_sizes import architecture, check_sizes, level_sizes
+from mfm_lightning.networks.unet_sizes import SIZES, architecture, check_sizes, level_sizes
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -70,8 +70,33 @@ class Level(nn.Module):
         self.size, self.blocks, self.resample = size, nn.ModuleList(blocks), resample
 
 
+def _of_size(name: str) -> Any:
+    """`UNet.small` and so on: a constructor whose signature a config can name."""
+
+    def make(
+        cls: type[UNet],
+        state_shape: Sequence[int] | None = None,
+        num_classes: int | None = None,
+        guidance_scales: Sequence[float] = (),
+    ) -> UNet:
+        """A UNet of this size by name.
+
+        In a config `state_shape` and `num_classes` may be left out: they are those of the data.
+
+        Args:
+            state_shape: channels, height and width of the state; the last two are equal.
+            num_classes: number of labels; label `num_classes` is the null label.
+            guidance_scales: the class-guidance scales that the network knows besides 1 (none).
+        """
+        return cls(**architecture(name, state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
+
+    make.__name__, make.__qualname__ = name, f"UNet.{name}"
+    return classmethod(make)
+
+
 class UNet(TwoTimeNetwork):
-    """Average velocity v_{s,u}(x; t, x_t) of images in pixels.
+    """Average velocity v_{s,u}(x; t, x_t) of images in pixels. By name, at 28x28: `UNet.small` has 2 M parameters,
+    `UNet.base` 8 M, near the paper's 9 M (F.2), and `UNet.large` 47 M.
 
     In a config `input_size`, `in_channels` and `num_classes` may be left out: they are those of the data.
 
@@ -92,6 +117,8 @@ class UNet(TwoTimeNetwork):
     Raises:
         ValueError: where these numbers do not fit each other.
     """
+
+    small, base, large = map(_of_size, SIZES)
 
     def __init__(
         self,
@@ -145,54 +172,6 @@ class UNet(TwoTimeNetwork):
         self.norm = nn.GroupNorm(norm_groups, width)
         self.output = _zero(nn.Conv2d(width, in_channels, 3, padding=1))
         self.reset_condition()
-
-    @classmethod
-    def small(
-        cls,
-        state_shape: Sequence[int] | None = None,
-        num_classes: int | None = None,
-        guidance_scales: Sequence[float] = (),
-    ) -> UNet:
-        """2 M parameters at 28x28: 32 channels first, one block a level.
-
-        Args:
-            state_shape: channels, height and width of the state; the last two are equal.
-            num_classes: number of labels; label `num_classes` is the null label.
-            guidance_scales: the class-guidance scales that the network knows besides 1 (none).
-        """
-        return cls(**architecture("small", state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
-
-    @classmethod
-    def base(
-        cls,
-        state_shape: Sequence[int] | None = None,
-        num_classes: int | None = None,
-        guidance_scales: Sequence[float] = (),
-    ) -> UNet:
-        """8 M parameters at 28x28, near the paper's 9 M (F.2): 64 channels first, one block a level.
-
-        Args:
-            state_shape: channels, height and width of the state; the last two are equal.
-            num_classes: number of labels; label `num_classes` is the null label.
-            guidance_scales: the class-guidance scales that the network knows besides 1 (none).
-        """
-        return cls(**architecture("base", state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
-
-    @classmethod
-    def large(
-        cls,
-        state_shape: Sequence[int] | None = None,
-        num_classes: int | None = None,
-        guidance_scales: Sequence[float] = (),
-    ) -> UNet:
-        """47 M parameters at 28x28: 128 channels first, two blocks a level.
-
-        Args:
-            state_shape: channels, height and width of the state; the last two are equal.
-            num_classes: number of labels; label `num_classes` is the null label.
-            guidance_scales: the class-guidance scales that the network knows besides 1 (none).
-        """
-        return cls(**architecture("large", state_shape), num_classes=num_classes, guidance_scales=guidance_scales)
 
     @property
     def regions(self) -> list[nn.Module]:
