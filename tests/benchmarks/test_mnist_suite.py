@@ -77,8 +77,8 @@ def test_mnist_suite(tmp_path, monkeypatch):
 
 
 def test_names_of_methods_do_not_depend_on_the_other_dynamics():
-    assert ("MFM-G", 2) in FrequencyComparison(draws=[2])._methods()
-    sde = FrequencyComparison(draws=[2], dynamics=["ode", "sde"])._methods()["MFM-G SDE", 2]
+    assert ("MFM-G", 2) in FrequencyComparison(draws=[2])._settings()
+    sde = FrequencyComparison(draws=[2], dynamics=["ode", "sde"])._settings()["MFM-G SDE", 2].method
     assert isinstance(sde, Steering)
     assert sde.dynamics == "sde"
     with pytest.raises(ValueError, match=r"frequencies\.runs 4: the interval of populations needs 10"):
@@ -119,7 +119,8 @@ def test_measurements_are_of_the_images():
     """The right half with noise, and means of 4x4 pixels with noise."""
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     part = InverseProblems(noise_std=0.1)
-    (inpainting, shown), (small, _) = part._measurements(images).values()
+    half, coarse = part._measured(images).values()
+    inpainting, shown, small = half.likelihoods, half.shown, coarse.likelihoods
     residual = torch.stack([r.residuals(x[None])[0] for r, x in zip(inpainting, images, strict=True)])
     assert residual.shape == (40, 32)
     assert residual.square().mean().sqrt() == pytest.approx(0.1, rel=0.1)  # 1,280 normals: 5 deviations

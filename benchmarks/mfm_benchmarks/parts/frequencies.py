@@ -21,7 +21,18 @@ from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradie
 from mfm_lightning.metrics.distances import frequency_distance
 from mfm_lightning.metrics.measured import Measured, mean, mean_of, resampled
 
-POPULATION, STEPS = ", all particles", " steps"
+
+@dataclass(frozen=True)
+class Setting:
+    """A method of the comparison.
+
+    population: all particles of a run are samples; steps: of its grid, where it is only there to be compared with
+    another number of steps.
+    """
+
+    method: AlignmentMethod
+    population: bool = False
+    steps: int | None = None
 
 
 @dataclass
@@ -69,25 +80,25 @@ class FrequencyComparison:
         kinds = self.dynamics if len(self.dynamics) > 1 else [""]
         return [f"{name} {kind.upper()}".strip() for name in ("MFM-G", "MFM-GF") for kind in kinds]
 
-    def _methods(self) -> dict[tuple[str, int], AlignmentMethod]:
+    def _settings(self) -> dict[tuple[str, int], Setting]:
         """By name, and draws or particles (0 for neither)."""
         grid = TimeGrid(self.steps)
-        found: dict[tuple[str, int], AlignmentMethod] = {("base flow", 0): Steering(grid=grid, strength=0.0)}
+        found = {("base flow", 0): Setting(Steering(grid=grid, strength=0.0))}
         gradients = {"MFM-G": DrawGradient, "MFM-GF": DrawGradientFree}
         names = itertools.product(gradients.items(), self.dynamics)
         for ((kind, gradient), dynamics), name in zip(names, self._ours(), strict=True):
             for n in (n for n in self.draws if n > 1 or kind == "MFM-G"):  # one draw has no gradient-free form
-                found[name, n] = Steering(gradient(n, max_rows=4096), grid, dynamics, clip=self.clip)
+                found[name, n] = Setting(Steering(gradient(n, max_rows=4096), grid, dynamics, clip=self.clip))
+        first, fewest = self._ours()[0], self.draws[0]
         for k in self.other_steps:
-            found[f"{self._ours()[0]}, {k}{STEPS}", self.draws[0]] = Steering(
-                DrawGradient(self.draws[0], max_rows=4096), TimeGrid(k), self.dynamics[0], clip=self.clip
-            )
-        found["DPS", 0] = Steering(DPSGradient(), grid, clip=self.clip)
+            method = Steering(DrawGradient(fewest, max_rows=4096), TimeGrid(k), self.dynamics[0], clip=self.clip)
+            found[f"{first}, {k} steps", fewest] = Setting(method, steps=k)
+        found["DPS", 0] = Setting(Steering(DPSGradient(), grid, clip=self.clip))
         for m in self.particles:
-            found |= {(name, m): method for name, method in self._particle_methods(m, "sample").items()}
-        if self.population:
-            of_all = self._particle_methods(self.population, "all")
-            found |= {(f"{name}{POPULATION}", self.population): method for name, method in of_all.items()}
+            found |= {(name, m): Setting(method) for name, method in self._particle_methods(m, "sample").items()}
+        if m := self.population:
+            of_all = self._particle_methods(m, "all").items()
+            found |= {(f"{name}, all particles", m): Setting(method, population=True) for name, method in of_all}
         return found
 
     def _particle_methods(self, num: int, keep: str) -> dict[str, AlignmentMethod]:
@@ -103,21 +114,18 @@ class FrequencyComparison:
     ) -> list[Cell]:
         """`classify`: images to classes `(B,)`."""
         self._cells: dict[tuple[str, int], list[Cell]] = {}
-        for (name, n), method in self._methods().items():
-            steps = len(method.grid.pairs) if isinstance(method, Steering) else self.steps
-            settings = {**identity, "samples": self.num_samples, "steps": steps, "clip": self.clip}
-            population = name.endswith(POPULATION)
-            if population:
-                settings["samples"] = self.runs
-            if isinstance(method, Steering) and method.dynamics != "ode":
-                settings["dynamics"] = method.dynamics
-            for seed in self.seeds[:1] if population else self.seeds:
+        self._made = self._settings()
+        for (name, n), setting in self._made.items():
+            num, each, seeds = (
+                (self.runs, n, self.seeds[:1]) if setting.population else (self.num_samples, 1, self.seeds)
+            )
+            settings = {**identity, "samples": num, "steps": setting.steps or self.steps, "clip": self.clip}
+            if isinstance(setting.method, Steering) and setting.method.dynamics != "ode":
+                settings["dynamics"] = setting.method.dynamics
+            for seed in seeds:
 
                 def compute(
-                    method: AlignmentMethod = method,
-                    seed: int = seed,
-                    num: int = self.runs if population else self.num_samples,
-                    each: int = n if population else 1,
+                    method: AlignmentMethod = setting.method, seed: int = seed, num: int = num, each: int = each
                 ) -> Outcome:
                     outcome = measure(method, target, noise(num, target.state_shape, seed, device), seed, each=each)
                     with torch.no_grad():
@@ -136,7 +144,8 @@ class FrequencyComparison:
         for (name, n), cells in self._cells.items():
             if (parts := results.all(cells)) is None:
                 continue
-            if name.endswith(POPULATION):
+            setting = self._made[name, n]
+            if setting.population:
                 found[name, n], reward = self._of_populations(parts[0], wanted)
             else:
                 found[name, n] = mean([resampled(frequency_distance, p.tensors["classes"], wanted) for p in parts])
@@ -147,7 +156,7 @@ class FrequencyComparison:
                 "L2 to the weights": found[name, n], "mean reward": reward,
                 "class shares in %": " ".join(f"{100 * s:.0f}" for s in (shares / shares.sum()).tolist()),
             })  # fmt: skip
-            if n in (self.draws[-1], 0, *self.particles[-1:], self.population) and not name.endswith(STEPS):
+            if n in (self.draws[-1], 0, *self.particles[-1:], self.population) and not setting.steps:
                 gallery.append(
                     (f"{name}{f', {n}' if n else ''}\n{found[name, n].value:.2f}", parts[0].tensors["images"])
                 )
@@ -167,7 +176,7 @@ class FrequencyComparison:
             name: [(n, found[name, n]) for n in self.draws if (name, n) in found] for name in self._ours()
         }
         for key in found:
-            if key[0] not in lines and not key[0].endswith(STEPS):
+            if key[0] not in lines and not self._made[key].steps:
                 lines[f"{key[0]}, {key[1]} particles" if key[1] else key[0]] = found[key]
         plot = plots.lines({"class mixture": lines}, "posterior draws N", "L2 to the weights", size=(7.6, 5.0))
         return [
@@ -188,7 +197,7 @@ class FrequencyComparison:
         others = {
             f"{name} with {n} particles" if n else name: value
             for (name, n), value in found.items()
-            if name not in ours and not name.endswith(STEPS)
+            if name not in ours and not self._made[name, n].steps
         }
         for name in ours:
             mine = {n: value for (other, n), value in found.items() if other == name}
@@ -198,15 +207,10 @@ class FrequencyComparison:
             words = verdict(mine[max(mine)], others, "further from the weights than", "closer to the weights than")
             said.append(f"{name} with N = {max(mine)} is {words}.")
         fewest = self.draws[0]
-        if (here := found.get((ours[0], fewest))) is not None:
-            more = {
-                f"{k} steps": found[key]
-                for k in self.other_steps
-                if (key := (f"{ours[0]}, {k}{STEPS}", fewest)) in found
-            }
-            if more:
-                words = verdict(here, more, "further from the weights than with", "closer to the weights than with")
-                said.append(f"{ours[0]} with N = {fewest} and {self.steps} steps is {words}.")
+        more = {f"{k} steps": value for key, value in found.items() if (k := self._made[key].steps)}
+        if more and (here := found.get((ours[0], fewest))) is not None:
+            words = verdict(here, more, "further from the weights than with", "closer to the weights than with")
+            said.append(f"{ours[0]} with N = {fewest} and {self.steps} steps is {words}.")
         return Claims("Class frequencies", said)
 
 

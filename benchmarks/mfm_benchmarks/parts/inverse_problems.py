@@ -30,6 +30,16 @@ SHOWN_IMAGES, SHOWN_SAMPLES = 3, 10
 SCORES = {"energy score": "energy", "class score": "classes", "misfit": "misfit"}
 
 
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """likelihoods: of each image's measurement; shown: the measurements as pictures, `(B, C, H, W)`; file: name of the
+    figure."""
+
+    likelihoods: list[ImageMeasurement]
+    shown: Tensor
+    file: str
+
+
 @dataclass
 class InverseProblems:
     """Inpainting of the left half, and super-resolution, of test images.
@@ -77,8 +87,8 @@ class InverseProblems:
             f"FK-SDE, {self.particles} particles": FeynmanKac(num_particles=self.particles, grid=grid),
         }
 
-    def _measurements(self, images: Tensor) -> dict[str, tuple[list[ImageMeasurement], Tensor]]:
-        """By the name of the problem: the likelihood of each image's measurement, and what of it is shown."""
+    def _measured(self, images: Tensor) -> dict[str, Problem]:
+        """The problems by name."""
         mask = torch.ones(images.shape[-2:])
         mask[:, : images.shape[-1] // 2] = 0
         generator = torch.Generator().manual_seed(11)
@@ -87,12 +97,12 @@ class InverseProblems:
         small = small + self.noise_std * torch.randn(small.shape, generator=generator)
         factor = self.factor
         return {
-            "left half missing": (
-                [Inpainting(y, mask, self.noise_std) for y in seen], torch.where(mask.bool(), seen, 0.5),
+            "left half missing": Problem(
+                [Inpainting(y, mask, self.noise_std) for y in seen], torch.where(mask.bool(), seen, 0.5), "inpainting",
             ),
-            f"{factor}x super-resolution": (
+            f"{factor}x super-resolution": Problem(
                 [SuperResolution(y, factor, self.noise_std) for y in small],
-                small.repeat_interleave(factor, -2).repeat_interleave(factor, -1),
+                small.repeat_interleave(factor, -2).repeat_interleave(factor, -1), "super_resolution",
             ),
         }  # fmt: skip
 
@@ -113,22 +123,18 @@ class InverseProblems:
         """
         with torch.no_grad():
             self._images = target.decoder(x1[: self.num_images]).cpu()
-        self._shown: dict[str, Tensor] = {}
+        self._problems = self._measured(self._images)
         self._cells: dict[tuple[str, str], Cell] = {}
         settings = {
             **identity, "images": states_digest(self._images), "samples": self.num_samples, "steps": self.steps,
             "clip": self.clip, "noise_std": self.noise_std,
         }  # fmt: skip
-        for problem, (likelihoods, shown) in self._measurements(self._images).items():
-            self._shown[problem] = shown
-            for name, method in self._methods().items():
+        for (problem, of), (name, method) in itertools.product(self._problems.items(), self._methods().items()):
 
-                def compute(
-                    method: AlignmentMethod = method, likelihoods: list[ImageMeasurement] = likelihoods
-                ) -> Outcome:
-                    return self._run(method, target, likelihoods, classify, device)
+            def compute(method: AlignmentMethod = method, of: Problem = of) -> Outcome:
+                return self._run(method, target, of.likelihoods, classify, device)
 
-                self._cells[problem, name] = Cell(f"inverse, {problem}, {name}", settings, compute)
+            self._cells[problem, name] = Cell(f"inverse, {problem}, {name}", settings, compute)
         return list(self._cells.values())
 
     def _run(
@@ -186,14 +192,13 @@ class InverseProblems:
     def _picture(self, problem: str, results: Results) -> Picture:
         rows = []
         for k in range(min(SHOWN_IMAGES, len(self._images))):
-            given = torch.stack([self._images[k], self._shown[problem][k]])
+            given = torch.stack([self._images[k], self._problems[problem].shown[k]])
             for (of, name), cell in self._cells.items():
                 if of == problem and cell in results:
                     rows.append((name, torch.cat([given, results[cell].tensors["images"][k]])))
         title = problem[0].upper() + problem[1:]
         caption = "The test image, what is measured of it, and samples; three images, a row for each method."
-        name = f"inverse_{'inpainting' if 'half' in problem else 'super_resolution'}"
-        return Picture(name, title, plots.gallery(rows), caption)
+        return Picture(f"inverse_{self._problems[problem].file}", title, plots.gallery(rows), caption)
 
     def _claims(self, problem: str, scores: dict[tuple[str, str], dict[str, Measured]]) -> list[str]:
         """MFM-G against the methods that are not, by the proper scores."""

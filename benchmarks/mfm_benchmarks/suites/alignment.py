@@ -162,6 +162,11 @@ class AlignmentSuite(Suite):
             self._identity["batch_size"] = self.batch_size
         self._probes = {name: self._subject.probe(loaded) for name, loaded in self._loaded.items()}
 
+    @property
+    def subject(self) -> Subject:
+        """The model, once it is prepared."""
+        return self._subject
+
     def cells(self) -> Sequence[Cell]:
         self._runs: dict[tuple[Point, str, float | None], list[Cell]] = {}
         self._best: dict[str, list[Cell]] = {name: [] for name in self.rewards}

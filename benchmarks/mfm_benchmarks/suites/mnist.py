@@ -93,8 +93,9 @@ class MnistSuite(DigitsSuite):
         return self.by_cost.missing()
 
     def prepare(self) -> None:
-        super().prepare()
-        self.by_cost.prepare()
+        self.by_cost.prepare()  # with the quality
+        self._subject = self.by_cost.subject
+        self._loaded = self._subject.load(self.reward)
 
     def cells(self) -> Sequence[Cell]:
         measured = {**self._subject.identity, **self.quality.identity}
