@@ -43,3 +43,32 @@ def short(command: str, config: str) -> list[str]:
     """The command with a config by its name, such as "digits/mfm", and what makes it short."""
     steps = FOUR_STEPS if command == "fit" else []
     return [command, "--config", f"configs/{config}.yaml", *steps, *SHORT.get(config, [])]
+
+
+def tiny_fit(channels: int, classes: int, terms: str, data: str) -> str:
+    """A config of three steps on states of 8x8 in `outputs/`, with a checkpoint every two.
+
+    Args:
+        terms, data: of the objective and the data section, as YAML.
+    """
+    return f"""
+trainer:
+  default_root_dir: outputs
+  max_steps: 3
+  accelerator: cpu
+  val_check_interval: 3
+  log_every_n_steps: 1
+  enable_progress_bar: false
+checkpoint: {{every_n_steps: 2}}
+seed_everything: 0
+model:
+  class_path: mfm_lightning.modules.MFMPretraining
+  init_args:
+    network:
+      class_path: mfm_lightning.networks.DiT
+      init_args:
+        {{input_size: 8, patch_size: 4, in_channels: {channels}, hidden_size: 16, depth: 2, num_heads: 2,
+         encoder_depth: 1, num_classes: {classes}, guidance_scales: []}}
+    objective:
+      terms: {terms}
+data:{data}"""

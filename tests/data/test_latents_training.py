@@ -19,33 +19,19 @@ from mfm_lightning.modules import MFMPretraining
 from mfm_lightning.networks.decoders import VAEDecoder
 from tests.latent_data import data, numbers, shards
 from tests.processes import ended, forked, torchrun
+from tests.short_jobs import tiny_fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = """
-trainer:
-  default_root_dir: outputs
-  max_steps: 3
-  accelerator: cpu
-  val_check_interval: 3
-  log_every_n_steps: 1
-  enable_progress_bar: false
-checkpoint: {every_n_steps: 2}
-seed_everything: 0
-model:
-  class_path: mfm_lightning.modules.MFMPretraining
-  init_args:
-    network:
-      class_path: mfm_lightning.networks.DiT
-      init_args:
-        {input_size: 8, patch_size: 4, in_channels: 4, hidden_size: 16, depth: 2, num_heads: 2, encoder_depth: 1,
-         num_classes: 2, guidance_scales: []}
-    objective:
-      terms: [{name: data_diagonal}, {name: mean_flow}]
-data:
+TINY = tiny_fit(
+    channels=4,
+    classes=2,
+    terms="[{name: data_diagonal}, {name: mean_flow}]",
+    data="""
   class_path: mfm_lightning.data.LatentShards
   init_args: {folder: shards, batch_size: 4, num_workers: 1, shuffle_buffer: 8}
-"""
+""",
+)
 
 
 @pytest.fixture

@@ -13,34 +13,20 @@ from mfm_lightning.data import OffPolicyDataModule, WebDatasetDataModule
 from mfm_lightning.utils.configs import read_config
 from tests.data.web_shards import image_shards, npy, write
 from tests.processes import torchrun, torchrun_statuses
+from tests.short_jobs import tiny_fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = """
-trainer:
-  default_root_dir: outputs
-  max_steps: 3
-  accelerator: cpu
-  val_check_interval: 3
-  log_every_n_steps: 1
-  enable_progress_bar: false
-checkpoint: {every_n_steps: 2}
-seed_everything: 0
-model:
-  class_path: mfm_lightning.modules.MFMPretraining
-  init_args:
-    network:
-      class_path: mfm_lightning.networks.DiT
-      init_args:
-        {input_size: 8, patch_size: 4, in_channels: 3, hidden_size: 16, depth: 2, num_heads: 2, encoder_depth: 1,
-         num_classes: 3, guidance_scales: []}
-    objective:
-      terms: [{name: data_diagonal}]
-data:
+TINY = tiny_fit(
+    channels=3,
+    classes=3,
+    terms="[{name: data_diagonal}]",
+    data="""
   class_path: mfm_lightning.data.WebDatasetDataModule
   init_args:
     {urls: "shards/{000..004}.tar", image: png, val_urls: "shards/{001..002}.tar", batch_size: 2, num_workers: 2}
-"""
+""",
+)
 FIT = ["fit", "--config", "tiny.yaml"]
 
 

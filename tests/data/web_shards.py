@@ -1,12 +1,15 @@
-"""Shards as other people's tools write them, by tarfile alone."""
+"""Shards as other people write them, by tarfile alone, and what tests ask of them."""
 
 import io
 import json
+import logging
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from mfm_lightning.data import WebDatasetDataModule
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -56,3 +59,23 @@ def image_shards(folder: Path, counts: list[int]) -> str:
         write(folder / f"{k:03d}.tar", [sample(i) for i in range(first, first + count)], first)
         first += count
     return f"{folder}/{{000..{len(counts) - 1:03d}}}.tar" if len(counts) > 1 else f"{folder}/000.tar"
+
+
+def numbers(batches) -> list[int]:
+    """Which samples batches of `picture` have."""
+    return [round(float(x[0, -1, -1] + 1) * 127.5) for batch in batches for x in batch[0]]
+
+
+def data(urls: str, batch_size: int = 4, num_workers: int = 0, **more) -> WebDatasetDataModule:
+    more = {"image": "jpg;png"} | more
+    return WebDatasetDataModule(urls, batch_size, num_workers=num_workers, shuffle_buffer=5, **more)
+
+
+def warnings_of(caplog):
+    """What was logged for sure, whatever level other tests have left."""
+    return [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def latents(folder: Path, arrays: list[np.ndarray]) -> dict:
+    write(folder / "l.tar", [{"npy": npy(array), "cls": b"0"} for array in arrays])
+    return {"urls": str(folder / "l.tar"), "image": None, "latent": "npy", "label": None, "num_samples": len(arrays)}
