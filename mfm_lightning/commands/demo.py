@@ -16,8 +16,8 @@ HELP = """Usage: mfm demo [--overwrite] [options of mfm fit and mfm test, such a
 
 Fit a base flow and a Meta Flow Map on real 8x8 digits; then, with the model of MNIST at 28x28 that comes with the
 package, draw samples, steer and search for a reward, fine-tune to it, and compare methods in a report. All in the
-folder outputs/ of the current one. About ten minutes on two cores (not timed alone yet). What an earlier demo has left
-is taken as it is; --overwrite makes it again."""
+folder outputs/ of the current one. Seven to eight minutes on two cores, more on slow ones. What an earlier demo has
+left is taken as it is; --overwrite makes it again."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def demo(args: Sequence[str]) -> None:
         left = sum(later.seconds for later in STAGES[i:])
         if expected:  # by the pace so far
             left *= (time.monotonic() - begin) / expected
-        terminal.rule(f"{i + 1}/{len(STAGES)}  {stage.title}  (mfm {stage.command}), about {duration(left)} left")
+        terminal.rule(f"{i + 1}/{len(STAGES)}  {stage.title}")
+        terminal.print(f"mfm {stage.command}\nabout {duration(left)} left", soft_wrap=True)
         if (more := _options(stage, fresh, others)) is None:
             terminal.print(
                 f"{OUTPUTS / stage.folder} has it already, and it is taken; mfm demo --overwrite makes it again"
