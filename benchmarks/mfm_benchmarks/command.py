@@ -72,7 +72,7 @@ def _how(
 
     Args:
         config: YAML with the suite's parameters; configs/benchmarks/NAME.yaml, for a suite NAME, if left out.
-        quick: a small version, within two minutes on two cores.
+        quick: a small version, within four minutes on two cores.
         output: folder of results and report; outputs/benchmarks/SUITE if left out.
         fresh: compute all again.
         device: auto, cpu, cuda, cuda:1, ...

@@ -119,7 +119,7 @@ class Suite(ABC):
         return {}
 
     def shrink(self) -> None:  # noqa: B027
-        """Make it finish within two minutes on two cores; by itself it does nothing."""
+        """Make it finish within four minutes on two cores; by itself it does nothing."""
 
     def missing(self) -> list[str]:
         """What must be given and is not there, each with what would be right; nothing is run if there is any."""
