@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from mfm_lightning.evaluation.features import check_features, features_of
 from mfm_lightning.interpolant import as_times, interpolate, randn, sample_generators
 from mfm_lightning.metrics.classifier import accuracy
 from mfm_lightning.metrics.frechet import frechet_of_features
+from mfm_lightning.metrics.measured import Measured, resampled
 from mfm_lightning.samplers import sample_ode, sample_posterior_glass, sample_refinement
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import image_grid
@@ -29,7 +31,9 @@ class ImageEvaluation(Evaluation[ModelModule]):
     - samples by K-step refinement, and by the base flow's ODE (the teacher's, where there is one);
     - posterior draws from noised training images, one-step, and by the GLASS ODE of the same base flow.
 
-    A model with classes gets the labels of the images; the share of samples that are classified as labelled is told.
+    Each distance has an interval, and that of the Meta Flow Map its ratio to the flow's, paired by the noise that both
+    began from. A model with classes gets the labels of the images; the share of samples that are classified as labelled
+    is told.
 
     Args:
         num_samples: images for each figure.
@@ -73,8 +77,8 @@ class ImageEvaluation(Evaluation[ModelModule]):
         test_accuracy = accuracy(classifier, data.decode(data.splits["test"][0]), data.splits["test"][1])
         module.log("test/classifier_accuracy", test_accuracy, rank_zero_only=True)
 
-        def frechet(images: Tensor) -> float:
-            return float(frechet_of_features(classifier.features(images), fitted))
+        def frechet(images: Tensor) -> Measured:
+            return resampled(frechet_of_features, classifier.features(images), fitted)
 
         def agreement(x: Tensor, label: Tensor) -> float:
             return accuracy(classifier, data.decode(x.cpu()), label.cpu())
@@ -86,7 +90,8 @@ class ImageEvaluation(Evaluation[ModelModule]):
         reference = data.decode(torch.cat([data.splits[s][0] for s in ("val", "test")]))
         labelled = bool(model.num_classes)
         held_out = f"held-out {getattr(data, 'name', None) or type(data).__name__}"
-        rows = [_row(held_out, "", "", frechet(reference), test_accuracy if labelled else None)]
+        distance = Measured(float(frechet_of_features(classifier.features(reference), fitted)), torch.empty(0))
+        rows = [_row(held_out, "", "", distance, None, test_accuracy if labelled else None)]
         given = Conditions(label=label) if labelled else Conditions()
 
         def ode() -> Tensor:
@@ -103,6 +108,7 @@ class ImageEvaluation(Evaluation[ModelModule]):
                 return model.sample_posterior(x_t, t, noise=eps, conditions=given)[:, 0]
             return sample_posterior_glass(lambda t, x: base(t, x, given), x_t, t, steps=steps, noise=eps)[:, 0]
 
+        flows: dict[float | str, Measured] = {}
         jobs: list[tuple[str, float | str, int, Callable[[], Tensor]]]
         jobs = [(f"base flow, ODE {self.ode_steps}", "", self.ode_steps, ode)]
         jobs += [(f"MFM, refinement {k}", "", k, partial(refinement, k)) for k in self.refinement_steps]
@@ -112,8 +118,9 @@ class ImageEvaluation(Evaluation[ModelModule]):
             jobs.append(("posterior, MFM 1", t, 1, partial(posterior, t, None)))
         for name, t, evaluations, draw in track(jobs, describe=lambda job: f"{job[0]} {job[1] and f't = {job[1]}'}"):
             x = draw()
-            agrees = agreement(x, label) if labelled else None
-            rows.append(_row(name, t, evaluations, frechet(data.decode(x.cpu())), agrees))
+            agrees, distance = agreement(x, label) if labelled else None, frechet(data.decode(x.cpu()))
+            rows.append(_row(name, t, evaluations, distance, flows.get(t), agrees))
+            flows.setdefault(t, distance)  # of each t the flow comes first
         for row in rows:
             module.log(f"test/frechet/{row['samples']}{row['t'] and ' t=' + str(row['t'])}", row["Fréchet"])
         title = f"Fréchet distance to the training images ({self.num_samples} samples; classifier {test_accuracy:.1%})"
@@ -181,7 +188,15 @@ def _base_flow(module: ModelModule) -> Flow:
 
 
 def _row(
-    samples: str, t: float | str, evaluations: int | str, frechet: float, agreement: float | None
+    samples: str,
+    t: float | str,
+    evaluations: int | str,
+    frechet: Measured,
+    of_flow: Measured | None,
+    agreement: float | None,
 ) -> dict[str, Any]:
-    row = {"samples": samples, "t": t, "evaluations": evaluations, "Fréchet": frechet}
+    ends = ("", "") if math.isnan(frechet.low) else (frechet.low, frechet.high)
+    ratio = "" if of_flow is None else frechet.over(of_flow).text()
+    row = {"samples": samples, "t": t, "evaluations": evaluations, "Fréchet": frechet.value}
+    row |= {"low": ends[0], "high": ends[1], "over the flow's": ratio}
     return row if agreement is None else {**row, "as labelled": agreement}

@@ -358,7 +358,7 @@ def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path,
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
     benchmark("imagenet256", "--config", "small.yaml", "--output", "out")
     quality = rows(tmp_path / "out", "sample_quality")
-    assert [(r["steps"], r["samples"]) for r in quality] == [("1", "20"), ("2", "20")]
+    assert [(r["samples"], r["number"]) for r in quality] == [("MFM, 1 step", "20"), ("MFM, 2 steps", "20")]
     assert {r["method"] for r in rows(tmp_path / "out", "results")} == {"Best-of-N", *settings["methods"]}
     assert not json.loads((tmp_path / "out/report/environment.json").read_text())["failures"]
 

@@ -6,11 +6,15 @@ import pytest
 import torch
 import yaml
 
+from mfm_benchmarks.measure import noise
 from mfm_benchmarks.parts.frequencies import FrequencyComparison
 from mfm_benchmarks.parts.inverse_problems import InverseProblems, class_score, energy_score
+from mfm_benchmarks.parts.sample_quality import SampleQuality
+from mfm_benchmarks.quality import Quality
 from mfm_lightning.alignment import Steering
 from mfm_lightning.checkpoints import save_model
 from mfm_lightning.networks import DiT
+from mfm_lightning.networks.decoders import IdentityDecoder
 from tests.benchmarks.test_benchmarks import ROOT, benchmark, model, rows
 from tests.fashion_mnist import EXTRACT
 
@@ -44,6 +48,7 @@ def tiny_settings(folder):
     }
     few = {"times": [0.3], "num_states": 4, "num_draws": 4, "rollout_steps": 3, "model_steps": [1], "glass_steps": [1]}
     settings["posterior"], settings["value"] = few, few
+    settings["samples"] |= {"num_samples": 12, "steps": [1], "ode_steps": 3, "base": str(file), "replicates": 20}
     settings |= {"num_samples": 12, "best_of_n": {"numbers": [1, 3], "steps": 3}}
     settings["rewards"] = {"brightness": {"reward": "brightness", "scale": 10.0}}
     settings["methods"] = {
@@ -72,8 +77,54 @@ def test_mnist_suite(tmp_path, monkeypatch):
     assert {row["problem"] for row in inverse} == {"left half missing", "4x super-resolution"}
     assert {row["method"] for row in inverse} == {"MFM-G, N = 1", "MFM-GF, N = 2", "DPS", "FK-SDE, 2 particles"}
     assert {row["t"] for row in rows(tmp_path / "out", "value_estimates")} == {"0.3"}
+    quality = rows(tmp_path / "out", "sample_quality")
+    assert [(row["samples"], row["number"]) for row in quality] == [("MFM, 1 step", "12"), ("base flow, 3 steps", "12")]
+    distances = [float(row["Fréchet"]) for row in quality]
+    assert float(quality[0]["over the base flow's"]) == pytest.approx(distances[0] / distances[1], rel=1e-3)
     for picture in ("class_samples", "inverse_inpainting", "inverse_super_resolution", "posterior_recovery"):
         assert (tmp_path / "out/report" / f"{picture}.png").is_file()
+
+
+class FirstPixels(Quality):
+    """Features that are the images' first row."""
+
+    def prepare(self, device):
+        pass
+
+    def features(self, images):
+        return images[:, 0, 0]
+
+    @property
+    def real(self):
+        return torch.eye(4)
+
+    @property
+    def identity(self):
+        return {}
+
+
+@pytest.mark.parametrize("of_its_own", [True, False])
+def test_samples_of_the_base_flow_are_eulers(tmp_path, of_its_own):
+    """Euler's method written out, from the same noise as the Meta Flow Map's."""
+    mfm, flow = (model(DiT(4, 2, 1, 16, 2, 2, 1, num_classes=0)) for _ in range(2))
+    save_model(flow, tmp_path / "flow.safetensors")
+    base = None if of_its_own else str(tmp_path / "flow.safetensors")
+    part = SampleQuality(30, [1], ode_steps=3, base=base, batch_size=7, chunk=20, guidance=None, replicates=5)
+    found = {}
+    for cell in part.cells(lambda: mfm, IdentityDecoder(), FirstPixels(), torch.device("cpu"), {"model": "m"}):
+        kind = cell.name.split(":")[0]
+        found[kind] = torch.cat([found.get(kind, torch.empty(0, 4)), cell.compute().tensors["features"]])
+    x = torch.cat([noise(n, (1, 4, 4), 31_337 + begin, torch.device("cpu")) for begin, n in ((0, 20), (20, 10))])
+    for k in range(3):
+        with torch.no_grad():
+            x = x + (mfm if of_its_own else flow).drift(torch.full((30,), k / 3), x) / 3
+    assert torch.allclose(found["base flow, 3 steps"], x[:, 0, 0], atol=1e-5)
+    assert not torch.allclose(found["MFM, 1 step"], x[:, 0, 0], atol=1e-2)
+
+
+def test_an_absent_base_flow_is_said_before_any_work(tmp_path):
+    assert SampleQuality(ode_steps=3, base=str(tmp_path / "no.safetensors")).missing()[0].startswith("samples.base: no")
+    assert not SampleQuality(ode_steps=3).missing()
 
 
 def test_names_of_methods_do_not_depend_on_the_other_dynamics():

@@ -1,5 +1,6 @@
 """Pictures of what a model draws, on data whose numbers of classes are at the ends."""
 
+import csv
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,13 @@ def test_without_classes_on_labelled_data(tmp_path):
     evaluation.measure(module, tmp_path)
     evaluation.draw(module, tmp_path)
     header, *rows = (tmp_path / "frechet.csv").read_text().splitlines()
-    assert header == "samples,t,evaluations,Fréchet"
+    assert header == "samples,t,evaluations,Fréchet,low,high,over the flow's"
     assert len(rows) == 5  # held-out images, the ODE, one step, and two kinds of draws
+    found = list(csv.DictReader([header, *rows]))
+    assert [row["low"] == "" for row in found] == [True, False, False, False, False]
+    for row, flow in ((found[2], found[1]), (found[4], found[3])):
+        ratio = float(row["over the flow's"].split()[0])
+        assert ratio == pytest.approx(float(row["Fréchet"]) / float(flow["Fréchet"]), rel=0.01)
+        assert float(row["low"]) < float(row["Fréchet"]) < float(row["high"])
+    assert [bool(row["over the flow's"]) for row in found] == [False, False, True, False, True]
     assert (tmp_path / "samples.png").is_file()

@@ -52,7 +52,7 @@ class ImageNetSuite(AlignmentSuite):
         self.samples, self.fid = samples or SampleQuality(), fid or quality
 
     def missing(self) -> list[str]:
-        found = super().missing()
+        found = [*super().missing(), *self.samples.missing()]
         if self.fid is not self.quality:
             found += [line.replace("quality.", "fid.", 1) for line in self.fid.missing()]
         return found

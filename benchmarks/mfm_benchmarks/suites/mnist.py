@@ -12,6 +12,7 @@ from mfm_benchmarks.parts.best_of_n import BestOfNPool
 from mfm_benchmarks.parts.frequencies import FrequencyComparison
 from mfm_benchmarks.parts.inverse_problems import InverseProblems
 from mfm_benchmarks.parts.posterior_recovery import PosteriorRecovery
+from mfm_benchmarks.parts.sample_quality import SampleQuality
 from mfm_benchmarks.parts.value_estimation import ValueComparison
 from mfm_benchmarks.quality import ClassifierQuality
 from mfm_benchmarks.spec import Spec
@@ -21,8 +22,8 @@ from mfm_benchmarks.suites.digits import DigitsSuite
 
 
 class MnistSuite(DigitsSuite):
-    """Rewards by cost, class frequencies under a class mixture, inverse problems, posterior recovery, and value
-    estimates, on one model.
+    """Rewards by cost, class frequencies under a class mixture, inverse problems, posterior recovery, value estimates,
+    and the Fréchet distance of K-step samples, on one model.
 
     Args:
         model: what all methods run on.
@@ -35,6 +36,7 @@ class MnistSuite(DigitsSuite):
         inverse: the part on inverse problems.
         posterior: the part on posterior draws.
         value: the part on value estimates.
+        samples: the part on K-step samples.
         best_of_n: the baseline of the comparison by cost.
         scales: lambda, factors of the rewards' own multipliers.
         num_samples: samples of a run and seed of the comparison by cost.
@@ -63,6 +65,7 @@ class MnistSuite(DigitsSuite):
         inverse: InverseProblems | None = None,
         posterior: PosteriorRecovery | None = None,
         value: ValueComparison | None = None,
+        samples: SampleQuality | None = None,
         best_of_n: BestOfNPool | None = None,
         scales: Sequence[float] = (1.0,),
         num_samples: int = 128,
@@ -73,6 +76,7 @@ class MnistSuite(DigitsSuite):
     ) -> None:
         super().__init__(model, reward, quality, frequencies, posterior, value)
         self.inverse = inverse or InverseProblems()
+        self.samples = samples or SampleQuality(2000, guidance=None, replicates=400)
         self.by_cost = AlignmentSuite(
             model, rewards, methods, best_of_n, scales, num_samples, seeds, quality, frechet_limit, batch_size,
             quick_samples,
@@ -85,12 +89,13 @@ class MnistSuite(DigitsSuite):
     def shrink(self) -> None:
         super().shrink()
         self.inverse.shrink()
+        self.samples.shrink()
         self.by_cost.rewards = dict(itertools.islice(self.by_cost.rewards.items(), 1))
         self.by_cost.shrink()
 
     def missing(self) -> list[str]:
         self.by_cost.device, self.by_cost.output = self.device, self.output
-        return self.by_cost.missing()
+        return [*self.by_cost.missing(), *self.samples.missing()]
 
     def prepare(self) -> None:
         self.by_cost.prepare()  # with the quality
@@ -103,9 +108,13 @@ class MnistSuite(DigitsSuite):
             *self.by_cost.cells(),
             *super().cells(),
             *self.inverse.cells(self.target, self.clean_states, self.quality.classify, self.device, measured),
+            *self.samples.cells(
+                lambda: self._subject.model, self.model.built_decoder, self.quality, self.device, measured
+            ),
         ]
 
     def report(self, results: Results) -> Sequence[Block]:
         by_cost = self.by_cost.report(results)
         mixture, *rest = self.parts(results)
-        return [*by_cost, *mixture, *self.inverse.blocks(results), *(block for blocks in rest for block in blocks)]
+        found = [*by_cost, *mixture, *self.inverse.blocks(results), *(block for blocks in rest for block in blocks)]
+        return [*found, *self.samples.blocks(results, self.quality)]
