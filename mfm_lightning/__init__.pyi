@@ -30,6 +30,14 @@ from .alignment import best_of_n as best_of_n
 from .alignment import search as search
 from .alignment import sequential_monte_carlo as sequential_monte_carlo
 from .alignment import steer as steer
+from .backbones import FluxFlow as FluxFlow
+from .backbones import Lumina2Flow as Lumina2Flow
+from .backbones import QwenImageFlow as QwenImageFlow
+from .backbones import SanaFlow as SanaFlow
+from .backbones import SD3Flow as SD3Flow
+from .backbones import TextToImageFlow as TextToImageFlow
+from .backbones import ZImageFlow as ZImageFlow
+from .backbones import load_flow as load_flow
 from .callbacks import EMA as EMA
 from .callbacks import ExportModel as ExportModel
 from .callbacks import LastCheckpoint as LastCheckpoint

@@ -29,6 +29,8 @@ class Conditions:
         mask: which of the tokens are there, `(B, L)`.
         pooled: one embedding a prompt, `(B, P)`.
         prompts: B texts, or one for all. Rewards read them; networks do not.
+        negative_text, negative_mask, negative_pooled: the same of a negative prompt, which guidance by two evaluations
+            leads away from (text-to-image flows).
 
     Raises:
         ValueError: for labels that are not integers, a field with another number of dimensions, or fields of different
@@ -41,6 +43,9 @@ class Conditions:
     mask: Tensor | None
     pooled: Tensor | None
     prompts: tuple[str, ...] | None
+    negative_text: Tensor | None
+    negative_mask: Tensor | None
+    negative_pooled: Tensor | None
 
     def __init__(
         self,
@@ -50,6 +55,9 @@ class Conditions:
         mask: Tensor | None = None,
         pooled: Tensor | None = None,
         prompts: Sequence[str] | str | None = None,
+        negative_text: Tensor | None = None,
+        negative_mask: Tensor | None = None,
+        negative_pooled: Tensor | None = None,
     ) -> None:
         values = {
             "label": None if label is None else _integers(torch.atleast_1d(torch.as_tensor(label))),
@@ -58,6 +66,9 @@ class Conditions:
             "mask": mask,
             "pooled": pooled,
             "prompts": (prompts,) if isinstance(prompts, str) else None if prompts is None else tuple(prompts),
+            "negative_text": negative_text,
+            "negative_mask": negative_mask,
+            "negative_pooled": negative_pooled,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -194,6 +205,8 @@ class Conditions:
         """
 
         def dropped(name: str, value: Tensor | tuple[str, ...]) -> Tensor | tuple[str, ...]:
+            if name.startswith("negative"):
+                return value  # without guidance nothing leads away from it
             if isinstance(value, tuple):
                 return tuple("" if drop else text for drop, text in zip(where.tolist(), value, strict=True))
             nothing = torch.ones_like(value[:1]) if name == "guidance" else getattr(null, name)
@@ -219,6 +232,13 @@ class Conditions:
         return replace(self, **missing) if missing else self
 
     # -- machinery -----------------------------------------------------------------------------------------------------
+
+    @property
+    def negative(self) -> Conditions:
+        """The negative prompt's embeddings as the condition of an evaluation of its own, with the same guidance."""
+        return Conditions(
+            guidance=self.guidance, text=self.negative_text, mask=self.negative_mask, pooled=self.negative_pooled
+        )
 
     @property
     def num_rows(self) -> int:
@@ -249,6 +269,7 @@ def unlabelled(batch: Any) -> Any:
 
 
 _SHAPES = {"label": "(B,)", "guidance": "(B,)", "text": "(B, L, D)", "mask": "(B, L)", "pooled": "(B, P)"}
+_SHAPES |= {f"negative_{name}": _SHAPES[name] for name in ("text", "mask", "pooled")}
 _DIMENSIONS = {name: shape.count(",") + (shape != "(B,)") for name, shape in _SHAPES.items()}
 _NAMES = tuple(field.name for field in fields(Conditions))
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"conditions", "interpolant"},
     {"glass", "oracles", "networks", "tangents", "training"},
     {"models"},
-    {"samplers", "checkpoints"},
+    {"samplers", "checkpoints", "backbones"},
     {"metrics", "sampling"},
     {"alignment"},
     {"objectives", "evaluation", "data"},

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mfm_lightning.alignment.method import AlignmentMethod, positive
+from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, positive
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.interpolant import Generators, own_generators, randn
-from mfm_lightning.samplers import sample_ode
+from mfm_lightning.samplers import integrate
 
 
 @dataclass
@@ -24,7 +24,8 @@ class BestOfN(AlignmentMethod):
 
     Args:
         num_candidates: N, at least 1.
-        steps: Euler steps of a candidate.
+        steps: Euler steps of a candidate, uniform from 0 to 1.
+        grid: its times in place of those.
         max_rows: candidates at once.
         keep_at: numbers of candidates at which the mean best reward is noted in the trace, besides N.
 
@@ -36,10 +37,18 @@ class BestOfN(AlignmentMethod):
     steps: int = 100
     max_rows: int = 1024
     keep_at: tuple[int, ...] = ()
+    grid: TimeGrid | None = None
     uses_reward_scale = False
 
     def __post_init__(self) -> None:
         positive(num_candidates=self.num_candidates, steps=self.steps, max_rows=self.max_rows)
+
+    def times(self, model: object) -> list[float]:
+        """Of a candidate of a model; raises as `TimeGrid.pairs`."""
+        if self.grid is None:
+            return torch.linspace(0, 1, self.steps + 1).tolist()
+        pairs = self.grid.pairs(model)
+        return [pairs[0][0], *(then for _, then in pairs)]
 
     def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         return best_of_n(target, x0, self, generator)
@@ -61,7 +70,8 @@ def best_of_n(
     """
     method = method or BestOfN()
     N, B, shape, target = method.num_candidates, len(x0), x0.shape[1:], target.expand(x0)
-    run = Run(target, "best_of_n", num_candidates=N, steps=method.steps)
+    times = method.times(target.model)
+    run = Run(target, "best_of_n", num_candidates=N, steps=len(times) - 1)
     best, best_reward = torch.zeros_like(x0), x0.new_full((B,), -torch.inf, dtype=torch.float32)
     own = own_generators(generator, B)
     stops, done = {n for n in method.keep_at if n < N} | {N}, 0
@@ -70,7 +80,7 @@ def best_of_n(
         for chunk in torch.arange(B, device=x0.device).split(min(B, method.max_rows)):
             part = target.take(chunk)
             each = [own[i] for i in chunk.tolist() for _ in range(n)]
-            x = sample_ode(part.drift, randn((len(each), *shape), x0, each), method.steps)
+            x = integrate(part.drift, randn((len(each), *shape), x0, each), times)
             with run.step(done, N, 1.0, best):
                 rewards, which = part.rewards(x).reshape(-1, n).max(dim=1)
             x = x.reshape(-1, n, *shape)[torch.arange(len(chunk), device=x.device), which]

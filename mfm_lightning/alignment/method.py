@@ -61,17 +61,23 @@ class TimeGrid:
         start: first time, in [0, end).
         end: last time, at most 1.
         power: above 1 the grid is finer near noise; positive.
+        of_model: in place of the others, the model's own grid of so many steps: a text-to-image flow's scheduler.
+        shift: of the model's own grid, in place of its scheduler's.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: for a number out of range, or a shift of another grid than the model's.
     """
 
     steps: int = 100
     start: float = 0.01
     end: float = 1.0
     power: float = 1.0
+    of_model: bool = False
+    shift: float | None = None
 
     def __post_init__(self) -> None:
+        if self.shift is not None and not self.of_model:
+            raise ValueError(f"shift {self.shift} is of a model's own grid: set of_model, or leave it out")
         if self.steps < 1 or not 0 <= self.start < self.end <= 1 or self.power <= 0:
             raise ValueError(
                 f"a time grid needs steps ({self.steps}) >= 1, 0 <= start ({self.start}) < end ({self.end}) <= 1 and "
@@ -80,15 +86,22 @@ class TimeGrid:
 
     @property
     def times(self) -> list[float]:
-        """The times, increasing."""
+        """The times, increasing; where they are not the model's own."""
         first, last = (end ** (1 / self.power) for end in (self.start, self.end))
         grid = torch.linspace(first, last, self.steps + 1, dtype=torch.float64) ** self.power
         return [self.start, *grid[1:-1].tolist(), self.end]
 
-    @property
-    def pairs(self) -> list[tuple[float, float]]:
-        """Each step's time and the next."""
-        return list(itertools.pairwise(self.times))
+    def pairs(self, model: object) -> list[tuple[float, float]]:
+        """Each step's time and the next, for samples of a model.
+
+        Raises:
+            TypeError: for `of_model`, if the model has no grid of its own.
+        """
+        if not self.of_model:
+            return list(itertools.pairwise(self.times))
+        if (own := getattr(model, "time_grid", None)) is None:
+            raise TypeError(f"a {type(model).__name__} has no time grid of its own: leave out of_model")
+        return list(itertools.pairwise(own(self.steps, self.shift)))
 
 
 def with_particles(x0: Tensor, num_particles: int, generator: Generators = None) -> Tensor:

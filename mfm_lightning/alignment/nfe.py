@@ -29,14 +29,15 @@ class Meter:
         """What was counted since `other`, a copy taken earlier."""
         return Meter(self.network - other.network, self.reward - other.reward)
 
-    def counted(self, kind: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`function`, with the rows of what it returns counted as `kind`, and again when a gradient comes back."""
+    def counted(self, kind: str, function: Callable[..., Tensor], each: int = 1) -> Callable[..., Tensor]:
+        """`function`, with the rows of what it returns counted as `kind`, each so many times, and again when a gradient
+        comes back."""
 
         def call(*args: Any, **kwargs: Any) -> Tensor:
             result = function(*args, **kwargs)
-            self._add(kind, len(result))
+            self._add(kind, each * len(result))
             if result.requires_grad:
-                result.register_hook(lambda gradient: self._add(kind, len(gradient)))
+                result.register_hook(lambda gradient: self._add(kind, each * len(gradient)))
             return result
 
         return call

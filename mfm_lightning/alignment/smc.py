@@ -249,7 +249,7 @@ def sequential_monte_carlo(
         RewardError: as `AlignmentMethod`.
     """
     method.check(target.reward)
-    M, B, pairs = method.num_particles, len(x0), method.grid.pairs
+    M, B, pairs = method.num_particles, len(x0), method.grid.pairs(target.model)
     x = with_particles(x0, M, generator)
     of_particles, value, K = target.expand(x), method.estimate, len(pairs)
     described = {"particles": M, "steps": K, "ess_threshold": method.ess_threshold, "keep": method.keep}

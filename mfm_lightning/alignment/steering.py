@@ -119,7 +119,7 @@ def steer(
     """
     method = method or Steering()
     method.check(target.reward)
-    pairs, x, target = method.grid.pairs, x0, target.expand(x0)
+    pairs, x, target = method.grid.pairs(target.model), x0, target.expand(x0)
     run = Run(
         target, f"steered {method.dynamics}", estimator=type(method.estimator).__name__, steps=len(pairs),
         strength=method.strength, num_draws=getattr(method.estimator, "num_draws", None),

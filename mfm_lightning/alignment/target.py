@@ -134,7 +134,9 @@ class Target:
     def drift(self, t: Times, x: Tensor) -> Tensor:
         """b_t(x), `(B*k, *shape)`."""
         conditions = self.conditions.expand(len(x), x.device)
-        return self.meter.counted("network", self._drift)(as_times(t, x), x, conditions)
+        passes = getattr(self.model, "passes", None)  # of a text-to-image flow, whose guidance takes two evaluations
+        each = 1 if passes is None else passes(conditions)
+        return self.meter.counted("network", self._drift, each)(as_times(t, x), x, conditions)
 
     def flow_map(self, s: Times, u: Times, x: Tensor, t: Times, x_t: Tensor) -> Tensor:
         """X_{s,u}(x; t, x_t), `(B*k, *shape)`.

@@ -1,6 +1,9 @@
-"""Which device a command runs on."""
+"""Which device a command runs on, and what to lower where its memory ends."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,3 +26,13 @@ def find_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+@contextmanager
+def out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Where memory ends, say what to lower; raises torch.OutOfMemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise torch.OutOfMemoryError(f"{what} ran out of memory: lower {remedy}. {first}") from error

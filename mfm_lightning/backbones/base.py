@@ -1,0 +1,378 @@
+"""A pretrained text-to-image flow of diffusers as a base flow: its drift, its prompts, its images, its times."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from mfm_lightning.backbones.decoder import LatentDecoder
+from mfm_lightning.backbones.embeddings import Embedding, EmbeddingCache, stacked
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import Times, as_times, expand
+from mfm_lightning.utils.devices import out_of_memory
+
+
+class TextToImageFlow(nn.Module, ABC):
+    """The base flow of a diffusers pipeline, in the conventions of this package: noise at t = 0, data at t = 1, and
+    states that are scaled latents `(B, C, h, w)` in float32, whatever type the transformer computes in.
+
+    With sigma = 1 - t the pipeline's state is the same, and the velocity that it integrates over sigma is -b_t.
+    Guidance is the pipeline's own. Where it takes two evaluations (with and without the prompt), both count (`passes`).
+
+    Args:
+        pipe: the pipeline. Its transformer, VAE and scheduler's settings are used; its text encoders where prompts are
+            encoded.
+        image_size: height and width of the images in pixels; the pipeline's own where None.
+        max_rows: states at once in the transformer, and latents at once in the VAE; more are cut. It bounds memory, not
+            that of gradients of the transformer: see `checkpointing`.
+        attention: "math" is torch's plain one, which has derivatives along a direction (`torch.func.jvp`); other names
+            are those of diffusers' backends. The usual one where None.
+        checkpointing: keep only the input of each of the transformer's blocks for the gradient, and compute the rest
+            again.
+        tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
+        cache: folder that keeps the embeddings of prompts; None for none.
+        load_encoders: gives a pipeline with text encoders where `pipe` has none; it is dropped after each use.
+        encoders: what the embeddings depend on besides the prompt and the pipeline's class, for the cache: a name, with
+            a revision or the like.
+        encoder_device: where prompts are encoded; the CPU where None.
+
+    Raises:
+        ValueError: for a pipeline of another class, one that is no flow, or sizes that do not fit.
+    """
+
+    pipeline: ClassVar[str]  # name of the diffusers class
+    usual_negative: ClassVar[str | None] = ""  # what the pipeline leads away from where no negative prompt is given
+    guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline, for two evaluations or as an input
+    patch_size: ClassVar[int] = 1  # latents must be multiples of it
+
+    def __init__(
+        self,
+        pipe: Any,
+        image_size: tuple[int, int] | int | None = None,
+        max_rows: int = 8,
+        attention: str | None = None,
+        checkpointing: bool = False,
+        tiled: bool = False,
+        cache: str | Path | None = None,
+        load_encoders: Callable[[], Any] | None = None,
+        encoders: str = "",
+        encoder_device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        if (found := type(pipe).__name__) != self.pipeline:
+            raise ValueError(f"{type(self).__name__} takes a {self.pipeline}, got a {found}")
+        if max_rows < 1:
+            raise ValueError(f"max_rows {max_rows} must be at least 1")
+        require_flow(pipe.scheduler, found)
+        self.transformer = pipe.transformer.eval().requires_grad_(False)
+        self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled)
+        self._pipe = [pipe]  # in a list, so that its text encoders are not moved with the rest
+        self.max_rows, self.encoder_device = max_rows, torch.device(encoder_device or "cpu")
+        self.embeddings = EmbeddingCache(cache)
+        self._load_encoders, self._encoders = load_encoders, encoders
+        if cache is not None and not encoders:
+            raise ValueError("a cache of embeddings needs encoders, a name of what made them: load_flow gives it")
+        self.attention = attention
+        if attention not in (None, "math"):
+            set_backend(self.transformer, attention)
+        if checkpointing:
+            self.transformer.enable_gradient_checkpointing(self._recomputed)
+        self.image_size = self._checked(image_size or self._usual_size())
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        return self._pipe[0]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of latents: channels, height and width."""
+        height, width = self.image_size
+        return self.channels, height // self.compression, width // self.compression
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return int(self.transformer.config.in_channels)
+
+    @property
+    def compression(self) -> int:
+        """Pixels a latent, along each side."""
+        return int(self.pipe.vae_scale_factor)
+
+    def _usual_size(self) -> tuple[int, int]:
+        side = int(self.pipe.default_sample_size) * self.compression
+        return side, side
+
+    def _checked(self, size: tuple[int, int] | int) -> tuple[int, int]:
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        unit = self.compression * self.patch_size
+        if height < unit or width < unit or height % unit or width % unit:
+            raise ValueError(f"image_size {height} x {width}: height and width must be multiples of {unit}")
+        return height, width
+
+    # -- the flow ------------------------------------------------------------------------------------------------------
+
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """b_t(x) `(B, C, h, w)` in float32, with guidance where the conditions have a scale.
+
+        Args:
+            t: `(B,)` in [0, 1], or a number.
+            x: latents `(B, C, h, w)`; of any size that the transformer takes.
+            conditions: of `encode`, a row for each state or one for all.
+
+        Raises:
+            ValueError: for latents or conditions that do not fit.
+            torch.OutOfMemoryError: with what to lower.
+        """
+        self._check(x, conditions)
+        given, t = (conditions or Conditions()).expand(len(x), x.device), as_times(t, x)
+        with (
+            self._kernel(),
+            out_of_memory("the transformer", "max_rows or image_size (gradients: set checkpointing)"),
+        ):
+            parts = [
+                self._drift(t[rows], x[rows], given.take(rows))
+                for rows in (slice(k, k + self.max_rows) for k in range(0, len(x), self.max_rows))
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _kernel(self) -> AbstractContextManager[None]:
+        return sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext()
+
+    def _recomputed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """A block that keeps only its inputs for the gradient; the second time with the same attention, too."""
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._kernel()))
+
+    def _drift(self, t: Tensor, x: Tensor, given: Conditions) -> Tensor:
+        velocity = self._velocity(t, x, given).float()
+        if self.passes(given) == 1:
+            return velocity
+        null = self._velocity(t, x, given.negative).float()
+        return self._guided(null, velocity, expand(cast(Tensor, self._scale(given)).to(x.device), x))
+
+    def passes(self, conditions: Conditions) -> int:
+        """Evaluations of the transformer in one of the drift: 2 where guidance leads away from a negative prompt."""
+        scale = self._scale(conditions)
+        return 1 if scale is None or bool((scale == 1).all()) else 2
+
+    def _scale(self, conditions: Conditions) -> Tensor | None:
+        """Of guidance by two evaluations."""
+        return conditions.guidance
+
+    @abstractmethod
+    def _velocity(self, t: Tensor, x: Tensor, given: Conditions) -> Tensor:
+        """b_t(x) of the transformer's one evaluation, in any floating type."""
+
+    def _guided(self, null: Tensor, velocity: Tensor, scale: Tensor) -> Tensor:
+        return null + scale * (velocity - null)
+
+    def _typed(self, value: Tensor | None) -> Tensor | None:
+        """In the transformer's floating type."""
+        return None if value is None else value.to(self.transformer.dtype)
+
+    def _check(self, x: Tensor, given: Conditions | None) -> None:
+        """Raise ValueError for what the transformer would refuse in its own words, or take wrongly."""
+        name = type(self).__name__
+        if x.dim() != 4 or x.shape[1] != self.channels or any(side % self.patch_size for side in x.shape[2:]):
+            raise ValueError(
+                f"latents of shape {tuple(x.shape)}: a {name} takes (B, {self.channels}, h, w)"
+                + (f", h and w multiples of {self.patch_size}" if self.patch_size > 1 else "")
+            )
+        if given is None or given.text is None:
+            raise ValueError(f"a {name} needs conditions with text: give flow.encode(prompts)")
+        if self.passes(given) > 1 and given.negative_text is None:
+            raise ValueError(
+                "guidance by two evaluations needs a negative prompt, and the conditions have none: give "
+                "flow.encode(prompts, negative=...), or guidance 1"
+            )
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str] | str,
+        negative: Sequence[str] | str | None = None,
+        guidance: float | None = None,
+    ) -> Conditions:
+        """Conditions of prompts, on the CPU: embeddings, guidance scale, and the prompts for rewards.
+
+        Args:
+            prompts: B of them, or one.
+            negative: what guidance by two evaluations leads away from, one for all or B; what the pipeline takes where
+                None.
+            guidance: its scale, as the pipeline takes it; the pipeline's usual one where None, 1 for none.
+
+        Raises:
+            ValueError: if a prompt is no text, the numbers do not match, the pipeline has no text encoders, or there is
+                guidance and no negative prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        scale = self.usual_guidance if guidance is None else float(guidance)
+        negatives = self._negatives(prompts, negative, guidance)
+        found = self._embedded(prompts, negative=False)
+        given = Conditions(prompts=prompts, guidance=scale if self._takes_guidance(negatives) else None, **found)
+        if negatives is None:
+            return given
+        others = {f"negative_{name}": value for name, value in self._embedded(negatives, negative=True).items()}
+        return replace(given, **others)
+
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance scale that the pipeline takes where none is given."""
+        return float(self._of_call(self.guidance_argument))
+
+    def _takes_guidance(self, negatives: Sequence[str] | None) -> bool:
+        """Whether the scale is any use."""
+        return negatives is not None
+
+    def _asked(self, guidance: float | None) -> float | None:
+        """The scale of guidance by two evaluations that is asked for; None for the pipeline's usual one."""
+        return guidance
+
+    def _negatives(
+        self, prompts: Sequence[str], negative: Sequence[str] | str | None, guidance: float | None
+    ) -> list[str] | None:
+        """One for each prompt, or None where there is no guidance by two evaluations."""
+        asked, given = self._asked(guidance), negative is not None
+        negative = self.usual_negative if negative is None else negative
+        if negative is None:
+            if asked not in (None, 1):
+                raise ValueError(f"guidance {asked:g} needs a negative prompt, even if it is a blank: negative=' '")
+            return None
+        if (self.usual_guidance if asked is None else asked) == 1:
+            if given:
+                raise ValueError("a negative prompt is no use with guidance 1: give a scale, or leave the prompt out")
+            return None
+        found = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        if len(found) != len(prompts):
+            raise ValueError(f"{len(found)} negative prompts for {len(prompts)} prompts: expected one, or as many")
+        return found
+
+    def _embedded(self, prompts: Sequence[str], negative: bool) -> Embedding:
+        """The rows of prompts, from the cache where they are there."""
+        for i, text in enumerate(prompts):
+            if not isinstance(text, str):
+                raise ValueError(f"prompt {i} is {text!r}: expected a text")
+        tokens = self._of_call("max_sequence_length")
+        settings = {"encoders": self._encoders, "pipeline": self.pipeline, "negative": negative, "tokens": tokens}
+        rows = self.embeddings.find(settings, prompts)
+        if missing := [text for text in dict.fromkeys(prompts) if text not in rows]:
+            pipe = self.pipe if self._load_encoders is None else self._load_encoders()
+            if getattr(pipe, "text_encoder", None) is None:
+                raise ValueError(
+                    f"the {self.pipeline} has no text encoder: load it whole, or give Conditions of your own"
+                )
+            self._to(pipe, self.encoder_device)
+            for text in missing:
+                embedding = self._embed(pipe, text, negative)
+                rows[text] = {name: value.cpu() for name, value in embedding.items()}
+                self.embeddings.keep(settings, text, rows[text])
+            self._to(pipe, torch.device("cpu"))
+        return stacked([rows[text] for text in prompts])
+
+    @abstractmethod
+    def _embed(self, pipe: Any, prompt: str, negative: bool) -> Embedding:
+        """One row of `text`, and of `mask` and `pooled` where the family has them."""
+
+    @staticmethod
+    def _to(pipe: Any, device: torch.device) -> None:
+        for name, part in pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(device)
+
+    def _of_call(self, name: str) -> Any:
+        """What the pipeline takes for an argument that is not given."""
+        return inspect.signature(type(self.pipe).__call__).parameters[name].default
+
+    # -- times and images ----------------------------------------------------------------------------------------------
+
+    def time_grid(self, steps: int, shift: float | None = None) -> list[float]:
+        """The `steps + 1` times of the pipeline's scheduler for images of `image_size`, increasing, the last one 1.
+
+        Args:
+            steps: at least 1.
+            shift: in place of the scheduler's own: a uniform sigma becomes shift sigma / (1 + (shift - 1) sigma);
+                above 1 the grid is finer near noise.
+
+        Raises:
+            ValueError: for no steps, or a shift that is not positive.
+        """
+        if steps < 1 or (shift is not None and not shift > 0):
+            raise ValueError(f"steps {steps} must be at least 1, and shift {shift} positive")
+        scheduler = copy.deepcopy(self.pipe.scheduler)
+        if shift is not None:
+            names = {"shift": shift, "flow_shift": shift, "use_dynamic_shifting": False}
+            known = {name: value for name, value in names.items() if name in scheduler.config}
+            scheduler = type(scheduler).from_config(scheduler.config, **known)
+        scheduler.set_timesteps(**self._scheduler_arguments(steps, scheduler))
+        sigmas = scheduler.sigmas.double().tolist()
+        times = [1 - sigma for sigma in sigmas]
+        if times[-1] != 1 or any(b <= a for a, b in itertools.pairwise(times)):
+            raise ValueError(
+                f"a {type(scheduler).__name__} with {steps} steps gives no increasing times: {times[:3]}..."
+            )
+        return [max(times[0], 0.0), *times[1:]]
+
+    @abstractmethod
+    def _scheduler_arguments(self, steps: int, scheduler: Any) -> dict[str, Any]:
+        """Of the scheduler's `set_timesteps`, as the pipeline gives them."""
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """What the VAE decodes."""
+        config = self.pipe.vae.config
+        return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+
+def shift_of_length(scheduler: Any, length: int, max_shift: float) -> float:
+    """mu of a scheduler with dynamic shifting, linear in the number of image tokens, as the pipelines compute it.
+
+    Args:
+        max_shift: what the pipeline takes where the scheduler's settings have none.
+    """
+    get = scheduler.config.get
+    first, last = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
+    low, high = get("base_shift", 0.5), get("max_shift", max_shift)
+    return low + (high - low) / (last - first) * (length - first)
+
+
+def require_flow(scheduler: Any, pipeline: str) -> None:
+    """Raise ValueError unless a scheduler integrates a flow over sigma = 1 - t."""
+    config, name = scheduler.config, type(scheduler).__name__
+    if (
+        name.startswith("FlowMatch")
+        or config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+    ):
+        return
+    predicted = config.get("prediction_type", "unknown")
+    raise ValueError(
+        f"the {pipeline} is no flow: its {name} takes predictions of type {predicted!r}. Expected a pipeline with a "
+        "FlowMatchEulerDiscreteScheduler, such as SD3, FLUX or SANA"
+    )
+
+
+def set_backend(transformer: Any, name: str) -> None:
+    """Give a transformer an attention backend of diffusers; ValueError where it would be without effect, or unknown."""
+    processors = [p for module in transformer.modules() if (p := getattr(module, "processor", None)) is not None]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise ValueError(
+            f"attention {name!r}: a {type(transformer).__name__} takes no attention backend of diffusers; 'math' is "
+            "torch's plain one"
+        )
+    transformer.set_attention_backend(name)

@@ -1,0 +1,70 @@
+"""Embeddings of prompts: rows of a batch, and a folder that keeps them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mfm_lightning.utils.atomic import whole_file
+
+Embedding = dict[str, Tensor]  # "text" (1, L, D), and some of "mask" (1, L) and "pooled" (1, P)
+
+
+class EmbeddingCache:
+    """One safetensors file a prompt, named by all that its embedding depends on.
+
+    Args:
+        folder: made when something is kept; None keeps nothing.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def find(self, settings: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Embedding]:
+        """Those that are there, by prompt."""
+        if self.folder is None:
+            return {}
+        files = {text: self._file(self.folder, settings, text) for text in dict.fromkeys(prompts)}
+        return {text: load_file(file) for text, file in files.items() if file.is_file()}
+
+    def keep(self, settings: Mapping[str, Any], prompt: str, embedding: Embedding) -> None:
+        """Write one."""
+        if self.folder is None:
+            return
+        file = self._file(self.folder, settings, prompt)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        about = {"prompt": prompt, **{name: str(value) for name, value in settings.items()}}
+        with whole_file(file) as path:
+            save_file({name: value.contiguous() for name, value in embedding.items()}, path, about)
+
+    @staticmethod
+    def _file(folder: Path, settings: Mapping[str, Any], prompt: str) -> Path:
+        key = json.dumps([dict(settings), prompt], sort_keys=True, ensure_ascii=False)
+        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+
+def stacked(rows: Sequence[Embedding]) -> Embedding:
+    """The rows of one batch; shorter texts are padded with zeros, which their masks leave out.
+
+    Raises:
+        ValueError: if texts without masks have different lengths.
+    """
+    longest = max(row["text"].shape[1] for row in rows)
+    return {name: torch.cat([_padded(row, name, longest) for row in rows]) for name in rows[0]}
+
+
+def _padded(row: Embedding, name: str, length: int) -> Tensor:
+    value = row[name]
+    if name == "pooled" or value.shape[1] == length:
+        return value
+    if "mask" not in row:
+        raise ValueError(f"texts of {value.shape[1]} and {length} tokens without masks cannot be one batch")
+    padding = value.new_zeros(1, length - value.shape[1], *value.shape[2:])
+    return torch.cat([value, padding], dim=1)

@@ -1,0 +1,123 @@
+"""Pretrained text-to-image flows by folder or Hugging Face id: which family they are, and what is loaded of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfm_lightning.backbones.base import TextToImageFlow
+from mfm_rewards.hub import find_folder
+from mfm_rewards.weights import CheckpointError
+
+log = logging.getLogger(__name__)
+INDEX = "model_index.json"
+FAMILIES = {  # class of the pipeline: module and class here
+    "StableDiffusion3Pipeline": ("sd3", "SD3Flow"),
+    "FluxPipeline": ("flux", "FluxFlow"),
+    "SanaPipeline": ("sana", "SanaFlow"),
+    "Lumina2Pipeline": ("lumina2", "Lumina2Flow"),
+    "QwenImagePipeline": ("qwen_image", "QwenImageFlow"),
+    "ZImagePipeline": ("z_image", "ZImageFlow"),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_flow(
+    name: str | Path,
+    torch_dtype: str | torch.dtype = "bfloat16",
+    allow_download: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
+    **options: Any,
+) -> TextToImageFlow:
+    """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
+    not in the cache of embeddings, and dropped again.
+
+    Args:
+        name: a folder of diffusers, with `model_index.json`, or a Hugging Face id.
+        torch_dtype: floating type of transformer, VAE and text encoders: "float32", "bfloat16" or "float16".
+        allow_download: fetch what is not in Hugging Face's cache on this machine.
+        revision: branch, tag or commit of a Hugging Face repository.
+        variant: of the weights' files, such as "fp16".
+        options: of the family's class, see `TextToImageFlow`.
+
+    Raises:
+        FileNotFoundError: if it is not there, and may not be fetched.
+        ImportError: without diffusers, or where the family's text encoders need another transformers.
+        CheckpointError: for a pipeline that is no flow, of no known family, or with files missing.
+        ValueError: for an option that does not fit.
+    """
+    dtype = DTYPES.get(torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(f"torch_dtype {torch_dtype!r}: expected one of {', '.join(DTYPES)}")
+    patterns = [f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model")]
+    folder = find_folder(name, [INDEX], patterns, allow_download, revision, "diffusers pipeline")
+    index = _read_index(folder)
+    pipeline = str(index.get("_class_name"))
+    if pipeline not in FAMILIES:
+        raise CheckpointError(_unknown(folder, pipeline))
+    module, family = FAMILIES[pipeline]
+    kind: type[TextToImageFlow] = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
+    encoders = [part for part in index if part.startswith("text_encoder")]
+    common: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
+
+    pipe = _load(pipeline, folder, **common, **dict.fromkeys(encoders))
+
+    def load_encoders() -> Any:
+        log.info("text encoders of %s: loading", name)
+        return _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+
+    options = {"load_encoders": load_encoders, "encoders": f"{name} {_state(folder)} {dtype}", **options}
+    return kind(pipe, **options)
+
+
+def _load(pipeline: str, folder: Path, **options: Any) -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(f"{folder}: diffusers is missing: pip install 'mfm-lightning[text-to-image]'") from error
+    try:
+        return getattr(diffusers, pipeline).from_pretrained(str(folder), **options)
+    except (ImportError, RuntimeError) as error:
+        if "import" not in str(error).lower():
+            raise CheckpointError(f"the {pipeline} in {folder} cannot be read: {_first_line(error)}") from error
+        raise ImportError(f"a {pipeline} cannot be imported: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the {pipeline} in {folder} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / INDEX} cannot be read: {_first_line(error)}") from error
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise CheckpointError(f"{folder / INDEX} names no pipeline: expected _class_name")
+    return index
+
+
+def _unknown(folder: Path, pipeline: str) -> str:
+    scheduler = folder / "scheduler/scheduler_config.json"
+    known = f"known are {', '.join(FAMILIES)}"
+    try:
+        predicted = json.loads(scheduler.read_text()).get("prediction_type")
+    except (OSError, ValueError):
+        predicted = None
+    if predicted in ("epsilon", "v_prediction", "sample"):
+        return f"{folder} is a {pipeline}, which is no flow: it predicts {predicted!r}; {known}"
+    return f"{folder} is a {pipeline}, a family that has no adapter here; {known}. Or write one: a TextToImageFlow"
+
+
+def _state(folder: Path) -> str:
+    """Of the text encoders' files, so that embeddings of others are not taken for theirs."""
+    files = sorted(p for part in ("text_encoder*", "tokenizer*") for p in folder.glob(f"{part}/*"))
+    return " ".join(f"{p.relative_to(folder)}:{p.stat().st_size}:{p.resolve().stat().st_mtime_ns}" for p in files)
