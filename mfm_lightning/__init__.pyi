@@ -58,12 +58,14 @@ from .data import LatentShards as LatentShards
 from .data import ModelSamplesDataModule as ModelSamplesDataModule
 from .data import NoiseDataModule as NoiseDataModule
 from .data import OffPolicyDataModule as OffPolicyDataModule
+from .data import PromptsDataModule as PromptsDataModule
 from .data import WebDatasetDataModule as WebDatasetDataModule
 from .evaluation import Evaluation as Evaluation
 from .glass import glass_velocity as glass_velocity
 from .models import MetaFlowMap as MetaFlowMap
 from .modules import Classification as Classification
 from .modules import MFMPretraining as MFMPretraining
+from .modules import PromptAlignment as PromptAlignment
 from .modules import RewardAlignment as RewardAlignment
 from .modules import RewardFinetuning as RewardFinetuning
 from .modules import TrainingModule as TrainingModule

@@ -42,7 +42,7 @@ class TextToImageFlow(nn.Module, ABC):
         checkpointing: keep only the input of each of the transformer's blocks for the gradient, and compute the rest
             again.
         tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
-        cache: folder that keeps the embeddings of prompts; None for none.
+        cache: folder that keeps the embeddings of prompts; in memory where None.
         load_encoders: gives a pipeline with text encoders where `pipe` has none; it is dropped after each use.
         encoders: what the embeddings depend on besides the prompt and the pipeline's class, for the cache: a name, with
             a revision or the like.
@@ -151,7 +151,7 @@ class TextToImageFlow(nn.Module, ABC):
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _kernel(self) -> AbstractContextManager[None]:
+    def _kernel(self) -> AbstractContextManager[Any]:
         return sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext()
 
     def _recomputed(self, block: Callable[..., Any], *inputs: Any) -> Any:
@@ -225,12 +225,24 @@ class TextToImageFlow(nn.Module, ABC):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         scale = self.usual_guidance if guidance is None else float(guidance)
         negatives = self._negatives(prompts, negative, guidance)
-        found = self._embedded(prompts, negative=False)
-        given = Conditions(prompts=prompts, guidance=scale if self._takes_guidance(negatives) else None, **found)
+        rows = self._embedded(prompts, negatives)
+        given = Conditions(
+            prompts=prompts,
+            guidance=scale if self._takes_guidance(negatives) else None,
+            **stacked([rows[text, False] for text in prompts]),
+        )
         if negatives is None:
             return given
-        others = {f"negative_{name}": value for name, value in self._embedded(negatives, negative=True).items()}
-        return replace(given, **others)
+        others = stacked([rows[text, True] for text in negatives])
+        return replace(given, **{f"negative_{name}": value for name, value in others.items()})
+
+    @torch.no_grad()
+    def keep_embeddings(
+        self, prompts: Sequence[str], negative: str | None = None, guidance: float | None = None
+    ) -> None:
+        """Encode prompts that are not in the cache yet, so that `encode` needs no text encoder for them; raises as
+        `encode`."""
+        self._embedded(prompts, self._negatives(prompts, negative, guidance))
 
     @property
     def usual_guidance(self) -> float:
@@ -264,27 +276,37 @@ class TextToImageFlow(nn.Module, ABC):
             raise ValueError(f"{len(found)} negative prompts for {len(prompts)} prompts: expected one, or as many")
         return found
 
-    def _embedded(self, prompts: Sequence[str], negative: bool) -> Embedding:
-        """The rows of prompts, from the cache where they are there."""
+    def _embedded(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> dict[tuple[str, bool], Embedding]:
+        """The row of each text, as a prompt (False) and as a negative one (True); from the cache where it is there."""
         for i, text in enumerate(prompts):
             if not isinstance(text, str):
                 raise ValueError(f"prompt {i} is {text!r}: expected a text")
         tokens = self._of_call("max_sequence_length")
-        settings = {"encoders": self._encoders, "pipeline": self.pipeline, "negative": negative, "tokens": tokens}
-        rows = self.embeddings.find(settings, prompts)
-        if missing := [text for text in dict.fromkeys(prompts) if text not in rows]:
+        found: dict[tuple[str, bool], Embedding] = {}
+        missing: list[tuple[str, bool]] = []
+        settings = {
+            negative: {
+                "encoders": self._encoders, "pipeline": self.pipeline, "negative": negative, "tokens": tokens,
+            }
+            for negative in (False, True)
+        }  # fmt: skip
+        for negative, texts in ((False, prompts), (True, negatives or ())):
+            kept = self.embeddings.find(settings[negative], texts)
+            found |= {(text, negative): row for text, row in kept.items()}
+            missing += [(text, negative) for text in dict.fromkeys(texts) if text not in kept]
+        if missing:
             pipe = self.pipe if self._load_encoders is None else self._load_encoders()
             if getattr(pipe, "text_encoder", None) is None:
                 raise ValueError(
                     f"the {self.pipeline} has no text encoder: load it whole, or give Conditions of your own"
                 )
             self._to(pipe, self.encoder_device)
-            for text in missing:
-                embedding = self._embed(pipe, text, negative)
-                rows[text] = {name: value.cpu() for name, value in embedding.items()}
-                self.embeddings.keep(settings, text, rows[text])
+            for text, negative in missing:
+                row = {name: value.cpu() for name, value in self._embed(pipe, text, negative).items()}
+                found[text, negative] = row
+                self.embeddings.keep(settings[negative], text, row)
             self._to(pipe, torch.device("cpu"))
-        return stacked([rows[text] for text in prompts])
+        return found
 
     @abstractmethod
     def _embed(self, pipe: Any, prompt: str, negative: bool) -> Embedding:

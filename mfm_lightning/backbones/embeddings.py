@@ -18,36 +18,39 @@ Embedding = dict[str, Tensor]  # "text" (1, L, D), and some of "mask" (1, L) and
 
 
 class EmbeddingCache:
-    """One safetensors file a prompt, named by all that its embedding depends on.
+    """The embeddings of prompts, by all that they depend on: a safetensors file each.
 
     Args:
-        folder: made when something is kept; None keeps nothing.
+        folder: made when something is kept; None keeps them in memory.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
+        self._kept: dict[str, Embedding] = {}
 
     def find(self, settings: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Embedding]:
         """Those that are there, by prompt."""
+        keys = {text: _key(settings, text) for text in dict.fromkeys(prompts)}
         if self.folder is None:
-            return {}
-        files = {text: self._file(self.folder, settings, text) for text in dict.fromkeys(prompts)}
+            return {text: self._kept[key] for text, key in keys.items() if key in self._kept}
+        files = {text: self.folder / f"{key}.safetensors" for text, key in keys.items()}
         return {text: load_file(file) for text, file in files.items() if file.is_file()}
 
     def keep(self, settings: Mapping[str, Any], prompt: str, embedding: Embedding) -> None:
-        """Write one."""
+        """Keep one."""
+        key = _key(settings, prompt)
         if self.folder is None:
+            self._kept[key] = embedding
             return
-        file = self._file(self.folder, settings, prompt)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         about = {"prompt": prompt, **{name: str(value) for name, value in settings.items()}}
-        with whole_file(file) as path:
+        with whole_file(self.folder / f"{key}.safetensors") as path:
             save_file({name: value.contiguous() for name, value in embedding.items()}, path, about)
 
-    @staticmethod
-    def _file(folder: Path, settings: Mapping[str, Any], prompt: str) -> Path:
-        key = json.dumps([dict(settings), prompt], sort_keys=True, ensure_ascii=False)
-        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+def _key(settings: Mapping[str, Any], prompt: str) -> str:
+    text = json.dumps([dict(settings), prompt], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def stacked(rows: Sequence[Embedding]) -> Embedding:

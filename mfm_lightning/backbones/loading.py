@@ -29,22 +29,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load_flow(
     name: str | Path,
+    image_size: int | tuple[int, int] | None = None,
     torch_dtype: str | torch.dtype = "bfloat16",
+    max_rows: int = 8,
+    attention: str | None = None,
+    checkpointing: bool = False,
+    tiled: bool = False,
+    cache: str | Path | None = None,
+    true_guidance: float | None = None,
+    encoder_device: str | None = None,
     allow_download: bool = False,
     revision: str | None = None,
     variant: str | None = None,
-    **options: Any,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
 
     Args:
         name: a folder of diffusers, with `model_index.json`, or a Hugging Face id.
+        image_size: height and width of the images in pixels, or one number for both; the pipeline's own where None.
         torch_dtype: floating type of transformer, VAE and text encoders: "float32", "bfloat16" or "float16".
+        max_rows: states at once in the transformer, and latents at once in the VAE.
+        attention: "math", whose derivatives along a direction are known, or a backend of diffusers.
+        checkpointing: less memory for gradients, by computing each block of the transformer twice.
+        tiled: decode large latents in overlapping tiles.
+        cache: folder that keeps the embeddings of prompts; in memory where None.
+        true_guidance: of FLUX, scale of guidance by two evaluations.
+        encoder_device: where prompts are encoded; the CPU where None.
         allow_download: fetch what is not in Hugging Face's cache on this machine.
         revision: branch, tag or commit of a Hugging Face repository.
         variant: of the weights' files, such as "fp16".
-        options: of the family's class, see `TextToImageFlow`.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -72,8 +86,22 @@ def load_flow(
         log.info("text encoders of %s: loading", name)
         return _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
 
-    options = {"load_encoders": load_encoders, "encoders": f"{name} {_state(folder)} {dtype}", **options}
-    return kind(pipe, **options)
+    options = {} if true_guidance is None else {"true_guidance": true_guidance}
+    if options and family != "FluxFlow":
+        raise ValueError(f"true_guidance is FLUX's, whose own is an input: give guidance for a {family}")
+    return kind(
+        pipe,
+        image_size=image_size,
+        max_rows=max_rows,
+        attention=attention,
+        checkpointing=checkpointing,
+        tiled=tiled,
+        cache=cache,
+        load_encoders=load_encoders,
+        encoders=f"{name} {revision} {_state(folder)} {dtype}",
+        encoder_device=encoder_device,
+        **options,
+    )
 
 
 def _load(pipeline: str, folder: Path, **options: Any) -> Any:

@@ -9,6 +9,7 @@ from mfm_lightning.data.latents import LatentShards
 from mfm_lightning.data.model_samples import ModelSamplesDataModule
 from mfm_lightning.data.noise import NoiseDataModule
 from mfm_lightning.data.off_policy import OffPolicyDataModule
+from mfm_lightning.data.prompts import PromptsDataModule
 from mfm_lightning.data.web import WebDatasetDataModule
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ModelSamplesDataModule",
     "NoiseDataModule",
     "OffPolicyDataModule",
+    "PromptsDataModule",
     "StepDataModule",
     "WebDatasetDataModule",
 ]

@@ -9,6 +9,7 @@ from mfm_lightning.modules.finite import NonFiniteGradientError, NonFiniteLossEr
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.pretraining import MFMPretraining
+from mfm_lightning.modules.prompt_alignment import PromptAlignment
 from mfm_lightning.modules.value_estimation import ValueEstimation
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "NonFiniteGradientError",
     "NonFiniteLossError",
     "Optimization",
+    "PromptAlignment",
     "RewardAlignment",
     "RewardFinetuning",
     "TrainingExecution",

@@ -15,20 +15,23 @@ def image_grid(
     title: str,
     columns: Sequence[str] = (),
     captions: Sequence[Sequence[str]] | None = None,
+    size: float = 0.7,
 ) -> None:
     """Images in [0, 1], `(R, C, channels, H, W)`, as a grid.
 
     Args:
         columns: names of the first columns.
-        captions: a line above each image, R rows of C.
+        captions: lines above each image, R rows of C.
+        size: width of an image in inches.
     """
     from matplotlib.figure import Figure
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     R, C = rows.shape[:2]
-    height = 0.62 if captions is None else 0.85
-    figure = Figure(figsize=(max(0.7 * C, 4), height * R + 0.6), layout="constrained")
+    tallest = 1 if captions is None else 1 + max(text.count("\n") for row in captions for text in row)
+    height = size - 0.08 if captions is None else size + 0.15 * tallest
+    figure = Figure(figsize=(max(size * C, 4), height * R + 0.6), layout="constrained")
     axes = figure.subplots(R, C, squeeze=False)
     for i in range(R):
         for j in range(C):

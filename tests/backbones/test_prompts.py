@@ -81,7 +81,7 @@ def test_a_folder_is_loaded_without_its_text_encoders_until_a_prompt_is_new(tmp_
     _, pipe, size = whole("sd3", tmp_path)
     pipe.save_pretrained(tmp_path / "pipe")
     cache = tmp_path / "cache"
-    flow = load_flow(tmp_path / "pipe", "float32", image_size=size, cache=cache)
+    flow = load_flow(tmp_path / "pipe", size, "float32", cache=cache)
     assert isinstance(flow, SD3Flow)
     assert flow.pipe.text_encoder is None
     expected = SD3Flow(pipe, image_size=size).encode(PROMPTS)
@@ -93,7 +93,7 @@ def test_a_folder_is_loaded_without_its_text_encoders_until_a_prompt_is_new(tmp_
     def not_needed(*_, **__):
         raise AssertionError("the text encoders were loaded")
 
-    again = load_flow(tmp_path / "pipe", "float32", image_size=size, cache=cache)
+    again = load_flow(tmp_path / "pipe", size, "float32", cache=cache)
     monkeypatch.setattr(again, "_load_encoders", not_needed)
     kept = again.encode(list(reversed(PROMPTS)))
     assert torch.equal(kept.text, found.text.flip(0))
@@ -101,7 +101,7 @@ def test_a_folder_is_loaded_without_its_text_encoders_until_a_prompt_is_new(tmp_
         again.encode("a three")
     # another text encoder in the folder: what the old one made is not its own
     encoders.clip(True, 9).save_pretrained(tmp_path / "pipe/text_encoder")
-    other = load_flow(tmp_path / "pipe", "float32", image_size=size, cache=cache).encode(PROMPTS)
+    other = load_flow(tmp_path / "pipe", size, "float32", cache=cache).encode(PROMPTS)
     assert (other.text - found.text).abs().max() > 1e-3
 
 

@@ -1,0 +1,237 @@
+"""Text-to-image alignment as a job: `mfm predict` with a pretrained flow, prompts, a reward and a method."""
+
+from __future__ import annotations
+
+import json
+import logging
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid
+from mfm_lightning.alignment.steering import Steering
+from mfm_lightning.alignment.target import Target
+from mfm_lightning.backbones import TextToImageFlow
+from mfm_lightning.conditions import INDEX, Batch, Conditions
+from mfm_lightning.data.prompts import PromptsDataModule
+from mfm_lightning.evaluation.base import datamodule_of
+from mfm_lightning.interpolant import sample_generators
+from mfm_lightning.metrics.measured import mean_of
+from mfm_lightning.modules.base import own_gradients
+from mfm_lightning.samplers import integrate
+from mfm_lightning.sampling.prompt_folder import PromptFolder, PromptImage
+from mfm_lightning.utils.console import write_table
+from mfm_lightning.utils.decoding import read_image
+from mfm_lightning.utils.distributed import gather_ranks
+from mfm_lightning.utils.figures import image_grid
+from mfm_rewards import Reward, build
+from mfm_rewards.protocol import name_of
+
+log = logging.getLogger(__name__)
+
+
+class PromptAlignment(L.LightningModule):
+    """Aligns a pretrained text-to-image flow's images of prompts to a reward, with no training.
+
+    Writes to `predict/` of the run's folder: the images, in the layout of an evaluator; of each a line in
+    `lines_RANK.jsonl` (prompt, seed, rewards, evaluations, seconds); `before/`, the base flow's images from the same
+    noise; `before_after.png`; and `summary.json`, with paired differences. The same command goes on with what is
+    missing.
+
+    Args:
+        flow: the base flow (`mfm_lightning.backbones.load_flow`).
+        reward: what is optimised: a registered name; `{name: ..., and its options}`; or `{class_path, init_args}`.
+        method: how to align; the base flow's own sampler, on its own times, where None.
+        held_out: rewards that are measured alone, by the names of the report.
+        reward_scale: the reward is multiplied by it.
+        guidance: scale of the flow's guidance; the pipeline's usual one where None, 1 for none.
+        negative: negative prompt, of all images; the pipeline's usual one where None.
+        before: also make the base flow's images, which costs `base_steps` evaluations each.
+        base_steps: of those, on the flow's own times.
+        layout: of the images: "flat", "geneval", "compbench" or "unigenbench".
+        pictures: pairs in the picture.
+        seed: of the method's noise. An image's depends on the seed and its index alone.
+
+    Raises:
+        RewardError: on construction, if a reward is unknown, or the method needs a gradient and there is none.
+    """
+
+    def __init__(
+        self,
+        flow: TextToImageFlow,
+        reward: dict[str, Any] | str,
+        method: AlignmentMethod | None = None,
+        held_out: dict[str, dict[str, Any] | str] | None = None,
+        reward_scale: float = 1.0,
+        guidance: float | None = None,
+        negative: str | None = None,
+        before: bool = True,
+        base_steps: int = 28,
+        layout: str = "flat",
+        pictures: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.flow = flow.eval().requires_grad_(False)
+        rewards = {"reward": reward, **(held_out or {})}
+        self.rewards = torch.nn.ModuleDict(
+            {name: build(spec).eval().requires_grad_(False) for name, spec in rewards.items()}
+        )
+        self.method = method or Steering(strength=0.0, grid=TimeGrid(base_steps, of_model=True))
+        self.method.check(self.reward)
+        self.reward_scale, self.guidance, self.negative = reward_scale, guidance, negative
+        self.before, self.base_steps, self.layout = before, base_steps, layout
+        self.pictures, self.seed = pictures, seed
+        self._folder: PromptFolder | None = None
+        self._settings = {
+            "flow": repr(flow.pipe.config), "image_size": flow.image_size, "reward": reward,
+            "method": repr(self.method),
+            "held_out": held_out, "reward_scale": reward_scale, "guidance": guidance, "negative": negative,
+            "before": before, "base_steps": base_steps, "seed": seed,
+        }  # fmt: skip
+
+    @property
+    def reward(self) -> Reward:
+        """What is optimised."""
+        return cast(Reward, self.rewards["reward"])
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        return self.flow.state_shape
+
+    @property
+    def folder(self) -> PromptFolder:
+        """Where this run writes; known once it is set up."""
+        if self._folder is None:
+            raise RuntimeError("the folder is known once mfm predict has begun")
+        return self._folder
+
+    def missing(self) -> list[PromptImage]:
+        """Images that are not there yet, the same for all ranks."""
+        return self._missing
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict":
+            raise ValueError(f"a pretrained flow has nothing to {stage} here: run mfm predict")
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, PromptsDataModule):
+            raise ValueError(f"data is a {type(data).__name__}: expected a PromptsDataModule")
+        path = Path(self.trainer.default_root_dir) / "predict"
+        self._folder = PromptFolder(path, data.prompts, data.images_per_prompt, self.layout, self.global_rank)
+        self._folder.claim({**self._settings, "noise_seed": data.seed})
+        self._missing = gather_ranks(self._folder.missing())[0]  # before any rank writes
+        if there := len(self._folder.images) - len(self._missing):
+            log.info("%s: %d of %d images are there; the others follow", path, there, len(self._folder.images))
+        texts = list(dict.fromkeys(image.prompt.text for image in self._missing))
+        self.flow.keep_embeddings(texts, self.negative, self.guidance)  # all at once: text encoders are large
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        with own_gradients():
+            x0, given = pytree.tree_map_only(Tensor, Tensor.clone, batch)
+            self._align(x0, list(given["prompts"]), given[INDEX].tolist())
+
+    def _align(self, x0: Tensor, prompts: list[str], index: list[int]) -> None:
+        conditions = self.flow.encode(prompts, self.negative, self.guidance).to(x0.device)
+        target = Target(self.flow, self.reward, self.flow.decoder, conditions, reward_scale=self.reward_scale)
+        images: Tensor | None = None
+        if self.before:
+            states = integrate(target.drift, x0, self.flow.time_grid(self.base_steps))
+            images = self.flow.decoder(states)
+        generators = sample_generators((self.seed, 1), index)
+        began = time.perf_counter()
+        with torch.enable_grad():  # as in Python: a method of the user's own may take gradients
+            result = self.method(target, x0, generators)
+        seconds = (time.perf_counter() - began) / len(x0)
+        if len(result.states) != len(x0):
+            raise ValueError(f"{type(self.method).__name__} gave {len(result.states)} images for {len(x0)} prompts")
+        after = self._measured(result.images, conditions)
+        earlier = None if images is None else self._measured(images, conditions)
+        nfe = {kind: count / len(x0) for kind, count in asdict(result.nfe).items()}
+        for i, number in enumerate(index):
+            measured: dict[str, Any] = {"seed": self._seed(number), "rewards": {k: v[i] for k, v in after.items()}}
+            if images is not None and earlier is not None:
+                measured["rewards_before"] = {k: v[i] for k, v in earlier.items()}
+                self.folder.write_beside("before", number, images[i])
+            measured |= {"method": result.method["name"], "nfe": nfe, "seconds": round(seconds, 4)}
+            self.folder.write(number, result.images[i], measured)
+
+    def _seed(self, index: int) -> int:
+        own = self.folder.images[index].prompt.seed
+        return datamodule_of(self.trainer).seed if own is None else own
+
+    def _measured(self, images: Tensor, conditions: Conditions) -> dict[str, list[float]]:
+        found = {}
+        for name, reward in self.rewards.items():
+            target = Target(self.flow, cast(Reward, reward), None, conditions)  # None: what is given are images
+            found[self._named(name)] = [float(value) for value in target.plain_rewards(images)]
+        return found
+
+    def _named(self, name: str) -> str:
+        return name_of(self.reward) if name == "reward" else name
+
+    def on_predict_epoch_end(self) -> None:
+        self.trainer.strategy.barrier()
+        if not self.trainer.is_global_zero:
+            return
+        lines = self.folder.lines()
+        rows = _rows(lines)
+        write_table(rows, f"{len(lines)} images of {len(self.folder.prompts)} prompts", self.folder.path, "rewards")
+        summary = {
+            "settings": self._settings,
+            "images": len(lines),
+            "missing": len(self.folder.missing()),
+            "rewards": rows,
+        }
+        (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1, default=str))
+        if self.before and self.pictures:
+            self._picture(lines[: self.pictures])
+        log.info("%d images: %s", len(lines), self.folder.path)
+
+    def _picture(self, lines: list[dict[str, Any]]) -> None:
+        path, name = self.folder.path, self._named("reward")
+        pairs = [[path / "before" / f"{line['index']:06d}.png", path / line["file"]] for line in lines]
+        images = torch.stack([torch.stack([_image(file) for file in pair]) for pair in pairs])
+        captions = [
+            [
+                textwrap.shorten(line["prompt"], 34, placeholder="...")
+                + f"\n{name} {line['rewards_before'][name]:.3g}",
+                f"{line['method']}\n{name} {line['rewards'][name]:.3g}",
+            ]
+            for line in lines
+        ]
+        columns = 4  # pairs beside each other
+        full = len(images) // columns * columns or len(images)
+        width = min(columns, len(images))
+        grid = images[:full].reshape(full // width, 2 * width, *images.shape[2:])
+        text = [[caption for pair in captions[row : row + width] for caption in pair] for row in range(0, full, width)]
+        title = "base flow, and aligned from the same noise"
+        image_grid(grid, path / "before_after.png", title, captions=text, size=1.5)
+
+
+def _rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a reward: means, and the mean of the paired differences, with 95 % intervals."""
+    rows = []
+    for name in lines[0]["rewards"] if lines else ():
+        after = torch.tensor([line["rewards"][name] for line in lines], dtype=torch.float64)
+        row: dict[str, Any] = {"reward": name, "images": len(lines), "mean": mean_of(after).text()}
+        if all("rewards_before" in line for line in lines):
+            earlier = torch.tensor([line["rewards_before"][name] for line in lines], dtype=torch.float64)
+            row |= {"before": mean_of(earlier).text(), "difference": mean_of(after - earlier).text()}
+        row["evaluations an image"] = round(sum(sum(line["nfe"].values()) for line in lines) / len(lines), 1)
+        row["seconds an image"] = round(sum(line["seconds"] for line in lines) / len(lines), 3)
+        rows.append(row)
+    return rows
+
+
+def _image(path: Path) -> Tensor:
+    """`(3, H, W)` in [0, 1]."""
+    return torch.from_numpy(np.array(read_image(path).convert("RGB"))).permute(2, 0, 1) / 255

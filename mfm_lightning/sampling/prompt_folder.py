@@ -1,0 +1,185 @@
+"""A folder of images of prompts: where each stands, a JSON line for each, and what is still missing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mfm_lightning.sampling.outputs import encode_png
+from mfm_lightning.sampling.prompts import Prompt
+from mfm_lightning.utils.atomic import check_is_folder, whole_file
+from mfm_lightning.utils.images import to_uint8
+
+SETTINGS = "prompts.json"
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """Image `number` of a prompt; `index` counts all images, those of one prompt next to each other."""
+
+    index: int
+    prompt: Prompt
+    prompt_index: int
+    number: int
+
+
+def _flat(image: PromptImage) -> str:
+    return f"{image.index:06d}.png"
+
+
+def _geneval(image: PromptImage) -> str:
+    return f"{image.prompt_index:05d}/samples/{image.number:04d}.png"
+
+
+def _compbench(image: PromptImage) -> str:
+    text = image.prompt.text.strip()
+    if "_" in text or "/" in text:
+        raise ValueError(f"prompt {image.prompt_index}, {text!r}: T2I-CompBench's file names allow no '_' and no '/'")
+    return f"samples/{text}_{image.index:06d}.png"
+
+
+def _unigenbench(image: PromptImage) -> str:
+    return f"{image.prompt.more.get('index', image.prompt_index)}_{image.number}.png"
+
+
+# where evaluators look for images: github.com/djghosh13/geneval, Karine-Huang/T2I-CompBench, CodeGoat24/UniGenBench
+LAYOUTS: dict[str, Callable[[PromptImage], str]] = {
+    "flat": _flat,
+    "geneval": _geneval,
+    "compbench": _compbench,
+    "unigenbench": _unigenbench,
+}
+
+
+class PromptFolder:
+    """Images of prompts, and `lines_RANK.jsonl`: of each image a line with its prompt, file, and what was measured.
+
+    An image is there when its file and its line are; a run that was killed goes on with the others. Several processes
+    may write, each its own lines.
+
+    Args:
+        path: is made where it is not there.
+        prompts: of all images.
+        images_per_prompt: at least 1.
+        layout: names of the files: "flat" (INDEX.png), "geneval" (with `metadata.jsonl` beside `samples/`), "compbench"
+            or "unigenbench", as these evaluators read them.
+        rank: of this process.
+
+    Raises:
+        ValueError: for an unknown layout, or a prompt that it cannot name.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        prompts: Sequence[Prompt],
+        images_per_prompt: int = 1,
+        layout: str = "flat",
+        rank: int = 0,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+        if images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt {images_per_prompt} must be at least 1")
+        self.path, self.layout, self.images_per_prompt = Path(path), layout, images_per_prompt
+        self.prompts, self._lines = list(prompts), self.path / f"lines_{rank}.jsonl"
+        self.images = [
+            PromptImage(p * images_per_prompt + k, prompt, p, k)
+            for p, prompt in enumerate(self.prompts)
+            for k in range(images_per_prompt)
+        ]
+        files = [LAYOUTS[layout](image) for image in self.images]
+        if twice := [file for file, number in Counter(files).items() if number > 1]:
+            raise ValueError(f"layout {layout}: {len(twice)} names would be of several images, first {twice[0]}")
+        self._files = files
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Write what the images depend on, or compare it with what is there; called by every process.
+
+        Raises:
+            NotADirectoryError: if the folder is a file.
+            ValueError: if it has images of other settings.
+        """
+        check_is_folder(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        note = self.path / SETTINGS
+        mine = json.loads(json.dumps({**settings, "layout": self.layout, "images_per_prompt": self.images_per_prompt,
+                                      "prompts": [prompt.text for prompt in self.prompts]}, default=str))  # fmt: skip
+        if not note.is_file():
+            if any(self.path.glob("lines_*.jsonl")):
+                raise ValueError(f"{self.path} has images, and no {SETTINGS} that says of what: give another folder")
+            with whole_file(note) as partial:
+                partial.write_text(json.dumps(mine, indent=1, ensure_ascii=False))
+        there = json.loads(note.read_text())
+        if different := [key for key in sorted(mine.keys() | there.keys()) if mine.get(key) != there.get(key)]:
+            key = different[0]
+            was, now = (str(value.get(key))[:200] for value in (there, mine))
+            raise ValueError(
+                f"{self.path} has images of other settings, which differ in {', '.join(different)} "
+                f"({key}: {was} there, {now} now): give another folder, or delete it"
+            )
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Of all images that are there, by index; the last line of each counts."""
+        found = {line["index"]: line for path in sorted(self.path.glob("lines_*.jsonl")) for line in _read(path)}
+        return [found[i] for i in sorted(found) if (self.path / found[i]["file"]).is_file()]
+
+    def missing(self) -> list[PromptImage]:
+        """Images that are not there."""
+        there = {line["index"] for line in self.lines()}
+        return [image for image in self.images if image.index not in there]
+
+    def write_beside(self, kind: str, index: int, image: Tensor) -> None:
+        """Store another image of the same index as `KIND/INDEX.png`, which evaluators do not look for."""
+        file = self.path / kind / f"{index:06d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as partial:
+            partial.write_bytes(encode_png(to_uint8(image[None])[0].cpu()))
+
+    def write(self, index: int, image: Tensor, measured: Mapping[str, Any]) -> None:
+        """Store an image `(C, H, W)` in [0, 1], and its line."""
+        one = self.images[index]
+        file = self.path / self._files[index]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if self.layout == "geneval":
+            metadata = {"prompt": one.prompt.text, **one.prompt.more}
+            with whole_file(file.parents[1] / "metadata.jsonl") as partial:
+                partial.write_text(json.dumps(metadata, ensure_ascii=False, default=_plain))
+        with whole_file(file) as partial:
+            partial.write_bytes(encode_png(to_uint8(image[None])[0].cpu()))
+        line = {"index": index, "prompt_index": one.prompt_index, "number": one.number, "prompt": one.prompt.text}
+        line |= {"file": self._files[index], **measured}
+        text = json.dumps(line, ensure_ascii=False, default=_plain) + "\n"
+        with open(self._lines, "a", encoding="utf-8") as lines:
+            lines.write(text if _ends_with_a_line(self._lines) else f"\n{text}")
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    """Not where a kill has left half of one."""
+    if not path.is_file() or not path.stat().st_size:
+        return True
+    with open(path, "rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines; a kill may have left half of one."""
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "index" in line and "file" in line:
+            yield line
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, as plain ones."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -1,0 +1,113 @@
+"""Prompts from files, with their seeds and further columns."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a file.
+
+    Attributes:
+        text: what is to be seen.
+        seed: of its images' noise, where the file says one.
+        more: the line's other columns, as they are.
+    """
+
+    text: str
+    seed: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: str | Path, column: str = "prompt") -> list[Prompt]:
+    """The prompts of a file.
+
+    `.txt` has one a line (empty lines are left out); `.jsonl` an object a line; `.csv`, `.tsv` (PartiPrompts) and
+    `.parquet` a row each. A column `seed`, where there is one, is the seed of a prompt's images.
+
+    Args:
+        column: of the text, whatever case.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: for another kind of file, no prompts, a row without a text, or a seed that is no whole number.
+        ImportError: for parquet, without pandas and pyarrow.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts at {path}: expected a file of {', '.join(SUFFIXES)}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: prompts are read from {', '.join(SUFFIXES)}")
+    if path.suffix == ".txt":
+        texts = path.read_text(encoding="utf-8-sig").splitlines()
+        found = [Prompt(text.strip()) for text in texts if text.strip()]
+    else:
+        found = [_prompt(row, column, f"{path}, row {number}") for number, row in _rows(path)]
+    if not found:
+        raise ValueError(f"{path} has no prompts")
+    return found
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}: no JSON ({error})") from error
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{path}, row {number}: a {type(row).__name__}, expected an object")
+            yield number, row
+    elif path.suffix == ".parquet":
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                f"{path}: parquet needs pandas and pyarrow: pip install 'mfm-lightning[datasets]'"
+            ) from error
+        yield from enumerate(pandas.read_parquet(path).to_dict("records"), 1)
+    else:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            yield from enumerate(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","), 1)
+
+
+def _prompt(row: Mapping[str, Any], column: str, where: str) -> Prompt:
+    name = next((key for key in row if key is not None and key.lower() == column.lower()), None)
+    if name is None:
+        raise ValueError(f"{where}: no column {column!r}, only {', '.join(map(str, row))}")
+    text = row[name]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: {name} is {text!r}, expected a text")
+    return Prompt(text, _seed(row.get("seed"), where), {k: v for k, v in row.items() if k not in (name, "seed")})
+
+
+def _seed(value: Any, where: str) -> int | None:
+    """A whole number from 0; None where there is none."""
+    if value is None or value == "" or value != value:  # empty, in its kind of file
+        return None
+    try:
+        number = int(value)
+        if number < 0 or number != float(value):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: seed {value!r}, expected a whole number from 0") from error
+    return number
+
+
+def as_prompts(given: str | Path | Sequence[str], column: str = "prompt") -> list[Prompt]:
+    """Prompts of a file, or these; raises as `read_prompts`."""
+    if isinstance(given, str | Path):
+        return read_prompts(given, column)
+    if not given or any(not text.strip() for text in given):
+        raise ValueError(f"prompts {list(given)}: expected texts")
+    return [Prompt(text) for text in given]

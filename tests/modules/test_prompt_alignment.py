@@ -1,0 +1,164 @@
+"""Text-to-image alignment as a user runs it: a folder of diffusers, a file of prompts, one command; gone on with."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from mfm_lightning.backbones import load_flow
+from mfm_lightning.commands.main import run
+from mfm_lightning.interpolant import sample_generators
+from mfm_lightning.samplers import integrate
+from mfm_rewards import build
+from tests.backbones import encoders, tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A folder of SD3 with tiny text encoders."""
+    folder = tmp_path_factory.mktemp("sd3")
+    tiny.sd3(**encoders.of_sd3(folder / "words")).save_pretrained(folder / "pipe")
+    return folder / "pipe"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, pipeline):
+    """Three prompts, one with a seed and a column of its own, and options of the tiny flow."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "a red cat"}, {"prompt": "the dog", "seed": 7, "tag": "one"}, {"prompt": "a blue mat"}]
+    Path("prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return pipeline
+
+
+def predict(pipeline, config, *more):
+    flow = {"name": str(pipeline), "image_size": 16, "torch_dtype": "float32"}
+    options = [f"--model.flow.init_args.{name}={value}" for name, value in flow.items()]
+    run(
+        ["predict", "--config", str(ROOT / f"configs/text_to_image/{config}.yaml"), *options, "--model.reward=brightness",
+         "--model.base_steps=3", "--data.prompts=prompts.jsonl", "--trainer.default_root_dir=out",
+         "--return_predictions=false", "--trainer.accelerator=cpu", *more]
+    )  # fmt: skip
+
+
+def lines(folder="out/predict"):
+    found = [json.loads(text) for path in sorted(Path(folder).glob("lines_*.jsonl")) for text in path.read_text().splitlines()]  # fmt: skip  # noqa: E501
+    return sorted(found, key=lambda line: line["index"])
+
+
+def pixels(path):
+    return torch.from_numpy(__import__("numpy").array(Image.open(path))).float()
+
+
+def test_prompts_are_steered_by_a_command_and_gone_on_with(workplace, capsys):
+    more = ["--data.images_per_prompt=2", "--data.batch_size=2", "--model.held_out={contrast: contrast}"]
+    steer = ["--model.method.init_args.grid.steps=4", "--model.reward_scale=20"]
+    predict(workplace, "sd3/steer", *more, *steer)
+    found = lines()
+    assert [(line["prompt_index"], line["number"]) for line in found] == [(p, k) for p in range(3) for k in range(2)]
+    assert [line["seed"] for line in found] == [0, 0, 7, 7, 0, 0]
+    for line in found:
+        image = pixels(Path("out/predict") / line["file"]) / 255
+        assert image.shape == (16, 16, 3)
+        assert line["rewards"]["brightness"] == pytest.approx(float(image.mean()), abs=3e-3)
+        assert line["rewards"]["contrast"] == pytest.approx(float(image.mean(dim=2).std()), abs=2e-2)
+        # DPS with guidance by two evaluations: at each of 4 steps two evaluations and their gradient
+        assert line["nfe"] == {"network": 4 * 2 * 2, "reward": 4 * 2}
+    gain = [line["rewards"]["brightness"] - line["rewards_before"]["brightness"] for line in found]
+    assert sum(gain) > 0
+    summary = json.loads(Path("out/predict/summary.json").read_text())
+    assert (summary["images"], summary["missing"]) == (6, 0)
+    assert [row["reward"] for row in summary["rewards"]] == ["brightness", "contrast"]
+    assert float(summary["rewards"][0]["difference"].split()[0]) == pytest.approx(sum(gain) / 6, rel=0.02)
+    assert Image.open("out/predict/before_after.png").size[0] > 500
+    # the base flow's image, by hand: noise by seed and index alone (of a prompt with a seed: by that and the number)
+    flow = load_flow(workplace, 16, "float32")
+    for index, (seed, number) in {1: (0, 1), 3: (7, 1)}.items():
+        (generator,) = sample_generators(seed, [number])
+        x0 = torch.randn(flow.state_shape, generator=generator)[None]
+        given = flow.encode(found[index]["prompt"])
+        with torch.no_grad():
+            base = flow.decoder(integrate(lambda t, x, c=given: flow.drift(t, x, c), x0, flow.time_grid(3)))[0]
+        stored = pixels(f"out/predict/before/{index:06d}.png") / 255
+        assert torch.allclose(stored.permute(2, 0, 1), base, atol=1 / 255)
+        assert found[index]["rewards_before"]["brightness"] == pytest.approx(float(build("brightness")(base[None])), abs=1e-5)  # fmt: skip  # noqa: E501
+    # a kill: a file and half a line are lost; the same command makes these two alone, as they were
+    before = {line["index"]: pixels(Path("out/predict") / line["file"]) for line in found}
+    text = Path("out/predict/lines_0.jsonl").read_text().splitlines()
+    text[-1] = text[-1][:20]
+    Path("out/predict/lines_0.jsonl").write_text("\n".join(text))
+    lost = json.loads(text[-1]) if text[-1].endswith("}") else max(before)
+    Path("out/predict/000002.png").unlink()
+    times = {path: path.stat().st_mtime_ns for path in Path("out/predict").glob("0*.png")}
+    predict(workplace, "sd3/steer", *more, *steer)
+    assert {path.name for path in times if path.stat().st_mtime_ns != times[path]} == {f"{lost:06d}.png"}
+    summary = json.loads(Path("out/predict/summary.json").read_text())
+    assert (summary["images"], summary["missing"]) == (6, 0)
+    for index, image in before.items():
+        assert (pixels(f"out/predict/{index:06d}.png") - image).abs().max() <= 1
+    with pytest.raises(SystemExit):
+        predict(workplace, "sd3/steer", *more, *steer, "--model.guidance=2.0")
+    assert "has images of other settings, which differ in guidance" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("method", "small"),
+    [
+        ("search", ["--model.method.init_args.steps=2"]),
+        ("best_of_n", ["--model.method.init_args.num_candidates=2", "--model.method.init_args.grid.steps=3"]),
+        ("feynman_kac", ["--model.method.init_args.num_particles=2", "--model.method.init_args.grid.steps=3"]),
+    ],
+)
+def test_other_methods_by_their_configs(workplace, method, small):
+    predict(workplace, f"sd3/{method}", *small)
+    assert len(lines()) == 3
+    assert json.loads(Path("out/predict/summary.json").read_text())["images"] == 3
+
+
+@pytest.mark.parametrize("family", ["flux", "sana"])
+def test_other_families_by_their_configs(workplace, tmp_path, family):
+    build_pipe, words, size = {
+        "flux": (tiny.flux, encoders.of_flux, 16),
+        "sana": (tiny.sana, encoders.of_gemma, 64),
+    }[family]
+    build_pipe(**words(tmp_path / "words")).save_pretrained(tmp_path / "pipe")
+    predict(
+        tmp_path / "pipe", f"{family}/best_of_n", f"--model.flow.init_args.image_size={size}",
+        "--model.method.init_args.num_candidates=2", "--model.method.init_args.grid.steps=3",
+    )  # fmt: skip
+    assert [line["prompt"] for line in lines()] == ["a red cat", "the dog", "a blue mat"]
+
+
+def test_configs_of_families_differ_in_the_flow_alone():
+    for method in ("steer", "search", "best_of_n", "feynman_kac"):
+        loaded = []
+        for family in ("sd3", "flux", "sana"):
+            config = yaml.safe_load((ROOT / f"configs/text_to_image/{family}/{method}.yaml").read_text())
+            given = config["model"]["init_args"]
+            assert given.pop("flow")["class_path"] == "mfm_lightning.backbones.load_flow"
+            given.pop("base_steps")
+            if "grid" in given["method"]["init_args"]:
+                given["method"]["init_args"]["grid"].pop("steps")
+            del config["trainer"]["default_root_dir"]
+            loaded.append(config)
+        assert loaded[0] == loaded[1] == loaded[2]
+
+
+def test_bad_input_is_said_before_any_long_work(workplace, capsys):
+    cases = [
+        (["--data.prompts=none.txt"], "no prompts at none.txt"),
+        (["--model.reward=jpeg_compressibility"], "differentiates the reward, but 'jpeg_compressibility' is not"),
+        (["--model.layout=gen"], "unknown layout 'gen': expected one of flat, geneval, compbench, unigenbench"),
+        (["--model.flow.init_args.true_guidance=2"], "true_guidance is FLUX's"),
+        (["--model.flow.init_args.name=none/here"], "none/here"),
+    ]
+    for more, message in cases:
+        with pytest.raises(SystemExit):
+            predict(workplace, "sd3/steer", "--model.method.init_args.grid.steps=2", *more)
+        assert message in " ".join(capsys.readouterr().err.split())
+        shutil.rmtree("out", ignore_errors=True)
