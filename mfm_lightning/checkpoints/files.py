@@ -15,7 +15,6 @@ from mfm_lightning.networks.classifier import ImageClassifier
 from mfm_lightning.networks.files import load_network, read_metadata, said_in, save_network
 from mfm_lightning.utils.names import nearest
 from mfm_rewards import classifiers
-from mfm_rewards.weights import CheckpointError
 
 
 def save_model(model: MetaFlowMap, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
@@ -37,13 +36,7 @@ def load_model(path: str | Path, allow_download: bool = False, revision: str | N
         CheckpointError: as `load_network`.
     """
     file = find_weights(path, allow_download=allow_download, revision=revision)
-    network = load_network(file)
-    try:
-        model = MetaFlowMap(network)
-    except TypeError as error:
-        raise CheckpointError(f"{file} holds no Meta Flow Map: {error}") from error
-    model.metadata = said_in(file)
-    return model
+    return MetaFlowMap.of_file(load_network(file), said_in(file), file)
 
 
 def load_value(path: str | Path) -> nn.Module:

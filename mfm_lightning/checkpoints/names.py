@@ -54,13 +54,24 @@ def find_weights(
             return path
     if of_package is not None:
         return of_package
-    ours = text.split("/")[0] in {key.split("/")[0] for key in known}
-    if text.startswith("hf:") or (not ours and _is_hub_id(text)):
+    if text.startswith("hf:"):
         return find_file(text, allow_download, revision)
     names = [*known, *(key.removesuffix(f"/{usual}") for key in known if key.endswith(f"/{usual}"))]
-    meant = None if Path(text).suffix in SUFFIXES else nearest(text, names)
+    folder, folders = text.split("/")[0], {key.split("/")[0] for key in known}
+    # of runs/mfm, mnist/mfm is no misspelling
+    meant = nearest(text, names) if Path(text).suffix not in SUFFIXES and nearest(folder, folders) else None
     hint = f"did you mean {meant}?" if meant else hint
-    raise FileNotFoundError(f"no {what} at {text}" + (f": {hint}" if hint else ""))
+    nowhere = f"no {what} at {text}" + (f": {hint}" if hint else "")
+    if folder in folders or not _is_hub_id(text):
+        raise FileNotFoundError(nowhere)
+    try:
+        return find_file(text, allow_download, revision)
+    except (FileNotFoundError, ImportError) as error:
+        if not hint:
+            raise
+        # a path of two parts looks like a repository
+        kind = ImportError if isinstance(error, ImportError) else FileNotFoundError
+        raise kind(f"{nowhere}; if a Hugging Face repository is meant: {error}") from error
 
 
 def is_there(name: str | Path) -> bool:
