@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
@@ -17,7 +16,7 @@ from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shar
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
 from mfm_lightning.data.latents.urls import join, local_path
 from mfm_lightning.data.skipped import Skipped
-from mfm_lightning.networks.decoders import Decoder
+from mfm_lightning.networks.decoders import Decoder, decoded
 
 log = logging.getLogger(__name__)
 
@@ -248,10 +247,7 @@ class LatentShards(StepDataModule):
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
-        if self.decoder is None:
-            return x
-        with torch.no_grad():
-            return self.decoder(x)
+        return decoded(x, self.decoder)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,12 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
 from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
-from mfm_lightning.data.latent_pictures import check_decoder, decoded
 from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
 from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.data.web.samples import SampleReader, count_labels
 from mfm_lightning.data.web.shards import Corrupt, Faults, Rank, expand_urls, named, of_worker, pipeline
-from mfm_lightning.networks.decoders import Decoder
+from mfm_lightning.networks.decoders import Decoder, decoded
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,8 @@ class WebDatasetDataModule(StepDataModule):
         if num_classes == 0 and label is not None:
             raise ValueError(f"num_classes 0 with label {label}: set label: null, or leave num_classes out")
         check_holds(holds)
-        check_decoder(decoder, scale or 1.0, shift)
+        if decoder is not None and latent is not None:
+            decoder.check_latents(scale or 1.0, shift, "the latents")
         if channels not in (None, 1, 3):
             raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
         for name, value, least in (
@@ -271,6 +271,11 @@ class WebDatasetDataModule(StepDataModule):
         self._walk = step + 1, self._walk[1]
         return batch
 
+    @property
+    def latents(self) -> dict[str, Any]:
+        """How stored latents become states, where these are latents."""
+        return {"scale": self.scale, "shift": self.shift} if self.is_latent else {}
+
     def label_counts(self) -> dict[str, np.ndarray]:
         if self.fields.label is None or (self.given_classes is not None and self.given_samples is not None):
             return {}
@@ -280,7 +285,7 @@ class WebDatasetDataModule(StepDataModule):
         """States to images in [0, 1]; latents by the decoder, as they are without one."""
         if not self.is_latent:
             return to_images(x)
-        return decoded(x, self.decoder, self.scale or 1.0, self.shift)
+        return decoded(x, self.decoder)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
