@@ -40,8 +40,16 @@ def load_model(path: str | Path, allow_download: bool = False, revision: str | N
 
 
 def load_value(path: str | Path) -> nn.Module:
-    """Load an amortised value network V_phi(t, x_t, label); raises as `load_network`."""
-    return load_network(path, VALUE_NETWORKS)
+    """Load an amortised value network V_phi(t, x_t, label).
+
+    Args:
+        path: a file, a folder with a `model.safetensors`, or a Hugging Face id in the cache on this machine.
+
+    Raises:
+        FileNotFoundError, ImportError: as `find_weights`.
+        CheckpointError: as `load_network`.
+    """
+    return load_network(find_weights(path, "value network", "fit it first (ValueEstimation)"), VALUE_NETWORKS)
 
 
 def load_classifier(path: str | Path) -> nn.Module:

@@ -160,8 +160,8 @@ class VAEDecoder(Decoder):
     def check_latents(self, scale: Numbers, shift: Numbers, whose: str) -> None:
         if by_channel(scale, shift) and (self.scale is None or self.shift is None):
             raise ValueError(
-                f"{whose} are shifted or scaled by channel: give decoder.scale and decoder.shift (--scale, --shift), by "
-                f"which a VAE's latents become states ({scale} and {shift} if what is stored is what the VAE gives)"
+                f"{whose} are shifted or scaled by channel: give decoder.scale and decoder.shift (--scale, --shift), "
+                f"by which a VAE's latents become states ({scale} and {shift} if what is stored is what the VAE gives)"
             )
 
     def _load(self) -> VAE:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 from mfm_benchmarks.models import ModelSettings, Subject
 from mfm_lightning.alignment.target import TargetSettings
+from mfm_lightning.alignment.values import NetworkGradient
 from mfm_lightning.checkpoints import (
     CheckpointError,
     find_weights,
@@ -18,17 +20,20 @@ from mfm_lightning.checkpoints import (
     is_there,
     load_classifier,
     load_model,
+    load_value,
     read_metadata,
     save_model,
     shipped,
 )
 from mfm_lightning.commands.main import main, run
+from mfm_lightning.evaluation import MixtureEvaluation
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import MFMPretraining, RewardFinetuning
-from mfm_lightning.networks import DiT, ImageClassifier
+from mfm_lightning.networks import DiT, ImageClassifier, ValueDiT
 from mfm_lightning.networks.files import save_network
 from mfm_lightning.networks.results import measured_on
 from mfm_lightning.objectives import CheckpointTeacher, Objective, WeightedTerm
+from mfm_lightning.oracles import GaussianMixture
 
 OPTIONS = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
 
@@ -125,6 +130,32 @@ def test_all_who_take_a_model_take_its_name(package):
     assert "no model at tyni" in ModelSettings("tyni").missing()[0]
     with pytest.raises(CheckpointError, match="is a base flow, which draws no posteriors"):
         TargetSettings("tiny/flow", "brightness").load()
+
+
+def test_a_value_network_is_taken_by_its_name(package, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    torch.manual_seed(6)
+    network = ValueDiT(8, 4, 1, 16, 2, 2, num_classes=0)
+    save_network(network, package / "value.safetensors", {"kind": "value"})
+    Path("folder").mkdir()
+    save_network(network, "folder/model.safetensors", {"kind": "value"})
+    for name in ("tiny", "tiny/value", "folder"):
+        loaded = NetworkGradient(name).network
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
+    with pytest.raises(FileNotFoundError, match="no value network at runs/value: fit it first"):
+        load_value("runs/value")
+
+
+def test_models_are_compared_by_their_names(package, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    caplog.set_level("INFO")
+    evaluation = MixtureEvaluation([0.3], 2, 4, compare={"a": "tiny", "b": "runs/other"})
+    module = SimpleNamespace(model=small(3), device=torch.device("cpu"))
+    found = evaluation._sources(module, GaussianMixture([[0.0]]))
+    assert "b-1" not in found
+    weight = found["a-1"][1].model.network.final_layer.linear.weight
+    assert torch.equal(weight, small(0).network.final_layer.linear.weight)
+    assert "not in the table, as not fitted yet: b (runs/other)" in caplog.messages
 
 
 def test_finetuning_starts_from_a_name(package):
