@@ -102,7 +102,7 @@ def log_ticks(axis: Axis, most: int, marked: Sequence[float] = ()) -> None:
 
 def round_numbers(low: float, high: float, most: int) -> list[float]:
     """At most so many round numbers from low to high, both positive, for a logarithmic axis: of 1, 2, ..., 9 times the
-    powers of ten as many as there is room for, of about even distances; equal steps where fewer than two of them lie between."""
+    powers of ten as many as there is room for; equal steps where fewer than two of them lie between."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
         found = [float(f"{digit}e{power}") for power in powers for digit in digits]
