@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,15 @@ from torch._subclasses import FakeTensor
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Generators, Times, as_times, expand, randn
 from mfm_lightning.networks.base import VelocityNetwork
+from mfm_lightning.networks.files import OF_ITS_WEIGHTS, weights_fingerprint
 from mfm_lightning.tangents import velocity_and_jvp
 from mfm_rewards.hub import require_hub
+from mfm_rewards.weights import CheckpointError
 
 __all__ = ["MetaFlowMap", "posterior_steps", "velocity_and_jvp"]
 
 Pair = tuple[Tensor, Tensor]
+log = logging.getLogger(__name__)
 
 
 class MetaFlowMap(nn.Module):
@@ -44,6 +48,7 @@ class MetaFlowMap(nn.Module):
             raise TypeError(f"a {type(network).__name__} has no {missing[0]}: see mfm_lightning.VelocityNetwork")
         self.network = cast(VelocityNetwork, network)  # or one that keeps to its attributes
         self.metadata: dict[str, str] = {}  # what the file that it was loaded from says besides class and config
+        self._weights_loaded: str | None = None  # fingerprint of the weights that this is said of
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -217,7 +222,7 @@ class MetaFlowMap(nn.Module):
         Raises:
             ImportError: without huggingface_hub.
             FileNotFoundError: if it is nowhere.
-            CheckpointError: if its file holds no network of ours.
+            CheckpointError: if its file holds another network, such as a classifier.
         """
         require_hub(str(name))
         from mfm_lightning.networks.hub import HubNetwork, find_folder
@@ -225,9 +230,35 @@ class MetaFlowMap(nn.Module):
         found = HubNetwork.from_pretrained(
             find_folder(str(name), revision, token, cache_dir, force_download, local_files_only)
         )
-        model = cls(found.network)
-        model.metadata = found.metadata
+        return cls.of_file(found.network, found.metadata, name)
+
+    @classmethod
+    def of_file(cls, network: nn.Module, metadata: dict[str, str], file: str | Path) -> MetaFlowMap:
+        """The model of a file's network, with what the file says.
+
+        Raises:
+            CheckpointError: if the network is none for it.
+        """
+        try:
+            model = cls(network)
+        except TypeError as error:
+            raise CheckpointError(f"{file} holds no Meta Flow Map: {error}") from error
+        model.metadata = dict(metadata)
+        if any(name in metadata for name in OF_ITS_WEIGHTS):  # else there is nothing that could become wrong
+            model._weights_loaded = weights_fingerprint(network)
         return model
+
+    def _said(self, metadata: dict[str, str] | None) -> dict[str, str]:
+        """What a file of the model says: what its own file said, without figures of weights that it has no more."""
+        said = dict(self.metadata)
+        old = [name for name in OF_ITS_WEIGHTS if name in said]
+        if old and self._weights_loaded not in (None, weights_fingerprint(self.network)):
+            log.warning(
+                "the weights are not those of the file that was loaded: what it said of them (%s) is left out; "
+                "metadata={...} says what is true of these", ", ".join(old),
+            )  # fmt: skip
+            said = {name: text for name, text in said.items() if name not in old}
+        return {**said, **(metadata or {})}
 
     def save_pretrained(self, folder: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write `model.safetensors`, `config.json` and a model card (README.md) into a folder.
@@ -242,7 +273,7 @@ class MetaFlowMap(nn.Module):
         require_hub(str(folder))
         from mfm_lightning.networks.hub import HubNetwork
 
-        HubNetwork(self.network, {**self.metadata, **(metadata or {})}).save_pretrained(folder)
+        HubNetwork(self.network, self._said(metadata)).save_pretrained(folder)
 
     def push_to_hub(
         self,
@@ -262,7 +293,7 @@ class MetaFlowMap(nn.Module):
         require_hub(repo_id)
         from mfm_lightning.networks.hub import HubNetwork
 
-        return HubNetwork(self.network, {**self.metadata, **(metadata or {})}).push_to_hub(
+        return HubNetwork(self.network, self._said(metadata)).push_to_hub(
             repo_id, private=private, token=token, branch=branch, commit_message=commit_message
         )
 

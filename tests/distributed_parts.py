@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from mfm_lightning.callbacks import EMA
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.data import DigitsDataModule
 from mfm_lightning.data.base import ArrayDataModule
 from mfm_lightning.modules import MFMPretraining
 from mfm_lightning.modules.execution import TrainingExecution
@@ -35,6 +36,15 @@ class StepData(ArrayDataModule):
         rows = torch.arange(GLOBAL_BATCH).chunk(parts)[step % parts].chunk(world)[rank]
         x, label = global_batch(step // parts)
         return torch.cat([x[rows]]), label[rows]
+
+
+class OddDigits(DigitsDataModule):
+    """Two ranks cannot share its test images evenly."""
+
+    def setup(self, stage=None):
+        super().setup(stage)
+        x, label = self.splits["test"]
+        self.splits["test"] = x[:51], label[:51]
 
 
 class StepPretraining(MFMPretraining):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mfm_benchmarks.parts.entry import Entry
 from mfm_lightning.metrics.measured import Measured
+from mfm_lightning.utils.figures import log_ticks
 
 MARKERS = "osD^vP*Xh<>d"
 
@@ -47,6 +48,20 @@ def legend_below(figure: Figure, axes: Iterable[Axes], columns: int = 4) -> None
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
+
+
+def few_labels(axes: Iterable[Axes], marked: Mapping[Axes, Iterable[float]] | None = None) -> None:
+    """`log_ticks` of what is logarithmic; called when all is drawn.
+
+    Args:
+        marked: x by the axes; where they are few, they have the ticks.
+    """
+    for axis in axes:
+        if axis.get_xscale() == "log":
+            ticks = sorted((marked or {}).get(axis, ()))
+            log_ticks(axis.xaxis, 6, ticks if len(ticks) < 12 else ())
+        if axis.get_yscale() == "log":
+            log_ticks(axis.yaxis, 8)
 
 
 def curves(entries: Mapping[str, Sequence[Entry]], scales: Sequence[float]) -> Figure:
@@ -90,6 +105,7 @@ def _grid(
         row[0].set_ylabel(ylabel)
         if yscale == "log":  # an interval may reach below zero
             row[0].set_ylim(bottom=0.7 * min(up(e).value for e in found))
+    few_labels(axes.flatten())
     legend_below(figure, axes.flatten(), 4 if C > 1 else 3)
     return figure
 
@@ -158,8 +174,9 @@ def lines(
     C = len(panels)
     figure = Figure(figsize=(max(size[0] * C, 7.0), size[1]), layout="constrained")
     axes = figure.subplots(1, C, squeeze=False, sharey=True)[0]
+    marked: dict[Axes, set[float]] = {}
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
-        ticks = set()
+        ticks = marked[axis] = set()
         for name, values in found.items():
             if isinstance(values, Measured):
                 colour = looks[name]["color"]
@@ -169,9 +186,8 @@ def lines(
             ticks |= {x for x, _ in values}
             line(axis, [x for x, _ in values], [y for _, y in values], name, **looks[name])
         axis.set(xscale=xscale, yscale=yscale, title=title, xlabel=xlabel)
-        if ticks and len(ticks) < 12:
+        if xscale != "log" and ticks and len(ticks) < 12:
             axis.set_xticks(sorted(ticks), [f"{x:g}" for x in sorted(ticks)])
-            axis.minorticks_off()
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(ylabel)
@@ -179,6 +195,7 @@ def lines(
         values = [m for found in panels.values() for v in found.values() for m in _all(v) if m.value > 0]
         if values:
             axes[0].set_ylim(bottom=0.6 * min(m.value for m in values))
+    few_labels(axes, marked)
     legend_below(figure, axes, 3)
     return figure
 

@@ -16,7 +16,7 @@ from mfm_lightning.checkpoints import CheckpointError, find_weights, fingerprint
 from mfm_lightning.conditions import Conditions, Index
 from mfm_lightning.interpolant import Times, as_times
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
+from mfm_lightning.networks.decoders import Decoder, IdentityDecoder, check_decoder
 from mfm_rewards import Reward, RewardError, as_reward, build, evaluate
 from mfm_rewards.prompts import PLACEHOLDER, class_prompts, load_class_names
 from mfm_rewards.protocol import check_context, name_of
@@ -214,7 +214,8 @@ class TargetSettings:
             CheckpointError: if the file is a base flow, which has no posterior draws.
             RewardError: if the reward is unknown, its options do not fit, or it needs prompts and there are none.
             FileNotFoundError, ValueError: if prompts or class names are not as many as classes, or have no file.
-            ValueError: for a guidance scale that the model does not know.
+            ValueError: for a guidance scale that the model does not know; for a decoder that does not say how latents
+                are shifted or scaled by channel, where the model's are.
         """
         if not math.isfinite(self.reward_scale):
             raise ValueError(f"target.reward_scale {self.reward_scale} must be a finite number")
@@ -229,6 +230,7 @@ class TargetSettings:
         reward = (reward or build(self.reward)).eval().requires_grad_(False)
         if "prompts" in reward.needs and prompts is None:
             raise RewardError(f"reward {name_of(reward)!r} needs prompts: set target.prompts")
+        check_decoder(self.decoder, model.metadata, self.model)
         if self.decoder is not None:
             self.decoder.eval().requires_grad_(False)
         settings = {"reward": self.reward, "reward_scale": self.reward_scale, "guidance": self.guidance}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import lightning as L
 from mfm_lightning.callbacks.checkpoint import LastCheckpoint
 from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.checkpoints import check_network, fingerprint, save_network
+from mfm_lightning.evaluation.base import datamodule_of
 from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.training.logs import goes_on_in_its_folder
 
 log = logging.getLogger(__name__)
@@ -19,7 +22,8 @@ log = logging.getLogger(__name__)
 class ExportModel(L.Callback):
     """Writes `model.safetensors` (averaged weights where EMA is on) to the run's folder when training ends, after the
     last checkpoint: what goes wrong then costs no step, and `--ckpt_path last` writes it. Its metadata has
-    the `step`, and under `checkpoint` the SHA-256 of the `last.ckpt` that it was made with (of one in shards, none).
+    the `step`; under `latents` the data's scale and shift, where they are latents; and under `checkpoint` the SHA-256
+    of the `last.ckpt` that it was made with (of one in shards, none).
 
     Args:
         filename: in the trainer's `default_root_dir`.
@@ -70,6 +74,7 @@ class ExportModel(L.Callback):
                 metadata = {
                     "kind": module.exported_kind,
                     "step": str(trainer.global_step),
+                    **_latents(trainer),
                     **module.exported_metadata(),
                 }
                 if kept and (checkpoint := folder / "last.ckpt").is_file():
@@ -77,6 +82,12 @@ class ExportModel(L.Callback):
                 path = folder / self.filename
                 save_network(module.exported, path, metadata)
                 log.info("model written to %s", path)
+
+
+def _latents(trainer: L.Trainer) -> dict[str, str]:
+    """How the data's latents become states, where the DataModule says so: whoever decodes needs it."""
+    said = getattr(datamodule_of(trainer), LATENTS, None)
+    return {LATENTS: json.dumps(said)} if said else {}
 
 
 def _exporting(module: L.LightningModule) -> TrainingModule:

@@ -9,12 +9,13 @@ from typing import cast
 import lightning as L
 from torch import Tensor
 
+from mfm_lightning.evaluation.base import datamodule_of
 from mfm_lightning.metrics.fid import RunningStatistics, Statistics, reference_statistics
 from mfm_lightning.metrics.frechet import frechet
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule, own_gradients
-from mfm_lightning.networks.decoders import Decoder, PixelDecoder
+from mfm_lightning.networks.decoders import LATENTS, Decoder, PixelDecoder
 from mfm_lightning.sampling import ModelSampler, SamplePlan
 from mfm_lightning.sampling.model_sampler import BY_MODEL
 from mfm_lightning.utils.distributed import gather_ranks
@@ -87,6 +88,8 @@ class SampleFID(L.Callback):
         if self.num_samples < 2 * trainer.world_size:
             raise ValueError(f"{self.num_samples} samples over {trainer.world_size} ranks: give each two at least")
         self.plan = SamplePlan(self.num_samples, labels, self.seed, self.batch_size)
+        if said := getattr(datamodule_of(trainer), LATENTS, None):
+            self.decoder.check_latents(**said, whose="the latents")
         if missing := self.decoder.missing():
             raise FileNotFoundError(missing[0])
         if not Path(self.reference).exists():

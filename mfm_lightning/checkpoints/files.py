@@ -15,7 +15,6 @@ from mfm_lightning.networks.classifier import ImageClassifier
 from mfm_lightning.networks.files import load_network, read_metadata, said_in, save_network
 from mfm_lightning.utils.names import nearest
 from mfm_rewards import classifiers
-from mfm_rewards.weights import CheckpointError
 
 
 def save_model(model: MetaFlowMap, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
@@ -37,18 +36,20 @@ def load_model(path: str | Path, allow_download: bool = False, revision: str | N
         CheckpointError: as `load_network`.
     """
     file = find_weights(path, allow_download=allow_download, revision=revision)
-    network = load_network(file)
-    try:
-        model = MetaFlowMap(network)
-    except TypeError as error:
-        raise CheckpointError(f"{file} holds no Meta Flow Map: {error}") from error
-    model.metadata = said_in(file)
-    return model
+    return MetaFlowMap.of_file(load_network(file), said_in(file), file)
 
 
 def load_value(path: str | Path) -> nn.Module:
-    """Load an amortised value network V_phi(t, x_t, label); raises as `load_network`."""
-    return load_network(path, VALUE_NETWORKS)
+    """Load an amortised value network V_phi(t, x_t, label).
+
+    Args:
+        path: a file, a folder with a `model.safetensors`, or a Hugging Face id in the cache on this machine.
+
+    Raises:
+        FileNotFoundError, ImportError: as `find_weights`.
+        CheckpointError: as `load_network`.
+    """
+    return load_network(find_weights(path, "value network", "fit it first (ValueEstimation)"), VALUE_NETWORKS)
 
 
 def load_classifier(path: str | Path) -> nn.Module:

@@ -27,14 +27,14 @@ def find_weights(
     allow_download: bool = False,
     revision: str | None = None,
 ) -> Path:
-    """The file of a model or classifier. Of several that a text could stand for, the first is taken:
+    """The file of a model, classifier or value network. Of several that a text could stand for, the first is taken:
 
     1. a file, or a folder with a `model.safetensors`, on this machine; where it hides a name, this is said;
     2. a name of the package's: "mnist" for its Meta Flow Map or classifier, "mnist/flow", "mnist/features";
     3. a Hugging Face repository, "org/name" or "hf:org/name/file", in its cache on this machine.
 
     Args:
-        what: "model", "teacher" or "classifier", for the name and for errors.
+        what: "model", "teacher", "classifier" or "value network", for the name and for errors.
         hint: what to do where it is nowhere.
         allow_download: fetch a repository's file where it is not in the cache.
         revision: of the repository.
@@ -45,7 +45,7 @@ def find_weights(
         ValueError: for a repository of several checkpoints.
     """
     text, known = str(name), shipped()
-    usual = "classifier" if what == "classifier" else "mfm"
+    usual = {"classifier": "classifier", "value network": "value"}.get(what, "mfm")
     of_package = known.get(text) or known.get(f"{text}/{usual}")
     for path in (Path(text), Path(text) / _FILE):
         if path.is_file():
@@ -54,13 +54,24 @@ def find_weights(
             return path
     if of_package is not None:
         return of_package
-    ours = text.split("/")[0] in {key.split("/")[0] for key in known}
-    if text.startswith("hf:") or (not ours and _is_hub_id(text)):
+    if text.startswith("hf:"):
         return find_file(text, allow_download, revision)
     names = [*known, *(key.removesuffix(f"/{usual}") for key in known if key.endswith(f"/{usual}"))]
-    meant = None if Path(text).suffix in SUFFIXES else nearest(text, names)
+    folder, folders = text.split("/")[0], {key.split("/")[0] for key in known}
+    # of runs/mfm, mnist/mfm is no misspelling
+    meant = nearest(text, names) if Path(text).suffix not in SUFFIXES and nearest(folder, folders) else None
     hint = f"did you mean {meant}?" if meant else hint
-    raise FileNotFoundError(f"no {what} at {text}" + (f": {hint}" if hint else ""))
+    nowhere = f"no {what} at {text}" + (f": {hint}" if hint else "")
+    if folder in folders or not _is_hub_id(text):
+        raise FileNotFoundError(nowhere)
+    try:
+        return find_file(text, allow_download, revision)
+    except (FileNotFoundError, ImportError) as error:
+        if not hint:
+            raise
+        # a path of two parts looks like a repository
+        kind = ImportError if isinstance(error, ImportError) else FileNotFoundError
+        raise kind(f"{nowhere}; if a Hugging Face repository is meant: {error}") from error
 
 
 def is_there(name: str | Path) -> bool:

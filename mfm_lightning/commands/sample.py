@@ -25,7 +25,8 @@ def sample(
     method: Literal["euler", "heun"] = "euler",
     guidance: float | None = None,
     decoder: str | None = None,
-    scale: float | None = None,
+    scale: list[float] | None = None,
+    shift: list[float] | None = None,
     allow_download: bool = False,
     seed: int = 0,
     batch_size: int = 64,
@@ -48,7 +49,8 @@ def sample(
         guidance: class-guidance scale that the network knows.
         decoder: "pixel" (states in [-1, 1]), or a VAE's folder or Hugging Face id; what the model's file says, else
             pixel, if left out.
-        scale: factor of a VAE's latents; its own if left out.
+        scale: factor of a VAE's latents, or one for each channel; its own if left out.
+        shift: what is subtracted from them before, or a number for each channel; nothing if left out.
         allow_download: fetch the model and the VAE where they are not on this machine.
         seed: with the index, of a sample's noise.
         batch_size: samples drawn at once by each process.
@@ -60,6 +62,7 @@ def sample(
         ValueError: if settings do not fit the model, or the folder has samples of other settings.
     """
     from mfm_lightning.checkpoints import find_weights, fingerprint, load_model, read_metadata
+    from mfm_lightning.networks.decoders import check_decoder
     from mfm_lightning.sampling import OUTPUTS, ModelSampler, SamplePlan, sample_files
     from mfm_lightning.sampling.model_sampler import BY_MODEL
     from mfm_lightning.utils.atomic import check_is_folder
@@ -78,7 +81,8 @@ def sample(
     loaded = load_model(file).eval().requires_grad_(False)
     classes = _labels(labels, loaded)
     drawn.check(loaded, classes)
-    decode = _decoder(decoder or header.get("decoder"), scale, allow_download, loaded)
+    decode = _decoder(decoder or header.get("decoder"), scale, shift, allow_download, loaded)
+    check_decoder(decode, loaded.metadata, model)
     plan = SamplePlan(num_samples, classes, seed, batch_size)
     files = OUTPUTS[format](output, plan)
     files.claim(
@@ -106,7 +110,9 @@ def _labels(given: Sequence[str] | None, model: MetaFlowMap) -> tuple[int, ...]:
         raise ValueError(f"--labels {' '.join(given)}: expected whole numbers, e.g. 281,282 or 281 282") from error
 
 
-def _decoder(name: str | None, scale: float | None, allow_download: bool, model: MetaFlowMap) -> Decoder:
+def _decoder(
+    name: str | None, scale: list[float] | None, shift: list[float] | None, allow_download: bool, model: MetaFlowMap
+) -> Decoder:
     from mfm_lightning.networks.decoders import PixelDecoder, VAEDecoder
 
     if name in (None, "pixel"):
@@ -115,7 +121,8 @@ def _decoder(name: str | None, scale: float | None, allow_download: bool, model:
                 f"states of shape {model.state_shape} are no pixels: give --decoder a VAE's folder or Hugging Face id"
             )
         return PixelDecoder()
-    decoder = VAEDecoder(name, scale, allow_download=allow_download)
+    numbers = [given[0] if given and len(given) == 1 else given or None for given in (scale, shift)]
+    decoder = VAEDecoder(name, numbers[0], allow_download=allow_download, shift=numbers[1])
     if missing := decoder.missing():
         raise FileNotFoundError(missing[0])
     return decoder

@@ -120,15 +120,19 @@ def export_weights(
 
 def _publish(file: Path, output: Path, dtype: str | None, said: dict[str, str]) -> None:
     """Write the network of a file again, with what is said of it, and the section of its model card."""
-    from mfm_lightning.networks.card import measured_in, write_card
+    from mfm_lightning.networks.card import write_card
     from mfm_lightning.networks.files import load_any, said_in, save_network
+    from mfm_lightning.networks.results import measured_of
     from mfm_rewards.execution import DTYPES, check_precision
 
     network = load_any(file)  # before anything is written
-    if tables := measured_in(file.parent):
+    if tables := measured_of(network, file.parent / "test"):
         said["measured"] = json.dumps(tables)
+    said = {**said_in(file), **said}
+    if dtype in ("bf16", "fp16") and ("measured" in said or "accuracy" in said):
+        said["measured_on"] = f"the weights before they were rounded to {dtype}"
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_network(network, output, {**said_in(file), **said}, None if dtype is None else DTYPES[check_precision(dtype)])
+    save_network(network, output, said, None if dtype is None else DTYPES[check_precision(dtype)])
     folder = output.parent
     intro = f"# {folder.resolve().name}\n\nWeights for mfm-lightning; `mfm export` wrote this page from the files."
     readme = write_card(folder, output, output.name, intro)

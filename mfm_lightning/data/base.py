@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -29,6 +30,8 @@ class StepDataModule(L.LightningDataModule, ABC):
         batch_size: training batch on each device.
         seed: of order and draws.
     """
+
+    _alone = False
 
     def __init__(self, batch_size: int = 256, seed: int = 0) -> None:
         super().__init__()
@@ -91,7 +94,18 @@ class StepDataModule(L.LightningDataModule, ABC):
 
     def rank(self) -> tuple[int, int]:
         """This process's rank, and how many there are; without a trainer it is alone."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if self.trainer is None or self._alone:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context this process has all samples, as if it were the only one."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
 
     def rank_seed(self) -> int:
         """A seed of this rank's own."""

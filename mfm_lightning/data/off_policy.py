@@ -57,6 +57,11 @@ class OffPolicyDataModule(L.LightningDataModule):
             return getattr(self.data, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
+    @property
+    def latents(self) -> dict[str, Any]:
+        """How the data's latents become states, where they say so."""
+        return getattr(self.data, "latents", {})
+
     def setup(self, stage: str | None = None) -> None:
         self.data.trainer = self.trainer
         self.data.setup(stage)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from mfm_lightning.alignment.target import Flow, LoadedTarget
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
+
+log = logging.getLogger(__name__)
 
 
 class EvaluatedModule(Protocol):
@@ -114,6 +121,31 @@ class Evaluation(ABC, Generic[Module]):
 def datamodule_of(trainer: L.Trainer) -> Any:
     """The DataModule of a run; None where there is none. (Lightning does not declare it.)"""
     return getattr(trainer, "datamodule", None)
+
+
+@contextmanager
+def all_test_batches(data: Any) -> Iterator[Iterable[Any]]:
+    """Within the context, batches of all test samples of a run's DataModule, also where it deals them out to several
+    processes; none where it has no `test_dataloader`."""
+    if not is_overridden("test_dataloader", data):
+        yield []
+        return
+    data.setup("test")
+
+    def batches() -> Iterable[Any]:
+        found = data.test_dataloader()
+        return chain(*found) if isinstance(found, list | tuple) else found
+
+    if hasattr(data, "alone"):
+        with data.alone():
+            yield batches()
+        return
+    if (processes := data.trainer.world_size) > 1:
+        log.warning(
+            "counted are the test samples that %s.test_dataloader gives to the first of %d processes: some are left "
+            "out if it deals them out by itself", type(data).__name__, processes,
+        )  # fmt: skip
+    yield batches()
 
 
 DATA = {  # what an evaluation may need of a DataModule, besides batches

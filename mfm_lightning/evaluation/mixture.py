@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, Posterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.checkpoints import load_model
+from mfm_lightning.checkpoints import is_there, load_model
 from mfm_lightning.conditions import INDEX
 from mfm_lightning.evaluation.base import Evaluation, ModelModule, data_of
 from mfm_lightning.evaluation.draws import draw, draw_distance, noisy_states
@@ -36,8 +36,8 @@ class MixtureEvaluation(Evaluation[ModelModule]):
         num_draws: posterior draws for each state.
         glass_steps: Euler steps of the GLASS ODEs.
         model_steps: flow-map steps of the model's draws.
-        compare: exported models by name, whose one-step draws are columns of the table too; those whose file is not
-            there yet are left out, with a word.
+        compare: models by a name for the table, of whose one-step draws it has columns too; each by its file, a name of
+            the package's, or a Hugging Face id. Those that are not there yet are left out, with a word.
         max_rows: at most so many draws in memory at once.
         seed: of states, draws and projections.
     """
@@ -92,10 +92,11 @@ class MixtureEvaluation(Evaluation[ModelModule]):
         return found | {f"GLASS-{k}": (GlassPosterior(k), exact, "cpu") for k in self.glass_steps}
 
     def _others(self, device: torch.device) -> dict[str, MetaFlowMap]:
-        missing = [f"{name} ({path})" for name, path in self.compare.items() if not Path(path).is_file()]
+        missing = {name: path for name, path in self.compare.items() if not is_there(path)}
         if missing:
-            log.info("not in the table, as not fitted yet: %s", ", ".join(missing))
-        return {n: load_model(p).to(device) for n, p in self.compare.items() if Path(p).is_file()}
+            said = ", ".join(f"{name} ({path})" for name, path in missing.items())
+            log.info("not in the table, as not fitted yet: %s", said)
+        return {name: load_model(path).to(device) for name, path in self.compare.items() if name not in missing}
 
     @torch.no_grad()
     def draw(self, module: ModelModule, folder: Path) -> None:

@@ -34,6 +34,7 @@ from mfm_lightning.interpolant import Generators, Times, as_times
 from mfm_lightning.networks.value import ValueNetwork
 from mfm_lightning.oracles import Oracle
 from mfm_lightning.utils.console import track, write_table
+from mfm_lightning.utils.figures import log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,8 +185,7 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
             ceiling = next(row for row in rows if row["estimator"].startswith("SDE"))
             axis.axhline(ceiling["r"], color="0.4", linestyle="--", linewidth=1, label=f"SDE {self.rollout_steps}")
             axis.set(xscale="log", xlabel="network evaluations of a draw", title=f"t = {t:g}")
-            axis.set_xticks(ticks := sorted({*self.model_steps, *self.glass_steps}), [str(k) for k in ticks])
-            axis.minorticks_off()
+            log_ticks(axis.xaxis, 6, sorted({*self.model_steps, *self.glass_steps}))
         axes[0].set_ylabel("Pearson r with the reference")
         axes[0].legend(fontsize=8)
         _save(figure, path)

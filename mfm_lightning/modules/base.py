@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mfm_lightning.conditions import INDEX, Batch, Conditions, unlabelled
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.finite import require_finite_gradients, require_finite_losses
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
+from mfm_lightning.networks.results import measured_on
 from mfm_lightning.training.sharding import gathered, shard
 from mfm_lightning.utils.distributed import gather_ranks, own
 
@@ -183,7 +184,9 @@ class TrainingModule(L.LightningModule, ABC):
             if not self.trainer.is_global_zero:
                 return
             if measure:
-                self.evaluation.measure(self, folder)
+                noted = measured_on(self.exported, folder) if self.trainer.testing else nullcontext()
+                with noted:
+                    self.evaluation.measure(self, folder)
             self.evaluation.draw(self, folder)
 
     def _log_losses(self, stage: str, batch: Batch, batch_idx: int) -> None:

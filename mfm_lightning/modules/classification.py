@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from mfm_lightning.conditions import Batch, Conditions
-from mfm_lightning.evaluation.base import data_of, datamodule_of
+from mfm_lightning.evaluation.base import all_test_batches, data_of, datamodule_of
 from mfm_lightning.metrics.classifier import proportion
-from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.modules.base import TrainingModule, own_gradients
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.networks.classifier import ImageClassifier
+from mfm_lightning.networks.results import measured_on
 from mfm_lightning.utils.console import write_table
 
 log = logging.getLogger(__name__)
@@ -94,24 +95,20 @@ class Classification(TrainingModule):
             self._count(batch)
 
     def on_test_epoch_end(self) -> None:
-        counts = self.confusion.compute().cpu()  # of all ranks
-        if self.trainer.is_global_zero:
-            rows = _rows(counts, self._class_names())
+        with own_gradients(), self.whole_weights():
+            if not self.trainer.is_global_zero:
+                return
+            if self.trainer.world_size > 1:  # ranks have as many images each, so that some come twice
+                self._count_all()
+            rows = _rows(self.confusion.confmat.cpu(), self._class_names())
             every = rows[-1]
             title = f"accuracy on {every['images']} test images, with 95 % (Wilson) intervals"
-            write_table(rows, title, self.folder / "test", "accuracy")
+            with measured_on(self.exported, self.folder / "test"):
+                write_table(rows, title, self.folder / "test", "accuracy")
             self.log_dict({f"test/accuracy_{end}": every[end] for end in ("low", "high")}, rank_zero_only=True)
 
     def exported_metadata(self) -> dict[str, str]:
-        data = data_of(self)
-        data.setup("test")
-        self.confusion.reset()
-        training = self.network.training
-        with torch.no_grad():
-            self.network.eval()
-            for x1, given in data.test_dataloader():
-                self._count((x1.to(self.device), Conditions.of_batch(given).to(self.device).as_batch()))
-        self.network.train(training)
+        self._count_all()
         found = {"class_names": json.dumps(self._class_names())}
         if not (counts := self.confusion.confmat).sum():
             log.warning("no test images: the file of the classifier does not say how accurate it is")
@@ -119,6 +116,16 @@ class Classification(TrainingModule):
         every = _rows(counts.cpu(), self._class_names())[-1]
         log.info("accuracy on %(images)d test images: %(accuracy).4f (%(low).4f to %(high).4f)", every)
         return {**found, "accuracy": json.dumps(every)}
+
+    def _count_all(self) -> None:
+        """Count all test images, once each, by this process alone."""
+        self.confusion.reset()
+        training = self.network.training
+        with torch.no_grad(), all_test_batches(data_of(self)) as batches:
+            self.network.eval()
+            for x1, given in batches:
+                self._count((x1.to(self.device), Conditions.of_batch(given).to(self.device).as_batch()))
+        self.network.train(training)
 
     def _count(self, batch: Batch) -> None:
         x1, given = batch

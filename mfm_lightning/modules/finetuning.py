@@ -21,6 +21,7 @@ from mfm_lightning.modules.base import TrainingModule, batch_number
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.networks.base import VelocityNetwork
+from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.objectives.finetuning import (
     GRADIENTS,
@@ -179,6 +180,10 @@ class RewardFinetuning(TrainingModule):
     @property
     def frozen(self) -> dict[str, Any]:
         return self._identity
+
+    def exported_metadata(self) -> dict[str, str]:
+        said = self.base.metadata  # the data may be samples of a model, which do not say it
+        return {LATENTS: said[LATENTS]} if LATENTS in said else {}
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and self.adapters is not None:

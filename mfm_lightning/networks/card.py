@@ -22,7 +22,7 @@ KINDS = {
     "classifier": "classifier of images",
 }
 # what a card says in a line each, by the key of a file's metadata
-SAID = {"data": "Data", "licence": "Licence", "command": "Made by", "decoder": "Decoder"}
+SAID = {"data": "Data", "licence": "Licence", "command": "Made by", "decoder": "Decoder", "measured_on": "Measured on"}
 
 
 def card(path: str | Path, title: str | None = None) -> str:
@@ -75,12 +75,6 @@ def write_card(folder: str | Path, path: Path, title: str, intro: str) -> Path:
     with whole_file(readme) as partial:
         partial.write_bytes(text)
     return readme
-
-
-def measured_in(folder: str | Path, most: int = 40) -> dict[str, list[dict[str, Any]]]:
-    """The tables that `mfm test` wrote into a run's folder, by name; longer ones than `most` rows are left out."""
-    tables = {path.stem: json.loads(path.read_text()) for path in sorted((Path(folder) / "test").glob("*.json"))}
-    return {name: rows for name, rows in tables.items() if isinstance(rows, list) and 0 < len(rows) <= most}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mfm_lightning.networks.vae import VAE, load_vae
 from mfm_rewards.execution import Precision, autocast, check_precision
+
+Numbers = float | Sequence[float]
+LATENTS = "latents"  # in a file's metadata: scale and shift of the latents that its model was trained on, as JSON
 
 
 class Decoder(nn.Module, ABC):
@@ -23,6 +30,35 @@ class Decoder(nn.Module, ABC):
     def missing(self) -> list[str]:
         """Files that it needs and that are not there, each with what would be right."""
         return []
+
+    def check_latents(self, scale: Numbers, shift: Numbers, whose: str) -> None:
+        """Raise ValueError, before any work, if it cannot know what states of x = (z - shift) scale are.
+
+        Args:
+            scale, shift: a number, or one for each channel, by which stored latents z are made states.
+            whose: latents they are, for the message.
+        """
+
+
+def decoded(x: Tensor, decoder: Decoder | None) -> Tensor:
+    """Images `(B, C, H, W)` in [0, 1] of states, without gradients; without a decoder the states themselves."""
+    if decoder is None:
+        return x
+    with torch.no_grad():
+        return decoder(x)
+
+
+def check_decoder(decoder: Decoder | None, metadata: Mapping[str, str], file: str | Path) -> None:
+    """`Decoder.check_latents` of what a model's file says of the latents that it was trained on."""
+    if decoder is not None and LATENTS in metadata:
+        said = json.loads(metadata[LATENTS])
+        decoder.check_latents(said["scale"], said["shift"], f"{file} was trained on latents that")
+
+
+def by_channel(scale: Numbers, shift: Numbers) -> bool:
+    """Whether (z - shift) scale is more than a product with one number."""
+    shifts = [shift] if isinstance(shift, int | float) else shift
+    return any(shifts) or not (isinstance(scale, int | float) or len(scale) == 1)
 
 
 class IdentityDecoder(Decoder):
@@ -58,7 +94,8 @@ class PixelDecoder(Decoder):
 
 
 class VAEDecoder(Decoder):
-    """Latents to images by a Stable Diffusion VAE (diffusers' AutoencoderKL), loaded when it is first used.
+    """Latents to images by a Stable Diffusion VAE (diffusers' AutoencoderKL), loaded when it is first used. States are
+    x = (z - shift) scale of the latents z that the VAE gives, as in `LatentDataModule`.
 
     Memory is that of `max_rows` latents, also for gradients: each such part keeps its latents alone, and is decoded
     again in the backward pass. The images of the last latents are kept, so that what is first looked at and then
@@ -66,34 +103,41 @@ class VAEDecoder(Decoder):
 
     Args:
         path: a folder that `AutoencoderKL.from_pretrained` reads, or a Hugging Face id.
-        scale: factor of the latents; the VAE's own (0.18215 for SD's) where None.
+        scale: factor of the latents, or one for each channel; the VAE's own (0.18215 for SD's) where None.
         clamp: cut off what lies outside [0, 1]; the gradient is zero there.
         max_rows: latents decoded at once.
         tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
         precision: of the VAE, "fp32", "bf16" or "fp16", whatever the precision around it.
         allow_download: fetch the weights where they are not there.
+        shift: what is subtracted from the latents before, or a number for each channel; nothing where None.
 
     Raises:
         FileNotFoundError: when used, if the weights are not there.
         ImportError: when used, without the extra `imagenet`.
-        ValueError: when used, for a VAE whose latents are shifted.
+        ValueError: for numbers that are not finite, or a scale of 0; when used, for numbers of other channels than the
+            states', or a VAE whose config has a shift of its own.
     """
 
     def __init__(
         self,
         path: str = "stabilityai/sd-vae-ft-mse",
-        scale: float | None = None,
+        scale: float | list[float] | None = None,
         clamp: bool = True,
         max_rows: int = 32,
         tiled: bool = False,
         precision: Precision = "fp32",
         allow_download: bool = False,
+        shift: float | list[float] | None = None,
     ) -> None:
         super().__init__()
+        for name, given in (("scale", scale), ("shift", shift)):
+            for value in [given] if isinstance(given, int | float) else given or ():
+                if not math.isfinite(value) or (name == "scale" and value == 0):
+                    raise ValueError(f"decoder.{name} {given}: expected finite numbers" + ", not 0" * (name == "scale"))
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows} must be at least 1")
         check_precision(precision)
-        self.path, self.scale, self.clamp, self.max_rows = path, scale, clamp, max_rows
+        self.path, self.scale, self.shift, self.clamp, self.max_rows = path, scale, shift, clamp, max_rows
         self.tiled, self.allow_download = tiled, allow_download
         self.precision: Precision = precision
         self._vae: list[VAE] = []  # in a list, so that it is no part of a checkpoint
@@ -101,6 +145,7 @@ class VAEDecoder(Decoder):
 
     def extra_repr(self) -> str:
         scale = "" if self.scale is None else f", scale={self.scale}"
+        scale += "" if self.shift is None else f", shift={self.shift}"
         more = ", tiled=True" if self.tiled else ""
         more += "" if self.precision == "fp32" else f", precision={self.precision}"
         return f"path={self.path}{scale}, clamp={self.clamp}{more}"
@@ -111,6 +156,13 @@ class VAEDecoder(Decoder):
         except (FileNotFoundError, ImportError) as error:
             return [str(error)]
         return []
+
+    def check_latents(self, scale: Numbers, shift: Numbers, whose: str) -> None:
+        if by_channel(scale, shift) and (self.scale is None or self.shift is None):
+            raise ValueError(
+                f"{whose} are shifted or scaled by channel: give decoder.scale and decoder.shift (--scale, --shift), "
+                f"by which a VAE's latents become states ({scale} and {shift} if what is stored is what the VAE gives)"
+            )
 
     def _load(self) -> VAE:
         if not self._vae:
@@ -143,4 +195,12 @@ class VAEDecoder(Decoder):
     def _decode(self, vae: VAE, part: Tensor) -> Tensor:
         scale = vae.config["scaling_factor"] if self.scale is None else self.scale
         with autocast(part.device, self.precision):
-            return vae.decode(part.float() / scale).sample.float()
+            latents = part.float() / self._of(part, "scale", scale) + self._of(part, "shift", self.shift or 0.0)
+            return vae.decode(latents).sample.float()
+
+    def _of(self, part: Tensor, name: str, given: Numbers) -> Tensor:
+        """The numbers of channels, as they are computed with."""
+        numbers = torch.as_tensor(given, dtype=torch.float32, device=part.device).reshape(-1, 1, 1)
+        if len(numbers) not in (1, part.shape[1]):
+            raise ValueError(f"decoder.{name} has {len(numbers)} numbers, states have {part.shape[1]} channels")
+        return numbers

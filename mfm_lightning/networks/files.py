@@ -9,6 +9,7 @@ import math
 import sys
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from mfm_rewards.weights import CheckpointError, load_into
 
 _OURS: dict[str, type[nn.Module]] = {**NETWORKS, **VALUE_NETWORKS, **CLASSIFIERS}
 _KINDS = {"value": VALUE_NETWORKS, "classifier": CLASSIFIERS}  # by what a file says; all others are NETWORKS
+_LOADERS = {"load_model": NETWORKS, "load_value": VALUE_NETWORKS, "load_classifier": CLASSIFIERS}
+OF_ITS_WEIGHTS = ("step", "command", "imported_from", "accuracy", "measured", "measured_on")  # what a file says of them
 _LIBRARIES = ("torch", "lightning", "mfm_lightning", "mfm_rewards", "mfm_benchmarks")  # not a user's own
 
 
@@ -169,10 +172,14 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
         raise CheckpointError(f"{path} was not written by mfm-lightning: use import_checkpoint for released weights")
     if name in known:
         kind = known[name]
-    elif "." in name and _KINDS.get(header.get("kind", ""), NETWORKS) is known:
+    elif "." in name and _networks_of(header) is known:
         kind = _users_class(name, path)
     else:
-        raise CheckpointError(f"{path} holds a {name}: expected one of {', '.join(known)}")
+        loader = next((load for load, kinds in _LOADERS.items() if kinds is _networks_of(header)), "")
+        raise CheckpointError(
+            f"{path} holds a {name}: expected one of {', '.join(known)}"
+            + f"; it is loaded by mfm_lightning.checkpoints.{loader}" * (name in _OURS or "." in name)
+        )
     config = _read_config(header, path)
     try:
         _check_size(kind, config, path)
@@ -194,7 +201,13 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
 
 def load_any(path: str | Path) -> nn.Module:
     """Build the network of a file, of whatever kind it says it is; raises as `load_network`."""
-    return load_network(path, _KINDS.get(read_metadata(path).get("kind", ""), NETWORKS))
+    return load_network(path, _networks_of(read_metadata(path)))
+
+
+def _networks_of(header: Mapping[str, str]) -> Mapping[str, type[nn.Module]]:
+    """The classes that a file's own is one of, by what it says."""
+    ours = next((kinds for kinds in _LOADERS.values() if header.get("network") in kinds), NETWORKS)
+    return _KINDS.get(header.get("kind", ""), ours)
 
 
 def _read_config(header: Mapping[str, str], path: str | Path) -> dict[str, Any]:
@@ -257,3 +270,20 @@ def fingerprint(path: str | Path) -> str:
     """SHA-256 of a file, by which frozen parts are referenced instead of being stored."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_fingerprint(network: nn.Module) -> str:
+    """SHA-256 of a network's weights with their names and shapes; in float32, as `load_network` gives them, so that it
+    is the same before a file is written and after it is loaded."""
+
+    def digest(tensor: torch.Tensor) -> bytes:
+        plain = tensor.detach().cpu().to(torch.float32) if tensor.is_floating_point() else tensor.detach().cpu()
+        return hashlib.sha256(plain.contiguous().flatten().view(torch.uint8).numpy().data).digest()
+
+    state = sorted(network.state_dict().items())
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        digests = list(threads.map(digest, (tensor for _, tensor in state)))
+    every = hashlib.sha256()
+    for (name, tensor), found in zip(state, digests, strict=True):
+        every.update(f"{name} {tuple(tensor.shape)}".encode() + found)
+    return every.hexdigest()

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from torch import nn
 
 from mfm_lightning.networks.card import card
-from mfm_lightning.networks.files import load_any, read_metadata, said_in, save_network
+from mfm_lightning.networks.files import load_network, read_metadata, said_in, save_network
 from mfm_rewards.hub import from_hub
 
 FILE = "model.safetensors"
@@ -62,7 +62,7 @@ class HubNetwork(
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubNetwork:  # of the mixin's, a folder needs none
         path = Path(model_id) / FILE
-        return cls(load_any(path), said_in(path))
+        return cls(load_network(path), said_in(path))
 
 
 def find_folder(

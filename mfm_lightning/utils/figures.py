@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
 
 
 def image_grid(
@@ -74,3 +80,48 @@ def scatter(points: Mapping[str, Tensor], path: str | Path, title: str) -> None:
         axis.set(title=name, aspect="equal")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
+
+
+def log_ticks(axis: Axis, most: int, marked: Sequence[float] = ()) -> None:
+    """Label a logarithmic axis, whose limits are set, with no more numbers than fit: matplotlib labels within a decade
+    all that are round, one over the other.
+
+    Args:
+        axis: `axes.xaxis` or `axes.yaxis`.
+        most: labels that fit on it.
+        marked: what has a tick, in place of round numbers; one too near to the label before it has none.
+    """
+    low, high = sorted(axis.get_view_interval())
+    ticks, labels, last = sorted(marked) or round_numbers(low, high, most), [], -math.inf
+    apart = math.log(high / low) / most if marked else 0.0
+    for tick in ticks:
+        far = math.log(tick) - last >= apart
+        labels.append(_number(tick) if far else "")
+        last = math.log(tick) if far else last
+    axis.set_ticks(ticks, labels)
+    axis.set_ticks([], minor=True)
+    axis.set_view_interval(low, high, ignore=True)  # ticks outside would widen it
+
+
+def round_numbers(low: float, high: float, most: int) -> list[float]:
+    """At most so many round numbers from low to high, both positive, for a logarithmic axis: of 1, 2, ..., 9 times the
+    powers of ten as many as there is room for; equal steps where fewer than two of them lie between."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in (range(1, 10), (1, 2, 5), (1, 3), (1,)):
+        found = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        found = [number for number in found if low <= number <= high]
+        if len(found) < 2:
+            break
+        nearest = min(after / before for before, after in itertools.pairwise(found))
+        if len(found) <= most and math.log(nearest) * 1.3 * most >= math.log(high / low):
+            return found
+    if len(found) > most:  # of many decades every second, third, ...
+        return found[:: math.ceil(len(found) / most)]
+    from matplotlib.ticker import MaxNLocator
+
+    return [float(number) for number in MaxNLocator(most - 1).tick_values(low, high) if low <= number <= high]
+
+
+def _number(value: float) -> str:
+    power = round(math.log10(value))
+    return f"{value:g}" if -4 <= power <= 4 or not math.isclose(value, 10.0**power) else f"$10^{{{power}}}$"

@@ -1,7 +1,9 @@
 """One door for models: paths, names of the package, Hugging Face ids; and files that are made to be published."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors import safe_open
 
 from mfm_benchmarks.models import ModelSettings, Subject
 from mfm_lightning.alignment.target import TargetSettings
+from mfm_lightning.alignment.values import NetworkGradient
 from mfm_lightning.checkpoints import (
     CheckpointError,
     find_weights,
@@ -17,16 +20,20 @@ from mfm_lightning.checkpoints import (
     is_there,
     load_classifier,
     load_model,
+    load_value,
     read_metadata,
     save_model,
     shipped,
 )
 from mfm_lightning.commands.main import main, run
+from mfm_lightning.evaluation import MixtureEvaluation
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import MFMPretraining, RewardFinetuning
-from mfm_lightning.networks import DiT, ImageClassifier
+from mfm_lightning.networks import DiT, ImageClassifier, ValueDiT
 from mfm_lightning.networks.files import save_network
+from mfm_lightning.networks.results import measured_on
 from mfm_lightning.objectives import CheckpointTeacher, Objective, WeightedTerm
+from mfm_lightning.oracles import GaussianMixture
 
 OPTIONS = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
 
@@ -75,8 +82,13 @@ def test_a_name_is_that_of_the_package_until_a_file_hides_it(package, caplog):
         ("tiny/flow/x", "classifier", "no classifier at tiny/flow/x: did you mean tiny/flow"),
         ("other", "model", "no model at other: fit it"),
         ("outputs/x/model.safetensors", "model", "no model at outputs/x/model.safetensors: fit it"),
-        ("org/name", "model", "a checkpoint of org/name is not in Hugging Face's cache on this machine"),
-        ("hf:tiny/flow", "model", "a checkpoint of tiny/flow is not in Hugging Face's cache"),
+        ("runs/mfm", "model", "no model at runs/mfm: fit it.*a checkpoint of runs/mfm is not in Hugging Face's cache"),
+        ("tinny/flow", "model", r"did you mean tiny/flow\?.*a checkpoint of tinny/flow is not in Hugging Face's cache"),
+        (
+            "hf:tiny/flow",
+            "model",
+            "^no file at hf:tiny/flow, and a checkpoint of tiny/flow is not in Hugging Face's cache",
+        ),
     ],
 )
 def test_what_is_nowhere_is_said_in_a_line(package, tmp_path, monkeypatch, name, what, message):
@@ -85,6 +97,12 @@ def test_what_is_nowhere_is_said_in_a_line(package, tmp_path, monkeypatch, name,
         find_weights(name, what, "fit it")
     assert "\n" not in str(error.value)
     assert not is_there(name)
+
+
+def test_without_huggingface_hub_the_hint_is_said_too(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"no model at runs/mfm: fit it.*pip install huggingface-hub"):
+        find_weights("runs/mfm", hint="fit it")
 
 
 def test_a_repository_in_the_cache_is_loaded_by_its_id(package, tmp_path, monkeypatch):
@@ -114,6 +132,32 @@ def test_all_who_take_a_model_take_its_name(package):
         TargetSettings("tiny/flow", "brightness").load()
 
 
+def test_a_value_network_is_taken_by_its_name(package, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    torch.manual_seed(6)
+    network = ValueDiT(8, 4, 1, 16, 2, 2, num_classes=0)
+    save_network(network, package / "value.safetensors", {"kind": "value"})
+    Path("folder").mkdir()
+    save_network(network, "folder/model.safetensors", {"kind": "value"})
+    for name in ("tiny", "tiny/value", "folder"):
+        loaded = NetworkGradient(name).network
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), network.parameters(), strict=True))
+    with pytest.raises(FileNotFoundError, match="no value network at runs/value: fit it first"):
+        load_value("runs/value")
+
+
+def test_models_are_compared_by_their_names(package, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    caplog.set_level("INFO")
+    evaluation = MixtureEvaluation([0.3], 2, 4, compare={"a": "tiny", "b": "runs/other"})
+    module = SimpleNamespace(model=small(3), device=torch.device("cpu"))
+    found = evaluation._sources(module, GaussianMixture([[0.0]]))
+    assert "b-1" not in found
+    weight = found["a-1"][1].model.network.final_layer.linear.weight
+    assert torch.equal(weight, small(0).network.final_layer.linear.weight)
+    assert "not in the table, as not fitted yet: b (runs/other)" in caplog.messages
+
+
 def test_finetuning_starts_from_a_name(package):
     from mfm_lightning.networks import PixelDecoder
 
@@ -133,8 +177,7 @@ def test_samples_of_a_name_are_pictures(package):
 
 def test_a_published_file_has_16_bits_and_is_described(package, tmp_path):
     run_folder = tmp_path / "run"
-    (run_folder / "test").mkdir(parents=True)
-    (run_folder / "test/frechet.json").write_text(json.dumps([{"samples": "ODE", "Fréchet": 1.23456}]))
+    measure(small(2), run_folder / "test", "frechet", [{"samples": "ODE", "Fréchet": 1.23456}])
     file = save_model(small(2), run_folder / "model.safetensors", {"kind": "meta_flow_map", "step": "8000"})
     said = ["--data", "Noise of mine", "--licence", "MIT", "--decoder", "pixel", "--command", "mfm fit"]
     out = tmp_path / "published"
@@ -156,10 +199,41 @@ def test_a_published_file_has_16_bits_and_is_described(package, tmp_path):
     assert text.count(f"A Meta Flow Map: `DiT`, {number / 1e6:.2f} M parameters as BF16") == 2
     for line in ("- Data: Noise of mine", "- Licence: MIT", "8,000 steps", "| samples | Fréchet |", "| ODE | 1.235 |"):
         assert text.count(line) == 2
+    assert text.count("- Measured on: the weights before they were rounded to bf16") == 2
     run(["export", "tiny/flow", "--names", "own", "--output", str(out / "a.safetensors")])
     text = (out / "README.md").read_text()  # its section anew, the other as it was
     assert text.count("## a.safetensors") == text.count("| ODE | 1.235 |") == 1
     assert "A base flow: `DiT`" in text
+
+
+def measure(model, folder, name, rows):
+    """As `mfm test` of a model writes a table."""
+    with measured_on(model.network, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+
+
+def test_figures_of_other_weights_are_left_out_and_named(package, caplog):
+    folder, changed = Path("run/test"), small(2)
+    with torch.no_grad():
+        changed.network.final_layer.linear.weight[0, 0] += 1e-6
+    measure(small(2), folder, "own", [{"r": 1.0}])
+    measure(changed, folder, "others", [{"r": 2.0}])
+    measure(small(2), folder, "long", [{"r": 3.0}] * 41)
+    measure(small(2), folder, "edited", [{"r": 4.0}])
+    for name in ("edited", "unknown"):
+        (folder / f"{name}.json").write_text(json.dumps([{"r": 5.0}]))
+    file = save_model(small(2), "run/model.safetensors", {"kind": "meta_flow_map"})
+    run(["export", str(file), "--names", "own", "--output", "out/a.safetensors"])
+    assert json.loads(read_metadata("out/a.safetensors")["measured"]) == {"own": [{"r": 1.0}]}
+    (said,) = [message for message in caplog.messages if "left out" in message]
+    for part in ("others.json (measured on other weights", "long.json (41 rows", "edited.json (it is not noted",
+                 "unknown.json (it is not noted"):  # fmt: skip
+        assert part in said
+    assert " own.json" not in said
+    measure(changed, folder, "own", [{"r": 1.0}])  # the same table again, of other weights
+    run(["export", str(file), "--names", "own", "--output", "out/b.safetensors"])
+    assert "measured" not in read_metadata("out/b.safetensors")
 
 
 def test_a_weight_that_fp16_cannot_hold_is_refused_before_a_file_is_written(package):

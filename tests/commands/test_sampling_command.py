@@ -207,6 +207,24 @@ def test_latents_are_decoded_by_a_vae(tmp_path):
     assert pngs(tmp_path / "out").shape == (3, 16, 16, 3)
 
 
+def test_latents_by_channel_are_decoded_as_the_file_says(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    small_vae(tmp_path / "vae", blocks=2)
+    scale, shift = [0.5, 2.0, 1.0, 4.0], [1.0, 0.0, -1.0, 3.0]
+    model, said = MetaFlowMap(DiT(8, 4, 4, 16, 2, 2, 1, num_classes=3)), {"scale": scale, "shift": shift}
+    path = str(save_model(model, tmp_path / "latents.safetensors", {"latents": json.dumps(said)}))
+    arguments = [path, "--output", str(tmp_path / "out"), *SMALL, "--num-samples=3", "--decoder", str(tmp_path / "vae")]
+    with pytest.raises(ValueError, match=r"latents.safetensors was trained on latents that .*\(--scale, --shift\)"):
+        main(arguments)
+    main([*arguments, "--scale", *map(str, scale), "--shift", *map(str, shift)])
+    states = ModelSampler(steps=2)(model.eval(), torch.arange(3), SamplePlan(3).generators(range(3)))
+    z = states / torch.tensor(scale).reshape(4, 1, 1) + torch.tensor(shift).reshape(4, 1, 1)
+    with torch.no_grad():
+        decoded = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").decode(z).sample
+    expected = ((decoded + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
+    assert np.abs(pngs(tmp_path / "out") - expected).max() < 0.6
+
+
 def test_latents_have_the_vae_s_own_scale(tmp_path):
     """As in preparation; a scale that is given wins, and latents that are shifted are refused by both."""
     diffusers = pytest.importorskip("diffusers")

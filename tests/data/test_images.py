@@ -153,10 +153,28 @@ def test_captions_of_hugging_face_become_prompts(tmp_path, memory, workers):
     assert torch.cat([batch[1]["index"] for batch in numbered]).tolist() == list(range(6))
     with pytest.raises(ValueError, match=r"columns image, n, text, not 'txt': set caption"):
         _ = source(caption="txt").labels
-    with pytest.raises(ValueError, match=r"image 0 of .*set \(train\) has n 0, expected a text"):
-        source(caption="n").caption(0)
     with pytest.raises(ValueError, match="has no caption"):
         NpzImages("a.npz").caption(0)
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ([1, 2, 3], "text has int64, not a text each: set caption"),
+        ([["a"], ["b", "c"], []], r"text has List\(.*string.*\), not a text each"),
+        ([None, None, None], "text has null, not a text each"),
+        (["a", None, None], r"image 1 of .*set \(train\) has no text \(2 of 3 have none\)"),
+    ],
+)
+def test_captions_that_are_no_texts_are_refused_before_an_image_is_read(tmp_path, captions, message):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    rows = {"image": [{"bytes": b"none", "path": None}] * 3, "text": captions}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "set/train.parquet")
+    source = HuggingFaceImages(str(tmp_path / "set"), label=None, caption="text", cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=message) as error:
+        ImageDataModule(source, size=8, channels=1).setup("fit")
+    assert "\n" not in str(error.value)
 
 
 # -- pixels ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mfm_lightning.checkpoints import load_model
+from mfm_lightning.checkpoints import load_model, read_metadata
 from mfm_lightning.commands.main import run
 from mfm_lightning.data import LatentDataModule, WebDatasetDataModule
 from mfm_lightning.data.latent_files import LatentArrays, LatentFolder
@@ -177,11 +177,18 @@ def test_pictures_of_shifted_latents_are_those_of_the_latents(monkeypatch, tmp_p
     z = torch.rand(3, *SHAPE) - 0.5
     for scale, shift in (([0.25, 4.0], [3.0, -1.0]), (2.0, 0.7), ([2.0, 3.0], 0.0)):
         factor, moved = (torch.tensor(v).expand(2).reshape(2, 1, 1) for v in (scale, shift))
-        found = make(VAEDecoder(scale=1.0), scale=scale, shift=shift).decode((z - moved) * factor)
-        torch.testing.assert_close(found, (z + 1) / 2)
-        with pytest.raises(ValueError, match=r"decoder.scale must be given where latents are shifted"):
-            make(VAEDecoder(), scale=scale, shift=shift)
+        decoder = VAEDecoder(scale=scale, shift=shift)
+        for decode in (make(decoder, scale=scale, shift=shift).decode, decoder):  # and by itself, as in steering
+            torch.testing.assert_close(decode((z - moved) * factor), (z + 1) / 2)
+        for missing in ({}, {"scale": scale}, {"shift": shift}):
+            with pytest.raises(ValueError, match=r"the latents are shifted or scaled by channel: give decoder"):
+                make(VAEDecoder(**missing), scale=scale, shift=shift)
     torch.testing.assert_close(make(VAEDecoder(), scale=0.5).decode(z * 0.5), (z + 1) / 2)
+    with pytest.raises(ValueError, match=r"decoder.shift has 3 numbers, states have 2 channels"):
+        VAEDecoder(shift=[1.0, 2.0, 3.0])(z)
+    for wrong in ({"scale": [0.5, 0.0]}, {"scale": 0.0}, {"shift": float("nan")}):
+        with pytest.raises(ValueError, match="expected finite numbers"):
+            VAEDecoder(**wrong)
 
 
 def test_orders_of_bytes_and_damaged_compression(tmp_path):
@@ -342,6 +349,7 @@ def test_fit_resumes_exactly_and_runs_on_two_processes(tmp_path, monkeypatch):
         return load_model(f"{folder}/model.safetensors").network.state_dict()
 
     whole = fit("whole")
+    assert json.loads(read_metadata("whole/model.safetensors")["latents"]) == {"scale": 0.1, "shift": 0.0}
     fit("parts", "--trainer.max_steps=3")
     for name, weight in fit("parts", "--ckpt_path=last").items():
         torch.testing.assert_close(weight, whole[name], rtol=0, atol=0)

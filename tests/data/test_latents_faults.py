@@ -75,7 +75,7 @@ def test_a_corrupt_sample(folder, damage):
         batches = list(module.loader(length=12))  # two epochs
         seen = [numbers(batch) for batch in batches]
         assert [len(batch) for batch in seen] == [4] * 12
-        assert module.skipped == 2
+        assert module.skipped == 1  # in both epochs
         for epoch in (seen[:6], seen[6:]):
             assert {i for batch in epoch for i in batch} == set(range(24)) - {14}
         resumed = [
@@ -97,7 +97,7 @@ def test_a_truncated_shard(folder, caplog):
     seen = [i for batch in module.loader() for i in numbers(batch)]
     assert len(seen) == 24
     assert set(seen) == set(range(24)) - {8, 9, 10}
-    assert module.skipped >= 3  # what takes a place that runs into the next gap counts again
+    assert module.skipped == 3
     assert "the shard ends before it" in caplog.text
     assert "bytes instead of" in verified(folder)
     # cut while it is read, after it was looked at

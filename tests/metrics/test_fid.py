@@ -29,7 +29,7 @@ from mfm_lightning.metrics.fid import RunningStatistics, Statistics, measure_ima
 from mfm_lightning.metrics.frechet import frechet
 from mfm_lightning.metrics.inception import Inception, find_inception_weights
 from mfm_lightning.modules import MFMPretraining
-from mfm_lightning.networks import DiT
+from mfm_lightning.networks import DiT, VAEDecoder
 from mfm_lightning.objectives import Objective, WeightedTerm
 from mfm_lightning.sampling import ModelSampler, SamplePlan
 from mfm_lightning.utils.images import ImageSet, to_uint8
@@ -245,6 +245,9 @@ def test_several_processes_find_the_statistics_or_the_command_that_makes_them(we
     }
     strategy = SimpleNamespace(root_device=torch.device("cpu"), barrier=lambda name: None)
     trainer = SimpleNamespace(world_size=2, local_rank=0, is_global_zero=True, strategy=strategy)
+    shifted = SimpleNamespace(**vars(trainer), datamodule=SimpleNamespace(latents={"scale": 1.0, "shift": 0.5}))
+    with pytest.raises(ValueError, match=r"the latents are shifted or scaled by channel: give decoder.scale"):
+        SampleFID("none", **options, decoder=VAEDecoder("none")).setup(shifted, module, "fit")
     with pytest.raises(FileNotFoundError, match=r"are not kept yet: make them first, by `mfm fid --reference") as error:
         SampleFID(str(sets[0] / "real"), **options).setup(trainer, module, "fit")
     main([*shlex.split(str(error.value).split("`")[1])[2:], "--save-statistics", str(tmp_path / "real.npz")])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from mfm_lightning.callbacks import ExportModel
 from mfm_lightning.checkpoints import CheckpointError, load_classifier, load_model, read_metadata
 from mfm_lightning.commands.main import main, run
 from mfm_lightning.data import DigitsDataModule, NoiseDataModule
@@ -18,6 +20,9 @@ from mfm_lightning.metrics.frechet import Gaussian
 from mfm_lightning.modules import Classification, Optimization
 from mfm_lightning.networks import ImageClassifier
 from mfm_lightning.networks.files import save_network
+from tests.data.web_shards import image_shards
+from tests.distributed_parts import OddDigits
+from tests.processes import torchrun
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ["--data", "mfm_lightning.data.DigitsDataModule", "--data.batch_size", "64"]
@@ -65,6 +70,22 @@ def test_its_file_tells_class_names_and_the_accuracy_of_the_averaged_weights(fit
     for k, row in enumerate(rows[:-1]):
         right = (found[y == k] == k).float().mean().item()
         assert (row["images"], row["accuracy"]) == (int((y == k).sum()), pytest.approx(right))
+
+
+def test_figures_of_the_folder_are_taken_until_it_is_trained_on(fitted, tmp_path, caplog):
+    folder, arguments = shutil.copytree(fitted[0], tmp_path / "run"), [*fitted[1]]
+    arguments[arguments.index("--trainer.default_root_dir") + 1] = str(folder)
+
+    def published():
+        output = tmp_path / "out/a.safetensors"
+        run(["export", str(folder / "model.safetensors"), "--names", "own", "--output", str(output)])
+        return json.loads(read_metadata(output).get("measured", "{}"))
+
+    run(["test", *arguments])
+    assert published() == {"accuracy": json.loads((folder / "test/accuracy.json").read_text())}
+    run(["fit", *arguments, "--trainer.max_steps", "202", "--ckpt_path", "last", "--ema.decay", "0.9"])
+    assert not published()
+    assert any("accuracy.json (measured on other weights" in message for message in caplog.messages)
 
 
 def test_a_classifier_is_taken_for_nothing_else(fitted, tmp_path):
@@ -134,6 +155,63 @@ def test_a_resumed_run_augments_as_an_uninterrupted_one(tmp_path):
 def test_data_that_do_not_fit_are_refused(tmp_path, given, data, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, 2).fit(module(network=given), data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["OddDigits", "WebDatasetDataModule"])
+def test_two_ranks_count_every_test_image_once(tmp_path, kind):
+    """51 images of an array and 9 of shards: of both, each rank has as many, so that one would come twice."""
+    data = ["--data", "tests.distributed_parts.OddDigits"]
+    labels = OddDigits()
+    labels.setup()
+    labels = labels.splits["test"][1].tolist()
+    if kind != "OddDigits":
+        image_shards(tmp_path / "shards", [7, 1, 8, 3])
+        labels = [i % 3 for i in range(7, 16)]
+        data = ["--data", kind, "--data.urls", "shards/{000..003}.tar", "--data.val_urls", "shards/{001..002}.tar"]
+        data += ["--data.image", "png", "--data.channels", "1", "--data.num_workers", "0", "--data.num_classes", "3"]
+        data += ["--model.network.num_classes", "3"]
+    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--data.batch_size", "4"]
+    where = ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.enable_progress_bar", "false"]
+    arguments = ["--config", str(ROOT / "configs/mnist/classifier.yaml"), *data, *SMALL, *where, *ranks]
+    torchrun(tmp_path, 2, "fit", *arguments, "--trainer.max_steps=3", "--trainer.val_check_interval=3")
+    said = json.loads(read_metadata(tmp_path / "run/model.safetensors")["accuracy"])
+    assert said["images"] == len(labels)
+    torchrun(tmp_path, 2, "test", *arguments)
+    rows = json.loads((tmp_path / "run/test/accuracy.json").read_text())
+    assert [row["images"] for row in rows] == [*(labels.count(k) for k in range(len(rows) - 1)), len(labels)]
+    assert rows[-1] == said
+
+
+class Untested(L.LightningDataModule):
+    """Labelled images without a test set."""
+
+    state_shape, num_classes = (1, 8, 8), 10
+
+    def train_dataloader(self):
+        data = torch.utils.data.TensorDataset(torch.zeros(32, 1, 8, 8), torch.arange(32) % 10)
+        return torch.utils.data.DataLoader(data, batch_size=8)
+
+    def decode(self, x):
+        return x
+
+
+class TwoSets(Untested):
+    """With two test sets."""
+
+    def test_dataloader(self):
+        return [self.train_dataloader(), self.train_dataloader()]
+
+
+@pytest.mark.parametrize(("data", "images"), [(Untested(), None), (TwoSets(), 64)])
+def test_the_file_says_the_accuracy_where_there_are_test_images(tmp_path, caplog, data, images):
+    made = trainer(tmp_path, 2)
+    made.callbacks.append(ExportModel())
+    made.fit(module(), data)
+    header = read_metadata(tmp_path / "model.safetensors")
+    assert header["step"] == "2"
+    assert (json.loads(header["accuracy"])["images"] if "accuracy" in header else None) == images
+    assert any("no test images" in message for message in caplog.messages) == (images is None)
 
 
 def test_settings_that_do_not_fit_are_refused():
@@ -212,6 +290,11 @@ def test_evaluation_takes_its_file(fitted, tmp_path, monkeypatch, caplog):
     assert rows[0]["as labelled"] == pytest.approx(right / number)
     run(["test", "--config", "digits/flow", *where, *evaluation])
     assert any("features of the training images: from" in message for message in caplog.messages)
+    published = tmp_path / "out/a.safetensors"
+    run(["export", str(tmp_path / "model.safetensors"), "--names", "own", "--output", str(published)])
+    assert json.loads(read_metadata(published)["measured"]) == {
+        "frechet": json.loads((tmp_path / "test/frechet.json").read_text())
+    }
     nowhere = ["--model.evaluation.classifier", "nowhere.safetensors"]
     with pytest.raises(SystemExit, match=r"no classifier at nowhere\.safetensors"):
         main(["test", "--config", "digits/flow", *where, *nowhere])

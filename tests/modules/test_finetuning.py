@@ -1,5 +1,6 @@
 """Fine-tuning: its fixed point against a closed form, the normaliser, exact resume, adapters, and clear refusals."""
 
+import json
 import math
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import LogNormaliser, LowRank, Optimization, RewardFinetuning
 from mfm_lightning.modules.finetuning import DiffusionSchedule
 from mfm_lightning.networks import MLP, DiT
-from mfm_lightning.networks.decoders import PixelDecoder
+from mfm_lightning.networks.decoders import PixelDecoder, VAEDecoder
 from mfm_lightning.objectives import ConditionTimes, noised
 from mfm_lightning.objectives.finetuning import finetuning_target, tilt_by_reward_gradient, tilt_without_gradient
 from mfm_lightning.oracles import GaussianMixture
@@ -357,6 +358,19 @@ def test_adapters_are_all_that_is_trained_and_saved(tmp_path, images):
     assert (wanted - whole.base.drift(t, x, label=3)).abs().max() > 1e-3
     with pytest.raises(ValueError, match="no linear layer of DiT ends in 'query'"):
         RewardFinetuning(TargetSettings(images, "brightness", PixelDecoder()), adapters=LowRank(modules=("query",)))
+
+
+def test_latents_by_channel_are_decoded_as_the_models_file_says(tmp_path, images):
+    """As steering, values and fine-tuning load a target: by numbers, or not at all; a file made of it says the same."""
+    said = {"latents": json.dumps({"scale": [0.5], "shift": [3.0]})}
+    file = str(save_model(load_model(images), tmp_path / "latents.safetensors", said))
+    for given in ({}, {"scale": 0.5}, {"shift": 3.0}):
+        with pytest.raises(ValueError, match=r"was trained on latents that are shifted .*\[0.5\] and \[3.0\] if"):
+            TargetSettings(file, "brightness", VAEDecoder("none", **given)).load()
+    module = RewardFinetuning(TargetSettings(file, "brightness", VAEDecoder("none", scale=0.5, shift=3.0)))
+    assert module.exported_metadata() == said
+    plain = str(save_model(load_model(images), tmp_path / "a.safetensors", {"latents": '{"scale": 0.2, "shift": 0.0}'}))
+    assert TargetSettings(plain, "brightness", VAEDecoder("none")).load().model.metadata
 
 
 def test_what_does_not_fit_is_refused_before_training(tmp_path, images, vectors):

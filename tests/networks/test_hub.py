@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load
+from torch import nn
 
+from mfm_lightning.checkpoints import load_model
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks import MLP
+from mfm_lightning.networks import MLP, ImageClassifier
+from mfm_lightning.networks.files import CheckpointError, read_metadata, save_network
 
 
 @pytest.fixture
@@ -32,6 +35,51 @@ def test_a_folder_gives_back_the_model_and_what_was_said_of_it(tmp_path, model):
         assert line in card
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/README.md").read_text() == card
+
+
+FIGURES = {"step": "8", "accuracy": json.dumps({"accuracy": 0.5, "images": 10, "low": 0.2, "high": 0.8})}
+
+
+@pytest.mark.parametrize("load", [load_model, MetaFlowMap.from_pretrained])
+def test_what_a_file_says_of_its_weights_is_not_said_of_others(tmp_path, model, caplog, load):
+    model.save_pretrained(tmp_path / "first", {"kind": "base_flow", "data": "moons", **FIGURES})
+    loaded = load(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "same")
+    assert read_metadata(tmp_path / "same/model.safetensors").items() >= FIGURES.items()
+    assert not [message for message in caplog.messages if "left out" in message]
+    loaded.network.output.weight.data[0, 0] += 1e-6
+    loaded.save_pretrained(tmp_path / "changed")
+    (said,) = [message for message in caplog.messages if "left out" in message]
+    assert "(step, accuracy)" in said
+    header = read_metadata(tmp_path / "changed/model.safetensors")
+    assert (header["data"], header["kind"]) == ("moons", "base_flow")
+    assert not header.keys() & FIGURES.keys()
+    loaded.save_pretrained(tmp_path / "said", {"step": "9"})
+    assert read_metadata(tmp_path / "said/model.safetensors")["step"] == "9"
+
+
+@pytest.mark.parametrize("kind", ["classifier", None])
+def test_a_file_of_another_kind_is_refused_in_a_line_that_says_what_loads_it(tmp_path, kind):
+    said = {} if kind is None else {"kind": kind}
+    save_network(ImageClassifier(1, 3, 4, 1), tmp_path / "model.safetensors", said)
+    message = "holds a ImageClassifier: expected one of DiT, MLP, UNet; it is loaded by .*load_classifier$"
+    for loader in (MetaFlowMap.from_pretrained, load_model):
+        with pytest.raises(CheckpointError, match=message):
+            loader(tmp_path)
+
+
+class Linear(nn.Linear):
+    """A network of a user's own that is none for a Meta Flow Map."""
+
+    def __init__(self, width: int = 2) -> None:
+        super().__init__(width, width)
+        self.config = {"width": width}
+
+
+def test_a_network_that_is_none_for_a_flow_map_is_refused_in_a_line(tmp_path):
+    save_network(Linear(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no Meta Flow Map: a Linear has no state_shape"):
+        MetaFlowMap.from_pretrained(tmp_path)
 
 
 def test_what_is_pushed_is_what_is_saved(tmp_path, model, monkeypatch):

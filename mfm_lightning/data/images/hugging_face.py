@@ -29,7 +29,7 @@ class HuggingFaceImages(LabelledImages):
     Raises:
         ImportError: without the package `datasets`.
         FileNotFoundError: for what is no folder, without download.
-        ValueError: for a split or column that it does not have.
+        ValueError: for a split or column that it does not have, or captions that are not all texts.
     """
 
     def __init__(
@@ -68,7 +68,26 @@ class HuggingFaceImages(LabelledImages):
                 raise ValueError(
                     f"{self.path} has the columns {', '.join(found.column_names)}, not {column!r}: set {what}"
                 )
+        self._check_captions(found)
         return found.cast_column(self.image_column, datasets.Image(decode=False))  # decoded as all others here
+
+    def _check_captions(self, dataset: Any) -> None:
+        """Refuse a column of captions that are not all texts."""
+        if (column := self.caption_column) is None:
+            return
+        kind = getattr(dataset.features[column], "dtype", None)
+        if kind not in ("string", "large_string"):
+            raise ValueError(
+                f"{self.path}: {column} has {kind or dataset.features[column]}, not a text each: set caption to a "
+                "column of texts, or leave it out"
+            )
+        texts = dataset.with_format("arrow")[column][:]
+        if texts.null_count:
+            first = texts.is_null().index(True).as_py()
+            raise ValueError(
+                f"{self.place(first)} has no {column} ({texts.null_count} of {len(texts)} have none): expected a text "
+                "each, an empty one where there is none"
+            )
 
     def read_classes(self) -> tuple[np.ndarray, list[str]]:
         if self.label_column is None:
@@ -90,10 +109,7 @@ class HuggingFaceImages(LabelledImages):
         return self._dataset.select_columns([self.caption_column])  # the image is not read for it
 
     def caption(self, i: int) -> str:
-        found = self._captions[i][self.caption_column]
-        if not isinstance(found, str):
-            raise ValueError(f"{self.place(i)} has {self.caption_column} {found!r}, expected a text")
-        return found.strip()
+        return self._captions[i][self.caption_column].strip()
 
     def place(self, i: int) -> str:
         return f"image {i} of {self.path} ({self.split})"

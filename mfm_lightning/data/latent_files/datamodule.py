@@ -17,8 +17,7 @@ from mfm_lightning.data.indexed import IndexedBatches, IndexedDataModule, Sample
 from mfm_lightning.data.latent_files.opening import open_latents
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
-from mfm_lightning.data.latent_pictures import check_decoder, decoded
-from mfm_lightning.networks.decoders import Decoder
+from mfm_lightning.networks.decoders import Decoder, decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +128,8 @@ class LatentDataModule(IndexedDataModule):
     ) -> None:
         super().__init__(batch_size, seed)
         check_holds(holds)
-        check_decoder(decoder, scale, shift)
+        if decoder is not None:
+            decoder.check_latents(scale, shift, "the latents")
         if not 0 <= val_fraction < 1 or num_workers < 0 or seed < 0 or (num_classes or 0) < 0:
             raise ValueError(
                 f"val_fraction {val_fraction} must be in [0, 1); num_workers {num_workers}, seed {seed} and "
@@ -215,6 +215,11 @@ class LatentDataModule(IndexedDataModule):
     def place(self, row: int) -> str:
         return self.source.place(row)
 
+    @property
+    def latents(self) -> dict[str, Any]:
+        """How stored latents become states."""
+        return {"scale": self.scale, "shift": self.shift}
+
     def label_counts(self) -> dict[str, np.ndarray]:
         if self.source.labels is None:
             return {}
@@ -222,7 +227,7 @@ class LatentDataModule(IndexedDataModule):
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
-        return decoded(x, self.decoder, self.scale, self.shift)
+        return decoded(x, self.decoder)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

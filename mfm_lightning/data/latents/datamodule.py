@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
@@ -16,7 +15,8 @@ from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
 from mfm_lightning.data.latents.urls import join, local_path
-from mfm_lightning.networks.decoders import Decoder
+from mfm_lightning.data.skipped import Skipped
+from mfm_lightning.networks.decoders import Decoder, decoded
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class LatentShards(StepDataModule):
         few_shards: with fewer shards than ranks: "split" shares them out in parts, "error" refuses, "resample" draws
             shards for each rank with replacement (also where there is not one batch for each rank).
         corrupt: "raise" at a sample that is damaged or missing, or "skip" it: the next good one takes its place, so
-            that batches stay as long; `skipped` counts them.
+            that batches stay as long; `skipped` counts each once.
         scale: factor of the latents; the VAE's own (0.18215 for SD's) where None.
         decoder: for pictures, from latents to images.
         allow_pipe: run the command of a `pipe:` folder.
@@ -98,7 +98,7 @@ class LatentShards(StepDataModule):
         self.decoder, self._given_scale = decoder, scale
         self.reading = Reading(flip, 0.0, shuffle_buffer, corrupt, allow_pipe)
         self._parts: dict[str, tuple[str, LatentIndex]] | None = None
-        self._streams: list[LatentStream] = []
+        self._skipped = Skipped()
         self._random_access: LatentStream | None = None
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -118,8 +118,8 @@ class LatentShards(StepDataModule):
 
     @property
     def skipped(self) -> int:
-        """Corrupt samples skipped by this process and its workers so far."""
-        return sum(int(stream.skipped.sum()) for stream in self._streams)
+        """Corrupt samples skipped by this process and its workers so far, each counted once."""
+        return len(self._skipped)
 
     def _part(self, split: str) -> tuple[str, LatentIndex]:
         """Folder and shards of "train" or "val"; an index without shards where there is no validation."""
@@ -215,8 +215,7 @@ class LatentShards(StepDataModule):
             [len(r) for r in rows], self.batch_size, rank, world_size, lanes, self.seed, split == "train",
             self.few_shards,
         )  # fmt: skip
-        self._streams.append(LatentStream(index, folder, rows, plan, self.reading, start, length))
-        return self._streams[-1]
+        return LatentStream(index, folder, rows, plan, self.reading, start, length, self._skipped)
 
     def train_dataloader(self) -> LatentLoader:
         start, length = self.steps()
@@ -239,7 +238,6 @@ class LatentShards(StepDataModule):
 
     def origin(self, step: int) -> str:
         stream = self._stream("train", *self.rank(), self.num_workers, 0, None)
-        self._streams.pop()  # it reads nothing
         return f"of {', '.join(stream.shards_of(step))} in {self.folder}"
 
     def label_counts(self) -> dict[str, np.ndarray]:
@@ -249,10 +247,7 @@ class LatentShards(StepDataModule):
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
-        if self.decoder is None:
-            return x
-        with torch.no_grad():
-            return self.decoder(x)
+        return decoded(x, self.decoder)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

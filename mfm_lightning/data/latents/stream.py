@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from mfm_lightning.data.latents.batch_ring import BatchRing, as_it_is
 from mfm_lightning.data.latents.epoch_plan import EpochPlan
 from mfm_lightning.data.latents.index import LatentIndex
 from mfm_lightning.data.latents.shard_reader import CorruptSampleError, ShardReader
+from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.data.stream import StepLoader
 
-log = logging.getLogger(__name__)
 Corrupt = Literal["raise", "skip"]
-_WARNINGS = 10  # of corrupt samples, in each worker; all are counted
 PREFETCH = 3  # batches that a worker has ready
 _ROWS = 8  # latents that are drawn together
 
@@ -75,6 +73,7 @@ class LatentStream(IterableDataset):
         plan: the order.
         reading: how samples become batches.
         start, length: of the steps; in training a step's epoch is `step // plan.batches`.
+        skipped: counts corrupt samples.
     """
 
     def __init__(
@@ -86,15 +85,15 @@ class LatentStream(IterableDataset):
         reading: Reading,
         start: int = 0,
         length: int | None = None,
+        skipped: Skipped | None = None,
     ) -> None:
         self.index, self.folder, self.rows, self.plan, self.reading = index, folder, rows, plan, reading
         self.start, self.length = start, plan.batches if length is None else length
-        self.skipped = torch.zeros(plan.lanes, dtype=torch.long).share_memory_()  # by worker
+        self.skipped = Skipped() if skipped is None else skipped
         self._reader: ShardReader | None = None
         self._block: _Block | None = None
         self.ring: BatchRing | None = None
         self._buffer = np.empty((0, index.layout.stride), dtype=np.uint8)
-        self._warned = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | tuple[int, int, int]]:
         """Batches; in a worker, places of its ring, where the batches are."""
@@ -201,7 +200,8 @@ class LatentStream(IterableDataset):
     def _replace(self, block: _Block, picked: np.ndarray, i: int) -> np.ndarray:
         """`picked` with the next good sample in place of its i-th, which is corrupt: counted, or raised."""
         n, at = len(block.order), int(picked[i])
-        message = f"{self._name(block, at)}: {block.wrong.get(at, 'its moments are not finite')}"
+        name = self._name(block, at)
+        message = f"{name}: {block.wrong.get(at, 'its moments are not finite')}"
         if self.reading.corrupt == "raise":
             raise CorruptSampleError(
                 f"{message}; mfm prepare-latents --verify finds all such, corrupt: skip goes on without them"
@@ -209,11 +209,7 @@ class LatentStream(IterableDataset):
         good = next(((at + k) % n for k in range(1, n) if (at + k) % n not in block.wrong), None)
         if good is None:
             raise CorruptSampleError(f"{message}; all that were read with it are corrupt too")
-        worker = get_worker_info()
-        self.skipped[0 if worker is None else worker.id] += 1
-        self._warned += 1
-        if self._warned <= _WARNINGS:
-            log.warning("skipped: %s%s", message, "; further ones are only counted" * (self._warned == _WARNINGS))
+        self.skipped.add(name, message)
         picked = picked.copy()
         picked[i] = good
         return picked

@@ -15,12 +15,12 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
 from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
-from mfm_lightning.data.latent_pictures import check_decoder, decoded
+from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
 from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.data.web.samples import SampleReader, count_labels
 from mfm_lightning.data.web.shards import Corrupt, Faults, Rank, expand_urls, named, of_worker, pipeline
-from mfm_lightning.networks.decoders import Decoder
+from mfm_lightning.networks.decoders import Decoder, decoded
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class WebDatasetDataModule(StepDataModule):
         resampled: draw shards with replacement, for each rank by itself; with fewer shards than ranks.
         shuffle_buffer: samples that are shuffled with each other in each worker.
         num_workers: processes that read, for each device; 0: the training process itself.
-        corrupt: "raise" at a sample or shard that is damaged, or "skip" it; `skipped` counts them.
+        corrupt: "raise" at a sample or shard that is damaged, or "skip" it; `skipped` counts each once.
         allow_pipe: run the commands of `pipe:` URLs.
         seed: of order and draws.
 
@@ -108,7 +108,8 @@ class WebDatasetDataModule(StepDataModule):
         if num_classes == 0 and label is not None:
             raise ValueError(f"num_classes 0 with label {label}: set label: null, or leave num_classes out")
         check_holds(holds)
-        check_decoder(decoder, scale or 1.0, shift)
+        if decoder is not None and latent is not None:
+            decoder.check_latents(scale or 1.0, shift, "the latents")
         if channels not in (None, 1, 3):
             raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
         for name, value, least in (
@@ -128,7 +129,7 @@ class WebDatasetDataModule(StepDataModule):
         self.given_classes, self.given_samples = num_classes, num_samples
         self.resampled, self.shuffle_buffer, self.num_workers = resampled, shuffle_buffer, num_workers
         self.corrupt: Corrupt = corrupt
-        self._faults: list[Faults] = []
+        self._skipped = Skipped()
         self._stream: WebStream | None = None
         self._walk: tuple[int, Iterator[Batch]] | None = None
 
@@ -152,17 +153,16 @@ class WebDatasetDataModule(StepDataModule):
 
     @property
     def skipped(self) -> int:
-        """Corrupt samples and shards skipped by this process and its workers so far."""
-        return sum(int(faults.skipped.sum()) for faults in self._faults)
+        """Corrupt samples and shards skipped by this process and its workers so far, each counted once."""
+        return len(self._skipped)
 
     @cached_property
     def form(self) -> PixelForm | LatentForm:
-        """What all samples are made to be, by the first one."""
-        if not self.is_latent and self.size is not None and self.channels is not None:
-            return PixelForm(self.size, self.channels, True, True)
-        faults = Faults(self.corrupt)
+        """What all samples are made to be, by the first one, whose label and caption are looked at, too."""
+        faults = self._faults()
         for sample in pipeline(self.urls, faults, of_worker):
             try:
+                self.fields.check(sample)
                 if not self.is_latent:
                     return PixelForm.of_image(*self.fields.image(sample), self.size, self.channels)
                 return LatentForm.of(*self.fields.array(sample), self.holds, self.scale or 0.0, self.shift)
@@ -173,7 +173,7 @@ class WebDatasetDataModule(StepDataModule):
     @cached_property
     def counts(self) -> np.ndarray:
         """Samples of each label, `(classes,)`; of samples without labels their number, `(1,)`."""
-        found = count_labels(self.urls, self.fields, Faults(self.corrupt))
+        found = count_labels(self.urls, self.fields, self._faults())
         classes = len(found) if self.fields.label is not None else self.given_classes or 0
         log.info(
             "%d shards read once: num_samples: %d, num_classes: %d; give both to begin at once",
@@ -181,9 +181,8 @@ class WebDatasetDataModule(StepDataModule):
         )  # fmt: skip
         return found
 
-    def _new_faults(self, workers: int = 0) -> Faults:
-        self._faults.append(Faults(self.corrupt, workers))
-        return self._faults[-1]
+    def _faults(self) -> Faults:
+        return Faults(self.corrupt, self._skipped)
 
     def teardown(self, stage: str) -> None:
         if self.skipped:
@@ -214,7 +213,7 @@ class WebDatasetDataModule(StepDataModule):
                 "lower batch_size, or set resampled: true"
             )
         return Epochs(
-            self.urls, self.reader(self.mirror), self._new_faults(workers), self.batch_size, max(1, batches),
+            self.urls, self.reader(self.mirror), self._faults(), self.batch_size, max(1, batches),
             self.shuffle_buffer, Rank(rank, world_size), self.resampled, self.seed,
         )  # fmt: skip
 
@@ -249,9 +248,10 @@ class WebDatasetDataModule(StepDataModule):
     def held_out(self, rank: int = 0, world_size: int = 1) -> HeldOutLoader:
         """Validation batches of a rank."""
         urls, workers = self.val_urls or [], min(self.num_workers, len(self.val_urls or []))
-        faults = self._new_faults(workers)
         ours = Rank(rank, world_size)
-        return HeldOutLoader(Epochs(urls, self.reader(), faults, self.batch_size, 1, 1, ours, False, 0), workers)
+        return HeldOutLoader(
+            Epochs(urls, self.reader(), self._faults(), self.batch_size, 1, 1, ours, False, 0), workers
+        )
 
     def test_dataloader(self) -> HeldOutLoader | list:
         return self.val_dataloader()
@@ -271,6 +271,11 @@ class WebDatasetDataModule(StepDataModule):
         self._walk = step + 1, self._walk[1]
         return batch
 
+    @property
+    def latents(self) -> dict[str, Any]:
+        """How stored latents become states, where these are latents."""
+        return {"scale": self.scale, "shift": self.shift} if self.is_latent else {}
+
     def label_counts(self) -> dict[str, np.ndarray]:
         if self.fields.label is None or (self.given_classes is not None and self.given_samples is not None):
             return {}
@@ -280,7 +285,7 @@ class WebDatasetDataModule(StepDataModule):
         """States to images in [0, 1]; latents by the decoder, as they are without one."""
         if not self.is_latent:
             return to_images(x)
-        return decoded(x, self.decoder, self.scale or 1.0, self.shift)
+        return decoded(x, self.decoder)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mfm_lightning.data.class_folders import MOST_CLASSES
 from mfm_lightning.data.latent_form import native
+from mfm_lightning.data.web.shards import CUT, CutSampleError
 from mfm_lightning.utils.decoding import decode
 
 
@@ -33,6 +34,18 @@ class Fields:
     label: str | None = None
     caption: str | None = None
     num_classes: int | None = None
+
+    def check(self, sample: Mapping[str, Any]) -> int:
+        """The label of a sample that has all that is asked for; the image or array is not read.
+
+        Raises:
+            ValueError: as `label_of` and `caption_of`, or if there is no image or array.
+        """
+        label = self.label_of(sample)
+        if self.caption is not None:
+            self.caption_of(sample)
+        _first(sample, self.state)
+        return label
 
     def image(self, sample: Mapping[str, Any]) -> tuple[Image.Image, str]:
         """The image as `decode` gives it, and where it is; raises as that."""
@@ -109,9 +122,8 @@ def _first(sample: Mapping[str, Any], endings: str) -> tuple[str, bytes]:
         if name in sample:
             return name, sample[name]
     there = ", ".join(name for name in sample if not name.startswith("__")) or "nothing"
-    raise ValueError(
-        f"{_place(sample)} has {there}, expected {' or '.join(wanted)}: name the file's ending in the config"
-    )
+    kind = CutSampleError if CUT in sample else ValueError
+    raise kind(f"{_place(sample)} has {there}, expected {' or '.join(wanted)}: name the file's ending in the config")
 
 
 def _place(sample: Mapping[str, Any]) -> str:

@@ -61,17 +61,14 @@ def count_labels(urls: Sequence[str], fields: Fields, faults: Faults) -> np.ndar
     """Samples of each label, `(classes,)`, by reading all shards; of samples without labels their number.
 
     Raises:
-        ValueError: if there is none that can be used; as `Fields.label_of` and `Fields.caption_of`, where `faults`
-            raises.
+        ValueError: if there is none that can be used; as `Fields.check`, where `faults` raises.
     """
     labels = []
     for url in track(urls, lambda url: f"counting samples of {url}"):
         for sample in pipeline([url], faults, of_worker):
             try:
-                label = 0 if fields.label is None else fields.label_of(sample)
-                if fields.caption is not None:
-                    fields.caption_of(sample)
-                labels.append(label)
+                label = fields.check(sample)
+                labels.append(0 if fields.label is None else label)
             except ValueError as error:
                 faults(error)
     if not labels:

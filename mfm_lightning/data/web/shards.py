@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import tarfile as tars
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,20 +12,32 @@ from functools import partial
 from random import Random
 from typing import Any, Literal
 
-import torch
 from torch.utils.data import get_worker_info
 
 from mfm_lightning.data.latents.urls import check_url, from_webdataset, local_path
+from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.utils.image_files import check_tar
 from mfm_lightning.utils.tar import tar_files
 
-log = logging.getLogger(__name__)
 Corrupt = Literal["raise", "skip"]
-_WARNINGS = 10  # of corrupt samples, in each worker; all are counted
+CUT = "__cut__"  # ending of a file that stands for all that a sample lacks because its shard is cut off within it
 
 
 class ShardError(ValueError):
-    """A shard that cannot be read to its end."""
+    """A shard that cannot be read to its end.
+
+    Args:
+        url: of the shard.
+        why: what is wrong.
+    """
+
+    def __init__(self, url: str, why: str) -> None:
+        super().__init__(f"shard {url} {why}")
+        self.url = url
+
+
+class CutSampleError(ValueError):
+    """A sample that lacks files because its shard is cut off within it; the shard is counted."""
 
 
 class Faults:
@@ -34,24 +45,20 @@ class Faults:
 
     Args:
         corrupt: "raise" or "skip".
-        workers: processes that count.
+        skipped: counts.
     """
 
-    def __init__(self, corrupt: Corrupt, workers: int = 0) -> None:
+    def __init__(self, corrupt: Corrupt, skipped: Skipped) -> None:
         self.corrupt: Corrupt = corrupt
-        self.skipped = torch.zeros(max(1, workers), dtype=torch.long).share_memory_()  # by worker
-        self._warned = 0
+        self.skipped = skipped
 
     def __call__(self, error: Exception) -> bool:
         """True where webdataset goes on with the next sample or shard."""
         if self.corrupt == "raise" or not isinstance(error, ValueError):
             raise _one_line(error)
-        worker = get_worker_info()
-        self.skipped[0 if worker is None else worker.id] += 1
-        self._warned += 1
-        if self._warned <= _WARNINGS:
-            more = "; further ones are only counted" * (self._warned == _WARNINGS)
-            log.warning("skipped: %s%s", _one_line(error), more)
+        if not isinstance(error, CutSampleError):
+            message = str(_one_line(error))  # of a sample the same each time; of a shard, as a connection may be
+            self.skipped.add(error.url if isinstance(error, ShardError) else message, message)
         return True
 
 
@@ -127,26 +134,33 @@ def pipeline(urls: Sequence[str], faults: Faults, *stages: Callable[[Iterator[An
 
 def _files(shards: Iterator[dict[str, Any]], faults: Faults) -> Iterator[dict[str, Any]]:
     """In place of webdataset's `tar_file_expander`, which takes a damaged header for the end of a shard."""
+    from webdataset.tariterators import base_plus_ext
+
     for shard in shards:
-        url, files = shard["url"], 0
+        url, files, name = shard["url"], 0, ""
         try:
             with closing(shard["stream"]) as stream:
                 for file in tar_files(stream, url):
-                    files += 1
+                    files, name = files + 1, file["fname"]
                     yield file
         except (tars.TarError, OSError, EOFError, zlib.error) as error:
-            faults(ShardError(f"shard {url} cannot be read after {files} files: {error}"))
+            faults(ShardError(url, f"cannot be read after {files} files: {error}"))
+            prefix, _ = base_plus_ext(name)
+            if prefix is not None:
+                yield {"fname": f"{prefix}.{CUT}", "data": b"", "__url__": url}
         yield {}  # the end of a shard: samples of two are not joined
 
 
 def _not_opened(faults: Faults, error: Exception) -> bool:
     *_, url = error.args  # which webdataset adds
-    return faults(ShardError(f"shard {url} cannot be opened: {getattr(error, 'strerror', None) or error}"))
+    return faults(ShardError(url, f"cannot be opened: {getattr(error, 'strerror', None) or error}"))
 
 
 def _one_line(error: Exception) -> Exception:
     """Without what webdataset adds to a ValueError's arguments."""
-    return type(error)(str(error.args[0])) if isinstance(error, ValueError) and len(error.args) > 1 else error
+    if isinstance(error, ValueError) and len(error.args) > 1:
+        error.args = (str(error.args[0]),)
+    return error
 
 
 def expand_urls(given: str | Sequence[str], allow_pipe: bool = False) -> list[str]:
