@@ -32,21 +32,30 @@ def sample(
     batch_size: int = 64,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str = "auto",
+    prompts: str | None = None,
+    images_per_prompt: int = 1,
+    layout: Literal["flat", "geneval", "compbench", "unigenbench"] = "flat",
+    negative: str | None = None,
+    image_size: int | None = None,
+    torch_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
 ) -> None:
     """Write samples of a model.
 
     Under torchrun or srun the processes share them; the same command goes on with what a killed one has left.
 
     Args:
-        model: a model.safetensors, a name such as mnist (which comes with the package), or a Hugging Face id.
+        model: a model.safetensors, a name such as mnist (which comes with the package), or a Hugging Face id; with
+            prompts, a text-to-image flow: a folder of diffusers, or an id.
         output: folder to write to.
         format: of the files.
         num_samples: in all; 50,000 is what the paper takes for FID.
         labels: classes, in turn, such as 281,282; all classes if left out.
         sampler: by the kind of model if left out.
-        steps: K refinements or flow-map steps (4 if left out), or ODE steps (250).
+        steps: K refinements or flow-map steps (4 if left out), or ODE steps (250); with prompts, on the scheduler's
+            times (28).
         method: of the ODE.
-        guidance: class-guidance scale that the network knows.
+        guidance: class-guidance scale that the network knows; with prompts, as the pipeline takes it (its own if left
+            out).
         decoder: "pixel" (states in [-1, 1]), or a VAE's folder or Hugging Face id; what the model's file says, else
             pixel, if left out.
         scale: factor of a VAE's latents, or one for each channel; its own if left out.
@@ -56,11 +65,38 @@ def sample(
         batch_size: samples drawn at once by each process.
         precision: of the network.
         device: auto, cpu, cuda, cuda:1, ...
+        prompts: file of prompts (.txt, .jsonl, .csv, .tsv, .parquet), for a text-to-image flow; a line for each image
+            is written to lines_RANK.jsonl.
+        images_per_prompt: with prompts.
+        layout: with prompts, names of the files, as these evaluators read them.
+        negative: with prompts, a negative prompt of all images; the pipeline's own if left out.
+        image_size: with prompts, pixels of a side; the pipeline's own if left out.
+        torch_dtype: with prompts, floating type of the flow.
 
     Raises:
         FileNotFoundError: if the model or the decoder is not there.
         ValueError: if settings do not fit the model, or the folder has samples of other settings.
     """
+    of_labels = {
+        "format": (format, "png"), "num-samples": (num_samples, 50_000), "labels": (labels, None),
+        "sampler": (sampler, None), "method": (method, "euler"), "decoder": (decoder, None), "scale": (scale, None),
+        "shift": (shift, None), "precision": (precision, "fp32"),
+    }  # fmt: skip
+    of_prompts = {
+        "images-per-prompt": (images_per_prompt, 1), "layout": (layout, "flat"), "negative": (negative, None),
+        "image-size": (image_size, None), "torch-dtype": (torch_dtype, "bfloat16"),
+    }  # fmt: skip
+    idle = [name for name, (given, usual) in (of_labels if prompts else of_prompts).items() if given != usual]
+    if idle:
+        raise ValueError(f"--{idle[0]} is {'not for' if prompts else 'for'} a text-to-image flow with --prompts")
+    if prompts:
+        from mfm_lightning.commands.sample_prompts import sample_prompts
+
+        sample_prompts(
+            model, prompts, output, images_per_prompt, layout, image_size, torch_dtype, steps or 28, guidance, negative,
+            seed, min(batch_size, 8), allow_download, device,
+        )  # fmt: skip
+        return
     from mfm_lightning.checkpoints import find_weights, fingerprint, load_model, read_metadata
     from mfm_lightning.networks.decoders import check_decoder
     from mfm_lightning.sampling import OUTPUTS, ModelSampler, SamplePlan, sample_files

@@ -96,7 +96,8 @@ def _seed(value: Any, where: str) -> int | None:
     if value is None or value == "" or value != value:  # empty, in its kind of file
         return None
     try:
-        number = int(value)
+        text = str(value)
+        number = int(text) if text.isdigit() else int(float(text))  # a column with gaps is one of decimal numbers
         if number < 0 or number != float(value):
             raise ValueError
     except (TypeError, ValueError) as error:

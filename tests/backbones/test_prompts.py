@@ -11,6 +11,7 @@ from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.samplers import integrate
 from tests.backbones import encoders, tiny
+from tests.backbones.fast import frozen  # noqa: F401
 
 PROMPTS = ["a red cat", "the blue dog on the mat"]
 FAMILIES = {
