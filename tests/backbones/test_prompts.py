@@ -1,11 +1,14 @@
 """Prompts through real tokenizers and text encoders; pipelines from folders; kept embeddings; what is refused."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from mfm_lightning import backbones
 from mfm_lightning.backbones import FluxFlow, Lumina2Flow, QwenImageFlow, SanaFlow, SD3Flow, load_flow
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.conditions import Conditions
@@ -159,3 +162,28 @@ def test_pipelines_that_are_no_flows_are_refused(tmp_path):
     epsilon = tiny.diffusers.DDIMScheduler(prediction_type="epsilon")
     with pytest.raises(ValueError, match=r"is no flow: its DDIMScheduler takes predictions of type 'epsilon'"):
         SD3Flow(tiny.sd3(epsilon))
+
+
+def test_the_guides_lines_run(tmp_path):
+    """docs/text_to_image.md, with a tiny pipeline for the real one, and fewer steps."""
+    tiny.flux(**encoders.of_flux(tmp_path / "words")).save_pretrained(tmp_path / "pipe")
+    text = (Path(__file__).parents[2] / "docs/text_to_image.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for real, small in (
+        ('"black-forest-labs/FLUX.1-dev", 1024', f'"{tmp_path / "pipe"}", 16'),
+        ('.to("cuda")', ""),
+        (', device="cuda"', ""),
+        ("TimeGrid(28", "TimeGrid(3"),
+    ):
+        assert real in code
+        code = code.replace(real, small)
+    found = {}
+    exec(code, found)
+    assert found["result"].images.shape == (2, 3, 16, 16)
+    # the guide's table says what the flows do
+    for family, usual in (("SD3Flow", 7.0), ("FluxFlow", 3.5), ("SanaFlow", 4.5), ("Lumina2Flow", 4.0), ("ZImageFlow", 6.0)):  # fmt: skip  # noqa: E501
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{family}`")]
+        build = {"SD3Flow": tiny.sd3, "FluxFlow": tiny.flux, "SanaFlow": tiny.sana, "Lumina2Flow": tiny.lumina2}
+        flow = getattr(backbones, family)(build.get(family, tiny.z_image)(), image_size=64)
+        assert flow.usual_guidance == usual
+        assert row.split("|")[2].strip().startswith(f"{usual:g}")
