@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.method import AlignmentMethod, one_of, positive, with_particles
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
@@ -63,6 +64,8 @@ class Search(AlignmentMethod):
 def search(target: Target, x0: Tensor, method: Search | None = None, generator: Generators = None) -> AlignmentResult:
     """The best draw of each sample seen at any time; what a `Search` does when it is called.
 
+    It is a look-ahead, and so the result's `best_states` too.
+
     Args:
         x0: noise `(B, *shape)` of each sample's first particle; the others' is drawn.
         method: the settings; `Search()` where None.
@@ -79,22 +82,21 @@ def search(target: Target, x0: Tensor, method: Search | None = None, generator: 
         stochastic=method.stochastic,
     )  # fmt: skip
     posterior = method.posterior or FlowMapPosterior()
-    best, best_reward = x0.clone(), x0.new_full((B,), -torch.inf, dtype=torch.float32)
+    best = Best(x0)
     rows, each, of_particles = torch.arange(B, device=x.device), torch.arange(M, device=x.device), target.expand(x)
     for k, now in enumerate(times):
-        with run.step(k, len(times), now, best):
+        with run.step(k, len(times), now, best.states):
             x1 = posterior(of_particles, now, x, randn((len(x), N, *shape), x, generator))
             r = of_particles.rewards(x1.flatten(0, 1)).reshape(B, M, N)
         x1 = x1.reshape(B, M, N, *shape)
         own = x1[rows[:, None], each, r.argmax(dim=2)]  # (B, M, *shape)
         top, which = r.flatten(1).max(dim=1)
         overall = x1.flatten(1, 2)[rows, which]
-        better = top > best_reward
-        best[better], best_reward[better] = overall[better], top[better]
-        run.note(now, best_reward=best_reward / target.reward_scale, mean_reward=r / target.reward_scale)
+        best.update(overall[:, None], top[:, None])
+        run.note(now, best_reward=best.rewards / target.reward_scale, mean_reward=r / target.reward_scale)
         if k + 1 < len(times):
             chosen = overall[:, None].expand(B, M, *shape) if method.selection == "overall" else own
             chosen, t = chosen.reshape(x.shape), expand(as_times(now, x), x)
             noise = randn(x.shape, x, generator) if method.stochastic else (x - t * chosen) / (1 - t)
             x = interpolate(as_times(times[k + 1], x), noise, chosen)
-    return run.finish(best)
+    return run.finish(best.states, best=best)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.method import (
     AlignmentMethod,
     TimeGrid,
@@ -35,6 +36,7 @@ from mfm_lightning.alignment.values import (
     ValueEstimator,
     effective_sample_size,
     log_mean_exp,
+    require_lookahead,
 )
 from mfm_lightning.interpolant import Generators, as_times, diffusion, rand, randn
 from mfm_lightning.samplers import euler_maruyama
@@ -81,9 +83,11 @@ class ParticleMethod(AlignmentMethod):
         keep: what is returned of each sample: "sample", one particle drawn by weight; "best", the one of highest
             reward (biased upwards); "all", M particles, resampled by weight, `(B*M, *shape)`.
         max_diffusion: clamp of sigma^2/2 near t=0.
+        return_best: report also the best clean state of each sample that was scored, by the estimate of the value or at
+            the end (`AlignmentResult`'s `best_states`). It takes no further evaluations, and leaves all else as it is.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range; for `return_best` where the estimate scores no clean states.
     """
 
     num_particles: int = 8
@@ -91,6 +95,7 @@ class ParticleMethod(AlignmentMethod):
     ess_threshold: float = 0.5
     keep: str = "sample"
     max_diffusion: float = 25.0
+    return_best: bool = False
 
     def __post_init__(self) -> None:
         positive(num_particles=self.num_particles)
@@ -100,6 +105,8 @@ class ParticleMethod(AlignmentMethod):
             raise ValueError(f"ess_threshold {self.ess_threshold} must be in [0, 1]")
         if self.grid.end != 1:
             raise ValueError(f"the grid of a particle method must end at 1, got {self.grid.end}")
+        if self.return_best:
+            require_lookahead(self.estimate)
 
     @property
     @abstractmethod
@@ -256,11 +263,14 @@ def sequential_monte_carlo(
     run = Run(target, **{**method.describe(), **described})
     with run.step(0, K, pairs[0][0], x):
         estimate = value(of_particles, pairs[0][0], x, generator)
+    best = Best(x0) if method.return_best else None
     log_weights, log_normaliser = estimate.value.reshape(B, M), x.new_zeros(B, dtype=torch.float32)
     for k, (now, then) in enumerate(pairs):
         ess = effective_sample_size(log_weights)
         poor = ess < method.ess_threshold * M * (1 + 1e-6)
         run.note(now, value=estimate.value, ess=ess, resampled=poor)
+        if best is not None and estimate.best is not None:
+            best.merge(estimate.best)
         if poor.any():
             flat = _resampled(log_weights, poor, generator)
             x, estimate = x[flat], _take(estimate, flat)
@@ -276,9 +286,11 @@ def sequential_monte_carlo(
                 estimate = Estimate(None, reward, torch.ones_like(reward))
         log_weights = log_weights + (estimate.value - before + log_ratio).reshape(B, M)
     run.note(1.0, value=estimate.value, ess=effective_sample_size(log_weights))
+    if best is not None:  # the particles at 1 are scored too
+        best.update(x.reshape(B, M, *x0.shape[1:]), estimate.value.reshape(B, M))
     kept = _kept(method.keep, log_weights, estimate.value.reshape(B, M), generator)
     chosen = x.reshape(B, M, *x0.shape[1:])[torch.arange(B, device=x.device)[:, None], kept].flatten(0, 1)
-    return run.finish(chosen, log_normaliser + log_mean_exp(log_weights))
+    return run.finish(chosen, log_normaliser + log_mean_exp(log_weights), best)
 
 
 def _resampled(log_weights: Tensor, poor: Tensor, generator: Generators) -> Tensor:
@@ -307,4 +319,4 @@ def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generators
 
 def _take(estimate: Estimate, index: Tensor) -> Estimate:
     parts = {f.name: getattr(estimate, f.name) for f in fields(estimate)}
-    return replace(estimate, **{k: v[index] for k, v in parts.items() if v is not None})
+    return replace(estimate, **{k: v[index] for k, v in parts.items() if isinstance(v, Tensor)}, best=None)

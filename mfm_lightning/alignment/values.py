@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import Target
@@ -36,6 +37,7 @@ class Estimate:
         value: of V, `(B,)`.
         ess: effective number of draws, `(B,)`, in 1..N.
         drift: b_t(x), `(B, *shape)`, where the estimator had to compute it anyway.
+        best: of the clean states that were scored for each state; None from an estimator that scores none.
     """
 
     gradient: Tensor | None
@@ -43,12 +45,19 @@ class Estimate:
     ess: Tensor
     drift: Tensor | None = None
     steering: Tensor | None = None
+    best: Best | None = None
 
 
 class ValueEstimator(ABC):
-    """Estimates V at states; what gives no gradient of V needs none of the reward."""
+    """Estimates V at states; what gives no gradient of V needs none of the reward.
+
+    Attributes:
+        needs_reward_gradient: a black-box reward is refused before any work.
+        looks_ahead: its estimates have a `best`: it scores clean states.
+    """
 
     needs_reward_gradient: bool = False
+    looks_ahead: bool = False
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate: ...
@@ -56,6 +65,15 @@ class ValueEstimator(ABC):
 
 class GradientEstimator(ValueEstimator):
     """Estimates V and its gradient. `needs_reward_gradient`: refused before any work with a black-box reward."""
+
+
+def require_lookahead(estimator: ValueEstimator) -> None:
+    """Raise ValueError unless an estimator scores clean states, of which the best can be returned."""
+    if not estimator.looks_ahead:
+        raise ValueError(
+            f"return_best: a {type(estimator).__name__} scores no clean states: leave return_best out, or use an "
+            "estimator that does (DrawGradient, DrawGradientFree, DrawValue, DPSGradient, DenoisedValue)"
+        )
 
 
 def log_mean_exp(rewards: Tensor, dim: int = -1) -> Tensor:
@@ -113,26 +131,32 @@ class DrawValue(Draws, ValueEstimator):
     """V from posterior draws: log (1/N sum_i e^{r(x1_i)}), x1_i drawn from p_{1|t}(. | x) (paper, section 4)."""
 
     num_draws: int = 4
+    looks_ahead = True
 
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        noise, t = self.noise(x, generator), as_times(t, x)
+        noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         for part, rows, draws in self.chunks(target, x):
             x1 = self.draw(part, t[rows], x[rows], noise[rows, draws])
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
-        return Estimate(None, log_mean_exp(rewards), effective_sample_size(rewards))
+            best.update(x1, rewards[rows, draws], rows)
+        return Estimate(None, log_mean_exp(rewards), effective_sample_size(rewards), best=best)
 
 
 class DenoisedValue(ValueEstimator):
     """r(D_t(x)): the posterior replaced by its mean; no gradient is taken. What Feynman-Kac steering is used with."""
 
+    looks_ahead = True
+
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        t = as_times(t, x)
+        t, best = as_times(t, x), Best(x)
         drift = target.drift(t, x)
-        value = target.rewards(denoiser(t, x, drift))
-        return Estimate(None, value, torch.ones_like(value), drift)
+        denoised = denoiser(t, x, drift)
+        value = target.rewards(denoised)
+        best.update(denoised[:, None], value[:, None])
+        return Estimate(None, value, torch.ones_like(value), drift, best=best)
 
 
 @dataclass
@@ -147,9 +171,10 @@ class DrawGradient(Draws, GradientEstimator):
     """
 
     needs_reward_gradient = True
+    looks_ahead = True
 
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        noise, t = self.noise(x, generator), as_times(t, x)
+        noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         # gradients of chunks' log-sum-exps average, by the chunks' shares, to the gradient of the whole
         gradient, value = torch.zeros_like(x), torch.full((len(x),), -torch.inf, device=x.device)
@@ -162,6 +187,7 @@ class DrawGradient(Draws, GradientEstimator):
                 chunk = r.logsumexp(dim=1)
                 (chunk_gradient,) = torch.autograd.grad(chunk.sum(), state)
             rewards[rows, draws] = r.detach()
+            best.update(x1, r, rows)
             total = torch.logaddexp(value[rows], chunk.detach())
             before, now = (value[rows] - total).exp(), (chunk.detach() - total).exp()
             gradient[rows] = expand(before, x) * gradient[rows] + expand(now, x) * chunk_gradient
@@ -171,7 +197,7 @@ class DrawGradient(Draws, GradientEstimator):
             mean[rows] += x1.sum(dim=1) / self.num_draws
             value[rows] = total
         steering = (tilted - mean) / expand((1 - t).clamp_min(1e-4), x) if self.num_draws > 1 else None
-        return Estimate(gradient, log_mean_exp(rewards), effective_sample_size(rewards), steering=steering)
+        return Estimate(gradient, log_mean_exp(rewards), effective_sample_size(rewards), steering=steering, best=best)
 
 
 @dataclass
@@ -187,6 +213,7 @@ class DrawGradientFree(Draws, GradientEstimator):
     """
 
     num_draws: int = 16
+    looks_ahead = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,18 +222,19 @@ class DrawGradientFree(Draws, GradientEstimator):
 
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        noise, t = self.noise(x, generator), as_times(t, x)
+        noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         drawn = torch.empty_like(noise)
         for part, rows, draws in self.chunks(target, x):
             x1 = drawn[rows, draws] = self.draw(part, t[rows], x[rows], noise[rows, draws])
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
+            best.update(x1, rewards[rows, draws], rows)
         weights = rewards.softmax(dim=1).to(x.dtype) - 1 / self.num_draws
         shift = torch.einsum("bn,bn...->b...", weights, drawn)
         noise_left = (1 - t).clamp_min(1e-4)
         steering = shift / expand(noise_left, x)
         gradient, value = expand(t / noise_left, x) * steering, log_mean_exp(rewards)
-        return Estimate(gradient, value, effective_sample_size(rewards), steering=steering)
+        return Estimate(gradient, value, effective_sample_size(rewards), steering=steering, best=best)
 
 
 @dataclass
@@ -220,17 +248,20 @@ class DPSGradient(GradientEstimator):
 
     max_rows: int | None = None
     needs_reward_gradient = True
+    looks_ahead = True
 
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        t, parts = as_times(t, x), []
+        t, parts, best = as_times(t, x), [], Best(x)
         for part, rows, _ in chunks(target, x, 1, self.max_rows):
             with torch.enable_grad():
                 state = x[rows].detach().requires_grad_()
                 drift = part.drift(t[rows], state)
-                value = part.rewards(denoiser(t[rows], state, drift))
+                denoised = denoiser(t[rows], state, drift)
+                value = part.rewards(denoised)
+                best.update(denoised[:, None], value[:, None], rows)
                 parts.append((torch.autograd.grad(value.sum(), state)[0], value.detach(), drift.detach()))
         gradient, value, drift = (torch.cat(p) for p in zip(*parts, strict=True))
-        return Estimate(gradient, value, torch.ones_like(value), drift)
+        return Estimate(gradient, value, torch.ones_like(value), drift, best=best)
 
 
 class NetworkGradient(GradientEstimator):

@@ -44,7 +44,7 @@ def predict(folder, module, **data):
 
 GRID = TimeGrid(4)
 METHODS = [
-    Steering(DrawGradient(2), GRID, clip=1.0),
+    Steering(DrawGradient(2), GRID, clip=1.0, return_best=True),
     Search(3, 2, steps=3),
     BestOfN(5, steps=3),
     FeynmanKac(num_particles=3, grid=GRID),
@@ -67,6 +67,10 @@ def test_every_method_writes_its_run(tmp_path, model_file, method):
     assert summary["batches"][0]["rewards"] == pytest.approx(tensors["rewards"].tolist())
     assert (folder / "before_after.png").stat().st_size > 1000
     assert summary["batches"][0]["peak_memory"] > 2**20
+    if isinstance(method, Steering | Search):  # the best look-ahead, too
+        torch.testing.assert_close(tensors["best_rewards"], tensors["best_images"].mean(dim=(1, 2, 3)))
+        rewards = [reward for batch in summary["batches"] for reward in batch["best_rewards"]]
+        assert summary["mean_best_reward"] == pytest.approx(sum(rewards) / 6)
 
 
 def test_labels_and_prompts_reach_the_reward(tmp_path, model_file):
