@@ -28,6 +28,7 @@ from mfm_lightning.alignment.method import (
 from mfm_lightning.alignment.posteriors import GlassPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
+from mfm_lightning.alignment.transitions import MARKOV, Correlation, bridge, check_correlation
 from mfm_lightning.alignment.values import (
     DenoisedValue,
     DPSGradient,
@@ -57,18 +58,6 @@ def systematic_resample(log_weights: Tensor, generator: Generators = None) -> Te
     cumulative[:, -1] = 1.0
     points = (torch.arange(M, device=log_weights.device) + rand(B, log_weights, generator)[:, None]) / M
     return torch.searchsorted(cumulative, points, right=True).clamp_max(M - 1)
-
-
-def bridge(now: float, then: float, x: Tensor, x1: Tensor) -> tuple[Tensor, float]:
-    """Mean `(B, *shape)` and variance of p(x_then | x_now, x1), for now <= then <= 1 and now < 1.
-
-    The process is that of the base SDE: x_now given x_then is N((now/then) x_then, .), whatever x1.
-    """
-    ratio = now / then
-    gap = (then - now) / then * (1 - now + ratio * (1 - then))  # (1-now)^2 - ratio^2 (1-then)^2, nothing cancels
-    total = (1 - now) ** 2
-    mean = (then * gap / total) * x1 + (ratio * (1 - then) ** 2 / total) * x
-    return mean, (1 - then) ** 2 * gap / total
 
 
 @dataclass(kw_only=True)
@@ -141,33 +130,43 @@ class FeynmanKac(ParticleMethod):
             p(x_t' | x_t), a posterior draw x1 and then the Gaussian p(x_t' | x_t, x1), for few, large steps.
         posterior: draws for the latter; 8 Heun steps of GLASS where None, which keep the variance within modes
             (docs/design.md has the table). Where the model is an oracle, `OraclePosterior` makes transitions exact.
+        correlation: of a GLASS transition's noise with the present state's (GLASS Flows, arXiv 2509.25170): "markov",
+            that of the base SDE; or one number in [-1, 1] for all steps. 0 takes fresh noise, 1 none: the step is then
+            random by its draw alone. Each leaves the marginals as they are.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range; for a correlation with SDE transitions, which have their own.
     """
 
     value: ValueEstimator = field(default_factory=DenoisedValue)
     _: KW_ONLY
     transition: str = "sde"
     posterior: Posterior | None = None
+    correlation: Correlation = MARKOV
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("transition", self.transition, TRANSITIONS)
+        check_correlation(self.correlation)
+        if self.transition != "glass" and self.correlation != MARKOV:
+            raise ValueError(f"correlation {self.correlation} is for GLASS transitions: set transition to 'glass'")
 
     @property
     def estimate(self) -> ValueEstimator:
         return self.value
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "feynman_kac", "value": type(self.value).__name__, "transition": self.transition}
+        kind: dict[str, Any] = {"transition": self.transition}
+        if self.transition == "glass":
+            kind["correlation"] = self.correlation
+        return {"name": "feynman_kac", "value": type(self.value).__name__, **kind}
 
     def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generators) -> Moved:
         if self.transition == "sde":
             return sde_step(target, step, x, estimate, self.max_diffusion, generator=generator)
         (now, then), posterior = step, self.posterior or GlassPosterior(8, "heun")
         x1 = posterior(target, now, x, randn((len(x), 1, *x.shape[1:]), x, generator))[:, 0]
-        mean, variance = bridge(now, then, x, x1)
+        mean, variance = bridge(now, then, x, x1, self.correlation)
         return mean + variance**0.5 * randn(x.shape, x, generator), x.new_zeros(len(x))
 
 
