@@ -8,8 +8,9 @@ The names are those of `__init__.pyi`; each is imported from its room when it is
 - their files: load_model, save_model, load_value, load_classifier, import_checkpoint, export_checkpoint
 - what is aligned to what: Target, Conditions, decoders (PixelDecoder, VAEDecoder, IdentityDecoder)
 - methods: Steering, Search, BestOfN, FeynmanKac, TwistedSMC, PolicySampling (as functions: steer, search, best_of_n)
-- estimators of the value: DrawValue, DrawGradient, DrawGradientFree, DPSGradient, NetworkGradient, ExactGradient
-- posteriors: FlowMapPosterior, GlassPosterior, RolloutPosterior, OraclePosterior
+- estimators of the value: DrawValue, DrawGradient, DrawGradientFree, DiamondGradient, DiamondGradientFree, DPSGradient,
+  NetworkGradient, ExactGradient
+- posteriors: FlowMapPosterior, GlassPosterior, DiamondPosterior, RolloutPosterior, OraclePosterior
 - samplers: sample_ode, sample_sde, sample_refinement, sample_posterior_glass, glass_velocity, velocity_and_jvp
 - oracles (Oracle): GaussianMixture, EmpiricalDistribution
 - training: MFMPretraining, ValueEstimation, RewardFinetuning, RewardAlignment, Classification, Objective, teachers, EMA

@@ -3,6 +3,9 @@ from .alignment import AlignmentMethod as AlignmentMethod
 from .alignment import AlignmentResult as AlignmentResult
 from .alignment import BestOfN as BestOfN
 from .alignment import DenoisedValue as DenoisedValue
+from .alignment import DiamondGradient as DiamondGradient
+from .alignment import DiamondGradientFree as DiamondGradientFree
+from .alignment import DiamondPosterior as DiamondPosterior
 from .alignment import DPSGradient as DPSGradient
 from .alignment import DrawGradient as DrawGradient
 from .alignment import DrawGradientFree as DrawGradientFree

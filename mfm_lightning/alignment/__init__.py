@@ -5,6 +5,7 @@ A `Target` says what is aligned to what. A method is an object with its settings
 """
 
 from mfm_lightning.alignment.best_of_n import BestOfN, best_of_n
+from mfm_lightning.alignment.diamond import DiamondGradient, DiamondGradientFree, DiamondPosterior
 from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.policy import PolicySampling
@@ -39,6 +40,9 @@ __all__ = [
     "BestOfN",
     "DPSGradient",
     "DenoisedValue",
+    "DiamondGradient",
+    "DiamondGradientFree",
+    "DiamondPosterior",
     "DrawGradient",
     "DrawGradientFree",
     "DrawValue",

@@ -79,7 +79,7 @@ class OraclePosterior(Posterior):
         self.oracle, self.generator = oracle, generator
 
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
-        generator = self.generator or _further_noise(noise)
+        generator = self.generator or further_noise(noise)
         return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.expand(x_t).conditions, generator)
 
 
@@ -109,11 +109,11 @@ class RolloutPosterior(Posterior):
             raise ValueError("rollouts of a batch start at one time: give one t for all states")
         x = x_t.repeat_interleave(noise.shape[1], dim=0)
         drift = target.expand(x).drift
-        generator = self.generator or _further_noise(noise)
+        generator = self.generator or further_noise(noise)
         return sample_sde(drift, x, self.steps, start, self.max_diffusion, generator).reshape(noise.shape)
 
 
-def _further_noise(noise: Tensor) -> list[torch.Generator]:
+def further_noise(noise: Tensor) -> list[torch.Generator]:
     """A generator for each draw's further noise, seeded by the bits of its inner noise `(B, N, *shape)`."""
     rows = noise.detach().flatten(0, 1).flatten(1).float().cpu().numpy()
     return [torch.Generator().manual_seed(zlib.crc32(row.tobytes())) for row in rows]

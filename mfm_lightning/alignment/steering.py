@@ -155,7 +155,8 @@ def steer(
             if estimate.steering is not None:  # the SDE's other half is of its own, clamped sigma^2/2
                 share = expand(half * t / (1 - t), x)
             size = term.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-20)
-            run.note(now, value=estimate.value, ess=estimate.ess, steering_over_drift=size)
+            weights = {} if estimate.posterior_ess is None else {"posterior_ess": estimate.posterior_ess}
+            run.note(now, value=estimate.value, ess=estimate.ess, **weights, steering_over_drift=size)
         previous = x
         if method.dynamics == "ode":
             x = x + (then - now) * (b + term)

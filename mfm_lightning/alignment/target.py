@@ -147,6 +147,14 @@ class Target:
         conditions = self.conditions.expand(len(x), x.device)
         return self.meter.counted("network", self.model.flow_map)(s, u, x, t, x_t, conditions)
 
+    def base_flow_map(self, s: Times, u: Times, x: Tensor) -> Tensor:
+        """X_{s,u}(x), `(B*k, *shape)`, the base flow's own map, which every Meta Flow Map has at t = 0.
+
+        Raises:
+            TypeError: if the model is no Meta Flow Map.
+        """
+        return self.flow_map(s, u, x, 0.0, torch.zeros_like(x))
+
     def rewards(self, x: Tensor) -> Tensor:
         """r(x) `(B*k,)`, times `reward_scale`, of clean states `(B*k, *shape)`; counted.
 

@@ -37,6 +37,8 @@ class Estimate:
         value: of V, `(B,)`.
         ess: effective number of draws, `(B,)`, in 1..N.
         drift: b_t(x), `(B, *shape)`, where the estimator had to compute it anyway.
+        posterior_ess: effective number of draws of the posterior itself, without the reward, `(B,)`, where draws have
+            weights of their own.
         best: of the clean states that were scored for each state; None from an estimator that scores none.
     """
 
@@ -45,6 +47,7 @@ class Estimate:
     ess: Tensor
     drift: Tensor | None = None
     steering: Tensor | None = None
+    posterior_ess: Tensor | None = None
     best: Best | None = None
 
 
@@ -72,7 +75,7 @@ def require_lookahead(estimator: ValueEstimator) -> None:
     if not estimator.looks_ahead:
         raise ValueError(
             f"return_best: a {type(estimator).__name__} scores no clean states: leave return_best out, or use an "
-            "estimator that does (DrawGradient, DrawGradientFree, DrawValue, DPSGradient, DenoisedValue)"
+            "estimator that does, such as DrawGradient or DrawGradientFree"
         )
 
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from scipy import stats
 
-from mfm_lightning.alignment import BestOfN, FeynmanKac, Search, Steering, TimeGrid, TwistedSMC
+from mfm_lightning.alignment import (
+    BestOfN,
+    DiamondGradient,
+    DiamondGradientFree,
+    DiamondPosterior,
+    FeynmanKac,
+    Search,
+    Steering,
+    TimeGrid,
+    TwistedSMC,
+)
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, OraclePosterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree, DrawValue
@@ -42,7 +52,10 @@ METHODS = {
     "MFM-G, SDE": Steering(DrawGradient(4, antithetic=True), GRID, "sde"),
     "MFM-GF": Steering(DrawGradientFree(4, max_rows=3), GRID),
     "DPS, SDE": Steering(DPSGradient(max_rows=2), GRID, "sde"),
+    "Diamond, SDE": Steering(DiamondGradient(4, max_rows=9), GRID, "sde"),
+    "Diamond, gradient-free": Steering(DiamondGradientFree(4, max_rows=5), GRID),
     "search": Search(3, 2, 4),
+    "search, Diamond": Search(3, 2, 4, posterior=DiamondPosterior(3), correlation=0.5),
     "search, by particle": Search(3, 2, 4, selection="per_particle", posterior=GlassPosterior(2)),
     "Best-of-N": BestOfN(9, 4, max_rows=7),
     "FK, SDE": FeynmanKac(num_particles=4, grid=GRID),
@@ -96,6 +109,7 @@ def test_the_best_of_n_is_the_same_however_it_is_cut(model, generator):
 POSTERIORS = {
     "flow map": FlowMapPosterior(2),
     "GLASS": GlassPosterior(2),
+    "Diamond": DiamondPosterior(3, nodes=2),
     "rollouts": RolloutPosterior(5),
     "mixture": OraclePosterior(MIXTURE),
     "points": OraclePosterior(POINTS),
