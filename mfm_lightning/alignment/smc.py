@@ -8,7 +8,6 @@ the discretised base process, whatever the estimate of the value; how many it ta
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any
 
@@ -17,14 +16,12 @@ from torch import Tensor
 
 from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.method import (
-    AlignmentMethod,
-    TimeGrid,
+    TimeGrid,  # noqa: F401 (configs look up the types of inherited fields here)
     norms,
-    not_negative,
     one_of,
-    positive,
     with_particles,
 )
+from mfm_lightning.alignment.particles import Particles, kept_indices, resampled_indices
 from mfm_lightning.alignment.posteriors import GlassPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
@@ -39,61 +36,24 @@ from mfm_lightning.alignment.values import (
     log_mean_exp,
     require_lookahead,
 )
-from mfm_lightning.interpolant import Generators, as_times, diffusion, rand, randn
+from mfm_lightning.interpolant import Generators, as_times, diffusion, randn
 from mfm_lightning.samplers import euler_maruyama
 
 TRANSITIONS = ("sde", "glass")
-KEEP = ("sample", "best", "all")
 Step = tuple[float, float]  # a time and the next
 Moved = tuple[Tensor, Tensor]  # the next states `(B*M, *shape)`, and log p/q of each move `(B*M,)`
 
 
-def systematic_resample(log_weights: Tensor, generator: Generators = None) -> Tensor:
-    """Indices of resampled particles `(B, M)` in 0..M-1, for log-weights `(B, M)` of any normalisation.
-
-    Systematic: one uniform number a row, so that a particle of weight w has floor(M w) or ceil(M w) copies.
-    """
-    B, M = log_weights.shape
-    cumulative = log_weights.double().softmax(dim=1).cumsum(dim=1)
-    cumulative[:, -1] = 1.0
-    points = (torch.arange(M, device=log_weights.device) + rand(B, log_weights, generator)[:, None]) / M
-    return torch.searchsorted(cumulative, points, right=True).clamp_max(M - 1)
-
-
 @dataclass(kw_only=True)
-class ParticleMethod(AlignmentMethod):
-    """M particles a sample, which move, are weighted by the change of their value, and resampled.
-
-    Args:
-        num_particles: M, at least 1. A sample's first particle starts at its x0.
-        grid: times of the steps, which end at 1; 100 uniform ones from 0.01 by default.
-        ess_threshold: a sample's particles are resampled (systematically) where their effective number falls below
-            this share of M. 0: never; 1: at each step.
-        keep: what is returned of each sample: "sample", one particle drawn by weight; "best", the one of highest
-            reward (biased upwards); "all", M particles, resampled by weight, `(B*M, *shape)`.
-        max_diffusion: clamp of sigma^2/2 near t=0.
-        return_best: report also the best clean state of each sample that was scored, by the estimate of the value or at
-            the end (`AlignmentResult`'s `best_states`). It takes no further evaluations, and leaves all else as it is.
+class ParticleMethod(Particles):
+    """Particles weighted by the change of an estimate of the value.
 
     Raises:
         ValueError: for a setting out of range; for `return_best` where the estimate scores no clean states.
     """
 
-    num_particles: int = 8
-    grid: TimeGrid = field(default_factory=TimeGrid)
-    ess_threshold: float = 0.5
-    keep: str = "sample"
-    max_diffusion: float = 25.0
-    return_best: bool = False
-
     def __post_init__(self) -> None:
-        positive(num_particles=self.num_particles)
-        one_of("keep", self.keep, KEEP)
-        not_negative(clip=getattr(self, "clip", None), max_diffusion=self.max_diffusion)
-        if not 0 <= self.ess_threshold <= 1:
-            raise ValueError(f"ess_threshold {self.ess_threshold} must be in [0, 1]")
-        if self.grid.end != 1:
-            raise ValueError(f"the grid of a particle method must end at 1, got {self.grid.end}")
+        super().__post_init__()
         if self.return_best:
             require_lookahead(self.estimate)
 
@@ -271,7 +231,7 @@ def sequential_monte_carlo(
         if best is not None and estimate.best is not None:
             best.merge(estimate.best)
         if poor.any():
-            flat = _resampled(log_weights, poor, generator)
+            flat = resampled_indices(log_weights, poor, generator)
             x, estimate = x[flat], _take(estimate, flat)
             log_normaliser = log_normaliser + torch.where(poor, log_mean_exp(log_weights), 0.0)
             log_weights = torch.where(poor[:, None], 0.0, log_weights)
@@ -287,33 +247,9 @@ def sequential_monte_carlo(
     run.note(1.0, value=estimate.value, ess=effective_sample_size(log_weights))
     if best is not None:  # the particles at 1 are scored too
         best.update(x.reshape(B, M, *x0.shape[1:]), estimate.value.reshape(B, M))
-    kept = _kept(method.keep, log_weights, estimate.value.reshape(B, M), generator)
+    kept = kept_indices(method.keep, log_weights, estimate.value.reshape(B, M), generator)
     chosen = x.reshape(B, M, *x0.shape[1:])[torch.arange(B, device=x.device)[:, None], kept].flatten(0, 1)
     return run.finish(chosen, log_normaliser + log_mean_exp(log_weights), best)
-
-
-def _resampled(log_weights: Tensor, poor: Tensor, generator: Generators) -> Tensor:
-    """Which of all particles goes on in each one's place, `(B*M,)`; they stay where a sample's are not poor."""
-    B, M = log_weights.shape
-    index = torch.arange(M, device=log_weights.device).expand(B, M).clone()
-    if isinstance(generator, Sequence):  # a sample's noise does not depend on whether others are resampled
-        generator = [own for own, drawn in zip(generator, poor.tolist(), strict=True) if drawn]
-        index[poor] = systematic_resample(log_weights[poor], generator)
-    else:
-        index[poor] = systematic_resample(log_weights, generator)[poor]
-    return (torch.arange(B, device=log_weights.device)[:, None] * M + index).flatten()
-
-
-def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generators) -> Tensor:
-    """Which particles of each sample are returned, `(B, 1 or M)`."""
-    if keep == "best":
-        return rewards.argmax(dim=1, keepdim=True)
-    index = systematic_resample(log_weights, generator)
-    if keep == "all":
-        return index
-    # a random one of the resampled, which has the weights' distribution
-    pick = (rand(len(index), log_weights, generator) * index.shape[1]).long()
-    return index.gather(1, pick[:, None])
 
 
 def _take(estimate: Estimate, index: Tensor) -> Estimate:

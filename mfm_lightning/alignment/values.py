@@ -241,9 +241,9 @@ class DrawGradientFree(Draws, GradientEstimator):
 
 
 @dataclass
-class DPSGradient(GradientEstimator):
-    """The gradient of r(D_t(x)): the posterior replaced by its mean (Chung et al., arXiv 2209.14687). Near t = 0 the
-    clamp of sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
+class PointGradient(GradientEstimator):
+    """The gradient of the reward of one clean state that stands for the posterior. Near t = 0 the clamp of sigma^2/2
+    takes away 1 - max_diffusion t/(1-t) of the steering.
 
     Args:
         max_rows: memory budget, at most so many states at once.
@@ -253,18 +253,52 @@ class DPSGradient(GradientEstimator):
     needs_reward_gradient = True
     looks_ahead = True
 
+    @abstractmethod
+    def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The clean state `(B, *shape)`, differentiable in x; and b_t(x) where it was computed."""
+
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         t, parts, best = as_times(t, x), [], Best(x)
         for part, rows, _ in chunks(target, x, 1, self.max_rows):
             with torch.enable_grad():
                 state = x[rows].detach().requires_grad_()
-                drift = part.drift(t[rows], state)
-                denoised = denoiser(t[rows], state, drift)
-                value = part.rewards(denoised)
-                best.update(denoised[:, None], value[:, None], rows)
-                parts.append((torch.autograd.grad(value.sum(), state)[0], value.detach(), drift.detach()))
-        gradient, value, drift = (torch.cat(p) for p in zip(*parts, strict=True))
-        return Estimate(gradient, value, torch.ones_like(value), drift, best=best)
+                x1, drift = self.clean(part, t[rows], state)
+                value = part.rewards(x1)
+                best.update(x1[:, None], value[:, None], rows)
+                parts.append((torch.autograd.grad(value.sum(), state)[0], value.detach(), drift))
+        gradient, value = (torch.cat([part[i] for part in parts]) for i in range(2))
+        drifts = [part[2].detach() for part in parts if part[2] is not None]
+        return Estimate(gradient, value, torch.ones_like(value), torch.cat(drifts) if drifts else None, best=best)
+
+
+@dataclass
+class DPSGradient(PointGradient):
+    """The gradient of r(D_t(x)): the posterior replaced by its mean (Chung et al., arXiv 2209.14687). Near t = 0 the
+    clamp of sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
+
+    Args:
+        max_rows: memory budget, at most so many states at once.
+    """
+
+    def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        drift = target.drift(t, x)
+        return denoiser(t, x, drift), drift
+
+
+@dataclass
+class FlowMapGradient(PointGradient):
+    """The gradient of r(X_{t,1}(x)): the posterior replaced by where the base flow leads, by one evaluation of the
+    plain flow map (Sabour et al., "Test-time scaling of diffusions with flow maps", arXiv 2511.22688). Near t = 0 the
+    clamp of sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
+
+    `TrajectoryTilting` makes up by weights for what is wrong with it.
+
+    Args:
+        max_rows: memory budget, at most so many states at once.
+    """
+
+    def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return target.base_flow_map(t, 1.0, x), None
 
 
 class NetworkGradient(GradientEstimator):

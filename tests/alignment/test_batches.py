@@ -12,9 +12,11 @@ from mfm_lightning.alignment import (
     DiamondGradientFree,
     DiamondPosterior,
     FeynmanKac,
+    NoiseOptimisation,
     Search,
     Steering,
     TimeGrid,
+    TrajectoryTilting,
     TwistedSMC,
 )
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, OraclePosterior, RolloutPosterior
@@ -63,6 +65,8 @@ METHODS = {
     "FK, rollouts": FeynmanKac(DrawValue(2, RolloutPosterior(3), max_rows=9), num_particles=4, grid=GRID),
     "FK, mixture's draws": FeynmanKac(DrawValue(3, OraclePosterior(MIXTURE), max_rows=4), num_particles=4, grid=GRID),
     "FK, points' draws": FeynmanKac(DrawValue(3, OraclePosterior(POINTS), max_rows=4), num_particles=4, grid=GRID),
+    "FMTT": TrajectoryTilting(num_particles=4, grid=GRID, max_rows=5),
+    "noise optimisation": NoiseOptimisation(3, 2, 0.1, max_rows=3),
     "TDS": TwistedSMC(num_particles=4, grid=GRID, ess_threshold=0.3),
 }
 
@@ -80,7 +84,8 @@ def test_a_sample_is_the_same_in_any_batch(model, name):
         torch.testing.assert_close(states(rows), whole[rows], **rounding)
     assert len(whole[:, 0].unique(dim=0)) == 7
     other = METHODS[name](target, x0, sample_generators(4, range(7))).states.reshape(7, -1, 2)
-    if name != "MFM-GF":  # 4 draws of an untrained model are all alike
+    # 4 draws of an untrained model are all alike; ascent draws no noise
+    if name not in ("MFM-GF", "noise optimisation"):
         assert not torch.allclose(other, whole, **rounding)
 
 

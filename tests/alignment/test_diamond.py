@@ -185,6 +185,21 @@ def test_all_weights_are_equal_for_standard_normal_data():
     torch.testing.assert_close(found.posterior_ess, torch.full((5,), 32.0))
 
 
+@pytest.mark.parametrize("t", [0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
+def test_the_default_factor_leaves_most_draws_in_use(t):
+    """Of 64 draws of 200 noised samples, with one node; a fixed factor of 5 wastes a third late. The figures are in
+    docs/lookahead.md."""
+    k = torch.multinomial(SHARES, 200, True, generator=seeded(7))
+    x1 = MEANS[k] + VARIANCES[k].sqrt() * torch.randn(200, generator=seeded(8)).double()
+    x = (t * x1 + (1 - t) * torch.randn(200, generator=seeded(9)).double())[:, None]
+    used, fixed = (
+        DiamondGradientFree(64, factor)(Target(LINE, reward), t, x, seeded(1)).posterior_ess.mean() / 64
+        for factor in (None, 5.0)
+    )
+    assert used > 0.93
+    assert fixed < 0.72 or t < 0.95
+
+
 def test_a_constant_reward_has_no_gradient():
     target = Target(LINE, lambda x1: 0 * x1[:, 0] + 2.5)
     for kind in (DiamondGradient, DiamondGradientFree):

@@ -7,7 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mfm_lightning.alignment import BestOfN, FeynmanKac, Search, Steering, TimeGrid, TwistedSMC
+from mfm_lightning.alignment import (
+    BestOfN,
+    DiamondGradientFree,
+    FeynmanKac,
+    NoiseOptimisation,
+    Search,
+    Steering,
+    TimeGrid,
+    TrajectoryTilting,
+    TwistedSMC,
+)
 from mfm_lightning.alignment.target import TargetSettings
 from mfm_lightning.alignment.values import DrawGradient, DrawGradientFree
 from mfm_lightning.checkpoints import save_model
@@ -49,6 +59,9 @@ METHODS = [
     BestOfN(5, steps=3),
     FeynmanKac(num_particles=3, grid=GRID),
     TwistedSMC(num_particles=3, grid=GRID),
+    Steering(DiamondGradientFree(2), GRID),
+    TrajectoryTilting(num_particles=3, grid=GRID),
+    NoiseOptimisation(2),
 ]
 
 
@@ -67,7 +80,8 @@ def test_every_method_writes_its_run(tmp_path, model_file, method):
     assert summary["batches"][0]["rewards"] == pytest.approx(tensors["rewards"].tolist())
     assert (folder / "before_after.png").stat().st_size > 1000
     assert summary["batches"][0]["peak_memory"] > 2**20
-    if isinstance(method, Steering | Search):  # the best look-ahead, too
+    if "best_states" in tensors:  # the best look-ahead, too
+        assert isinstance(method, Search | NoiseOptimisation) or method.return_best
         torch.testing.assert_close(tensors["best_rewards"], tensors["best_images"].mean(dim=(1, 2, 3)))
         rewards = [reward for batch in summary["batches"] for reward in batch["best_rewards"]]
         assert summary["mean_best_reward"] == pytest.approx(sum(rewards) / 6)
