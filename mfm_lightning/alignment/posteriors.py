@@ -20,7 +20,12 @@ class Posterior(ABC):
     """Draws x1 `(B, N, *shape)` from p_{1|t}(. | x_t), given the inner noise `(B, N, *shape)`.
 
     A draw depends on its own state and inner noise alone: states and draws can then be cut into parts.
+
+    Attributes:
+        needs_meta_flow_map: a plain flow map is refused.
     """
+
+    needs_meta_flow_map: bool = False
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor: ...
@@ -35,6 +40,8 @@ class FlowMapPosterior(Posterior):
     Raises:
         ValueError: for no steps.
     """
+
+    needs_meta_flow_map = True
 
     def __init__(self, steps: int = 1) -> None:
         positive(steps=steps)

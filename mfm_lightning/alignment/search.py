@@ -65,6 +65,10 @@ class Search(AlignmentMethod):
         """t_0 = 0 < ... < t_{K-1} < 1: linspace^power without its end."""
         return (torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)[:-1] ** self.power).tolist()
 
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        return (self.posterior or FlowMapPosterior()).needs_meta_flow_map
+
     def correlation_of(self, now: float, then: float) -> float:
         """Of the noise at `then` with that at `now`."""
         if self.correlation is None:

@@ -74,6 +74,10 @@ class ParticleMethod(Particles):
     def needs_reward_gradient(self) -> bool:
         return self.estimate.needs_reward_gradient
 
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        return self.estimate.needs_meta_flow_map
+
     def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         return sequential_monte_carlo(target, x0, self, generator)
 
@@ -114,6 +118,11 @@ class FeynmanKac(ParticleMethod):
     @property
     def estimate(self) -> ValueEstimator:
         return self.value
+
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        draws = self.transition == "glass" and self.posterior is not None and self.posterior.needs_meta_flow_map
+        return draws or self.value.needs_meta_flow_map
 
     def describe(self) -> dict[str, Any]:
         kind: dict[str, Any] = {"transition": self.transition}

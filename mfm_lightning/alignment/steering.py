@@ -77,6 +77,10 @@ class Steering(AlignmentMethod):
     def needs_reward_gradient(self) -> bool:
         return bool(self.estimator.needs_reward_gradient and self.strength)
 
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        return bool(self.estimator.needs_meta_flow_map and self.strength)
+
     def steers_at(self, t: float) -> bool:
         """Whether steps from time t are steered."""
         return bool(self.strength) and self.steer_from <= t <= self.steer_to

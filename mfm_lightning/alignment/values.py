@@ -57,10 +57,12 @@ class ValueEstimator(ABC):
     Attributes:
         needs_reward_gradient: a black-box reward is refused before any work.
         looks_ahead: its estimates have a `best`: it scores clean states.
+        needs_meta_flow_map: a plain flow map, which draws no posteriors, is refused before any work.
     """
 
     needs_reward_gradient: bool = False
     looks_ahead: bool = False
+    needs_meta_flow_map: bool = False
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate: ...
@@ -113,6 +115,11 @@ class Draws:
             raise ValueError(f"num_draws ({self.num_draws}) must be at least 1, and even with antithetic noise")
         if self.max_rows is not None:
             positive(max_rows=self.max_rows)
+
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        """Whether the draws are those of a Meta Flow Map."""
+        return (self.posterior or FlowMapPosterior()).needs_meta_flow_map
 
     def draw(self, target: Target, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
         """Draws `(B, N, *shape)` by the posterior."""

@@ -45,6 +45,7 @@ class RewardAlignment(L.LightningModule):
 
     Raises:
         RewardError: on construction, if the method needs a reward gradient and there is none.
+        CheckpointError: on construction, if the method draws posteriors from a plain flow map.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class RewardAlignment(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.target, self.method = target.load(), method or Steering()
-        self.method.check(self.target.reward)
+        self.target, self.method = target.load(plain_flow_map=True), method or Steering()
+        self.method.check(self.target.reward, self.target.model)
         self.state_shape, self.num_classes = self.target.model.state_shape, self.target.model.num_classes
         self.base_steps, self.pictures, self.seed = base_steps, pictures, seed
         self._numbers = SampleNumbers()
