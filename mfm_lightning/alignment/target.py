@@ -234,7 +234,7 @@ class TargetSettings:
             raise ValueError(f"target.reward_scale {self.reward_scale} must be a finite number")
         file = find_weights(self.model, hint="fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)")
         refused = ("base_flow",) if plain_flow_map else ("base_flow", "flow_map")
-        if (kind := read_metadata(file).get("kind")) in refused:
+        if (kind := read_metadata(file).get("kind", "")) in refused:
             raise CheckpointError(
                 f"{self.model} is a {kind.replace('_', ' ')}, which draws no posteriors: give a Meta Flow Map's file"
             )

@@ -57,12 +57,15 @@ class ValueEstimator(ABC):
     Attributes:
         needs_reward_gradient: a black-box reward is refused before any work.
         looks_ahead: its estimates have a `best`: it scores clean states.
-        needs_meta_flow_map: a plain flow map, which draws no posteriors, is refused before any work.
     """
 
     needs_reward_gradient: bool = False
     looks_ahead: bool = False
-    needs_meta_flow_map: bool = False
+
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        """Whether posteriors are drawn from the model: a plain flow map is refused then, before any work."""
+        return False
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate: ...
