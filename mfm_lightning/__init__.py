@@ -7,9 +7,11 @@ The names are those of `__init__.pyi`; each is imported from its room when it is
 - models: MetaFlowMap, VelocityNetwork (DiT, UNet, MLP)
 - their files: load_model, save_model, load_value, load_classifier, import_checkpoint, export_checkpoint
 - what is aligned to what: Target, Conditions, decoders (PixelDecoder, VAEDecoder, IdentityDecoder)
-- methods: Steering, Search, BestOfN, FeynmanKac, TwistedSMC, PolicySampling (as functions: steer, search, best_of_n)
-- estimators of the value: DrawValue, DrawGradient, DrawGradientFree, DPSGradient, NetworkGradient, ExactGradient
-- posteriors: FlowMapPosterior, GlassPosterior, RolloutPosterior, OraclePosterior
+- methods: Steering, Search, BestOfN, FeynmanKac, TwistedSMC, TrajectoryTilting, NoiseOptimisation, PolicySampling (as
+  functions: steer, search, best_of_n, tilt_trajectories, optimise_noise)
+- estimators of the value: DrawValue, DrawGradient, DrawGradientFree, DiamondGradient, DiamondGradientFree, DPSGradient,
+  FlowMapGradient, NetworkGradient, ExactGradient
+- posteriors: FlowMapPosterior, GlassPosterior, DiamondPosterior, RolloutPosterior, OraclePosterior
 - samplers: sample_ode, sample_sde, sample_refinement, sample_posterior_glass, glass_velocity, velocity_and_jvp
 - oracles (Oracle): GaussianMixture, EmpiricalDistribution
 - training: MFMPretraining, ValueEstimation, RewardFinetuning, RewardAlignment, Classification, Objective, teachers, EMA

@@ -29,12 +29,14 @@ class MethodSettings:
         fit: what is trained first, for each reward and multiplier, in a folder of its own to which `file` is relative;
             in the settings, `FITTED` stands for the file's path.
         rewards: only for these; for all where None.
+        quick: whether --quick has it.
     """
 
     method: Spec
     sweep: dict[str, list[Any]] = field(default_factory=dict)
     fit: FitSettings | None = None
     rewards: list[str] | None = None
+    quick: bool = True
 
 
 @dataclass(frozen=True, eq=False)  # each is itself alone

@@ -5,8 +5,10 @@ A `Target` says what is aligned to what. A method is an object with its settings
 """
 
 from mfm_lightning.alignment.best_of_n import BestOfN, best_of_n
+from mfm_lightning.alignment.diamond import DiamondGradient, DiamondGradientFree, DiamondPosterior
 from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid
 from mfm_lightning.alignment.nfe import Meter
+from mfm_lightning.alignment.noise_optimisation import NoiseOptimisation, optimise_noise
 from mfm_lightning.alignment.policy import PolicySampling
 from mfm_lightning.alignment.posteriors import (
     FlowMapPosterior,
@@ -20,6 +22,7 @@ from mfm_lightning.alignment.search import Search, search
 from mfm_lightning.alignment.smc import FeynmanKac, ParticleMethod, TwistedSMC, sequential_monte_carlo
 from mfm_lightning.alignment.steering import Steering, steer
 from mfm_lightning.alignment.target import LoadedTarget, Target, TargetSettings
+from mfm_lightning.alignment.tilting import TrajectoryTilting, tilt_trajectories
 from mfm_lightning.alignment.values import (
     DenoisedValue,
     DPSGradient,
@@ -28,6 +31,7 @@ from mfm_lightning.alignment.values import (
     DrawValue,
     Estimate,
     ExactGradient,
+    FlowMapGradient,
     GradientEstimator,
     NetworkGradient,
     ValueEstimator,
@@ -39,18 +43,23 @@ __all__ = [
     "BestOfN",
     "DPSGradient",
     "DenoisedValue",
+    "DiamondGradient",
+    "DiamondGradientFree",
+    "DiamondPosterior",
     "DrawGradient",
     "DrawGradientFree",
     "DrawValue",
     "Estimate",
     "ExactGradient",
     "FeynmanKac",
+    "FlowMapGradient",
     "FlowMapPosterior",
     "GlassPosterior",
     "GradientEstimator",
     "LoadedTarget",
     "Meter",
     "NetworkGradient",
+    "NoiseOptimisation",
     "OraclePosterior",
     "ParticleMethod",
     "PolicySampling",
@@ -61,10 +70,13 @@ __all__ = [
     "Target",
     "TargetSettings",
     "TimeGrid",
+    "TrajectoryTilting",
     "TwistedSMC",
     "ValueEstimator",
     "best_of_n",
+    "optimise_noise",
     "search",
     "sequential_monte_carlo",
     "steer",
+    "tilt_trajectories",
 ]

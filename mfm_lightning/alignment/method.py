@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.result import AlignmentResult
-from mfm_lightning.alignment.target import Target, require_gradient
+from mfm_lightning.alignment.target import Target, is_plain_flow_map, require_gradient
+from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.interpolant import Generators, expand, randn
+from mfm_lightning.models import MetaFlowMap
 from mfm_rewards import Reward
 
 
@@ -32,10 +34,31 @@ class AlignmentMethod(ABC):
         """Whether the reward must be differentiable."""
         return False
 
-    def check(self, reward: Reward) -> None:
-        """Raise RewardError, before any work, if the reward does not give what the method needs."""
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        """Whether posteriors are drawn from the model, which must then be no plain flow map."""
+        return False
+
+    def check(self, reward: Reward, model: object = None) -> None:
+        """Refuse before any work what does not give what the method needs.
+
+        Raises:
+            RewardError: for a reward without a gradient, where one is needed.
+            CheckpointError: for a `model` that is a plain flow map or none at all, where posteriors are drawn from it.
+        """
         if self.needs_reward_gradient:
             require_gradient(reward, type(self).__name__)
+        if self.needs_meta_flow_map and is_plain_flow_map(model):
+            raise CheckpointError(
+                f"{type(self).__name__} draws posteriors from the model, which is a plain flow map: use "
+                "DiamondGradient, DiamondGradientFree or DiamondPosterior in it (docs/lookahead.md), or give a Meta "
+                "Flow Map's file"
+            )
+        if self.needs_meta_flow_map and model is not None and not isinstance(model, MetaFlowMap):
+            raise CheckpointError(
+                f"{type(self).__name__} draws posteriors from the model, and a {type(model).__name__} gives none: "
+                "give it a posterior, such as GlassPosterior, or steer by DPSGradient"
+            )
 
     @abstractmethod
     def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:

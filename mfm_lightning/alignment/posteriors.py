@@ -20,7 +20,12 @@ class Posterior(ABC):
     """Draws x1 `(B, N, *shape)` from p_{1|t}(. | x_t), given the inner noise `(B, N, *shape)`.
 
     A draw depends on its own state and inner noise alone: states and draws can then be cut into parts.
+
+    Attributes:
+        needs_meta_flow_map: a plain flow map is refused.
     """
+
+    needs_meta_flow_map: bool = False
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor: ...
@@ -35,6 +40,8 @@ class FlowMapPosterior(Posterior):
     Raises:
         ValueError: for no steps.
     """
+
+    needs_meta_flow_map = True
 
     def __init__(self, steps: int = 1) -> None:
         positive(steps=steps)
@@ -79,7 +86,7 @@ class OraclePosterior(Posterior):
         self.oracle, self.generator = oracle, generator
 
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor:
-        generator = self.generator or _further_noise(noise)
+        generator = self.generator or further_noise(noise)
         return self.oracle.sample_posterior(x_t, t, noise.shape[1], target.expand(x_t).conditions, generator)
 
 
@@ -109,11 +116,11 @@ class RolloutPosterior(Posterior):
             raise ValueError("rollouts of a batch start at one time: give one t for all states")
         x = x_t.repeat_interleave(noise.shape[1], dim=0)
         drift = target.expand(x).drift
-        generator = self.generator or _further_noise(noise)
+        generator = self.generator or further_noise(noise)
         return sample_sde(drift, x, self.steps, start, self.max_diffusion, generator).reshape(noise.shape)
 
 
-def _further_noise(noise: Tensor) -> list[torch.Generator]:
+def further_noise(noise: Tensor) -> list[torch.Generator]:
     """A generator for each draw's further noise, seeded by the bits of its inner noise `(B, N, *shape)`."""
     rows = noise.detach().flatten(0, 1).flatten(1).float().cpu().numpy()
     return [torch.Generator().manual_seed(zlib.crc32(row.tobytes())) for row in rows]

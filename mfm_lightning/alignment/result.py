@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.utils.atomic import save_tensors
@@ -33,6 +34,9 @@ class AlignmentResult:
         nfe: evaluations of networks and rewards as they were made.
         seconds: wall time; peak_memory: bytes, on the accelerator in this run, or of the process so far on CPU.
         log_normaliser: estimates of log E[e^r], `(B,)`, from SMC.
+        best_states: the best look-ahead of each sample that was scored on the way, `(B, *shape)`, beside its endpoint
+            in `states`; where the method was asked for it (`return_best`), or returns it anyway, as search does.
+        best_images, best_rewards: of these, as `images` and `rewards`.
     """
 
     method: dict[str, Any]
@@ -44,6 +48,9 @@ class AlignmentResult:
     seconds: float = 0.0
     peak_memory: int | None = None
     log_normaliser: Tensor | None = None
+    best_states: Tensor | None = None
+    best_images: Tensor | None = None
+    best_rewards: Tensor | None = None
 
     @property
     def nfe_per_sample(self) -> float:
@@ -51,12 +58,16 @@ class AlignmentResult:
 
     def summary(self) -> dict[str, Any]:
         """What can be written as JSON: all but states and images."""
+        best = {}
+        if self.best_rewards is not None:
+            best = {"mean_best_reward": self.best_rewards.mean().item(), "best_rewards": self.best_rewards.tolist()}
         return {
             "method": self.method,
             "samples": len(self.states),
             "mean_reward": self.rewards.mean().item(),
             "standard_error": (self.rewards.std() / len(self.rewards) ** 0.5).item() if len(self.rewards) > 1 else None,
             "rewards": self.rewards.tolist(),
+            **best,
             "nfe": {**asdict(self.nfe), "total": self.nfe.total, "per_sample": self.nfe_per_sample},
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
@@ -65,13 +76,15 @@ class AlignmentResult:
         }
 
     def save(self, folder: str | Path, name: str = "result", more: Mapping[str, Tensor] | None = None) -> Path:
-        """Write `NAME.json` and the states and images as `NAME.safetensors`; the path of the former.
+        """Write `NAME.json` and the states and images, also the best, as `NAME.safetensors`; the path of the former.
 
         Args:
             more: tensors that are written beside them.
         """
         folder = Path(folder)
         tensors = {"states": self.states, "images": self.images, "rewards": self.rewards, **(more or {})}
+        best = {"best_states": self.best_states, "best_images": self.best_images, "best_rewards": self.best_rewards}
+        tensors |= {what: tensor for what, tensor in best.items() if tensor is not None}
         save_tensors(tensors, folder / f"{name}.safetensors")
         path = folder / f"{name}.json"
         path.write_text(json.dumps(self.summary(), indent=1))
@@ -107,15 +120,26 @@ class Run:
         values = {k: v.float().mean().item() if isinstance(v, Tensor) else float(v) for k, v in numbers.items()}
         self.trace.append({"t": float(t), **values})
 
-    def finish(self, states: Tensor, log_normaliser: Tensor | None = None) -> AlignmentResult:
+    def finish(self, states: Tensor, log_normaliser: Tensor | None = None, best: Best | None = None) -> AlignmentResult:
+        """The result: its states are judged here, which is not counted.
+
+        Args:
+            best: the best look-aheads, where they are to be reported.
+        """
         target, seconds = self.target, time.monotonic() - self._begin
         with torch.no_grad(), self.step(len(self.trace), len(self.trace) + 1, 1.0, states):
             images = target.decoder(states)
             rewards = target.plain_rewards(states)
-        return AlignmentResult(
-            self.method, states, images, rewards, self.trace, target.meter - self._before, seconds, _peak_memory(),
-            log_normaliser,
-        )  # fmt: skip
+            result = AlignmentResult(
+                self.method, states, images, rewards, self.trace, target.meter - self._before, seconds, _peak_memory(),
+                log_normaliser,
+            )  # fmt: skip
+            if best is not None and best.states is states:
+                result.best_states, result.best_images, result.best_rewards = states, images, rewards
+            elif best is not None:
+                result.best_states, result.best_images = best.states, target.decoder(best.states)
+                result.best_rewards = target.plain_rewards(best.states)
+        return result
 
 
 def _peak_memory() -> int | None:

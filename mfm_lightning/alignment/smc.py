@@ -8,25 +8,24 @@ the discretised base process, whatever the estimate of the value; how many it ta
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.method import (
-    AlignmentMethod,
-    TimeGrid,
+    TimeGrid,  # noqa: F401 (configs look up the types of inherited fields here)
     norms,
-    not_negative,
     one_of,
-    positive,
     with_particles,
 )
+from mfm_lightning.alignment.particles import Particles, kept_indices, resampled_indices
 from mfm_lightning.alignment.posteriors import GlassPosterior, Posterior
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
+from mfm_lightning.alignment.transitions import MARKOV, Correlation, bridge, check_correlation
 from mfm_lightning.alignment.values import (
     DenoisedValue,
     DPSGradient,
@@ -35,71 +34,28 @@ from mfm_lightning.alignment.values import (
     ValueEstimator,
     effective_sample_size,
     log_mean_exp,
+    require_lookahead,
 )
-from mfm_lightning.interpolant import Generators, as_times, diffusion, rand, randn
+from mfm_lightning.interpolant import Generators, as_times, diffusion, randn
 from mfm_lightning.samplers import euler_maruyama
 
 TRANSITIONS = ("sde", "glass")
-KEEP = ("sample", "best", "all")
 Step = tuple[float, float]  # a time and the next
 Moved = tuple[Tensor, Tensor]  # the next states `(B*M, *shape)`, and log p/q of each move `(B*M,)`
 
 
-def systematic_resample(log_weights: Tensor, generator: Generators = None) -> Tensor:
-    """Indices of resampled particles `(B, M)` in 0..M-1, for log-weights `(B, M)` of any normalisation.
-
-    Systematic: one uniform number a row, so that a particle of weight w has floor(M w) or ceil(M w) copies.
-    """
-    B, M = log_weights.shape
-    cumulative = log_weights.double().softmax(dim=1).cumsum(dim=1)
-    cumulative[:, -1] = 1.0
-    points = (torch.arange(M, device=log_weights.device) + rand(B, log_weights, generator)[:, None]) / M
-    return torch.searchsorted(cumulative, points, right=True).clamp_max(M - 1)
-
-
-def bridge(now: float, then: float, x: Tensor, x1: Tensor) -> tuple[Tensor, float]:
-    """Mean `(B, *shape)` and variance of p(x_then | x_now, x1), for now <= then <= 1 and now < 1.
-
-    The process is that of the base SDE: x_now given x_then is N((now/then) x_then, .), whatever x1.
-    """
-    ratio = now / then
-    gap = (then - now) / then * (1 - now + ratio * (1 - then))  # (1-now)^2 - ratio^2 (1-then)^2, nothing cancels
-    total = (1 - now) ** 2
-    mean = (then * gap / total) * x1 + (ratio * (1 - then) ** 2 / total) * x
-    return mean, (1 - then) ** 2 * gap / total
-
-
 @dataclass(kw_only=True)
-class ParticleMethod(AlignmentMethod):
-    """M particles a sample, which move, are weighted by the change of their value, and resampled.
-
-    Args:
-        num_particles: M, at least 1. A sample's first particle starts at its x0.
-        grid: times of the steps, which end at 1; 100 uniform ones from 0.01 by default.
-        ess_threshold: a sample's particles are resampled (systematically) where their effective number falls below
-            this share of M. 0: never; 1: at each step.
-        keep: what is returned of each sample: "sample", one particle drawn by weight; "best", the one of highest
-            reward (biased upwards); "all", M particles, resampled by weight, `(B*M, *shape)`.
-        max_diffusion: clamp of sigma^2/2 near t=0.
+class ParticleMethod(Particles):
+    """Particles weighted by the change of an estimate of the value.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range; for `return_best` where the estimate scores no clean states.
     """
 
-    num_particles: int = 8
-    grid: TimeGrid = field(default_factory=TimeGrid)
-    ess_threshold: float = 0.5
-    keep: str = "sample"
-    max_diffusion: float = 25.0
-
     def __post_init__(self) -> None:
-        positive(num_particles=self.num_particles)
-        one_of("keep", self.keep, KEEP)
-        not_negative(clip=getattr(self, "clip", None), max_diffusion=self.max_diffusion)
-        if not 0 <= self.ess_threshold <= 1:
-            raise ValueError(f"ess_threshold {self.ess_threshold} must be in [0, 1]")
-        if self.grid.end != 1:
-            raise ValueError(f"the grid of a particle method must end at 1, got {self.grid.end}")
+        super().__post_init__()
+        if self.return_best:
+            require_lookahead(self.estimate)
 
     @property
     @abstractmethod
@@ -118,6 +74,10 @@ class ParticleMethod(AlignmentMethod):
     def needs_reward_gradient(self) -> bool:
         return self.estimate.needs_reward_gradient
 
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        return self.estimate.needs_meta_flow_map
+
     def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         return sequential_monte_carlo(target, x0, self, generator)
 
@@ -134,33 +94,48 @@ class FeynmanKac(ParticleMethod):
             p(x_t' | x_t), a posterior draw x1 and then the Gaussian p(x_t' | x_t, x1), for few, large steps.
         posterior: draws for the latter; 8 Heun steps of GLASS where None, which keep the variance within modes
             (docs/design.md has the table). Where the model is an oracle, `OraclePosterior` makes transitions exact.
+        correlation: of a GLASS transition's noise with the present state's (GLASS Flows, arXiv 2509.25170): "markov",
+            that of the base SDE; or one number in [-1, 1] for all steps. 0 takes fresh noise, 1 none: the step is then
+            random by its draw alone. Each leaves the marginals as they are.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range; for a correlation with SDE transitions, which have their own.
     """
 
     value: ValueEstimator = field(default_factory=DenoisedValue)
     _: KW_ONLY
     transition: str = "sde"
     posterior: Posterior | None = None
+    correlation: Correlation = MARKOV
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("transition", self.transition, TRANSITIONS)
+        check_correlation(self.correlation)
+        if self.transition != "glass" and self.correlation != MARKOV:
+            raise ValueError(f"correlation {self.correlation} is for GLASS transitions: set transition to 'glass'")
 
     @property
     def estimate(self) -> ValueEstimator:
         return self.value
 
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        draws = self.transition == "glass" and self.posterior is not None and self.posterior.needs_meta_flow_map
+        return draws or self.value.needs_meta_flow_map
+
     def describe(self) -> dict[str, Any]:
-        return {"name": "feynman_kac", "value": type(self.value).__name__, "transition": self.transition}
+        kind: dict[str, Any] = {"transition": self.transition}
+        if self.transition == "glass":
+            kind["correlation"] = self.correlation
+        return {"name": "feynman_kac", "value": type(self.value).__name__, **kind}
 
     def move(self, target: Target, step: Step, x: Tensor, estimate: Estimate, generator: Generators) -> Moved:
         if self.transition == "sde":
             return sde_step(target, step, x, estimate, self.max_diffusion, generator=generator)
         (now, then), posterior = step, self.posterior or GlassPosterior(8, "heun")
         x1 = posterior(target, now, x, randn((len(x), 1, *x.shape[1:]), x, generator))[:, 0]
-        mean, variance = bridge(now, then, x, x1)
+        mean, variance = bridge(now, then, x, x1, self.correlation)
         return mean + variance**0.5 * randn(x.shape, x, generator), x.new_zeros(len(x))
 
 
@@ -256,13 +231,16 @@ def sequential_monte_carlo(
     run = Run(target, **{**method.describe(), **described})
     with run.step(0, K, pairs[0][0], x):
         estimate = value(of_particles, pairs[0][0], x, generator)
+    best = Best(x0) if method.return_best else None
     log_weights, log_normaliser = estimate.value.reshape(B, M), x.new_zeros(B, dtype=torch.float32)
     for k, (now, then) in enumerate(pairs):
         ess = effective_sample_size(log_weights)
         poor = ess < method.ess_threshold * M * (1 + 1e-6)
         run.note(now, value=estimate.value, ess=ess, resampled=poor)
+        if best is not None and estimate.best is not None:
+            best.merge(estimate.best)
         if poor.any():
-            flat = _resampled(log_weights, poor, generator)
+            flat = resampled_indices(log_weights, poor, generator)
             x, estimate = x[flat], _take(estimate, flat)
             log_normaliser = log_normaliser + torch.where(poor, log_mean_exp(log_weights), 0.0)
             log_weights = torch.where(poor[:, None], 0.0, log_weights)
@@ -276,35 +254,13 @@ def sequential_monte_carlo(
                 estimate = Estimate(None, reward, torch.ones_like(reward))
         log_weights = log_weights + (estimate.value - before + log_ratio).reshape(B, M)
     run.note(1.0, value=estimate.value, ess=effective_sample_size(log_weights))
-    kept = _kept(method.keep, log_weights, estimate.value.reshape(B, M), generator)
+    if best is not None:  # the particles at 1 are scored too
+        best.update(x.reshape(B, M, *x0.shape[1:]), estimate.value.reshape(B, M))
+    kept = kept_indices(method.keep, log_weights, estimate.value.reshape(B, M), generator)
     chosen = x.reshape(B, M, *x0.shape[1:])[torch.arange(B, device=x.device)[:, None], kept].flatten(0, 1)
-    return run.finish(chosen, log_normaliser + log_mean_exp(log_weights))
-
-
-def _resampled(log_weights: Tensor, poor: Tensor, generator: Generators) -> Tensor:
-    """Which of all particles goes on in each one's place, `(B*M,)`; they stay where a sample's are not poor."""
-    B, M = log_weights.shape
-    index = torch.arange(M, device=log_weights.device).expand(B, M).clone()
-    if isinstance(generator, Sequence):  # a sample's noise does not depend on whether others are resampled
-        generator = [own for own, drawn in zip(generator, poor.tolist(), strict=True) if drawn]
-        index[poor] = systematic_resample(log_weights[poor], generator)
-    else:
-        index[poor] = systematic_resample(log_weights, generator)[poor]
-    return (torch.arange(B, device=log_weights.device)[:, None] * M + index).flatten()
-
-
-def _kept(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generators) -> Tensor:
-    """Which particles of each sample are returned, `(B, 1 or M)`."""
-    if keep == "best":
-        return rewards.argmax(dim=1, keepdim=True)
-    index = systematic_resample(log_weights, generator)
-    if keep == "all":
-        return index
-    # a random one of the resampled, which has the weights' distribution
-    pick = (rand(len(index), log_weights, generator) * index.shape[1]).long()
-    return index.gather(1, pick[:, None])
+    return run.finish(chosen, log_normaliser + log_mean_exp(log_weights), best)
 
 
 def _take(estimate: Estimate, index: Tensor) -> Estimate:
     parts = {f.name: getattr(estimate, f.name) for f in fields(estimate)}
-    return replace(estimate, **{k: v[index] for k, v in parts.items() if v is not None})
+    return replace(estimate, **{k: v[index] for k, v in parts.items() if isinstance(v, Tensor)}, best=None)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, norms, not_negative, one_of
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.alignment.values import DrawGradient, GradientEstimator
+from mfm_lightning.alignment.values import DrawGradient, GradientEstimator, require_lookahead
 from mfm_lightning.interpolant import Generators, as_times, diffusion, expand, randn
 from mfm_lightning.samplers import Callback, euler_maruyama
 
@@ -45,9 +46,12 @@ class Steering(AlignmentMethod):
         max_diffusion: clamp of sigma^2/2 near t=0, at times below 1 / (1 + max_diffusion). There the steering is the
             estimate's product (sigma^2/2) grad V, unclamped, where it has one: MFM-GF, the exact gradient, and MFM-G
             from two draws. Of other gradients the clamp takes away 1 - max_diffusion t/(1-t).
+        return_best: report also the best clean state that the estimator scored on the way (`AlignmentResult`'s
+            `best_states`). It takes no further evaluations, and leaves the endpoint as it is.
 
     Raises:
-        ValueError: for unknown dynamics, a negative clip or max_diffusion.
+        ValueError: for unknown dynamics, a negative clip or max_diffusion; for `return_best` where no clean state is
+            scored.
     """
 
     estimator: GradientEstimator = field(default_factory=DrawGradient)
@@ -59,14 +63,30 @@ class Steering(AlignmentMethod):
     renormalise: bool = False
     clip: float | None = None
     max_diffusion: float = 25.0
+    return_best: bool = False
 
     def __post_init__(self) -> None:
         one_of("dynamics", self.dynamics, DYNAMICS)
         not_negative(clip=self.clip, max_diffusion=self.max_diffusion)
+        if self.return_best:
+            require_lookahead(self.estimator)
+            # the model's own times are known with it; they are from 0 to 1
+            if not self.strength or not (
+                self.grid.of_model or any(self.steers_at(now) for now, _ in self.grid.pairs(None))
+            ):
+                raise ValueError("return_best: nothing is looked ahead at without steering: see strength, steer_from")
 
     @property
     def needs_reward_gradient(self) -> bool:
         return bool(self.estimator.needs_reward_gradient and self.strength)
+
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        return bool(self.estimator.needs_meta_flow_map and self.strength)
+
+    def steers_at(self, t: float) -> bool:
+        """Whether steps from time t are steered."""
+        return bool(self.strength) and self.steer_from <= t <= self.steer_to
 
     def __call__(self, target: Target, x0: Tensor, generator: Generators = None) -> AlignmentResult:
         return steer(target, x0, self, generator)
@@ -120,6 +140,7 @@ def steer(
     method = method or Steering()
     method.check(target.reward)
     pairs, x, target = method.grid.pairs(target.model), x0, target.expand(x0)
+    best = Best(x0) if method.return_best else None
     run = Run(
         target, f"steered {method.dynamics}", estimator=type(method.estimator).__name__, steps=len(pairs),
         strength=method.strength, num_draws=getattr(method.estimator, "num_draws", None),
@@ -128,9 +149,11 @@ def steer(
     for k, (now, then) in enumerate(pairs):
         t, estimate = as_times(now, x), None
         half = diffusion(t, method.max_diffusion)
-        if method.strength and method.steer_from <= now <= method.steer_to:
+        if method.steers_at(now):
             with run.step(k, len(pairs), now, x):
                 estimate = method.estimator(target, t, x, generator)
+        if best is not None and estimate is not None and estimate.best is not None:
+            best.merge(estimate.best)
         b = target.drift(t, x) if estimate is None or estimate.drift is None else estimate.drift
         term: Tensor | float = 0.0
         share: Tensor | float = 1.0
@@ -139,7 +162,8 @@ def steer(
             if estimate.steering is not None:  # the SDE's other half is of its own, clamped sigma^2/2
                 share = expand(half * t / (1 - t), x)
             size = term.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp_min(1e-20)
-            run.note(now, value=estimate.value, ess=estimate.ess, steering_over_drift=size)
+            weights = {} if estimate.posterior_ess is None else {"posterior_ess": estimate.posterior_ess}
+            run.note(now, value=estimate.value, ess=estimate.ess, **weights, steering_over_drift=size)
         previous = x
         if method.dynamics == "ode":
             x = x + (then - now) * (b + term)
@@ -150,7 +174,7 @@ def steer(
         _require_finite(x, previous, k, then)
         if callback:
             callback(k, x)
-    return run.finish(x)
+    return run.finish(x, best=best)
 
 
 def _require_finite(x: Tensor, previous: Tensor, k: int, then: float) -> None:

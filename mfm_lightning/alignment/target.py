@@ -144,10 +144,23 @@ class Target:
         Raises:
             TypeError: if the model is no Meta Flow Map.
         """
+        if is_plain_flow_map(self.model):
+            raise TypeError("a plain flow map draws no posteriors: use a DiamondPosterior, or give a Meta Flow Map")
+        return self._flow_map(s, u, x, t, x_t)
+
+    def _flow_map(self, s: Times, u: Times, x: Tensor, t: Times, x_t: Tensor) -> Tensor:
         if not isinstance(self.model, MetaFlowMap):
             raise TypeError(f"a {type(self.model).__name__} has no flow map: give a MetaFlowMap, or another posterior")
         conditions = self.conditions.expand(len(x), x.device)
         return self.meter.counted("network", self.model.flow_map)(s, u, x, t, x_t, conditions)
+
+    def base_flow_map(self, s: Times, u: Times, x: Tensor) -> Tensor:
+        """X_{s,u}(x), `(B*k, *shape)`, the base flow's own map, which every Meta Flow Map has at t = 0.
+
+        Raises:
+            TypeError: if the model is no network of a flow map.
+        """
+        return self._flow_map(s, u, x, 0.0, torch.zeros_like(x))
 
     def rewards(self, x: Tensor) -> Tensor:
         """r(x) `(B*k,)`, times `reward_scale`, of clean states `(B*k, *shape)`; counted.
@@ -202,16 +215,19 @@ class TargetSettings:
     prompts: str | list[str] | None = None
     class_names: str | None = None
 
-    def load(self, model: MetaFlowMap | None = None, reward: Reward | None = None) -> LoadedTarget:
+    def load(
+        self, model: MetaFlowMap | None = None, reward: Reward | None = None, plain_flow_map: bool = False
+    ) -> LoadedTarget:
         """The frozen parts, read and built.
 
         Args:
             model: what `self.model` holds, where it has been loaded already.
             reward: what `self.reward` describes, where it has been built already.
+            plain_flow_map: whether a plain flow map's file will do, which draws no posteriors.
 
         Raises:
             FileNotFoundError: if the model is not there.
-            CheckpointError: if the file is a base flow, which has no posterior draws.
+            CheckpointError: if the file is a base flow, or a flow map where it will not do.
             RewardError: if the reward is unknown, its options do not fit, or it needs prompts and there are none.
             FileNotFoundError, ValueError: if prompts or class names are not as many as classes, or have no file.
             ValueError: for a guidance scale that the model does not know; for a decoder that does not say how latents
@@ -220,7 +236,8 @@ class TargetSettings:
         if not math.isfinite(self.reward_scale):
             raise ValueError(f"target.reward_scale {self.reward_scale} must be a finite number")
         file = find_weights(self.model, hint="fit it first (e.g. mfm fit --config configs/digits/mfm.yaml)")
-        if (kind := read_metadata(file).get("kind")) in ("base_flow", "flow_map"):
+        refused = ("base_flow",) if plain_flow_map else ("base_flow", "flow_map")
+        if (kind := read_metadata(file).get("kind", "")) in refused:
             raise CheckpointError(
                 f"{self.model} is a {kind.replace('_', ' ')}, which draws no posteriors: give a Meta Flow Map's file"
             )
@@ -308,6 +325,11 @@ class LoadedTarget:
                 f"{len(self.prompts)} prompts, one a class, need a label in 0..{len(self.prompts) - 1} each"
             )
         return [self.prompts[i] for i in label.tolist()]
+
+
+def is_plain_flow_map(model: object) -> bool:
+    """Whether a model's file says that it is a flow map whose condition is not trained, as of an imported DMF."""
+    return isinstance(model, MetaFlowMap) and model.metadata.get("kind") == "flow_map"
 
 
 def require_gradient(reward: Reward, method: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import Target
@@ -36,6 +37,9 @@ class Estimate:
         value: of V, `(B,)`.
         ess: effective number of draws, `(B,)`, in 1..N.
         drift: b_t(x), `(B, *shape)`, where the estimator had to compute it anyway.
+        posterior_ess: effective number of draws of the posterior itself, without the reward, `(B,)`, where draws have
+            weights of their own.
+        best: of the clean states that were scored for each state; None from an estimator that scores none.
     """
 
     gradient: Tensor | None
@@ -43,12 +47,25 @@ class Estimate:
     ess: Tensor
     drift: Tensor | None = None
     steering: Tensor | None = None
+    posterior_ess: Tensor | None = None
+    best: Best | None = None
 
 
 class ValueEstimator(ABC):
-    """Estimates V at states; what gives no gradient of V needs none of the reward."""
+    """Estimates V at states; what gives no gradient of V needs none of the reward.
+
+    Attributes:
+        needs_reward_gradient: a black-box reward is refused before any work.
+        looks_ahead: its estimates have a `best`: it scores clean states.
+    """
 
     needs_reward_gradient: bool = False
+    looks_ahead: bool = False
+
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        """Whether posteriors are drawn from the model: a plain flow map is refused then, before any work."""
+        return False
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate: ...
@@ -56,6 +73,15 @@ class ValueEstimator(ABC):
 
 class GradientEstimator(ValueEstimator):
     """Estimates V and its gradient. `needs_reward_gradient`: refused before any work with a black-box reward."""
+
+
+def require_lookahead(estimator: ValueEstimator) -> None:
+    """Raise ValueError unless an estimator scores clean states, of which the best can be returned."""
+    if not estimator.looks_ahead:
+        raise ValueError(
+            f"return_best: a {type(estimator).__name__} scores no clean states: leave return_best out, or use an "
+            "estimator that does, such as DrawGradient or DrawGradientFree"
+        )
 
 
 def log_mean_exp(rewards: Tensor, dim: int = -1) -> Tensor:
@@ -93,6 +119,11 @@ class Draws:
         if self.max_rows is not None:
             positive(max_rows=self.max_rows)
 
+    @property
+    def needs_meta_flow_map(self) -> bool:
+        """Whether the draws are those of a Meta Flow Map."""
+        return (self.posterior or FlowMapPosterior()).needs_meta_flow_map
+
     def draw(self, target: Target, t: Tensor, x: Tensor, noise: Tensor) -> Tensor:
         """Draws `(B, N, *shape)` by the posterior."""
         return (self.posterior or FlowMapPosterior())(target, t, x, noise)
@@ -113,26 +144,32 @@ class DrawValue(Draws, ValueEstimator):
     """V from posterior draws: log (1/N sum_i e^{r(x1_i)}), x1_i drawn from p_{1|t}(. | x) (paper, section 4)."""
 
     num_draws: int = 4
+    looks_ahead = True
 
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        noise, t = self.noise(x, generator), as_times(t, x)
+        noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         for part, rows, draws in self.chunks(target, x):
             x1 = self.draw(part, t[rows], x[rows], noise[rows, draws])
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
-        return Estimate(None, log_mean_exp(rewards), effective_sample_size(rewards))
+            best.update(x1, rewards[rows, draws], rows)
+        return Estimate(None, log_mean_exp(rewards), effective_sample_size(rewards), best=best)
 
 
 class DenoisedValue(ValueEstimator):
     """r(D_t(x)): the posterior replaced by its mean; no gradient is taken. What Feynman-Kac steering is used with."""
 
+    looks_ahead = True
+
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        t = as_times(t, x)
+        t, best = as_times(t, x), Best(x)
         drift = target.drift(t, x)
-        value = target.rewards(denoiser(t, x, drift))
-        return Estimate(None, value, torch.ones_like(value), drift)
+        denoised = denoiser(t, x, drift)
+        value = target.rewards(denoised)
+        best.update(denoised[:, None], value[:, None])
+        return Estimate(None, value, torch.ones_like(value), drift, best=best)
 
 
 @dataclass
@@ -147,9 +184,10 @@ class DrawGradient(Draws, GradientEstimator):
     """
 
     needs_reward_gradient = True
+    looks_ahead = True
 
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        noise, t = self.noise(x, generator), as_times(t, x)
+        noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         # gradients of chunks' log-sum-exps average, by the chunks' shares, to the gradient of the whole
         gradient, value = torch.zeros_like(x), torch.full((len(x),), -torch.inf, device=x.device)
@@ -162,6 +200,7 @@ class DrawGradient(Draws, GradientEstimator):
                 chunk = r.logsumexp(dim=1)
                 (chunk_gradient,) = torch.autograd.grad(chunk.sum(), state)
             rewards[rows, draws] = r.detach()
+            best.update(x1, r, rows)
             total = torch.logaddexp(value[rows], chunk.detach())
             before, now = (value[rows] - total).exp(), (chunk.detach() - total).exp()
             gradient[rows] = expand(before, x) * gradient[rows] + expand(now, x) * chunk_gradient
@@ -171,7 +210,7 @@ class DrawGradient(Draws, GradientEstimator):
             mean[rows] += x1.sum(dim=1) / self.num_draws
             value[rows] = total
         steering = (tilted - mean) / expand((1 - t).clamp_min(1e-4), x) if self.num_draws > 1 else None
-        return Estimate(gradient, log_mean_exp(rewards), effective_sample_size(rewards), steering=steering)
+        return Estimate(gradient, log_mean_exp(rewards), effective_sample_size(rewards), steering=steering, best=best)
 
 
 @dataclass
@@ -187,6 +226,7 @@ class DrawGradientFree(Draws, GradientEstimator):
     """
 
     num_draws: int = 16
+    looks_ahead = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,24 +235,25 @@ class DrawGradientFree(Draws, GradientEstimator):
 
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        noise, t = self.noise(x, generator), as_times(t, x)
+        noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
         drawn = torch.empty_like(noise)
         for part, rows, draws in self.chunks(target, x):
             x1 = drawn[rows, draws] = self.draw(part, t[rows], x[rows], noise[rows, draws])
             rewards[rows, draws] = part.rewards(x1.flatten(0, 1)).reshape(x1.shape[:2])
+            best.update(x1, rewards[rows, draws], rows)
         weights = rewards.softmax(dim=1).to(x.dtype) - 1 / self.num_draws
         shift = torch.einsum("bn,bn...->b...", weights, drawn)
         noise_left = (1 - t).clamp_min(1e-4)
         steering = shift / expand(noise_left, x)
         gradient, value = expand(t / noise_left, x) * steering, log_mean_exp(rewards)
-        return Estimate(gradient, value, effective_sample_size(rewards), steering=steering)
+        return Estimate(gradient, value, effective_sample_size(rewards), steering=steering, best=best)
 
 
 @dataclass
-class DPSGradient(GradientEstimator):
-    """The gradient of r(D_t(x)): the posterior replaced by its mean (Chung et al., arXiv 2209.14687). Near t = 0 the
-    clamp of sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
+class PointGradient(GradientEstimator):
+    """The gradient of the reward of one clean state that stands for the posterior. Near t = 0 the clamp of sigma^2/2
+    takes away 1 - max_diffusion t/(1-t) of the steering.
 
     Args:
         max_rows: memory budget, at most so many states at once.
@@ -220,17 +261,54 @@ class DPSGradient(GradientEstimator):
 
     max_rows: int | None = None
     needs_reward_gradient = True
+    looks_ahead = True
+
+    @abstractmethod
+    def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The clean state `(B, *shape)`, differentiable in x; and b_t(x) where it was computed."""
 
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
-        t, parts = as_times(t, x), []
+        t, parts, best = as_times(t, x), [], Best(x)
         for part, rows, _ in chunks(target, x, 1, self.max_rows):
             with torch.enable_grad():
                 state = x[rows].detach().requires_grad_()
-                drift = part.drift(t[rows], state)
-                value = part.rewards(denoiser(t[rows], state, drift))
-                parts.append((torch.autograd.grad(value.sum(), state)[0], value.detach(), drift.detach()))
-        gradient, value, drift = (torch.cat(p) for p in zip(*parts, strict=True))
-        return Estimate(gradient, value, torch.ones_like(value), drift)
+                x1, drift = self.clean(part, t[rows], state)
+                value = part.rewards(x1)
+                best.update(x1[:, None], value[:, None], rows)
+                parts.append((torch.autograd.grad(value.sum(), state)[0], value.detach(), drift))
+        gradient, value = (torch.cat([part[i] for part in parts]) for i in range(2))
+        drifts = [part[2].detach() for part in parts if part[2] is not None]
+        return Estimate(gradient, value, torch.ones_like(value), torch.cat(drifts) if drifts else None, best=best)
+
+
+@dataclass
+class DPSGradient(PointGradient):
+    """The gradient of r(D_t(x)): the posterior replaced by its mean (Chung et al., arXiv 2209.14687). Near t = 0 the
+    clamp of sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
+
+    Args:
+        max_rows: memory budget, at most so many states at once.
+    """
+
+    def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        drift = target.drift(t, x)
+        return denoiser(t, x, drift), drift
+
+
+@dataclass
+class FlowMapGradient(PointGradient):
+    """The gradient of r(X_{t,1}(x)): the posterior replaced by where the base flow leads, by one evaluation of the
+    plain flow map (Sabour et al., "Test-time scaling of diffusions with flow maps", arXiv 2511.22688). Near t = 0 the
+    clamp of sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
+
+    `TrajectoryTilting` makes up by weights for what is wrong with it.
+
+    Args:
+        max_rows: memory budget, at most so many states at once.
+    """
+
+    def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return target.base_flow_map(t, 1.0, x), None
 
 
 class NetworkGradient(GradientEstimator):

@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 class RewardAlignment(L.LightningModule):
     """Aligns samples from the DataModule's noise, and writes to `predict/` of the run's folder, for each batch,
-    `batch_NNNN.json` (the run: rewards before and after, NFE, seconds, trace) and `.safetensors` (states, images, and
-    the samples' `index`); `summary.json` over all; and `before_after.png`.
+    `batch_NNNN.json` (the run: rewards before and after, NFE, seconds, trace) and `.safetensors` (states, images, the
+    best look-aheads where the method returns them, and the samples' `index`); `summary.json` over all; and
+    `before_after.png`.
 
     "Before" is the base flow's ODE from the same noise.
 
@@ -44,6 +45,7 @@ class RewardAlignment(L.LightningModule):
 
     Raises:
         RewardError: on construction, if the method needs a reward gradient and there is none.
+        CheckpointError: on construction, if the method draws posteriors from a plain flow map.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class RewardAlignment(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.target, self.method = target.load(), method or Steering()
-        self.method.check(self.target.reward)
+        self.target, self.method = target.load(plain_flow_map=True), method or Steering()
+        self.method.check(self.target.reward, self.target.model)
         self.state_shape, self.num_classes = self.target.model.state_shape, self.target.model.num_classes
         self.base_steps, self.pictures, self.seed = base_steps, pictures, seed
         self._numbers = SampleNumbers()
@@ -141,6 +143,9 @@ class RewardAlignment(L.LightningModule):
             "seconds": sum(b["seconds"] for b in self._done),
             "batches": self._done,
         }
+        if all("best_rewards" in batch for batch in self._done):
+            best = torch.tensor([r for batch in self._done for r in batch["best_rewards"]])
+            summary["mean_best_reward"] = best.mean().item()
         rank = f"_rank{self.global_rank}" if self.trainer.world_size > 1 else ""
         (self.folder / f"summary{rank}.json").write_text(json.dumps(summary, indent=1, default=repr))
         if self._shown and self.trainer.is_global_zero:
@@ -160,4 +165,5 @@ class RewardAlignment(L.LightningModule):
 
 
 def _change(summary: dict[str, Any]) -> str:
-    return f"mean reward {summary['mean_reward_before']:.3f} to {summary['mean_reward']:.3f}"
+    best = f" (best look-ahead {summary['mean_best_reward']:.3f})" if "mean_best_reward" in summary else ""
+    return f"mean reward {summary['mean_reward_before']:.3f} to {summary['mean_reward']:.3f}{best}"

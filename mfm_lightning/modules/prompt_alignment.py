@@ -63,6 +63,7 @@ class PromptAlignment(L.LightningModule):
 
     Raises:
         RewardError: on construction, if a reward is unknown, or the method needs a gradient and there is none.
+        CheckpointError: on construction, if the method draws posteriors in one step, which a pretrained flow does not.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class PromptAlignment(L.LightningModule):
             {name: build(spec).eval().requires_grad_(False) for name, spec in rewards.items()}
         )
         self.method = method or Steering(strength=0.0, grid=TimeGrid(base_steps, of_model=True))
-        self.method.check(self.reward)
+        self.method.check(self.reward, flow)
         self.reward_scale, self.guidance, self.negative = reward_scale, guidance, negative
         self.before, self.base_steps, self.layout = before, base_steps, layout
         self.pictures, self.seed = pictures, seed

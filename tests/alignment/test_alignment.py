@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from mfm_lightning.alignment import BestOfN, FeynmanKac, Search, Steering, TimeGrid, TwistedSMC
+from mfm_lightning.alignment import (
+    BestOfN,
+    DiamondGradient,
+    FeynmanKac,
+    NoiseOptimisation,
+    Search,
+    Steering,
+    TimeGrid,
+    TrajectoryTilting,
+    TwistedSMC,
+)
 from mfm_lightning.alignment.posteriors import GlassPosterior, OraclePosterior, Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import (
@@ -218,6 +228,9 @@ METHODS = [
     FeynmanKac(num_particles=2, grid=TimeGrid(2)),
     FeynmanKac(num_particles=2, grid=TimeGrid(2), transition="glass", keep="best"),
     TwistedSMC(num_particles=2, grid=TimeGrid(2)),
+    Steering(DiamondGradient(2), TimeGrid(2), return_best=True),
+    TrajectoryTilting(num_particles=2, grid=TimeGrid(2)),
+    NoiseOptimisation(2, 2),
 ]
 
 

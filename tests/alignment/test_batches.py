@@ -6,7 +6,19 @@ import pytest
 import torch
 from scipy import stats
 
-from mfm_lightning.alignment import BestOfN, FeynmanKac, Search, Steering, TimeGrid, TwistedSMC
+from mfm_lightning.alignment import (
+    BestOfN,
+    DiamondGradient,
+    DiamondGradientFree,
+    DiamondPosterior,
+    FeynmanKac,
+    NoiseOptimisation,
+    Search,
+    Steering,
+    TimeGrid,
+    TrajectoryTilting,
+    TwistedSMC,
+)
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, GlassPosterior, OraclePosterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree, DrawValue
@@ -42,7 +54,10 @@ METHODS = {
     "MFM-G, SDE": Steering(DrawGradient(4, antithetic=True), GRID, "sde"),
     "MFM-GF": Steering(DrawGradientFree(4, max_rows=3), GRID),
     "DPS, SDE": Steering(DPSGradient(max_rows=2), GRID, "sde"),
+    "Diamond, SDE": Steering(DiamondGradient(4, max_rows=9), GRID, "sde"),
+    "Diamond, gradient-free": Steering(DiamondGradientFree(4, max_rows=5), GRID),
     "search": Search(3, 2, 4),
+    "search, Diamond": Search(3, 2, 4, posterior=DiamondPosterior(3), correlation=0.5),
     "search, by particle": Search(3, 2, 4, selection="per_particle", posterior=GlassPosterior(2)),
     "Best-of-N": BestOfN(9, 4, max_rows=7),
     "FK, SDE": FeynmanKac(num_particles=4, grid=GRID),
@@ -50,6 +65,8 @@ METHODS = {
     "FK, rollouts": FeynmanKac(DrawValue(2, RolloutPosterior(3), max_rows=9), num_particles=4, grid=GRID),
     "FK, mixture's draws": FeynmanKac(DrawValue(3, OraclePosterior(MIXTURE), max_rows=4), num_particles=4, grid=GRID),
     "FK, points' draws": FeynmanKac(DrawValue(3, OraclePosterior(POINTS), max_rows=4), num_particles=4, grid=GRID),
+    "FMTT": TrajectoryTilting(num_particles=4, grid=GRID, max_rows=5),
+    "noise optimisation": NoiseOptimisation(3, 2, 0.1, max_rows=3),
     "TDS": TwistedSMC(num_particles=4, grid=GRID, ess_threshold=0.3),
 }
 
@@ -67,7 +84,8 @@ def test_a_sample_is_the_same_in_any_batch(model, name):
         torch.testing.assert_close(states(rows), whole[rows], **rounding)
     assert len(whole[:, 0].unique(dim=0)) == 7
     other = METHODS[name](target, x0, sample_generators(4, range(7))).states.reshape(7, -1, 2)
-    if name != "MFM-GF":  # 4 draws of an untrained model are all alike
+    # 4 draws of an untrained model are all alike; ascent draws no noise
+    if name not in ("MFM-GF", "noise optimisation"):
         assert not torch.allclose(other, whole, **rounding)
 
 
@@ -96,6 +114,7 @@ def test_the_best_of_n_is_the_same_however_it_is_cut(model, generator):
 POSTERIORS = {
     "flow map": FlowMapPosterior(2),
     "GLASS": GlassPosterior(2),
+    "Diamond": DiamondPosterior(3, nodes=2),
     "rollouts": RolloutPosterior(5),
     "mixture": OraclePosterior(MIXTURE),
     "points": OraclePosterior(POINTS),

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from mfm_lightning.alignment import FeynmanKac, TimeGrid, TwistedSMC
+from mfm_lightning.alignment.particles import systematic_resample
 from mfm_lightning.alignment.posteriors import OraclePosterior
-from mfm_lightning.alignment.smc import bridge, systematic_resample
 from mfm_lightning.alignment.target import Target
+from mfm_lightning.alignment.transitions import bridge
 from mfm_lightning.alignment.values import (
     DPSGradient,
     DrawGradient,

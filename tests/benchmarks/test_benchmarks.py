@@ -12,10 +12,14 @@ import yaml
 from safetensors.torch import save_file
 
 from mfm_benchmarks.command import load_suite
+from mfm_benchmarks.methods import MethodSettings, points
+from mfm_benchmarks.models import ModelSettings
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.runner import compute
+from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import Cell, Outcome, Suite, suites
+from mfm_benchmarks.suites.alignment import AlignmentSuite, RewardSettings
 from mfm_lightning.checkpoints import save_model
 from mfm_lightning.commands.main import main
 from mfm_lightning.models import MetaFlowMap
@@ -262,6 +266,29 @@ def test_trained_methods_are_fitted_for_each_multiplier(workplace):
     assert all(r["trained first"] == "yes" for r in found)
 
 
+@pytest.mark.parametrize("name", ["alignment", "mnist"])
+def test_packaged_methods_can_be_built(name):
+    """Each setting of each sweep; what --quick leaves out is said."""
+    settings = yaml.safe_load((ROOT / f"configs/benchmarks/{name}.yaml").read_text())
+    methods = {
+        method: MethodSettings(Spec(given["method"]), given.get("sweep", {}), None, None, given.get("quick", True))
+        for method, given in settings["methods"].items()
+        if "fit" not in given
+    }
+    built = {method: [point.build() for point in points(method, given)] for method, given in methods.items()}
+    assert [type(made).__name__ for made in built["FMTT"]] == ["TrajectoryTilting"] * 2
+    assert [made.num_particles for made in built["FMTT"]] == [2, 8]
+    assert [made.iterations for made in built["Noise optimisation"]] == [5, 20, 50]
+    assert [made.estimator.num_draws for made in built["Diamond-G"]] == [2, 4]
+    assert {made.correlation for made in built["FK-GLASS, fresh noise"]} == {0.0}
+    suite = AlignmentSuite(ModelSettings("none"), {"brightness": RewardSettings("brightness")}, methods)
+    suite.shrink()
+    left_out = {method for method, given in methods.items() if not given.quick}
+    assert left_out >= {"Diamond-G", "Diamond-GF", "Flow map's end", "FMTT", "Noise optimisation"}
+    assert all("left out of --quick" in suite.skipped[method] for method in left_out)
+    assert not left_out & {point.method for point in suite._points}
+
+
 # the other suites
 
 
@@ -270,11 +297,17 @@ def test_gmm_suite(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(model(MLP(2, 16, 1)), tmp_path / "model.safetensors")
     args = ("--draws", "[1,2]", "--num_samples", 64, "--num_reference", 256, "--seeds", "[0,1]", "--steps", 6)
-    benchmark("gmm", "--model", "model.safetensors", *args, "--particles", 64, "--output", "out")
+    benchmark("gmm", "--model", "model.safetensors", *args, "--particles", 64, "--ascent", 3, "--output", "out")
     found = {(r["method"], r["N"]): r for r in rows(tmp_path / "out", "distances")}
     assert int(found["MFM-G, ODE", "2"]["NFE a sample"]) == 6 + 4 * 2 * 6
     assert int(found["MFM-GF, SDE", "2"]["NFE a sample"]) == 6 + 2 * 2 * 6
     assert int(found["DPS, ODE", ""]["NFE a sample"]) == 4 * 6
+    assert int(found["Diamond-G, ODE", "2"]["NFE a sample"]) == 6 + 6 * 2 * 6
+    assert int(found["Diamond-GF, ODE", "2"]["NFE a sample"]) == 6 + 3 * 2 * 6
+    assert int(found["flow map's end, SDE", ""]["NFE a sample"]) == 5 * 6
+    assert int(found["FMTT", ""]["NFE a sample"]) == 5 * 6 - 3
+    assert int(found["noise optimisation", ""]["NFE a sample"]) == 4 * 3 + 2
+    assert found["FK, GLASS, fresh noise", ""]["NFE a sample"] == found["FK, GLASS", ""]["NFE a sample"]
     floor = found.pop(("exact samples (floor)", ""))
     assert float(floor["MMD low"]) < 0 < float(floor["MMD high"])
     # nothing that a random model draws is nearer than exact samples

@@ -7,10 +7,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mfm_lightning.alignment import BestOfN, FeynmanKac, Search, Steering, TimeGrid, TwistedSMC
-from mfm_lightning.alignment.target import TargetSettings
-from mfm_lightning.alignment.values import DrawGradient, DrawGradientFree
-from mfm_lightning.checkpoints import save_model
+from mfm_lightning.alignment import (
+    BestOfN,
+    DiamondGradientFree,
+    DiamondPosterior,
+    FeynmanKac,
+    FlowMapPosterior,
+    NoiseOptimisation,
+    Search,
+    Steering,
+    TimeGrid,
+    TrajectoryTilting,
+    TwistedSMC,
+)
+from mfm_lightning.alignment.target import Target, TargetSettings
+from mfm_lightning.alignment.values import DrawGradient, DrawGradientFree, DrawValue
+from mfm_lightning.checkpoints import CheckpointError, load_model, save_model
 from mfm_lightning.data import NoiseDataModule
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import RewardAlignment
@@ -44,11 +56,14 @@ def predict(folder, module, **data):
 
 GRID = TimeGrid(4)
 METHODS = [
-    Steering(DrawGradient(2), GRID, clip=1.0),
+    Steering(DrawGradient(2), GRID, clip=1.0, return_best=True),
     Search(3, 2, steps=3),
     BestOfN(5, steps=3),
     FeynmanKac(num_particles=3, grid=GRID),
     TwistedSMC(num_particles=3, grid=GRID),
+    Steering(DiamondGradientFree(2), GRID),
+    TrajectoryTilting(num_particles=3, grid=GRID),
+    NoiseOptimisation(2),
 ]
 
 
@@ -67,6 +82,11 @@ def test_every_method_writes_its_run(tmp_path, model_file, method):
     assert summary["batches"][0]["rewards"] == pytest.approx(tensors["rewards"].tolist())
     assert (folder / "before_after.png").stat().st_size > 1000
     assert summary["batches"][0]["peak_memory"] > 2**20
+    if "best_states" in tensors:  # the best look-ahead, too
+        assert isinstance(method, Search | NoiseOptimisation) or method.return_best
+        torch.testing.assert_close(tensors["best_rewards"], tensors["best_images"].mean(dim=(1, 2, 3)))
+        rewards = [reward for batch in summary["batches"] for reward in batch["best_rewards"]]
+        assert summary["mean_best_reward"] == pytest.approx(sum(rewards) / 6)
 
 
 def test_labels_and_prompts_reach_the_reward(tmp_path, model_file):
@@ -100,6 +120,27 @@ def test_black_boxes_are_refused_before_any_sampling(tmp_path, model_file):
     with pytest.raises(RewardError, match="'detached' gave values that carry no gradient"):
         predict(tmp_path, RewardAlignment(settings(model_file, detached), Steering(DrawGradient(2), GRID), 3))
     module = RewardAlignment(settings(model_file, "jpeg_compressibility"), Steering(DrawGradientFree(4), GRID), 3)
+    assert (predict(tmp_path, module) / "summary.json").is_file()
+
+
+def test_a_plain_flow_map_is_aligned_without_posteriors_of_its_own(tmp_path, model_file):
+    """As an imported DMF: what draws posteriors from it is refused before any sampling, in Python as well."""
+    model = load_model(model_file)
+    plain = str(save_model(model, tmp_path / "flow_map.safetensors", {"kind": "flow_map"}))
+    diamond = DiamondPosterior(2)
+    for method in (
+        Steering(DrawGradient(2), GRID),
+        Search(2, 2, 2),
+        FeynmanKac(DrawValue(2), grid=GRID),
+        FeynmanKac(transition="glass", posterior=FlowMapPosterior(), grid=GRID),
+    ):
+        with pytest.raises(CheckpointError, match=f"{type(method).__name__} draws posteriors .* plain flow map"):
+            RewardAlignment(settings(plain), method)
+    with pytest.raises(TypeError, match="a plain flow map draws no posteriors"):
+        Search(2, 2, 2)(Target(load_model(plain), lambda x: x.flatten(1).sum(1)), torch.zeros(2, 1, 8, 8))
+    for method in (Search(2, 2, 2, posterior=diamond), Steering(DrawGradientFree(2, diamond), GRID)):
+        RewardAlignment(settings(plain), method)
+    module = RewardAlignment(settings(plain), TrajectoryTilting(num_particles=2, grid=GRID), 2)
     assert (predict(tmp_path, module) / "summary.json").is_file()
 
 

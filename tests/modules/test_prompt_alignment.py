@@ -147,6 +147,10 @@ def test_configs_of_families_differ_in_the_flow_alone():
     [
         ("--data.prompts=none.txt", "no prompts at none.txt"),
         ("--model.reward=jpeg_compressibility", "differentiates the reward, but 'jpeg_compressibility' is not"),
+        (
+            "--model.method={class_path: Steering, init_args: {estimator: DrawGradient}}",
+            "Steering draws posteriors from the model, and a SD3Flow gives none: give it a posterior",
+        ),
         ("--model.layout=gen", "unknown layout 'gen': expected one of flat, geneval, compbench, unigenbench"),
         ("--model.flow.init_args.true_guidance=2", "true_guidance is FLUX's"),
         ("--model.flow.init_args.name=none/here", "none/here"),
@@ -154,6 +158,6 @@ def test_configs_of_families_differ_in_the_flow_alone():
 )
 def test_bad_input_is_said_before_any_long_work(workplace, capsys, more, message):
     with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
-        predict(workplace, "sd3/steer", "--model.method.init_args.grid.steps=2", more)
+        predict(workplace, "sd3/steer", more)
     assert message in " ".join(f"{error.value} {capsys.readouterr().err}".split())
     assert not list(Path().rglob("*.png"))

@@ -122,9 +122,11 @@ class AlignmentSuite(Suite):
         for name, method in self.methods.items():
             if method.fit:
                 self._skipped[name] = "needs training for each reward, which --quick has no time for"
+            elif not method.quick:
+                self._skipped[name] = "is left out of --quick, for its time (quick: false)"
         kept = {}
         for point in self._points:
-            if point.fit is not None:
+            if point.method in self._skipped:
                 continue
             method = point.build()
             if isinstance(method, BestOfN) and method.num_candidates > self.best_of_n.numbers[-1]:

@@ -16,11 +16,28 @@ from mfm_benchmarks.claims import change, verdict
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import noise
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
-from mfm_lightning.alignment import AlignmentMethod, FeynmanKac, Steering, TimeGrid, TwistedSMC
+from mfm_lightning.alignment import (
+    AlignmentMethod,
+    FeynmanKac,
+    NoiseOptimisation,
+    Steering,
+    TimeGrid,
+    TrajectoryTilting,
+    TwistedSMC,
+)
+from mfm_lightning.alignment.diamond import DiamondGradient, DiamondGradientFree
 from mfm_lightning.alignment.nfe import Meter
+from mfm_lightning.alignment.particles import Particles
 from mfm_lightning.alignment.posteriors import GlassPosterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree, ExactGradient, GradientEstimator
+from mfm_lightning.alignment.values import (
+    DPSGradient,
+    DrawGradient,
+    DrawGradientFree,
+    ExactGradient,
+    FlowMapGradient,
+    GradientEstimator,
+)
 from mfm_lightning.checkpoints import fingerprint, load_model
 from mfm_lightning.data import GaussianMixtureDataModule
 from mfm_lightning.metrics.distances import mmd, sliced_wasserstein
@@ -32,19 +49,23 @@ DEFAULT_MODEL = "outputs/gmm/mfm/model.safetensors"
 DISTANCES = ("W2", "MMD")
 EXACT, FLOOR = "exact gradient", "exact samples (floor)"
 OURS = ("MFM-G, ODE", "MFM-G, SDE", "MFM-GF, ODE", "MFM-GF, SDE")
-PARTICLES = ("SMC-TDS", f"{EXACT}, SMC-TDS", "FK, SDE", "FK, GLASS")
+DIAMOND = ("Diamond-G, ODE", "Diamond-GF, ODE")  # weighted draws of the plain flow map
+NOISE = "noise optimisation"
+FRESH = "FK, GLASS, fresh noise"
+PARTICLES = ("SMC-TDS", f"{EXACT}, SMC-TDS", "FK, SDE", "FK, GLASS", FRESH, "FMTT")
 
 
 class MixtureSuite(Suite):
     """Sliced W2 and MMD to the exact tilted mixture, by posterior draws N.
 
-    Base drift and draws are the trained Meta Flow Map's for all methods but the exact gradient, which shows what
-    discretisation alone costs. The paper takes 4,096 samples, 1,000 steps and 20 seeds; these settings are for a CPU.
+    Base drift, draws and flow map are the trained Meta Flow Map's for all methods but the exact gradient, which shows
+    what discretisation alone costs. The paper takes 4,096 samples, 1,000 steps and 20 seeds; these settings are for a
+    CPU.
 
     Args:
         model: the Meta Flow Map; fitted by `fit_config` where it is the default and not there.
         fit_config: YAML of the training that makes the default model.
-        draws: N of MFM-G and MFM-GF.
+        draws: N of MFM-G and MFM-GF, and from 2 on of Weighted Diamond Maps.
         num_samples: samples of a run and seed that are judged.
         num_reference: exact samples that they are judged against, a multiple of `num_samples`.
         seeds: of all noise.
@@ -53,6 +74,7 @@ class MixtureSuite(Suite):
         particles: of the particle methods, of which `num_samples` are judged.
         glass_steps: Heun steps of a GLASS transition.
         transitions: number of GLASS transitions.
+        ascent: iterations of noise optimisation.
         max_diffusion: clamp of sigma^2/2 near t=0.
         max_rows: draws in memory at once.
     """
@@ -77,6 +99,7 @@ class MixtureSuite(Suite):
         particles: int = 4096,
         glass_steps: int = 8,
         transitions: int = 20,
+        ascent: int = 50,
         max_diffusion: float = 25.0,
         max_rows: int = 2048,
     ) -> None:
@@ -87,7 +110,7 @@ class MixtureSuite(Suite):
             )
         self.model, self.fit_config, self.draws, self.seeds = model, fit_config, sorted(draws), list(seeds)
         self.num_samples, self.num_reference, self.steps, self.particles = num_samples, num_reference, steps, particles
-        self.glass_steps, self.transitions, self.power = glass_steps, transitions, power
+        self.glass_steps, self.transitions, self.power, self.ascent = glass_steps, transitions, power, ascent
         self.max_diffusion, self.max_rows = max_diffusion, max_rows
         self._fit = Fit(fit_config, model)
         if not self.draws or not self.seeds or self.draws[0] < 1:
@@ -131,7 +154,12 @@ class MixtureSuite(Suite):
                 found[f"MFM-G, {words}", n] = steering(DrawGradient(n, max_rows=self.max_rows))
                 if n > 1:
                     found[f"MFM-GF, {words}", n] = steering(DrawGradientFree(n, max_rows=self.max_rows))
+            if dynamics == "ode":
+                for n in self.draws[self.draws[0] < 2 :]:
+                    found[DIAMOND[0], n] = steering(DiamondGradient(n, max_rows=max(n, self.max_rows)))
+                    found[DIAMOND[1], n] = steering(DiamondGradientFree(n, max_rows=max(n, self.max_rows)))
             found[f"DPS, {words}", 0] = steering(DPSGradient())
+            found[f"flow map's end, {words}", 0] = steering(FlowMapGradient())
             found[f"{EXACT}, {words}", 0] = steering(ExactGradient(self._oracle))
         smc = {"num_particles": self.particles, "keep": "all", "max_diffusion": self.max_diffusion}
         found["SMC-TDS", 0] = TwistedSMC(DPSGradient(self.max_rows), clip=3.0, grid=grid, **smc)
@@ -140,6 +168,9 @@ class MixtureSuite(Suite):
         found[f"{EXACT}, SMC-TDS", 0] = TwistedSMC(ExactGradient(self._oracle), grid=grid, **smc)
         glass = {"transition": "glass", "posterior": GlassPosterior(self.glass_steps, "heun")}
         found["FK, GLASS", 0] = FeynmanKac(grid=TimeGrid(self.transitions), **smc, **glass)
+        found[FRESH, 0] = FeynmanKac(grid=TimeGrid(self.transitions), correlation=0.0, **smc, **glass)
+        found["FMTT", 0] = TrajectoryTilting(grid=grid, max_rows=self.max_rows, **smc)
+        found[NOISE, 0] = NoiseOptimisation(self.ascent)
         return found
 
     def cells(self) -> Sequence[Cell]:
@@ -153,6 +184,8 @@ class MixtureSuite(Suite):
         for (name, n), method in methods.items():
             for seed in self.seeds:
                 identity = {**shared, "seed": seed, **(smc if name in PARTICLES else {})}
+                if name == NOISE:
+                    identity["iterations"] = self.ascent
                 words = f", N = {n}" if n else ""
                 cell = Cell(f"{name}{words}, seed {seed}", identity, self._work(name, method, seed))
                 self._cells.setdefault((name, n), []).append(cell)
@@ -171,9 +204,7 @@ class MixtureSuite(Suite):
             if method is not None:
                 target = self._exact_target if name.startswith(EXACT) else self._target
                 target.meter = Meter()
-                x0 = noise(
-                    1 if isinstance(method, FeynmanKac | TwistedSMC) else self.num_samples, (2,), seed, self.device
-                )
+                x0 = noise(1 if isinstance(method, Particles) else self.num_samples, (2,), seed, self.device)
                 drawn = method(target, x0, torch.Generator().manual_seed(1000 + seed)).states
                 numbers = {"nfe": target.meter.total / len(drawn)}
                 chosen = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[: self.num_samples]
@@ -242,9 +273,11 @@ class MixtureSuite(Suite):
         panels: dict[str, dict[str, Any]] = {}
         for dynamics in ("ODE", "SDE"):
             lines: dict[str, Any] = {}
-            for method in ("MFM-G", "MFM-GF"):
-                lines[method] = list(_by_draws(found, f"{method}, {dynamics}", what).items())
-            for name in (f"DPS, {dynamics}", f"{EXACT}, {dynamics}", *PARTICLES, FLOOR):
+            for method in ("MFM-G", "MFM-GF", "Diamond-G", "Diamond-GF"):
+                if values := _by_draws(found, f"{method}, {dynamics}", what):
+                    lines[method] = list(values.items())
+            own = [f"{name}, {dynamics}" for name in ("DPS", "flow map's end", EXACT)]
+            for name in (*own, *PARTICLES, NOISE, FLOOR):
                 if (name, 0) in found:
                     shown = name if name in PARTICLES else name.removesuffix(f", {dynamics}")
                     lines[shown] = found[name, 0][what]
@@ -273,12 +306,13 @@ class MixtureSuite(Suite):
 
     def _claims(self, found: dict[Key, dict[str, Measured]]) -> Claims:
         lines = []
-        for name in OURS:
+        for name in (*OURS, *DIAMOND):
             mine = _by_draws(found, name, "W2")
             if len(mine) < 2:
                 continue
             lines.append(change(name, "W2", mine))
-            others = {other: value["W2"] for (other, _), value in found.items() if not other.startswith("MFM")}
+            family = name.partition("-")[0]  # others of several N are there with the largest
+            others = {other: value["W2"] for (other, _), value in found.items() if not other.startswith(family)}
             lines.append(f"{name}, N = {max(mine)}: W2 is {verdict(mine[max(mine)], others)}.")
         return Claims("What the intervals say", lines)
 
