@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Prompt:
 def read_prompts(path: str | Path, column: str = "prompt") -> list[Prompt]:
     """The prompts of a file.
 
-    `.txt` has one a line (empty lines are left out); `.jsonl` an object a line; `.csv`, `.tsv` (PartiPrompts) and
-    `.parquet` a row each. A column `seed`, where there is one, is the seed of a prompt's images.
+    `.txt` has one a line (empty lines are left out); `.json` a list of texts (HPDv2) or objects; `.jsonl` an object a
+    line; `.csv`, `.tsv` (PartiPrompts) and `.parquet` a row each. A column `seed`, where there is one, is the seed of a prompt's images.
 
     Args:
         column: of the text, whatever case.
@@ -50,13 +50,13 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[Prompt]:
         texts = path.read_text(encoding="utf-8-sig").splitlines()
         found = [Prompt(text.strip()) for text in texts if text.strip()]
     else:
-        found = [_prompt(row, column, f"{path}, row {number}") for number, row in _rows(path)]
+        found = [_prompt(row, column, f"{path}, row {number}") for number, row in _rows(path, column)]
     if not found:
         raise ValueError(f"{path} has no prompts")
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
             if not line.strip():
@@ -68,6 +68,17 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if not isinstance(row, Mapping):
                 raise ValueError(f"{path}, row {number}: a {type(row).__name__}, expected an object")
             yield number, row
+    elif path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise ValueError(f"{path}: no JSON ({error})") from error
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: a {type(rows).__name__}, expected a list of texts or objects")
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, str | Mapping):
+                raise ValueError(f"{path}, row {number}: a {type(row).__name__}, expected a text or an object")
+            yield number, {column: row} if isinstance(row, str) else row
     elif path.suffix == ".parquet":
         try:
             import pandas

@@ -19,13 +19,15 @@ def write(path, rows):
         path.write_text("\ufeff" + "\n\n".join(row["prompt"] for row in rows) + "\n", encoding="utf-8")
     elif path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
     elif path.suffix == ".parquet":
         pandas.DataFrame(rows).to_parquet(path)
     else:
         pandas.DataFrame(rows).to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"])
 def test_every_kind_of_file(tmp_path, suffix):
     path = tmp_path / f"prompts{suffix}"
     write(path, [{"prompt": text, "seed": 3 * i, "tag": f"t{i}"} for i, text in enumerate(TEXTS)])
@@ -47,13 +49,16 @@ def test_a_seed_may_be_left_out_in_some_rows(tmp_path):
     ("name", "content", "message"),
     [
         ("p.txt", "\n \n", "has no prompts"),
-        ("p.md", "a", r"prompts are read from \.txt, \.jsonl"),
+        ("p.md", "a", r"prompts are read from \.txt, \.json"),
         ("p.csv", "text\na\n", r"row 1: no column 'prompt', only text"),
         ("p.csv", "prompt,seed\na,1\nb,x\n", r"row 2: seed 'x', expected a whole number from 0"),
         ("p.csv", "prompt,seed\na,-1\n", r"row 1: seed '-1'"),
         ("p.csv", "prompt,seed\na,1.5\n", r"row 1: seed '1.5'"),
         ("p.jsonl", '{"prompt": 3}', r"row 1: prompt is 3, expected a text"),
         ("p.jsonl", '{"prompt": "a"}\n\n{', r"row 3: no JSON"),
+        ("p.json", '{"prompt": "a"}', r"a dict, expected a list"),
+        ("p.json", '["a", 3]', r"row 2: a int, expected a text or an object"),
+        ("p.json", "[", r"no JSON"),
         ("p.jsonl", "[1]", r"row 1: a list, expected an object"),
     ],
 )
@@ -70,6 +75,8 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):
 def test_a_column_of_another_name(tmp_path):
     (tmp_path / "p.tsv").write_text("Prompt\tCategory\nbond\tAbstract\n")  # PartiPrompts
     assert read_prompts(tmp_path / "p.tsv") == [Prompt("bond", None, {"Category": "Abstract"})]
+    (tmp_path / "p.json").write_text('["bond", "a cat"]')  # HPDv2's benchmark
+    assert [prompt.text for prompt in read_prompts(tmp_path / "p.json", "caption")] == ["bond", "a cat"]
     (tmp_path / "p.csv").write_text("Text,Id\nbond,1\n")
     assert read_prompts(tmp_path / "p.csv", "text")[0].text == "bond"
 
