@@ -31,7 +31,8 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[Prompt]:
     """The prompts of a file.
 
     `.txt` has one a line (empty lines are left out); `.json` a list of texts (HPDv2) or objects; `.jsonl` an object a
-    line; `.csv`, `.tsv` (PartiPrompts) and `.parquet` a row each. A column `seed`, where there is one, is the seed of a prompt's images.
+    line; `.csv`, `.tsv` (PartiPrompts) and `.parquet` a row each. A column `seed`, where there is one, is the seed of a
+    prompt's images.
 
     Args:
         column: of the text, whatever case.
