@@ -41,6 +41,8 @@ class BestOfN(AlignmentMethod):
     uses_reward_scale = False
 
     def __post_init__(self) -> None:
+        if self.grid is not None and self.steps != 100:
+            raise ValueError(f"steps {self.steps} and a grid of {self.grid.steps}: give one of them")
         positive(num_candidates=self.num_candidates, steps=self.steps, max_rows=self.max_rows)
 
     def times(self, model: object) -> list[float]:
@@ -61,7 +63,7 @@ def best_of_n(
     """The best candidate of each sample; what a `BestOfN` does when it is called.
 
     Args:
-        x0: `(B, *shape)`; only its shape, type and device count: the candidates' noise is drawn here.
+        x0: noise `(B, *shape)` of each sample's first candidate; that of the others is drawn here.
         method: the settings; `BestOfN()` where None.
         generator: of the noise; one makes one for each sample.
 
@@ -79,8 +81,11 @@ def best_of_n(
         n = min(max(1, method.max_rows // B), min(stop for stop in stops if stop > done) - done)
         for chunk in torch.arange(B, device=x0.device).split(min(B, method.max_rows)):
             part = target.take(chunk)
-            each = [own[i] for i in chunk.tolist() for _ in range(n)]
-            x = integrate(part.drift, randn((len(each), *shape), x0, each), times)
+            noise = [x0[chunk][:, None]] if done == 0 else []
+            each = [own[i] for i in chunk.tolist() for _ in range(n - len(noise))]
+            if each:
+                noise.append(randn((len(each), *shape), x0, each).reshape(len(chunk), -1, *shape))
+            x = integrate(part.drift, torch.cat(noise, dim=1).flatten(0, 1), times)
             with run.step(done, N, 1.0, best):
                 rewards, which = part.rewards(x).reshape(-1, n).max(dim=1)
             x = x.reshape(-1, n, *shape)[torch.arange(len(chunk), device=x.device), which]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,8 @@ class TimeGrid:
     def __post_init__(self) -> None:
         if self.shift is not None and not self.of_model:
             raise ValueError(f"shift {self.shift} is of a model's own grid: set of_model, or leave it out")
+        if self.of_model and (self.start, self.end, self.power) != (0.01, 1.0, 1.0):
+            raise ValueError("a model's own grid has its own start, end and power: leave them out, or of_model")
         if self.steps < 1 or not 0 <= self.start < self.end <= 1 or self.power <= 0:
             raise ValueError(
                 f"a time grid needs steps ({self.steps}) >= 1, 0 <= start ({self.start}) < end ({self.end}) <= 1 and "
@@ -158,3 +161,17 @@ def norms(x: Tensor) -> Tensor:
     largest = x.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
     norm = (x.flatten(1) / largest[:, None]).norm(dim=1) * largest
     return expand(norm, x)
+
+
+def described(value: object) -> Any:
+    """A method, or what it is made of, as plain JSON: the class and its settings, with no address in memory."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): described(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [described(part) for part in value]
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    settings = {name: described(part) for name, part in getattr(value, "__dict__", {}).items() if name[0] != "_"}
+    return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **settings}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from mfm_lightning.backbones.embeddings import Embedding, EmbeddingCache, stacke
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.utils.devices import out_of_memory
+
+log = logging.getLogger(__name__)
 
 
 class TextToImageFlow(nn.Module, ABC):
@@ -46,6 +49,7 @@ class TextToImageFlow(nn.Module, ABC):
         load_encoders: gives a pipeline with text encoders where `pipe` has none; it is dropped after each use.
         encoders: what the embeddings depend on besides the prompt and the pipeline's class, for the cache: a name, with
             a revision or the like.
+        weights: the same of transformer and VAE, for `identity`.
         encoder_device: where prompts are encoded; the CPU where None.
 
     Raises:
@@ -68,6 +72,7 @@ class TextToImageFlow(nn.Module, ABC):
         cache: str | Path | None = None,
         load_encoders: Callable[[], Any] | None = None,
         encoders: str = "",
+        weights: str = "",
         encoder_device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -76,12 +81,17 @@ class TextToImageFlow(nn.Module, ABC):
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows} must be at least 1")
         require_flow(pipe.scheduler, found)
+        if not type(pipe.scheduler).__name__.startswith("FlowMatchEuler"):
+            log.warning(
+                "%s: its %s takes steps of its own; here its times have Euler's steps, which give other images",
+                found, type(pipe.scheduler).__name__,
+            )  # fmt: skip
         self.transformer = pipe.transformer.eval().requires_grad_(False)
         self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled)
         self._pipe = [pipe]  # in a list, so that its text encoders are not moved with the rest
         self.max_rows, self.encoder_device = max_rows, torch.device(encoder_device or "cpu")
         self.embeddings = EmbeddingCache(cache)
-        self._load_encoders, self._encoders = load_encoders, encoders
+        self._load_encoders, self._encoders, self._weights = load_encoders, encoders, weights
         if cache is not None and not encoders:
             raise ValueError("a cache of embeddings needs encoders, a name of what made them: load_flow gives it")
         self.attention = attention
@@ -90,6 +100,15 @@ class TextToImageFlow(nn.Module, ABC):
         if checkpointing:
             self.transformer.enable_gradient_checkpointing(self._recomputed)
         self.image_size = self._checked(image_size or self._usual_size())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its images depend on besides conditions, noise and times, as far as it is known: as JSON."""
+        return {
+            "flow": type(self).__name__, "config": repr(self.transformer.config), "weights": self._weights,
+            "image_size": list(self.image_size), "dtype": str(self.transformer.dtype), "tiled": self.decoder.tiled,
+            "attention": self.attention, "encoders": self._encoders,
+        }  # fmt: skip
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -225,7 +244,9 @@ class TextToImageFlow(nn.Module, ABC):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         scale = self.usual_guidance if guidance is None else float(guidance)
         negatives = self._negatives(prompts, negative, guidance)
-        rows = self._embedded(prompts, negatives)
+        wanted = self._wanted(prompts, negatives)
+        rows = {key: row for key, settings in wanted.items() if (row := self.embeddings.find(settings)) is not None}
+        rows |= dict(self._made({key: settings for key, settings in wanted.items() if key not in rows}))
         given = Conditions(
             prompts=prompts,
             guidance=scale if self._takes_guidance(negatives) else None,
@@ -242,7 +263,9 @@ class TextToImageFlow(nn.Module, ABC):
     ) -> None:
         """Encode prompts that are not in the cache yet, so that `encode` needs no text encoder for them; raises as
         `encode`."""
-        self._embedded(prompts, self._negatives(prompts, negative, guidance))
+        wanted = self._wanted(prompts, self._negatives(prompts, negative, guidance))
+        for _ in self._made({k: settings for k, settings in wanted.items() if not self.embeddings.has(settings)}):
+            pass
 
     @property
     def usual_guidance(self) -> float:
@@ -276,37 +299,31 @@ class TextToImageFlow(nn.Module, ABC):
             raise ValueError(f"{len(found)} negative prompts for {len(prompts)} prompts: expected one, or as many")
         return found
 
-    def _embedded(self, prompts: Sequence[str], negatives: Sequence[str] | None) -> dict[tuple[str, bool], Embedding]:
-        """The row of each text, as a prompt (False) and as a negative one (True); from the cache where it is there."""
+    def _wanted(
+        self, prompts: Sequence[str], negatives: Sequence[str] | None
+    ) -> dict[tuple[str, bool], dict[str, Any]]:
+        """Each text, as a prompt (False) and as a negative one (True), with what its embedding depends on."""
         for i, text in enumerate(prompts):
             if not isinstance(text, str):
                 raise ValueError(f"prompt {i} is {text!r}: expected a text")
         tokens = self._of_call("max_sequence_length")
-        found: dict[tuple[str, bool], Embedding] = {}
-        missing: list[tuple[str, bool]] = []
-        settings = {
-            negative: {
-                "encoders": self._encoders, "pipeline": self.pipeline, "negative": negative, "tokens": tokens,
-            }
-            for negative in (False, True)
-        }  # fmt: skip
-        for negative, texts in ((False, prompts), (True, negatives or ())):
-            kept = self.embeddings.find(settings[negative], texts)
-            found |= {(text, negative): row for text, row in kept.items()}
-            missing += [(text, negative) for text in dict.fromkeys(texts) if text not in kept]
-        if missing:
-            pipe = self.pipe if self._load_encoders is None else self._load_encoders()
-            if getattr(pipe, "text_encoder", None) is None:
-                raise ValueError(
-                    f"the {self.pipeline} has no text encoder: load it whole, or give Conditions of your own"
-                )
-            self._to(pipe, self.encoder_device)
-            for text, negative in missing:
-                row = {name: value.cpu() for name, value in self._embed(pipe, text, negative).items()}
-                found[text, negative] = row
-                self.embeddings.keep(settings[negative], text, row)
-            self._to(pipe, torch.device("cpu"))
-        return found
+        common = {"encoders": self._encoders, "pipeline": self.pipeline, "tokens": tokens}
+        texts = [*((text, False) for text in prompts), *((text, True) for text in negatives or ())]
+        return {key: {**common, "negative": key[1], "prompt": key[0]} for key in dict.fromkeys(texts)}
+
+    def _made(self, wanted: dict[tuple[str, bool], dict[str, Any]]) -> Iterator[tuple[tuple[str, bool], Embedding]]:
+        """The embeddings of texts, one after the other, which are kept; the text encoders are there until the last."""
+        if not wanted:
+            return
+        pipe = self.pipe if self._load_encoders is None else self._load_encoders()
+        if getattr(pipe, "text_encoder", None) is None:
+            raise ValueError(f"the {self.pipeline} has no text encoder: load it whole, or give Conditions of your own")
+        self._to(pipe, self.encoder_device)
+        for (text, negative), settings in wanted.items():
+            row = {name: value.cpu() for name, value in self._embed(pipe, text, negative).items()}
+            self.embeddings.keep(settings, row)
+            yield (text, negative), row
+        self._to(pipe, torch.device("cpu"))
 
     @abstractmethod
     def _embed(self, pipe: Any, prompt: str, negative: bool) -> Embedding:

@@ -28,28 +28,31 @@ class EmbeddingCache:
         self.folder = None if folder is None else Path(folder)
         self._kept: dict[str, Embedding] = {}
 
-    def find(self, settings: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Embedding]:
-        """Those that are there, by prompt."""
-        keys = {text: _key(settings, text) for text in dict.fromkeys(prompts)}
-        if self.folder is None:
-            return {text: self._kept[key] for text, key in keys.items() if key in self._kept}
-        files = {text: self.folder / f"{key}.safetensors" for text, key in keys.items()}
-        return {text: load_file(file) for text, file in files.items() if file.is_file()}
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it is there."""
+        key = _key(settings)
+        return key in self._kept if self.folder is None else (self.folder / f"{key}.safetensors").is_file()
 
-    def keep(self, settings: Mapping[str, Any], prompt: str, embedding: Embedding) -> None:
+    def find(self, settings: Mapping[str, Any]) -> Embedding | None:
+        """One of them; None where it is not there."""
+        if not self.has(settings):
+            return None
+        key = _key(settings)
+        return self._kept[key] if self.folder is None else load_file(self.folder / f"{key}.safetensors")
+
+    def keep(self, settings: Mapping[str, Any], embedding: Embedding) -> None:
         """Keep one."""
-        key = _key(settings, prompt)
         if self.folder is None:
-            self._kept[key] = embedding
+            self._kept[_key(settings)] = embedding
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = {"prompt": prompt, **{name: str(value) for name, value in settings.items()}}
-        with whole_file(self.folder / f"{key}.safetensors") as path:
+        about = {name: str(value) for name, value in settings.items()}
+        with whole_file(self.folder / f"{_key(settings)}.safetensors") as path:
             save_file({name: value.contiguous() for name, value in embedding.items()}, path, about)
 
 
-def _key(settings: Mapping[str, Any], prompt: str) -> str:
-    text = json.dumps([dict(settings), prompt], sort_keys=True, ensure_ascii=False)
+def _key(settings: Mapping[str, Any]) -> str:
+    text = json.dumps(dict(settings), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

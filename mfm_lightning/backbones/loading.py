@@ -98,7 +98,8 @@ def load_flow(
         tiled=tiled,
         cache=cache,
         load_encoders=load_encoders,
-        encoders=f"{name} {revision} {_state(folder)} {dtype}",
+        encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {dtype}",
+        weights=f"{name} {revision} {variant} {_state(folder, 'transformer', 'vae', 'scheduler')}",
         encoder_device=encoder_device,
         **options,
     )
@@ -145,7 +146,7 @@ def _unknown(folder: Path, pipeline: str) -> str:
     return f"{folder} is a {pipeline}, a family that has no adapter here; {known}. Or write one: a TextToImageFlow"
 
 
-def _state(folder: Path) -> str:
-    """Of the text encoders' files, so that embeddings of others are not taken for theirs."""
-    files = sorted(p for part in ("text_encoder*", "tokenizer*") for p in folder.glob(f"{part}/*"))
+def _state(folder: Path, *parts: str) -> str:
+    """Of the files of parts of a pipeline, so that what others made is not taken for theirs."""
+    files = sorted(p for part in parts for p in folder.glob(f"{part}/*"))
     return " ".join(f"{p.relative_to(folder)}:{p.stat().st_size}:{p.resolve().stat().st_mtime_ns}" for p in files)

@@ -29,7 +29,7 @@ def sample(
     shift: list[float] | None = None,
     allow_download: bool = False,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     device: str = "auto",
     prompts: str | None = None,
@@ -62,7 +62,7 @@ def sample(
         shift: what is subtracted from them before, or a number for each channel; nothing if left out.
         allow_download: fetch the model and the VAE where they are not on this machine.
         seed: with the index, of a sample's noise.
-        batch_size: samples drawn at once by each process.
+        batch_size: samples drawn at once by each process; 64 if left out, 8 with prompts.
         precision: of the network.
         device: auto, cpu, cuda, cuda:1, ...
         prompts: file of prompts (.txt, .jsonl, .csv, .tsv, .parquet), for a text-to-image flow; a line for each image
@@ -93,8 +93,8 @@ def sample(
         from mfm_lightning.commands.sample_prompts import sample_prompts
 
         sample_prompts(
-            model, prompts, output, images_per_prompt, layout, image_size, torch_dtype, steps or 28, guidance, negative,
-            seed, min(batch_size, 8), allow_download, device,
+            model, prompts, output, images_per_prompt, layout, image_size, torch_dtype, 28 if steps is None else steps,
+            guidance, negative, seed, 8 if batch_size is None else batch_size, allow_download, device,
         )  # fmt: skip
         return
     from mfm_lightning.checkpoints import find_weights, fingerprint, load_model, read_metadata
@@ -119,7 +119,7 @@ def sample(
     drawn.check(loaded, classes)
     decode = _decoder(decoder or header.get("decoder"), scale, shift, allow_download, loaded)
     check_decoder(decode, loaded.metadata, model)
-    plan = SamplePlan(num_samples, classes, seed, batch_size)
+    plan = SamplePlan(num_samples, classes, seed, 64 if batch_size is None else batch_size)
     files = OUTPUTS[format](output, plan)
     files.claim(
         {

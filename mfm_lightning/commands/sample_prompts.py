@@ -1,9 +1,9 @@
-"""`mfm sample FLOW --prompts FILE`: images of a pretrained text-to-image flow, as its pipeline makes them."""
+"""`mfm sample FLOW --prompts FILE`: images of a pretrained text-to-image flow, on its scheduler's times."""
 
 from __future__ import annotations
 
 import logging
-import time
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,16 +47,16 @@ def sample_prompts(
     process = Process.from_environment()
     where = find_device(device, process.local_rank)
     folder = PromptFolder(output, read_prompts(prompts), images_per_prompt, layout, process.rank)
-    flow = load_flow(model, image_size, torch_dtype, batch_size, allow_download=allow_download)
-    folder.claim(
-        {"model": model, "image_size": flow.image_size, "torch_dtype": torch_dtype, "steps": steps,
-         "guidance": guidance, "negative": negative, "seed": seed}
-    )  # fmt: skip
+    cache = output / "embeddings"  # removed when all images are there
+    flow = load_flow(model, image_size, torch_dtype, batch_size, cache=cache, allow_download=allow_download)
+    flow.time_grid(steps)  # refuses wrong settings before anything is written
+    folder.claim({**flow.identity, "steps": steps, "guidance": guidance, "negative": negative, "seed": seed})
     mine = [image for image in folder.missing() if image.index % process.world_size == process.rank]
     flow.keep_embeddings(list(dict.fromkeys(image.prompt.text for image in mine)), negative, guidance)
     with stoppable("the same command goes on with what is missing"):
         _draw(flow.to(where), folder, mine, steps, guidance, negative, seed, batch_size, process)
-    left = len(folder.missing())
+    if not (left := len(folder.missing())):
+        shutil.rmtree(cache, ignore_errors=True)
     log.info("%d images: %s%s", len(folder.images) - left, output, f"; {left} are with other processes" if left else "")
 
 
@@ -76,6 +76,7 @@ def _draw(
     from mfm_lightning.data.prompts import PromptNoise
     from mfm_lightning.samplers import integrate
     from mfm_lightning.utils.console import track
+    from mfm_lightning.utils.devices import finished
 
     noise = PromptNoise(images, flow.state_shape, seed)
     where, times = next(flow.transformer.parameters()).device, flow.time_grid(steps)
@@ -83,13 +84,12 @@ def _draw(
     for part in track(parts, describe=lambda part: f"image {images[part.start].index}") if process.rank == 0 else parts:
         x0 = torch.stack([noise[i][0] for i in part]).to(where)
         given = flow.encode([images[i].prompt.text for i in part], negative, guidance).to(where)
-        began = time.perf_counter()
+        began = finished(where)
         with torch.no_grad():
             states = integrate(lambda t, x, c=given: flow.drift(t, x, c), x0, times)
             decoded = flow.decoder(states)
-        seconds = round((time.perf_counter() - began) / len(part), 4)
+        seconds = round((finished(where) - began) / len(part), 4)
         nfe = {"network": (len(times) - 1) * flow.passes(given)}
         for i, image in zip(part, decoded, strict=True):
-            own = images[i].prompt.seed
-            measured = {"seed": seed if own is None else own, "nfe": nfe, "seconds": seconds}
+            measured = {"seed": images[i].noise_key(seed)[0], "nfe": nfe, "seconds": seconds}
             folder.write(images[i].index, image, measured)

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from mfm_lightning.conditions import INDEX
 from mfm_lightning.data.base import trainer_of
@@ -55,7 +56,9 @@ class PromptsDataModule(L.LightningDataModule):
         if not hasattr(module, "missing"):
             raise ValueError(f"prompts are for PromptAlignment, not for a {type(module).__name__}")
         samples = PromptNoise(module.missing(), module.state_shape, self.seed)
-        return DataLoader(samples, batch_size=self.batch_size)
+        # they are this rank's share already: Lightning deals out again what has no such sampler
+        own = DistributedSampler(samples, num_replicas=1, rank=0, shuffle=False)
+        return DataLoader(samples, batch_size=self.batch_size, sampler=own)
 
 
 class PromptNoise(Dataset):
@@ -75,8 +78,7 @@ class PromptNoise(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Any]]:
         image = self.images[i]
-        own = image.prompt.seed
-        seed, number = (self.seed, image.index) if own is None else (own, image.number)
+        seed, number = image.noise_key(self.seed)
         (generator,) = sample_generators(seed, [number])
         x0 = torch.randn(self.state_shape, generator=generator)
         return x0, {"prompts": image.prompt.text, INDEX: image.index}

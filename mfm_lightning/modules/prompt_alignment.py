@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid
+from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, described
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.backbones import TextToImageFlow
@@ -31,6 +30,7 @@ from mfm_lightning.samplers import integrate
 from mfm_lightning.sampling.prompt_folder import PromptFolder, PromptImage
 from mfm_lightning.utils.console import write_table
 from mfm_lightning.utils.decoding import read_image
+from mfm_lightning.utils.devices import finished
 from mfm_lightning.utils.distributed import gather_ranks
 from mfm_lightning.utils.figures import image_grid
 from mfm_rewards import Reward, build
@@ -63,6 +63,7 @@ class PromptAlignment(L.LightningModule):
 
     Raises:
         RewardError: on construction, if a reward is unknown, or the method needs a gradient and there is none.
+        ValueError: on construction, for steps that make no times, or a held-out reward with the optimised one's name.
         CheckpointError: on construction, if the method draws posteriors in one step, which a pretrained flow does not.
     """
 
@@ -83,27 +84,27 @@ class PromptAlignment(L.LightningModule):
     ) -> None:
         super().__init__()
         self.flow = flow.eval().requires_grad_(False)
-        rewards = {"reward": reward, **(held_out or {})}
-        self.rewards = torch.nn.ModuleDict(
-            {name: build(spec).eval().requires_grad_(False) for name, spec in rewards.items()}
-        )
+        self.optimised = build(reward).eval().requires_grad_(False)
+        self.names = [name_of(self.optimised), *(held_out or {})]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"held_out has {self.names[0]!r}, which is the name of what is optimised: take another")
+        others = [build(spec).eval().requires_grad_(False) for spec in (held_out or {}).values()]
+        self.held_out = torch.nn.ModuleList(others)
         self.method = method or Steering(strength=0.0, grid=TimeGrid(base_steps, of_model=True))
-        self.method.check(self.reward, flow)
+        self.method.check(self.optimised, flow)
         self.reward_scale, self.guidance, self.negative = reward_scale, guidance, negative
         self.before, self.base_steps, self.layout = before, base_steps, layout
         self.pictures, self.seed = pictures, seed
+        self.base_times = flow.time_grid(base_steps)  # refuses wrong settings, as the next line does
+        _ = [grid.pairs(flow) for grid in vars(self.method).values() if isinstance(grid, TimeGrid)]
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images than ranks
         self._folder: PromptFolder | None = None
+        self._missing: list[PromptImage] = []
         self._settings = {
-            "flow": repr(flow.pipe.config), "image_size": flow.image_size, "reward": reward,
-            "method": repr(self.method),
-            "held_out": held_out, "reward_scale": reward_scale, "guidance": guidance, "negative": negative,
-            "before": before, "base_steps": base_steps, "seed": seed,
+            **flow.identity, "reward": reward, "method": described(self.method), "held_out": held_out,
+            "reward_scale": reward_scale, "guidance": guidance, "negative": negative, "before": before,
+            "base_steps": base_steps, "seed": seed,
         }  # fmt: skip
-
-    @property
-    def reward(self) -> Reward:
-        """What is optimised."""
-        return cast(Reward, self.rewards["reward"])
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -117,7 +118,7 @@ class PromptAlignment(L.LightningModule):
         return self._folder
 
     def missing(self) -> list[PromptImage]:
-        """Images that are not there yet, the same for all ranks."""
+        """This rank's share of the images that are not there yet."""
         return self._missing
 
     def setup(self, stage: str) -> None:
@@ -129,11 +130,17 @@ class PromptAlignment(L.LightningModule):
         path = Path(self.trainer.default_root_dir) / "predict"
         self._folder = PromptFolder(path, data.prompts, data.images_per_prompt, self.layout, self.global_rank)
         self._folder.claim({**self._settings, "noise_seed": data.seed})
-        self._missing = gather_ranks(self._folder.missing())[0]  # before any rank writes
-        if there := len(self._folder.images) - len(self._missing):
+        missing = gather_ranks(self._folder.missing())[0]  # before any rank writes
+        self._missing = missing[self.global_rank :: self.trainer.world_size]
+        if there := len(self._folder.images) - len(missing):
             log.info("%s: %d of %d images are there; the others follow", path, there, len(self._folder.images))
-        texts = list(dict.fromkeys(image.prompt.text for image in self._missing))
-        self.flow.keep_embeddings(texts, self.negative, self.guidance)  # all at once: text encoders are large
+        # all embeddings at once, for text encoders are large; by one rank where the others can read them
+        shared = self.flow.embeddings.folder is not None
+        if self.global_rank == 0 or not shared:
+            mine = missing if shared else self._missing
+            texts = list(dict.fromkeys(image.prompt.text for image in mine))
+            self.flow.keep_embeddings(texts, self.negative, self.guidance)
+        gather_ranks(None)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         with own_gradients():
@@ -142,45 +149,41 @@ class PromptAlignment(L.LightningModule):
 
     def _align(self, x0: Tensor, prompts: list[str], index: list[int]) -> None:
         conditions = self.flow.encode(prompts, self.negative, self.guidance).to(x0.device)
-        target = Target(self.flow, self.reward, self.flow.decoder, conditions, reward_scale=self.reward_scale)
+        target = Target(self.flow, self.optimised, self.flow.decoder, conditions, reward_scale=self.reward_scale)
         images: Tensor | None = None
         if self.before:
-            states = integrate(target.drift, x0, self.flow.time_grid(self.base_steps))
+            states = integrate(target.drift, x0, self.base_times)
             images = self.flow.decoder(states)
-        generators = sample_generators((self.seed, 1), index)
-        began = time.perf_counter()
+        keys = [self.folder.images[number].noise_key(self.seed) for number in index]
+        generators = [sample_generators((seed, 1), [number])[0] for seed, number in keys]
+        began = finished(x0.device)
         with torch.enable_grad():  # as in Python: a method of the user's own may take gradients
             result = self.method(target, x0, generators)
-        seconds = (time.perf_counter() - began) / len(x0)
+        seconds = (finished(x0.device) - began) / len(x0)
         if len(result.states) != len(x0):
             raise ValueError(f"{type(self.method).__name__} gave {len(result.states)} images for {len(x0)} prompts")
         after = self._measured(result.images, conditions)
         earlier = None if images is None else self._measured(images, conditions)
         nfe = {kind: count / len(x0) for kind, count in asdict(result.nfe).items()}
         for i, number in enumerate(index):
-            measured: dict[str, Any] = {"seed": self._seed(number), "rewards": {k: v[i] for k, v in after.items()}}
+            seed = self.folder.images[number].noise_key(datamodule_of(self.trainer).seed)[0]
+            measured: dict[str, Any] = {"seed": seed, "rewards": {k: v[i] for k, v in after.items()}}
             if images is not None and earlier is not None:
                 measured["rewards_before"] = {k: v[i] for k, v in earlier.items()}
                 self.folder.write_beside("before", number, images[i])
             measured |= {"method": result.method["name"], "nfe": nfe, "seconds": round(seconds, 4)}
             self.folder.write(number, result.images[i], measured)
 
-    def _seed(self, index: int) -> int:
-        own = self.folder.images[index].prompt.seed
-        return datamodule_of(self.trainer).seed if own is None else own
-
     def _measured(self, images: Tensor, conditions: Conditions) -> dict[str, list[float]]:
         found = {}
-        for name, reward in self.rewards.items():
+        for name, reward in zip(self.names, (self.optimised, *self.held_out), strict=True):
             target = Target(self.flow, cast(Reward, reward), None, conditions)  # None: what is given are images
-            found[self._named(name)] = [float(value) for value in target.plain_rewards(images)]
+            found[name] = [float(value) for value in target.plain_rewards(images)]
         return found
 
-    def _named(self, name: str) -> str:
-        return name_of(self.reward) if name == "reward" else name
-
-    def on_predict_epoch_end(self) -> None:
-        self.trainer.strategy.barrier()
+    def teardown(self, stage: str) -> None:
+        """The summary, of all that is there: also where this run, or this rank, had nothing to do."""
+        gather_ranks(None)
         if not self.trainer.is_global_zero:
             return
         lines = self.folder.lines()
@@ -198,7 +201,7 @@ class PromptAlignment(L.LightningModule):
         log.info("%d images: %s", len(lines), self.folder.path)
 
     def _picture(self, lines: list[dict[str, Any]]) -> None:
-        path, name = self.folder.path, self._named("reward")
+        path, name = self.folder.path, self.names[0]
         pairs = [[path / "before" / f"{line['index']:06d}.png", path / line["file"]] for line in lines]
         images = torch.stack([torch.stack([_image(file) for file in pair]) for pair in pairs])
         captions = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class PromptImage:
     prompt: Prompt
     prompt_index: int
     number: int
+
+    def noise_key(self, seed: int) -> tuple[int, int]:
+        """Seed and number of its noise: those of its prompt where that has a seed, else these and its index."""
+        return (seed, self.index) if self.prompt.seed is None else (self.prompt.seed, self.number)
 
 
 def _flat(image: PromptImage) -> str:
@@ -97,6 +102,9 @@ class PromptFolder:
         files = [LAYOUTS[layout](image) for image in self.images]
         if twice := [file for file, number in Counter(files).items() if number > 1]:
             raise ValueError(f"layout {layout}: {len(twice)} names would be of several images, first {twice[0]}")
+        longest = max(files, key=lambda file: len(Path(file).name.encode()), default="")
+        if len(Path(longest).name.encode()) > 220:  # of the 255 that file systems take; a partial file's is longer
+            raise ValueError(f"layout {layout}: the name {Path(longest).name[:60]}... is too long for a file")
         self._files = files
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -109,25 +117,28 @@ class PromptFolder:
         check_is_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         note = self.path / SETTINGS
-        mine = json.loads(json.dumps({**settings, "layout": self.layout, "images_per_prompt": self.images_per_prompt,
-                                      "prompts": [prompt.text for prompt in self.prompts]}, default=str))  # fmt: skip
-        if not note.is_file():
-            if any(self.path.glob("lines_*.jsonl")):
-                raise ValueError(f"{self.path} has images, and no {SETTINGS} that says of what: give another folder")
+        prompts = [[prompt.text, prompt.seed, dict(prompt.more)] for prompt in self.prompts]
+        mine = {**settings, "layout": self.layout, "images_per_prompt": self.images_per_prompt, "prompts": prompts}
+        mine = json.loads(json.dumps(mine, default=_plain))
+        begun = any(self.path.glob("lines_*.jsonl"))
+        if begun and not note.is_file():
+            raise ValueError(f"{self.path} has images, and no {SETTINGS} that says of what: give another folder")
+        if not begun:  # what was asked for before made no image
             with whole_file(note) as partial:
                 partial.write_text(json.dumps(mine, indent=1, ensure_ascii=False))
         there = json.loads(note.read_text())
         if different := [key for key in sorted(mine.keys() | there.keys()) if mine.get(key) != there.get(key)]:
             key = different[0]
-            was, now = (str(value.get(key))[:200] for value in (there, mine))
+            was, now = _from_where_they_differ(str(there.get(key)), str(mine.get(key)))
             raise ValueError(
                 f"{self.path} has images of other settings, which differ in {', '.join(different)} "
                 f"({key}: {was} there, {now} now): give another folder, or delete it"
             )
 
     def lines(self) -> list[dict[str, Any]]:
-        """Of all images that are there, by index; the last line of each counts."""
-        found = {line["index"]: line for path in sorted(self.path.glob("lines_*.jsonl")) for line in _read(path)}
+        """Of all images that are there, by index; the newest line of each counts."""
+        every = [line for path in self.path.glob("lines_*.jsonl") for line in _read(path)]
+        found = {line["index"]: line for line in sorted(every, key=lambda line: line.get("written", 0.0))}
         return [found[i] for i in sorted(found) if (self.path / found[i]["file"]).is_file()]
 
     def missing(self) -> list[PromptImage]:
@@ -154,10 +165,18 @@ class PromptFolder:
         with whole_file(file) as partial:
             partial.write_bytes(encode_png(to_uint8(image[None])[0].cpu()))
         line = {"index": index, "prompt_index": one.prompt_index, "number": one.number, "prompt": one.prompt.text}
-        line |= {"file": self._files[index], **measured}
+        line |= {"file": self._files[index], **measured, "written": round(time.time(), 3)}
         text = json.dumps(line, ensure_ascii=False, default=_plain) + "\n"
         with open(self._lines, "a", encoding="utf-8") as lines:
             lines.write(text if _ends_with_a_line(self._lines) else f"\n{text}")
+
+
+def _from_where_they_differ(a: str, b: str) -> tuple[str, str]:
+    """Both texts, shortened: what is the same in front is left out where it is long."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    begin = max(0, same - 40)
+    dots = "..." if begin else ""
+    return f"{dots}{a[begin : same + 80]}", f"{dots}{b[begin : same + 80]}"
 
 
 def _ends_with_a_line(path: Path) -> bool:

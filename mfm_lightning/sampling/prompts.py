@@ -89,8 +89,16 @@ def _rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             ) from error
         yield from enumerate(pandas.read_parquet(path).to_dict("records"), 1)
     else:
+        # PartiPrompts has quotes as they are, and no tabs in its texts
+        how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
         with open(path, newline="", encoding="utf-8-sig") as file:
-            yield from enumerate(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","), 1)
+            for number, row in enumerate(csv.DictReader(file, **how), 1):
+                if None in row:
+                    raise ValueError(
+                        f"{path}, row {number}: more fields than columns, from {str(row[None])[:80]}: "
+                        "quote a text with commas in it"
+                    )
+                yield number, row
 
 
 def _prompt(row: Mapping[str, Any], column: str, where: str) -> Prompt:
@@ -100,7 +108,9 @@ def _prompt(row: Mapping[str, Any], column: str, where: str) -> Prompt:
     text = row[name]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: {name} is {text!r}, expected a text")
-    return Prompt(text, _seed(row.get("seed"), where), {k: v for k, v in row.items() if k not in (name, "seed")})
+    seed = next((key for key in row if key.lower() == "seed"), None)
+    more = {key: value for key, value in row.items() if key not in (name, seed)}
+    return Prompt(text, None if seed is None else _seed(row[seed], where), more)
 
 
 def _seed(value: Any, where: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,3 +37,10 @@ def out_of_memory(what: str, remedy: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
         raise torch.OutOfMemoryError(f"{what} ran out of memory: lower {remedy}. {first}") from error
+
+
+def finished(device: torch.device) -> float:
+    """The time in seconds, once all that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -172,8 +172,10 @@ def test_steering_reaches_the_tilted_mixture():
 
 def test_best_of_n_streams_and_keeps_the_best(model):
     target = Target(model, LIKELIHOOD)
-    result = BestOfN(16, 3, max_rows=9, keep_at=(4,))(target, torch.zeros(4, 2), [seeded(i) for i in range(4)])
-    x = torch.stack([torch.randn(2, generator=g) for g in [seeded(i) for i in range(4)] for _ in range(16)])
+    x0 = torch.randn(4, 2, generator=seeded(9))  # each sample's first candidate; the others are drawn
+    result = BestOfN(16, 3, max_rows=9, keep_at=(4,))(target, x0, [seeded(i) for i in range(4)])
+    others = torch.stack([torch.randn(2, generator=g) for g in [seeded(i) for i in range(4)] for _ in range(15)])
+    x = torch.cat([x0[:, None], others.reshape(4, 15, 2)], dim=1).flatten(0, 1)
     rewards = LIKELIHOOD(sample_ode(lambda t, x: model.drift(t, x), x, 3)).reshape(4, 16)
     torch.testing.assert_close(result.rewards, rewards.max(dim=1).values)
     assert [step["candidates"] for step in result.trace] == [4, 16]

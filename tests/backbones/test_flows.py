@@ -1,5 +1,6 @@
 """What pretrained flows are asked for besides samples: conventions of time and sign, derivatives, counts, methods."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,9 @@ from mfm_lightning.alignment import (  # fmt: skip
     Target,
     TimeGrid,
 )
+from mfm_lightning.alignment.method import described
 from mfm_lightning.backbones import FluxFlow, SanaFlow, SD3Flow
+from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.samplers import integrate
 from tests.backbones import tiny
 from tests.backbones.test_parity import FAMILIES, close, conditions, started
@@ -200,8 +203,35 @@ def test_times_are_the_schedulers():
         flux.time_grid(4, shift=-1)
     with pytest.raises(ValueError, match="shift 3 is of a model's own grid"):
         TimeGrid(4, shift=3)
+    with pytest.raises(ValueError, match="a model's own grid has its own start"):
+        TimeGrid(4, start=0.3, of_model=True)
+    with pytest.raises(ValueError, match="steps 50 and a grid of 4: give one of them"):
+        BestOfN(2, steps=50, grid=TimeGrid(4))
+    with pytest.raises(ValueError, match="guidance 5: this transformer"):
+        FluxFlow(tiny.flux(guidance_embeds=False), image_size=16).encode("a", guidance=5.0)
     with pytest.raises(TypeError, match="a SimpleNamespace has no time grid of its own"):
         TimeGrid(4, of_model=True).pairs(SimpleNamespace())
+
+
+def test_the_first_of_the_candidates_is_the_base_flows_sample():
+    flow, _, noise, _ = started("sd3", (8, 8))
+    _, ours = conditions("sd3", False)
+    target, grid = Target(flow, reward, flow.decoder, ours), TimeGrid(3, of_model=True)
+    base = Steering(strength=0.0, grid=grid)(target, noise)
+    one = BestOfN(1, grid=grid)(target, noise, torch.Generator().manual_seed(0))
+    assert torch.allclose(one.states, base.states, atol=1e-5)
+    many = [BestOfN(4, grid=grid, max_rows=rows)(target, noise, sample_generators(0, [5, 6])) for rows in (64, 2)]
+    assert torch.allclose(many[0].states, many[1].states, atol=1e-5)  # however they are cut
+    assert (many[0].rewards >= base.rewards - 1e-5).all()
+
+
+def test_a_method_is_described_without_addresses():
+    found = described(Search(2, 2, 2, posterior=GlassPosterior(steps=2)))
+    assert found["posterior"]["class"].endswith("GlassPosterior")
+    assert found["posterior"]["steps"] == 2
+    assert " at 0x" not in json.dumps(described(FeynmanKac(num_particles=6, transition="glass")))
+    assert described(Search(2, 2, 2, posterior=GlassPosterior(steps=2))) == found
+    assert described(Search(2, 2, 2, posterior=GlassPosterior(steps=3))) != found
 
 
 def test_memory_that_ends_says_what_to_lower(monkeypatch):

@@ -1,6 +1,8 @@
 """Text-to-image alignment as a user runs it: a folder of diffusers, a file of prompts, one command; gone on with."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,10 +123,40 @@ def test_other_families_and_methods_by_their_configs(workplace, tmp_path, family
         build_pipe, words = {"flux": (tiny.flux, encoders.of_flux), "sana": (tiny.sana, encoders.of_gemma)}[family]
         build_pipe(**words(tmp_path / "words")).save_pretrained(tmp_path / "pipe")
         pipe = tmp_path / "pipe"
-    predict(pipe, f"{family}/{method}", f"--model.flow.init_args.image_size={size}", "--model.before=false", *small)
-    assert [line["prompt"] for line in lines()] == ["a red cat", "the dog", "a blue mat"]
+    command = f"--model.flow.init_args.image_size={size}", "--model.before=false", *small
+    predict(pipe, f"{family}/{method}", *command)
+    Path("out/predict/000001.png").unlink()
+    Path("out/predict/summary.json").unlink()
+    predict(pipe, f"{family}/{method}", *command)  # goes on, whatever the method is made of
+    assert len(Path("out/predict/lines_0.jsonl").read_text().splitlines()) == 4
+    Path("out/predict/summary.json").unlink()
+    predict(pipe, f"{family}/{method}", *command)  # nothing is missing but the summary
+    assert {line["prompt"] for line in lines()} == {"a red cat", "the dog", "a blue mat"}
     assert json.loads(Path("out/predict/summary.json").read_text())["images"] == 3
     assert not Path("out/predict/before_after.png").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_also_where_there_are_fewer(workplace):
+    """As a user starts them; the second run has one image to make, and a rank with nothing to do."""
+    given = [
+        sys.executable, "-m", "mfm_lightning", "predict",
+        "--config", str(ROOT / "configs/text_to_image/sd3/feynman_kac.yaml"),
+        f"--model.flow.init_args.name={workplace}", "--model.flow.init_args.image_size=16",
+        "--model.flow.init_args.torch_dtype=float32", "--model.reward=brightness", "--model.base_steps=2",
+        "--model.method.init_args.num_particles=2", "--model.method.init_args.grid.steps=2",
+        "--data.prompts=prompts.jsonl", "--trainer.default_root_dir=out", "--return_predictions=false",
+        "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp",
+    ]  # fmt: skip
+    subprocess.run(given, check=True, timeout=500)
+    assert [line["index"] for line in lines()] == [0, 1, 2]
+    assert len(list(Path("out/predict").glob("lines_*.jsonl"))) == 2
+    before = pixels("out/predict/000001.png")
+    Path("out/predict/000001.png").unlink()
+    Path("out/predict/summary.json").unlink()
+    subprocess.run(given, check=True, timeout=500)
+    assert torch.equal(pixels("out/predict/000001.png"), before)  # whichever rank made it
+    assert json.loads(Path("out/predict/summary.json").read_text())["images"] == 3
 
 
 def test_configs_of_families_differ_in_the_flow_alone():
@@ -151,6 +183,11 @@ def test_configs_of_families_differ_in_the_flow_alone():
             "--model.method={class_path: Steering, init_args: {estimator: DrawGradient}}",
             "Steering draws posteriors from the model, and a SD3Flow gives none: give it a posterior",
         ),
+        (
+            "--model.held_out={brightness: contrast}",
+            "held_out has 'brightness', which is the name of what is optimised",
+        ),
+        ("--model.base_steps=0", "steps 0 must be at least 1"),
         ("--model.layout=gen", "unknown layout 'gen': expected one of flat, geneval, compbench, unigenbench"),
         ("--model.flow.init_args.true_guidance=2", "true_guidance is FLUX's"),
         ("--model.flow.init_args.name=none/here", "none/here"),

@@ -30,9 +30,10 @@ def write(path, rows):
 @pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"])
 def test_every_kind_of_file(tmp_path, suffix):
     path = tmp_path / f"prompts{suffix}"
-    write(path, [{"prompt": text, "seed": 3 * i, "tag": f"t{i}"} for i, text in enumerate(TEXTS)])
+    texts = [text.replace('"', "") if suffix == ".tsv" else text for text in TEXTS]  # pandas would quote them
+    write(path, [{"prompt": text, "seed": 3 * i, "tag": f"t{i}"} for i, text in enumerate(texts)])
     found = read_prompts(path)
-    assert [prompt.text for prompt in found] == TEXTS
+    assert [prompt.text for prompt in found] == texts
     if suffix != ".txt":
         assert [prompt.seed for prompt in found] == [0, 3, 6]
         assert [prompt.more["tag"] for prompt in found] == ["t0", "t1", "t2"]
@@ -54,6 +55,8 @@ def test_a_seed_may_be_left_out_in_some_rows(tmp_path):
         ("p.csv", "prompt,seed\na,1\nb,x\n", r"row 2: seed 'x', expected a whole number from 0"),
         ("p.csv", "prompt,seed\na,-1\n", r"row 1: seed '-1'"),
         ("p.csv", "prompt,seed\na,1.5\n", r"row 1: seed '1.5'"),
+        ("p.csv", "prompt\na red cat, on a mat\n", r"row 1: more fields than columns, from \[' on a mat'\]"),
+        ("p.csv", "prompt,Seed\na,x\n", r"row 1: seed 'x'"),
         ("p.jsonl", '{"prompt": 3}', r"row 1: prompt is 3, expected a text"),
         ("p.jsonl", '{"prompt": "a"}\n\n{', r"row 3: no JSON"),
         ("p.json", '{"prompt": "a"}', r"a dict, expected a list"),
@@ -75,6 +78,8 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, name, content, message):
 def test_a_column_of_another_name(tmp_path):
     (tmp_path / "p.tsv").write_text("Prompt\tCategory\nbond\tAbstract\n")  # PartiPrompts
     assert read_prompts(tmp_path / "p.tsv") == [Prompt("bond", None, {"Category": "Abstract"})]
+    (tmp_path / "p.tsv").write_text('Prompt\tCategory\n"Fall is here" on a sign\tA\nthe words "a\tB\n')  # its quotes
+    assert [p.text for p in read_prompts(tmp_path / "p.tsv")] == ['"Fall is here" on a sign', 'the words "a']
     (tmp_path / "p.json").write_text('["bond", "a cat"]')  # HPDv2's benchmark
     assert [prompt.text for prompt in read_prompts(tmp_path / "p.json", "caption")] == ["bond", "a cat"]
     (tmp_path / "p.csv").write_text("Text,Id\nbond,1\n")
@@ -137,8 +142,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
         PromptFolder(tmp_path, [Prompt("a"), Prompt("b/c")], layout="compbench")
     with pytest.raises(ValueError, match=r"layout unigenbench: 1 names would be of several images, first 3_0\.png"):
         PromptFolder(tmp_path, [Prompt("a", None, {"index": 3}), Prompt("b", None, {"index": 3})], layout="unigenbench")
-    PromptFolder(tmp_path, [Prompt("a")]).claim({"seed": 0})
-    with pytest.raises(ValueError, match=r"differ in prompts \(prompts: \['a'\] there, \['b'\] now\)"):
+    with pytest.raises(ValueError, match=r"the name x+\.\.\. is too long for a file"):
+        PromptFolder(tmp_path, [Prompt("x" * 240)], layout="compbench")
+    PromptFolder(tmp_path, [Prompt("c")]).claim({"seed": 0})
+    first = PromptFolder(tmp_path, [Prompt("a")])
+    first.claim({"seed": 0})  # what made no image stands in nobody's way
+    first.write(0, IMAGE, {})
+    for seed in (None, 3):
+        other = PromptFolder(tmp_path, [Prompt("b" if seed is None else "a", seed)])
+        with pytest.raises(ValueError, match="has images of other settings, which differ in prompts"):
+            other.claim({"seed": 0})
+    with pytest.raises(ValueError, match=r"differ in prompts \(prompts: \[\['a', None.* there, \[\['b', None.* now\)"):
         PromptFolder(tmp_path, [Prompt("b")]).claim({"seed": 0})
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
