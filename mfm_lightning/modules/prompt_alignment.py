@@ -142,10 +142,12 @@ class PromptAlignment(L.LightningModule):
             self.flow.keep_embeddings(texts, self.negative, self.guidance)
         gather_ranks(None)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
+        """The indices of the images that were made."""
         with own_gradients():
             x0, given = pytree.tree_map_only(Tensor, Tensor.clone, batch)
             self._align(x0, list(given["prompts"]), given[INDEX].tolist())
+            return given[INDEX].tolist()
 
     def _align(self, x0: Tensor, prompts: list[str], index: list[int]) -> None:
         conditions = self.flow.encode(prompts, self.negative, self.guidance).to(x0.device)
@@ -188,7 +190,10 @@ class PromptAlignment(L.LightningModule):
             return
         lines = self.folder.lines()
         rows = _rows(lines)
-        write_table(rows, f"{len(lines)} images of {len(self.folder.prompts)} prompts", self.folder.path, "rewards")
+        title = f"{len(lines)} images of {len(self.folder.prompts)} prompts"
+        shown = [{key: value for key, value in row.items() if key != "images"} for row in rows]
+        if rows:
+            write_table(rows, title, self.folder.path, "rewards", shown=shown)
         summary = {
             "settings": self._settings,
             "images": len(lines),
@@ -222,7 +227,7 @@ class PromptAlignment(L.LightningModule):
 
 
 def _rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row a reward: means, and the mean of the paired differences, with 95 % intervals."""
+    """A row a reward: means, and the mean of the paired differences, with 95 % intervals; NFE and seconds an image."""
     rows = []
     for name in lines[0]["rewards"] if lines else ():
         after = torch.tensor([line["rewards"][name] for line in lines], dtype=torch.float64)
@@ -230,8 +235,8 @@ def _rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if all("rewards_before" in line for line in lines):
             earlier = torch.tensor([line["rewards_before"][name] for line in lines], dtype=torch.float64)
             row |= {"before": mean_of(earlier).text(), "difference": mean_of(after - earlier).text()}
-        row["evaluations an image"] = round(sum(sum(line["nfe"].values()) for line in lines) / len(lines), 1)
-        row["seconds an image"] = round(sum(line["seconds"] for line in lines) / len(lines), 3)
+        row["NFE"] = round(sum(sum(line["nfe"].values()) for line in lines) / len(lines), 1)
+        row["seconds"] = round(sum(line["seconds"] for line in lines) / len(lines), 3)
         rows.append(row)
     return rows
 
