@@ -34,10 +34,10 @@ def whole_file(path: str | Path, sync: bool = False) -> Iterator[Path]:
         raise IsADirectoryError(f"{path} is a folder: expected the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}{PARTIAL}{uuid.uuid4().hex[:12]}")
-    partial.touch(exist_ok=False)
-    mode = stat.S_IMODE(partial.stat().st_mode)  # by the umask; some writers, safetensors among them, make it 0600
-    partial.unlink()
-    try:
+    try:  # from the first moment, for a signal may come at any
+        partial.touch(exist_ok=False)
+        mode = stat.S_IMODE(partial.stat().st_mode)  # by the umask; some writers, safetensors among them, make it 0600
+        partial.unlink()
         yield partial
         with contextlib.suppress(PermissionError):  # of file systems that know no modes
             partial.chmod(mode)
