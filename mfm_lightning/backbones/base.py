@@ -160,12 +160,18 @@ class TextToImageFlow(nn.Module, ABC):
         """
         self._check(x, conditions)
         given, t = (conditions or Conditions()).expand(len(x), x.device), as_times(t, x)
+        guided = self.passes(given) > 1  # once: on an accelerator the look at the scales waits
+        if guided and given.negative_text is None:
+            raise ValueError(
+                "guidance by two evaluations needs a negative prompt, and the conditions have none: give "
+                "flow.encode(prompts, negative=...), or guidance 1"
+            )
         with (
             self._kernel(),
             out_of_memory("the transformer", "max_rows or image_size (gradients: set checkpointing)"),
         ):
             parts = [
-                self._drift(t[rows], x[rows], given.take(rows))
+                self._drift(t[rows], x[rows], given.take(rows), guided)
                 for rows in (slice(k, k + self.max_rows) for k in range(0, len(x), self.max_rows))
             ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -177,9 +183,9 @@ class TextToImageFlow(nn.Module, ABC):
         """A block that keeps only its inputs for the gradient; the second time with the same attention, too."""
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._kernel()))
 
-    def _drift(self, t: Tensor, x: Tensor, given: Conditions) -> Tensor:
+    def _drift(self, t: Tensor, x: Tensor, given: Conditions, guided: bool) -> Tensor:
         velocity = self._velocity(t, x, given).float()
-        if self.passes(given) == 1:
+        if not guided:
             return velocity
         null = self._velocity(t, x, given.negative).float()
         return self._guided(null, velocity, expand(cast(Tensor, self._scale(given)).to(x.device), x))
@@ -214,11 +220,6 @@ class TextToImageFlow(nn.Module, ABC):
             )
         if given is None or given.text is None:
             raise ValueError(f"a {name} needs conditions with text: give flow.encode(prompts)")
-        if self.passes(given) > 1 and given.negative_text is None:
-            raise ValueError(
-                "guidance by two evaluations needs a negative prompt, and the conditions have none: give "
-                "flow.encode(prompts, negative=...), or guidance 1"
-            )
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 

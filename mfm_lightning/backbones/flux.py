@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,21 +59,13 @@ class FluxFlow(TextToImageFlow):
         return torch.tensor([self.true_guidance]) if conditions.text is not None else None
 
     def _asked(self, guidance: float | None) -> float | None:
+        if guidance is not None and not self.transformer.config.guidance_embeds:
+            raise ValueError(f"guidance {guidance:g}: this transformer (schnell) takes none: leave it out")
         return self.true_guidance
 
     @property
     def identity(self) -> dict[str, Any]:
         return {**super().identity, "true_guidance": self.true_guidance}
-
-    def encode(
-        self,
-        prompts: Sequence[str] | str,
-        negative: Sequence[str] | str | None = None,
-        guidance: float | None = None,
-    ) -> Conditions:
-        if guidance is not None and not self.transformer.config.guidance_embeds:
-            raise ValueError(f"guidance {guidance:g}: this transformer (schnell) takes none: leave it out")
-        return super().encode(prompts, negative, guidance)
 
     def _takes_guidance(self, negatives: object) -> bool:
         return bool(self.transformer.config.guidance_embeds)

@@ -45,6 +45,3 @@ class SanaFlow(TextToImageFlow):
 
     def _scheduler_arguments(self, steps: int, scheduler: Any) -> dict[str, Any]:
         return {"num_inference_steps": steps}
-
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        return latents / self.pipe.vae.config.scaling_factor

@@ -197,7 +197,7 @@ class PromptAlignment(L.LightningModule):
         summary = {
             "settings": self._settings,
             "images": len(lines),
-            "missing": len(self.folder.missing()),
+            "missing": len(self.folder.images) - len(lines),
             "rewards": rows,
         }
         (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1, default=str))

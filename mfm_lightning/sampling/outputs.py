@@ -12,7 +12,7 @@ import os
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +55,7 @@ class Output(ABC):
                 )
             with whole_file(path) as partial:  # by several processes at once: all write the same
                 partial.write_text(json.dumps(mine, indent=1))
-        try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}): delete the folder, or give another") from error
-        different = [k for k in sorted(mine.keys() | there.keys()) if mine.get(k) != there.get(k)]
+        different, there = differing_settings(path, mine)
         if different:
             k = different[0]
             raise ValueError(
@@ -82,6 +78,19 @@ class Output(ABC):
     def clear(self) -> None:
         """Remove what processes that were killed have left half written; only when nothing is missing."""
         clear_partials(self.folder)
+
+
+def differing_settings(note: Path, mine: Mapping[str, object]) -> tuple[list[str], dict[str, object]]:
+    """The settings in which a folder's note differs from these, and all that the note says.
+
+    Raises:
+        ValueError: if it is no JSON.
+    """
+    try:
+        there = json.loads(note.read_text())
+    except ValueError as error:
+        raise ValueError(f"{note} is no JSON ({error}): delete the folder, or give another") from error
+    return [k for k in sorted(mine.keys() | there.keys()) if mine.get(k) != there.get(k)], there
 
 
 class PNGFolder(Output):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mfm_lightning.sampling.outputs import encode_png
+from mfm_lightning.sampling.outputs import differing_settings, encode_png
 from mfm_lightning.sampling.prompts import Prompt
 from mfm_lightning.utils.atomic import check_is_folder, whole_file
 from mfm_lightning.utils.images import to_uint8
@@ -126,8 +126,8 @@ class PromptFolder:
         if not begun:  # what was asked for before made no image
             with whole_file(note) as partial:
                 partial.write_text(json.dumps(mine, indent=1, ensure_ascii=False))
-        there = json.loads(note.read_text())
-        if different := [key for key in sorted(mine.keys() | there.keys()) if mine.get(key) != there.get(key)]:
+        different, there = differing_settings(note, mine)
+        if different:
             key = different[0]
             was, now = _from_where_they_differ(str(there.get(key)), str(mine.get(key)))
             raise ValueError(
@@ -148,27 +148,27 @@ class PromptFolder:
 
     def write_beside(self, kind: str, index: int, image: Tensor) -> None:
         """Store another image of the same index as `KIND/INDEX.png`, which evaluators do not look for."""
-        file = self.path / kind / f"{index:06d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as partial:
-            partial.write_bytes(encode_png(to_uint8(image[None])[0].cpu()))
+        _store(image, self.path / kind / f"{index:06d}.png")
 
     def write(self, index: int, image: Tensor, measured: Mapping[str, Any]) -> None:
         """Store an image `(C, H, W)` in [0, 1], and its line."""
         one = self.images[index]
         file = self.path / self._files[index]
-        file.parent.mkdir(parents=True, exist_ok=True)
         if self.layout == "geneval":
             metadata = {"prompt": one.prompt.text, **one.prompt.more}
             with whole_file(file.parents[1] / "metadata.jsonl") as partial:
                 partial.write_text(json.dumps(metadata, ensure_ascii=False, default=_plain))
-        with whole_file(file) as partial:
-            partial.write_bytes(encode_png(to_uint8(image[None])[0].cpu()))
+        _store(image, file)
         line = {"index": index, "prompt_index": one.prompt_index, "number": one.number, "prompt": one.prompt.text}
         line |= {"file": self._files[index], **measured, "written": round(time.time(), 3)}
         text = json.dumps(line, ensure_ascii=False, default=_plain) + "\n"
         with open(self._lines, "a", encoding="utf-8") as lines:
             lines.write(text if _ends_with_a_line(self._lines) else f"\n{text}")
+
+
+def _store(image: Tensor, file: Path) -> None:
+    with whole_file(file) as partial:
+        partial.write_bytes(encode_png(to_uint8(image[None])[0].cpu()))
 
 
 def _from_where_they_differ(a: str, b: str) -> tuple[str, str]:
