@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mfm_lightning.backbones.decoder import LatentDecoder
 from mfm_lightning.backbones.embeddings import Embedding, EmbeddingCache, stacked
+from mfm_lightning.backbones.schedulers import require_flow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.utils.devices import out_of_memory
@@ -377,34 +378,6 @@ class TextToImageFlow(nn.Module, ABC):
         """What the VAE decodes."""
         config = self.pipe.vae.config
         return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-
-
-def shift_of_length(scheduler: Any, length: int, max_shift: float) -> float:
-    """mu of a scheduler with dynamic shifting, linear in the number of image tokens, as the pipelines compute it.
-
-    Args:
-        max_shift: what the pipeline takes where the scheduler's settings have none.
-    """
-    get = scheduler.config.get
-    first, last = get("base_image_seq_len", 256), get("max_image_seq_len", 4096)
-    low, high = get("base_shift", 0.5), get("max_shift", max_shift)
-    return low + (high - low) / (last - first) * (length - first)
-
-
-def require_flow(scheduler: Any, pipeline: str) -> None:
-    """Raise ValueError unless a scheduler integrates a flow over sigma = 1 - t."""
-    config, name = scheduler.config, type(scheduler).__name__
-    if (
-        name.startswith("FlowMatch")
-        or config.get("use_flow_sigmas")
-        or config.get("prediction_type") == "flow_prediction"
-    ):
-        return
-    predicted = config.get("prediction_type", "unknown")
-    raise ValueError(
-        f"the {pipeline} is no flow: its {name} takes predictions of type {predicted!r}. Expected a pipeline with a "
-        "FlowMatchEulerDiscreteScheduler, such as SD3, FLUX or SANA"
-    )
 
 
 def set_backend(transformer: Any, name: str) -> None:

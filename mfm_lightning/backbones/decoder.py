@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from mfm_lightning.networks.decoders import Decoder
+from mfm_lightning.networks.decoders import Decoder, decoded_in_parts
 from mfm_lightning.utils.devices import out_of_memory
 
 
@@ -36,12 +34,7 @@ class LatentDecoder(Decoder):
         return f"max_rows={self.max_rows}" + (", tiled=True" if self.tiled else "")
 
     def forward(self, states: Tensor) -> Tensor:
-        parts = states.split(self.max_rows)
-        if len(parts) == 1 or not (torch.is_grad_enabled() and states.requires_grad):
-            images = [self._decode(part) for part in parts]
-        else:
-            images = [checkpoint(self._decode, part, use_reentrant=False) for part in parts]
-        return ((torch.cat(images) + 1) / 2).clamp(0, 1)
+        return ((decoded_in_parts(self._decode, states, self.max_rows) + 1) / 2).clamp(0, 1)
 
     def _decode(self, part: Tensor) -> Tensor:
         with out_of_memory("the VAE", "max_rows, or set tiled"):

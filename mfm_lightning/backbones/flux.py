@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mfm_lightning.backbones.base import TextToImageFlow, shift_of_length
+from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.embeddings import Embedding
+from mfm_lightning.backbones.schedulers import uniform_sigmas
 from mfm_lightning.conditions import Conditions
 
 
@@ -78,12 +78,6 @@ class FluxFlow(TextToImageFlow):
 
     def _scheduler_arguments(self, steps: int, scheduler: Any) -> dict[str, Any]:
         return uniform_sigmas(steps, scheduler, self.state_shape[1] * self.state_shape[2] // 4)
-
-
-def uniform_sigmas(steps: int, scheduler: Any, tokens: int) -> dict[str, Any]:
-    """Arguments of `set_timesteps`: uniform sigmas from 1 to 1 / steps, shifted by the number of image tokens."""
-    sigmas = np.linspace(1.0, 1 / steps, steps)
-    return {"sigmas": sigmas, "mu": shift_of_length(scheduler, tokens, 1.15)}
 
 
 def packed(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.embeddings import Embedding
-from mfm_lightning.backbones.flux import uniform_sigmas
+from mfm_lightning.backbones.schedulers import uniform_sigmas
 from mfm_lightning.conditions import Conditions
 
 

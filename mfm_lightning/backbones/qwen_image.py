@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.embeddings import Embedding
-from mfm_lightning.backbones.flux import packed, uniform_sigmas, unpacked
+from mfm_lightning.backbones.flux import packed, unpacked
 from mfm_lightning.backbones.lumina2 import as_long_as
+from mfm_lightning.backbones.schedulers import uniform_sigmas
 from mfm_lightning.conditions import Conditions
 
 

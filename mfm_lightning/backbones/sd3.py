@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mfm_lightning.backbones.base import TextToImageFlow, shift_of_length
+from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.embeddings import Embedding
+from mfm_lightning.backbones.schedulers import shift_of_length
 from mfm_lightning.conditions import Conditions
 
 

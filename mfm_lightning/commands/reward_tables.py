@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mfm_rewards
 from mfm_lightning.utils.console import console
-from mfm_lightning.utils.decoding import read_image
+from mfm_lightning.utils.decoding import load_image
 from mfm_lightning.utils.image_files import find_files
 from mfm_rewards import RewardError
 from mfm_rewards.execution import Execution
@@ -174,10 +174,3 @@ def _batch(folder: Path) -> tuple[Tensor, list[str]]:
 
 def _prompt(prompts: str | Callable[[str], str], name: str) -> str:
     return prompts(name) if callable(prompts) else prompts
-
-
-def load_image(path: Path) -> Tensor:
-    """An image file as `(C, H, W)` in [0, 1]; grey files have one channel, others three."""
-    from torchvision.transforms.functional import to_tensor
-
-    return to_tensor(read_image(path))

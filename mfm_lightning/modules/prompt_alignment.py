@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -29,7 +28,7 @@ from mfm_lightning.modules.base import own_gradients
 from mfm_lightning.samplers import integrate
 from mfm_lightning.sampling.prompt_folder import PromptFolder, PromptImage
 from mfm_lightning.utils.console import write_table
-from mfm_lightning.utils.decoding import read_image
+from mfm_lightning.utils.decoding import load_image
 from mfm_lightning.utils.devices import finished
 from mfm_lightning.utils.distributed import gather_ranks
 from mfm_lightning.utils.figures import image_grid
@@ -208,7 +207,7 @@ class PromptAlignment(L.LightningModule):
     def _picture(self, lines: list[dict[str, Any]]) -> None:
         path, name = self.folder.path, self.names[0]
         pairs = [[path / "before" / f"{line['index']:06d}.png", path / line["file"]] for line in lines]
-        images = torch.stack([torch.stack([_image(file) for file in pair]) for pair in pairs])
+        images = torch.stack([torch.stack([load_image(file) for file in pair]) for pair in pairs])
         captions = [
             [
                 textwrap.shorten(line["prompt"], 34, placeholder="...")
@@ -239,8 +238,3 @@ def _rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row["seconds"] = round(sum(line["seconds"] for line in lines) / len(lines), 3)
         rows.append(row)
     return rows
-
-
-def _image(path: Path) -> Tensor:
-    """`(3, H, W)` in [0, 1]."""
-    return torch.from_numpy(np.array(read_image(path).convert("RGB"))).permute(2, 0, 1) / 255

@@ -6,7 +6,8 @@ import json
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -182,12 +183,7 @@ class VAEDecoder(Decoder):
             if last() is states and version == states._version:
                 return images
         vae = self._load().to(states.device)
-        parts = states.split(self.max_rows)
-        if graph and len(parts) > 1:
-            decoded = [checkpoint(self._decode, vae, part, use_reentrant=False) for part in parts]
-        else:
-            decoded = [self._decode(vae, part) for part in parts]
-        images = (torch.cat(decoded) + 1) / 2
+        images = (decoded_in_parts(partial(self._decode, vae), states, self.max_rows) + 1) / 2
         images = images.clamp(0, 1) if self.clamp else images
         self._last = None if graph or states.is_inference() else (weakref.ref(states), states._version, images)
         return images
@@ -204,3 +200,12 @@ class VAEDecoder(Decoder):
         if len(numbers) not in (1, part.shape[1]):
             raise ValueError(f"decoder.{name} has {len(numbers)} numbers, states have {part.shape[1]} channels")
         return numbers
+
+
+def decoded_in_parts(decode: Callable[[Tensor], Tensor], states: Tensor, max_rows: int) -> Tensor:
+    """`decode(states)` in parts of at most `max_rows`; for a gradient each of several parts keeps its states alone, and
+    is decoded again in the backward pass."""
+    parts = states.split(max_rows)
+    if len(parts) > 1 and torch.is_grad_enabled() and states.requires_grad:
+        return torch.cat([checkpoint(decode, part, use_reentrant=False) for part in parts])
+    return torch.cat([decode(part) for part in parts])

@@ -9,9 +9,13 @@ import logging
 import time
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 MOST_PIXELS = 178_956_970  # of a file: where Pillow takes it for a decompression bomb
@@ -58,6 +62,13 @@ def read_image(path: Path) -> Image.Image:
             log.warning("%s cannot be read (%s): tried again", path, error.strerror or error)
             time.sleep(pause)
     raise AssertionError("the loop returns or raises")
+
+
+def load_image(path: Path) -> Tensor:
+    """An image file as `(C, H, W)` in [0, 1]; grey files have one channel, others three. Raises as `read_image`."""
+    from torchvision.transforms.functional import to_tensor
+
+    return to_tensor(read_image(path))
 
 
 def decode(content: bytes, name: str) -> Image.Image:
