@@ -42,16 +42,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(scope="module")
-def model():
-    """An MFM of random weights that does use its condition."""
-    torch.manual_seed(0)
-    model = MetaFlowMap(MLP(dim=2, hidden_size=16, depth=1))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model.requires_grad_(False)
-
-
 @pytest.fixture
 def noise():
     return torch.randn(6, 2, generator=seeded())

@@ -24,8 +24,6 @@ from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree, DrawValue
 from mfm_lightning.evaluation.draws import draw, noisy_states
 from mfm_lightning.interpolant import own_generators, rand, randn, sample_generators
-from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks import MLP
 from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
 from mfm_lightning.samplers import sample_refinement
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
@@ -39,15 +37,6 @@ GRID = TimeGrid(6)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = MetaFlowMap(MLP(dim=2, hidden_size=16, depth=1))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model.requires_grad_(False)
 
 
 METHODS = {

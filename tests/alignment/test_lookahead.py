@@ -12,8 +12,6 @@ from mfm_lightning.alignment.values import (
     ExactGradient,
 )
 from mfm_lightning.interpolant import sample_generators
-from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks import MLP
 from mfm_lightning.oracles import GaussianMixture
 
 GRID = TimeGrid(5)
@@ -21,15 +19,6 @@ GRID = TimeGrid(5)
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    model = MetaFlowMap(MLP(dim=2, hidden_size=16, depth=1))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model.requires_grad_(False)
 
 
 class Recorded:
