@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mfm_benchmarks.fitting import Fit, FitSettings
 from mfm_benchmarks.measure import noise
@@ -17,6 +19,7 @@ from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
 from mfm_rewards import Reward, RewardError
+from mfm_rewards.execution import Precision, autocast, check_precision
 
 
 @dataclass
@@ -31,9 +34,11 @@ class ModelSettings:
         guidance: class-guidance scale.
         prompts: one for all samples; one a class; or a template with {class} for the class's name.
         class_names: file of the names for the template; ImageNet's where None.
+        precision: of the network, in all methods: "fp32"; "bf16" or "fp16" by autocast. States and rewards stay in
+            float32.
 
     Raises:
-        ValueError: for no labels, or guidance without them.
+        ValueError: for no labels, guidance without them, or an unknown precision.
     """
 
     file: str
@@ -43,8 +48,10 @@ class ModelSettings:
     guidance: float | None = None
     prompts: str | list[str] | None = None
     class_names: str | None = None
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         if self.labels is not None and (not self.labels or min(self.labels) < 0):
             raise ValueError(f"model.labels {self.labels}: expected at least one class, from 0")
         if self.guidance is not None and self.labels is None:
@@ -69,6 +76,19 @@ class ModelSettings:
         return found
 
 
+def compute_in(model: MetaFlowMap, precision: Precision) -> None:
+    """Have the model's network compute in `precision` wherever it is called; what it gives is float32 all the same."""
+    if precision == "fp32":
+        return
+    forward = model.network.forward
+
+    def computed(*inputs: Any, **options: Any) -> Any:
+        with autocast(model.device, precision):
+            return pytree.tree_map_only(Tensor, Tensor.float, forward(*inputs, **options))
+
+    model.network.forward = computed
+
+
 class Subject:
     """`ModelSettings`, loaded once for all rewards."""
 
@@ -81,6 +101,7 @@ class Subject:
             "guidance": settings.guidance,
             "prompts": settings.prompts,
             "class_names": settings.class_names,
+            **({} if settings.precision == "fp32" else {"precision": settings.precision}),
         }
         self._model: MetaFlowMap | None = None
 
@@ -96,7 +117,9 @@ class Subject:
             s.file, reward, s.built_decoder, guidance=s.guidance, prompts=s.prompts, class_names=s.class_names
         )
         loaded = settings.load(self._model, built)
-        self._model = loaded.model
+        if self._model is None:
+            self._model = loaded.model
+            compute_in(self._model, s.precision)
         if s.labels is not None and max(s.labels) >= loaded.model.num_classes:
             raise ValueError(f"model.labels {s.labels}: the model has {loaded.model.num_classes} classes, from 0")
         loaded.to(self.device)
