@@ -5,6 +5,7 @@ from mfm_lightning.backbones.decoder import LatentDecoder
 from mfm_lightning.backbones.flux import FluxFlow
 from mfm_lightning.backbones.loading import FAMILIES, load_flow
 from mfm_lightning.backbones.lumina2 import Lumina2Flow
+from mfm_lightning.backbones.network import FlowNetwork
 from mfm_lightning.backbones.qwen_image import QwenImageFlow
 from mfm_lightning.backbones.sana import SanaFlow
 from mfm_lightning.backbones.sd3 import SD3Flow
@@ -12,6 +13,7 @@ from mfm_lightning.backbones.z_image import ZImageFlow
 
 __all__ = [
     "FAMILIES",
+    "FlowNetwork",
     "FluxFlow",
     "LatentDecoder",
     "Lumina2Flow",

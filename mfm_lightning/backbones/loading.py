@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mfm_lightning.backbones.base import TextToImageFlow
+from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
 from mfm_rewards.hub import find_folder
 from mfm_rewards.weights import CheckpointError
 
@@ -41,6 +43,9 @@ def load_flow(
     allow_download: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    vae: str | None = None,
+    random_seed: int | None = None,
+    max_sequence_length: int | None = None,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
@@ -59,6 +64,10 @@ def load_flow(
         allow_download: fetch what is not in Hugging Face's cache on this machine.
         revision: branch, tag or commit of a Hugging Face repository.
         variant: of the weights' files, such as "fp16".
+        vae: folder of another VAE for it.
+        random_seed: where given, parts that have a `config.json` and no weights get random ones by it, for training
+            from scratch; they are an error where None.
+        max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -67,7 +76,7 @@ def load_flow(
         ValueError: for an option that does not fit.
     """
     dtype = DTYPES.get(torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
-    if dtype not in DTYPES.values():
+    if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"torch_dtype {torch_dtype!r}: expected one of {', '.join(DTYPES)}")
     patterns = [f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model")]
     folder = find_folder(name, [INDEX], patterns, allow_download, revision, "diffusers pipeline")
@@ -79,12 +88,21 @@ def load_flow(
     kind: type[TextToImageFlow] = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
     encoders = [part for part in index if part.startswith("text_encoder")]
     common: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
+    common |= {part: None for part, said in index.items() if said == [None, None]}  # such as SD3's T5, left out
 
-    pipe = _load(pipeline, folder, **common, **dict.fromkeys(encoders))
+    elsewhere = {} if vae is None else {"vae": Path(vae)}
+    load_encoders: Callable[[], Any] | None = None
+    if random_seed is not None and random_parts(folder, index, elsewhere):
+        pipe = new_pipeline(folder, _diffusers(pipeline, folder), index, elsewhere, random_seed, dtype)
+    else:
+        parts = {} if vae is None else {"vae": _vae(index, vae, dtype)}
+        pipe = _load(pipeline, folder, **(common | dict.fromkeys(encoders) | parts))
 
-    def load_encoders() -> Any:
-        log.info("text encoders of %s: loading", name)
-        return _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+        def load_whole() -> Any:
+            log.info("text encoders of %s: loading", name)
+            return _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+
+        load_encoders = load_whole
 
     options = {} if true_guidance is None else {"true_guidance": true_guidance}
     if options and family != "FluxFlow":
@@ -99,19 +117,35 @@ def load_flow(
         cache=cache,
         load_encoders=load_encoders,
         encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {dtype}",
-        weights=f"{name} {revision} {variant} {_state(folder, 'transformer', 'vae', 'scheduler')}",
+        weights=f"{name} {revision} {variant} {vae} {_state(folder, 'transformer', 'vae', 'scheduler')}"
+        + ("" if random_seed is None else f" random {random_seed}"),
         encoder_device=encoder_device,
+        max_sequence_length=max_sequence_length,
         **options,
     )
 
 
-def _load(pipeline: str, folder: Path, **options: Any) -> Any:
+def _diffusers(kind: str, folder: Path) -> Any:
+    """A class of diffusers."""
     try:
         import diffusers
     except ImportError as error:
         raise ImportError(f"{folder}: diffusers is missing: pip install 'mfm-lightning[text-to-image]'") from error
+    return getattr(diffusers, kind)
+
+
+def _vae(index: dict[str, Any], folder: str, dtype: Any) -> Any:
+    kind = str(index["vae"][1])
     try:
-        return getattr(diffusers, pipeline).from_pretrained(str(folder), **options)
+        return _diffusers(kind, Path(folder)).from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"no {kind} in {folder}: {_first_line(error)}") from error
+
+
+def _load(pipeline: str, folder: Path, **options: Any) -> Any:
+    kind = _diffusers(pipeline, folder)
+    try:
+        return kind.from_pretrained(str(folder), **options)
     except (ImportError, RuntimeError) as error:
         if "import" not in str(error).lower():
             raise CheckpointError(f"the {pipeline} in {folder} cannot be read: {_first_line(error)}") from error
@@ -125,11 +159,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / INDEX} cannot be read: {_first_line(error)}") from error
-    if not isinstance(index, dict) or "_class_name" not in index:
+    index = read_json(folder / INDEX)
+    if "_class_name" not in index:
         raise CheckpointError(f"{folder / INDEX} names no pipeline: expected _class_name")
     return index
 
