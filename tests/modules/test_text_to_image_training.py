@@ -1,14 +1,17 @@
 """A text-to-image flow from scratch by the shipped configs on real images, with its VAE and a CLIP."""
 
+import json
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from mfm_lightning.backbones import FlowNetwork, load_flow
-from mfm_lightning.checkpoints import load_model
+from mfm_lightning.checkpoints import load_classifier, load_model
 from mfm_lightning.commands.main import run
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data.images import CaptionedImages, EncodedImages, JoinedImages, TorchvisionImages
@@ -32,7 +35,8 @@ def made(tmp_path_factory):
         few = [f"--model.evaluation.init_args.{option}" for option in ("steps=2", "num_samples=2", "pictures=2")]
         run(["fit", "--config", "text_to_image/small/vae", *SHORT])
         run(["fit", "--config", "text_to_image/small/flow", *SHORT, *few])
-        run(["fit", "--config", "text_to_image/small/clip", *SHORT])
+        for name in ("clip", "classifier"):
+            run(["fit", "--config", f"text_to_image/small/{name}", *SHORT])
         yield folder
 
 
@@ -109,6 +113,21 @@ def test_a_clip_of_ones_own_is_the_reward_clip_score(made, monkeypatch):
         theirs = clip(pixel_values=2 * images - 1, **given).logits_per_image.diagonal()
         ours = reward(images, prompts)
     assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_the_flow_is_steered_by_prompt_and_what_is_not_optimised_is_measured(made, monkeypatch):
+    monkeypatch.chdir(made)
+    few = ["--data.images_per_prompt=1", "--model.method.init_args.grid.steps=2", "--model.base_steps=2"]
+    quick = [*few, "--model.pictures=4", "--return_predictions=false"]
+    run(["predict", "--config", "text_to_image/small/steer", *quick])
+    folder = OUTPUTS / "steer/predict"
+    lines = [json.loads(line) for line in (folder / "lines_0.jsonl").read_text().splitlines()]
+    assert len(lines) == 20
+    classifier = load_classifier(OUTPUTS / "classifier/model.safetensors")
+    for line in (lines[3], lines[19]):  # "a handwritten three" and "an ankle boot", classes 3 and 19
+        image = torch.from_numpy(np.array(Image.open(folder / line["file"]))).permute(2, 0, 1)[None] / 255
+        expected = classifier(image).log_softmax(dim=1)[0, lines.index(line)]
+        assert line["rewards"]["classifier"] == pytest.approx(float(expected), abs=0.05)  # of a picture in 8 bits
 
 
 def test_captions_follow_classes_through_joined_sources():
