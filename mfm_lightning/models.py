@@ -44,7 +44,8 @@ class MetaFlowMap(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         needed = ("state_shape", "num_classes", "guidance_scales", "null_conditions")
-        if missing := [name for name in needed if not hasattr(network, name)]:
+        # the class first: to ask a network itself for its null condition may load text encoders
+        if missing := [name for name in needed if not (hasattr(type(network), name) or hasattr(network, name))]:
             raise TypeError(f"a {type(network).__name__} has no {missing[0]}: see mfm_lightning.VelocityNetwork")
         self.network = cast(VelocityNetwork, network)  # or one that keeps to its attributes
         self.metadata: dict[str, str] = {}  # what the file that it was loaded from says besides class and config

@@ -8,7 +8,7 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -62,6 +62,9 @@ class TextToImageFlow(nn.Module, ABC):
     usual_negative: ClassVar[str | None] = ""  # what the pipeline leads away from where no negative prompt is given
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline, for two evaluations or as an input
     patch_size: ClassVar[int] = 1  # latents must be multiples of it
+    # modules of the transformer whose output is the tokens `(B, T, D)`, and the embedding of the time `(B, D)`
+    adapter_places: ClassVar[dict[str, str]] = {}
+    no_guidance: float | None = 1.0  # the scale at which the transformer is evaluated once
 
     def __init__(
         self,
@@ -98,6 +101,8 @@ class TextToImageFlow(nn.Module, ABC):
         self._load_encoders, self._encoders, self._weights = load_encoders, encoders, weights
         if cache is not None and not encoders:
             raise ValueError("a cache of embeddings needs encoders, a name of what made them: load_flow gives it")
+        # what a block is computed again in, for a gradient: an adapter that is on in this call is on again
+        self.recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.attention = attention
         if attention not in (None, "math"):
             set_backend(self.transformer, attention)
@@ -189,7 +194,14 @@ class TextToImageFlow(nn.Module, ABC):
 
     def _recomputed(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """A block that keeps only its inputs for the gradient; the second time with the same attention, too."""
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._kernel()))
+        again = self.recomputing  # as it is now
+
+        @contextmanager
+        def second() -> Iterator[None]:
+            with self._kernel(), again():
+                yield
+
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), second()))
 
     def _drift(self, t: Tensor, x: Tensor, given: Conditions, guided: bool) -> Tensor:
         velocity = self._velocity(t, x, given).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class FluxFlow(TextToImageFlow):
     pipeline = "FluxPipeline"
     usual_negative = None
     patch_size = 2
+    adapter_places: ClassVar = {"tokens": "x_embedder", "times": "time_text_embed"}
+    no_guidance = None
 
     def __init__(self, pipe: Any, *, true_guidance: float = 1.0, **options: Any) -> None:
         super().__init__(pipe, **options)

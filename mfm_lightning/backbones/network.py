@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,68 @@ log = logging.getLogger(__name__)
 FOLDER = "pipeline"
 
 
-class FlowNetwork(VelocityNetwork):
+def opened(name: str, image_size: int | None = None, **options: Any) -> TextToImageFlow:
+    """`load_flow`, also of a folder of settings of the package; all rows of a batch are in the transformer at once."""
+    return load_flow(find_shipped(name), image_size, max_rows=64, **options)
+
+
+class PromptedNetwork(VelocityNetwork):
+    """Base class of networks that are the transformer of a text-to-image flow, or part of it. States are the pipeline's
+    scaled latents. The null condition, of dropped prompts, is the empty prompt.
+
+    Args:
+        flow: whose VAE and text encoders are no part of what is trained.
+        config: arguments of the constructor.
+    """
+
+    num_classes = 0
+    guidance_scales: tuple[float, ...] = ()
+
+    def __init__(self, flow: TextToImageFlow, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._flow = [flow]  # in a list: it is no part of this module
+        self.config, self.state_shape = config, flow.state_shape
+        self._null: Conditions | None = None
+
+    @property
+    def flow(self) -> TextToImageFlow:
+        """The flow, with the weights as they are in training."""
+        return self._flow[0]
+
+    @property
+    def null_conditions(self) -> Conditions:
+        if self._null is None:  # asked for in each call
+            self._null = replace(self._encoded([""]), prompts=None)
+        return self._null
+
+    def _encoded(self, prompts: Sequence[str]) -> Conditions:
+        """The embeddings alone."""
+        found = self.flow.encode(prompts, guidance=self.flow.no_guidance)
+        return Conditions(text=found.text, mask=found.mask, pooled=found.pooled, prompts=list(prompts))
+
+    @property
+    def regions(self) -> list[nn.Module]:
+        """What is compiled one by one."""
+        lists = [module for module in self.flow.transformer.children() if isinstance(module, nn.ModuleList)]
+        return [block for blocks in lists for block in blocks] or [self.flow.transformer]
+
+    def embed(self, conditions: Conditions) -> Conditions:
+        """With the embeddings of the prompts.
+
+        Raises:
+            ValueError: where there are no prompts.
+        """
+        if conditions.prompts is None:
+            raise ValueError("a text-to-image flow is trained on captions: give the data captions (CaptionedImages)")
+        found = self._encoded(conditions.prompts)
+        device = next(self.flow.transformer.parameters()).device
+        return replace(conditions, text=found.text, mask=found.mask, pooled=found.pooled).to(device)
+
+
+class FlowNetwork(PromptedNetwork):
     """The transformer of a text-to-image flow of diffusers, to be trained by `flow_matching`: b_s(x) for prompts. It
     knows no second time and no condition (t, x_t), so that it draws no posteriors. A run leaves, beside
     `model.safetensors`, the whole pipeline in `pipeline/`, which `load_flow` and diffusers read.
-
-    States are the pipeline's scaled latents. The null condition, of dropped prompts, is the empty prompt.
 
     Args:
         name: a folder of diffusers with `model_index.json`, or a Hugging Face id. Parts of a folder that have a
@@ -41,9 +98,6 @@ class FlowNetwork(VelocityNetwork):
         ValueError, FileNotFoundError, ImportError, CheckpointError: as `load_flow`.
     """
 
-    num_classes = 0
-    guidance_scales = ()
-
     def __init__(
         self,
         name: str,
@@ -54,50 +108,20 @@ class FlowNetwork(VelocityNetwork):
         allow_download: bool = False,
         max_sequence_length: int | None = None,
     ) -> None:
-        super().__init__()
-        self.config = {"name": name, "vae": vae, "image_size": image_size, "seed": seed}
-        self.config |= {"max_sequence_length": max_sequence_length}
-        flow = load_flow(
-            find_shipped(name),
+        config = {"name": name, "vae": vae, "image_size": image_size, "seed": seed}
+        config |= {"max_sequence_length": max_sequence_length}
+        flow = opened(
+            name,
             image_size,
             torch_dtype="float32",
-            max_rows=64,
             checkpointing=checkpointing,
             allow_download=allow_download,
             vae=vae,
             random_seed=seed,
             max_sequence_length=max_sequence_length,
         )
-        self.state_shape = flow.state_shape
+        super().__init__(flow, config)
         self.transformer: nn.Module = flow.transformer.train().requires_grad_(True)
-        self._flow = [flow]  # in a list: VAE and text encoders are no part of what is trained
-
-    @property
-    def flow(self) -> TextToImageFlow:
-        """The flow, with the weights as they are in training."""
-        return self._flow[0]
-
-    @property
-    def null_conditions(self) -> Conditions:
-        return replace(self.flow.encode("", guidance=1.0), prompts=None)
-
-    @property
-    def regions(self) -> list[nn.Module]:
-        """What is compiled one by one."""
-        lists = [module for module in self.transformer.children() if isinstance(module, nn.ModuleList)]
-        return [block for blocks in lists for block in blocks] or [self.transformer]
-
-    def embed(self, conditions: Conditions) -> Conditions:
-        """With the embeddings of the prompts.
-
-        Raises:
-            ValueError: where there are no prompts.
-        """
-        if conditions.prompts is None:
-            raise ValueError("a text-to-image flow is trained on captions: give the data captions (CaptionedImages)")
-        found = self.flow.encode(conditions.prompts, guidance=1.0)
-        device = next(self.parameters()).device
-        return replace(conditions, text=found.text, mask=found.mask, pooled=found.pooled).to(device)
 
     def forward(self, s: Tensor, u: Tensor, x: Tensor, t: Tensor, x_t: Tensor, conditions: Conditions) -> Tensor:
         return self.flow.velocity(s, x, conditions)

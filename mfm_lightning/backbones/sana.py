@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ class SanaFlow(TextToImageFlow):
     """
 
     pipeline = "SanaPipeline"
+    adapter_places: ClassVar = {"tokens": "patch_embed", "times": "time_embed.emb"}
 
     def _usual_size(self) -> tuple[int, int]:
         side = int(self.transformer.config.sample_size) * self.compression

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ class SD3Flow(TextToImageFlow):
 
     pipeline = "StableDiffusion3Pipeline"
     patch_size = 2
+    adapter_places: ClassVar = {"tokens": "pos_embed", "times": "time_text_embed"}
 
     def _velocity(self, t: Tensor, x: Tensor, given: Conditions) -> Tensor:
         return -self.transformer(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mfm_lightning.backbones import FlowAdapter
 from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.conditions import Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
@@ -27,7 +29,8 @@ class MFMPretraining(TrainingModule):
             the captions of the data.
         objective: the terms, and how their samples are drawn.
         teacher: frozen base drift for the distilled terms. It is in neither the checkpoint nor the optimiser: the
-            checkpoint names it by its `identity`, and resuming with another one is refused.
+            checkpoint names it by its `identity`, and resuming with another one is refused. Of a `FlowAdapter` it is
+            the flow without the adapter where None.
         initial: a `model.safetensors`, a name ("mnist/flow") or a Hugging Face id to start from; must have this
             network's architecture.
         optimization: the optimiser and its learning rate.
@@ -50,6 +53,9 @@ class MFMPretraining(TrainingModule):
         execution: TrainingExecution | None = None,
     ) -> None:
         super().__init__(optimization, evaluation)
+        if objective.needs_teacher and teacher is None and isinstance(network, FlowAdapter):
+            flow = json.dumps(network.flow.identity, sort_keys=True, default=str)
+            teacher = ModelTeacher(MetaFlowMap(network.teacher_network), identity={"kind": "base", "flow": flow})
         if objective.needs_teacher and teacher is None:
             raise ValueError(f"objective {objective.needs_teacher[0]!r} needs a teacher: set model.teacher")
         self.model = MetaFlowMap(network)

@@ -27,7 +27,7 @@ _KINDS = {"value": VALUE_NETWORKS, "classifier": CLASSIFIERS}  # by what a file 
 _LOADERS = {"load_model": NETWORKS, "load_value": VALUE_NETWORKS, "load_classifier": CLASSIFIERS}
 OF_ITS_WEIGHTS = ("step", "command", "imported_from", "accuracy", "measured", "measured_on")  # what a file says of them
 # networks of ours in rooms above this one, which their files name by path
-_ABOVE = ("mfm_lightning.backbones.network.FlowNetwork",)
+_ABOVE = ("mfm_lightning.backbones.network.FlowNetwork", "mfm_lightning.backbones.adapter.FlowAdapter")
 _LIBRARIES = ("torch", "lightning", "mfm_lightning", "mfm_rewards", "mfm_benchmarks")  # not a user's own
 
 
@@ -80,6 +80,8 @@ def check_network(network: nn.Module) -> None:
     """
     kind = type(network)
     path, config = _class_path(kind), json.loads(_config(network))
+    if path in _ABOVE:  # which would load a pretrained flow once more
+        return
     try:
         with torch.device("meta"):  # no memory, no time
             again = kind(**config)

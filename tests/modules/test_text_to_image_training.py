@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 
 from mfm_lightning.backbones import FlowNetwork, load_flow
-from mfm_lightning.checkpoints import load_classifier, load_model
+from mfm_lightning.checkpoints import load_classifier, load_model, read_metadata
 from mfm_lightning.commands.main import run
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data.images import CaptionedImages, EncodedImages, JoinedImages, TorchvisionImages
@@ -37,6 +37,7 @@ def made(tmp_path_factory):
         run(["fit", "--config", "text_to_image/small/flow", *SHORT, *few])
         for name in ("clip", "classifier"):
             run(["fit", "--config", f"text_to_image/small/{name}", *SHORT])
+        run(["fit", "--config", "text_to_image/small/mfm", *SHORT, *few])
         yield folder
 
 
@@ -113,6 +114,26 @@ def test_a_clip_of_ones_own_is_the_reward_clip_score(made, monkeypatch):
         theirs = clip(pixel_values=2 * images - 1, **given).logits_per_image.diagonal()
         ours = reward(images, prompts)
     assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_an_adapter_is_trained_against_the_flow_under_it(made, monkeypatch):
+    monkeypatch.chdir(made)
+    adapted = load_model(OUTPUTS / "mfm/model.safetensors")
+    flow = load_flow(OUTPUTS / "flow/pipeline", torch_dtype="float32", max_sequence_length=1)
+    given = adapted.network.embed(Conditions(prompts=["a bag", "a coat"]))
+    x = torch.randn(2, *flow.state_shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.2, 0.6])
+    expected = flow.velocity(t, x, given)
+    assert torch.allclose(adapted.network.flow.velocity(t, x, given), expected, atol=1e-6)  # the base is as it was
+    trained = adapted.velocity(t, 1.0, x, t, x, given)
+    assert 1e-6 < (trained - expected).abs().max() < 0.5  # three steps away from it
+    header = read_metadata(OUTPUTS / "mfm/model.safetensors")
+    assert header["kind"] == "meta_flow_map"
+    size = (OUTPUTS / "mfm/model.safetensors").stat().st_size
+    assert size < 0.5 * (OUTPUTS / "flow/model.safetensors").stat().st_size
+    checkpoint = torch.load(OUTPUTS / "mfm/last.ckpt", weights_only=True)
+    assert not any("transformer" in name and "lora" not in name for name in checkpoint["state_dict"])
+    assert "teacher" in checkpoint["frozen"]
 
 
 def test_the_flow_is_steered_by_prompt_and_what_is_not_optimised_is_measured(made, monkeypatch):
