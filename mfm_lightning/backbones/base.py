@@ -43,8 +43,8 @@ class TextToImageFlow(nn.Module, ABC):
             that of gradients of the transformer: see `checkpointing`.
         attention: "math" is torch's plain one, which has derivatives along a direction (`torch.func.jvp`); other names
             are those of diffusers' backends. The usual one where None.
-        checkpointing: keep only the input of each of the transformer's blocks for the gradient, and compute the rest
-            again.
+        checkpointing: keep only the input of each block of the transformer, and of the VAE where it can
+            (`AutoencoderKL`), for the gradient, and compute the rest again.
         tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
         cache: folder that keeps the embeddings of prompts; in memory where None.
         load_encoders: gives a pipeline with text encoders where `pipe` has none; it is dropped after each use.
@@ -99,8 +99,14 @@ class TextToImageFlow(nn.Module, ABC):
         if attention not in (None, "math"):
             set_backend(self.transformer, attention)
         if checkpointing:
-            self.transformer.enable_gradient_checkpointing(self._recomputed)
+            self.enable_checkpointing()
         self.image_size = self._checked(image_size or self._usual_size())
+
+    def enable_checkpointing(self) -> None:
+        """What the option `checkpointing` does."""
+        self.transformer.enable_gradient_checkpointing(self._recomputed)
+        if getattr(self.decoder.vae, "_supports_gradient_checkpointing", False):
+            cast(Any, self.decoder.vae).enable_gradient_checkpointing(self._recomputed)
 
     @property
     def identity(self) -> dict[str, Any]:

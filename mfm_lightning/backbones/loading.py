@@ -51,7 +51,7 @@ def load_flow(
         torch_dtype: floating type of transformer, VAE and text encoders: "float32", "bfloat16" or "float16".
         max_rows: states at once in the transformer, and latents at once in the VAE.
         attention: "math", whose derivatives along a direction are known, or a backend of diffusers.
-        checkpointing: less memory for gradients, by computing each block of the transformer twice.
+        checkpointing: less memory for gradients, by computing each block of transformer and VAE twice.
         tiled: decode large latents in overlapping tiles.
         cache: folder that keeps the embeddings of prompts; in memory where None.
         true_guidance: of FLUX, scale of guidance by two evaluations.
