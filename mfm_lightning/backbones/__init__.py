@@ -3,6 +3,7 @@
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.decoder import LatentDecoder
 from mfm_lightning.backbones.flux import FluxFlow
+from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.loading import FAMILIES, load_flow
 from mfm_lightning.backbones.lumina2 import Lumina2Flow
 from mfm_lightning.backbones.qwen_image import QwenImageFlow
@@ -13,6 +14,7 @@ from mfm_lightning.backbones.z_image import ZImageFlow
 __all__ = [
     "FAMILIES",
     "FluxFlow",
+    "FluxFlowMap",
     "LatentDecoder",
     "Lumina2Flow",
     "QwenImageFlow",

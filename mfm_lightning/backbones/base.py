@@ -165,8 +165,13 @@ class TextToImageFlow(nn.Module, ABC):
             ValueError: for latents or conditions that do not fit.
             torch.OutOfMemoryError: with what to lower.
         """
+        return self.evaluated(as_times(t, x), x, conditions)
+
+    def evaluated(self, t: Tensor, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """The transformer's velocity `(B, C, h, w)` in float32 at times `(B,)`, guided and in parts of `max_rows`;
+        raises as `drift`. Flow maps have pairs of times, `(B, 2)`."""
         self._check(x, conditions)
-        given, t = (conditions or Conditions()).expand(len(x), x.device), as_times(t, x)
+        given = (conditions or Conditions()).expand(len(x), x.device)
         guided = self.passes(given) > 1  # once: on an accelerator the look at the scales waits
         if guided and given.negative_text is None:
             raise ValueError(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from mfm_lightning.backbones.base import TextToImageFlow
-from mfm_rewards.hub import find_folder
+from mfm_lightning.backbones.flux_map import FluxFlowMap
+from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.weights import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def load_flow(
     allow_download: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    flow_map: str | None = None,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
@@ -59,6 +61,8 @@ def load_flow(
         allow_download: fetch what is not in Hugging Face's cache on this machine.
         revision: branch, tag or commit of a Hugging Face repository.
         variant: of the weights' files, such as "fp16".
+        flow_map: of FLUX, a LoRA that makes it a flow map of two times (`mfm_lightning.backbones.FluxFlowMap`): a file,
+            or org/name/file of a Hugging Face repository.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -77,6 +81,11 @@ def load_flow(
         raise CheckpointError(_unknown(folder, pipeline))
     module, family = FAMILIES[pipeline]
     kind: type[TextToImageFlow] = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
+    lora = None
+    if flow_map is not None:
+        if family != "FluxFlow":
+            raise ValueError(f"flow_map {flow_map} is a LoRA of FLUX's: a {family} takes none")
+        lora = find_file(flow_map, allow_download)  # before the pipeline is loaded
     encoders = [part for part in index if part.startswith("text_encoder")]
     common: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
 
@@ -86,9 +95,13 @@ def load_flow(
         log.info("text encoders of %s: loading", name)
         return _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
 
-    options = {} if true_guidance is None else {"true_guidance": true_guidance}
+    options: dict[str, Any] = {} if true_guidance is None else {"true_guidance": true_guidance}
     if options and family != "FluxFlow":
         raise ValueError(f"true_guidance is FLUX's, whose own is an input: give guidance for a {family}")
+    weights = f"{name} {revision} {variant} {_state(folder, 'transformer', 'vae', 'scheduler')}"
+    if lora is not None:
+        kind, options["lora"] = FluxFlowMap, lora
+        weights += f" {flow_map}:{lora.stat().st_size}:{lora.resolve().stat().st_mtime_ns}"
     return kind(
         pipe,
         image_size=image_size,
@@ -99,7 +112,7 @@ def load_flow(
         cache=cache,
         load_encoders=load_encoders,
         encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {dtype}",
-        weights=f"{name} {revision} {variant} {_state(folder, 'transformer', 'vae', 'scheduler')}",
+        weights=weights,
         encoder_device=encoder_device,
         **options,
     )

@@ -45,6 +45,8 @@ def plan_prompts(path: Path, config: dict[str, Any], **changed: Any) -> tuple[Fl
         raise ValueError(f"{path}: load_flow has no {unknown[0]!r}, only {', '.join(usual)}")
     if "name" not in given:
         raise ValueError(f"{path}: model.init_args.flow.init_args has no name of a flow")
+    if given.get("flow_map") is not None:
+        raise ValueError(f"{path}: mfm plan knows no flow_map: leave it out, and add the size of its file")
     of_flow = {**usual, **given} | {k: v for k, v in changed.items() if v is not None and k in usual}
     batch_size = changed.get("batch_size") or (config.get("data", {}).get("init_args") or {}).get("batch_size", 8)
     method = _method(path, arguments.get("method"))
