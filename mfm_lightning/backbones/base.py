@@ -52,6 +52,7 @@ class TextToImageFlow(nn.Module, ABC):
             a revision or the like.
         weights: the same of transformer and VAE, for `identity`.
         encoder_device: where prompts are encoded; the CPU where None.
+        max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
 
     Raises:
         ValueError: for a pipeline of another class, one that is no flow, or sizes that do not fit.
@@ -75,6 +76,7 @@ class TextToImageFlow(nn.Module, ABC):
         encoders: str = "",
         weights: str = "",
         encoder_device: str | torch.device | None = None,
+        max_sequence_length: int | None = None,
     ) -> None:
         super().__init__()
         if (found := type(pipe).__name__) != self.pipeline:
@@ -91,6 +93,7 @@ class TextToImageFlow(nn.Module, ABC):
         self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled)
         self._pipe = [pipe]  # in a list, so that its text encoders are not moved with the rest
         self.max_rows, self.encoder_device = max_rows, torch.device(encoder_device or "cpu")
+        self.max_sequence_length: int = max_sequence_length or self._of_call("max_sequence_length")
         self.embeddings = EmbeddingCache(cache)
         self._load_encoders, self._encoders, self._weights = load_encoders, encoders, weights
         if cache is not None and not encoders:
@@ -114,7 +117,7 @@ class TextToImageFlow(nn.Module, ABC):
         return {
             "flow": type(self).__name__, "config": repr(self.transformer.config), "weights": self._weights,
             "image_size": list(self.image_size), "dtype": str(self.transformer.dtype), "tiled": self.decoder.tiled,
-            "attention": self.attention, "encoders": self._encoders,
+            "attention": self.attention, "encoders": self._encoders, "tokens": self.max_sequence_length,
         }  # fmt: skip
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
@@ -123,6 +126,10 @@ class TextToImageFlow(nn.Module, ABC):
     def pipe(self) -> Any:
         """The pipeline."""
         return self._pipe[0]
+
+    def whole_pipeline(self) -> Any:
+        """The pipeline with its text encoders, which are loaded where they are not there."""
+        return self.pipe if self._load_encoders is None else self._load_encoders()
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -210,6 +217,13 @@ class TextToImageFlow(nn.Module, ABC):
     def _scale(self, conditions: Conditions) -> Tensor | None:
         """Of guidance by two evaluations."""
         return conditions.guidance
+
+    def velocity(self, t: Times, x: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's one evaluation `(B, C, h, w)` in float32, without guidance and in one part: what training
+        fits. Raises as `drift`."""
+        self._check(x, conditions)
+        with self._kernel():
+            return self._velocity(as_times(t, x), x, conditions.expand(len(x), x.device)).float()
 
     @abstractmethod
     def _velocity(self, t: Tensor, x: Tensor, given: Conditions) -> Tensor:
@@ -319,7 +333,7 @@ class TextToImageFlow(nn.Module, ABC):
         for i, text in enumerate(prompts):
             if not isinstance(text, str):
                 raise ValueError(f"prompt {i} is {text!r}: expected a text")
-        tokens = self._of_call("max_sequence_length")
+        tokens = self.max_sequence_length
         common = {"encoders": self._encoders, "pipeline": self.pipeline, "tokens": tokens}
         texts = [*((text, False) for text in prompts), *((text, True) for text in negatives or ())]
         return {key: {**common, "negative": key[1], "prompt": key[0]} for key in dict.fromkeys(texts)}
@@ -328,7 +342,7 @@ class TextToImageFlow(nn.Module, ABC):
         """The embeddings of texts, one after the other, which are kept; the text encoders are there until the last."""
         if not wanted:
             return
-        pipe = self.pipe if self._load_encoders is None else self._load_encoders()
+        pipe = self.whole_pipeline()
         if getattr(pipe, "text_encoder", None) is None:
             raise ValueError(f"the {self.pipeline} has no text encoder: load it whole, or give Conditions of your own")
         self._to(pipe, self.encoder_device)

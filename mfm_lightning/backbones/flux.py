@@ -72,7 +72,7 @@ class FluxFlow(TextToImageFlow):
 
     def _embed(self, pipe: Any, prompt: str, negative: bool) -> Embedding:
         text, pooled, _ = pipe.encode_prompt(
-            prompt, device=self.encoder_device, max_sequence_length=self._of_call("max_sequence_length")
+            prompt, device=self.encoder_device, max_sequence_length=self.max_sequence_length
         )
         return {"text": text, "pooled": pooled}
 

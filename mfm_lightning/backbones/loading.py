@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.flux_map import FluxFlowMap
+from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
 from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.weights import CheckpointError
 
@@ -42,6 +44,9 @@ def load_flow(
     allow_download: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    vae: str | None = None,
+    random_seed: int | None = None,
+    max_sequence_length: int | None = None,
     flow_map: str | None = None,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
@@ -61,6 +66,10 @@ def load_flow(
         allow_download: fetch what is not in Hugging Face's cache on this machine.
         revision: branch, tag or commit of a Hugging Face repository.
         variant: of the weights' files, such as "fp16".
+        vae: folder of another VAE for it.
+        random_seed: where given, parts that have a `config.json` and no weights get random ones by it, for training
+            from scratch; they are an error where None.
+        max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
         flow_map: of FLUX, a LoRA that makes it a flow map of two times (`mfm_lightning.backbones.FluxFlowMap`): a file,
             or org/name/file of a Hugging Face repository.
 
@@ -71,7 +80,7 @@ def load_flow(
         ValueError: for an option that does not fit.
     """
     dtype = DTYPES.get(torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
-    if dtype not in DTYPES.values():
+    if dtype is None or dtype not in DTYPES.values():
         raise ValueError(f"torch_dtype {torch_dtype!r}: expected one of {', '.join(DTYPES)}")
     patterns = [f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model")]
     folder = find_folder(name, [INDEX], patterns, allow_download, revision, "diffusers pipeline")
@@ -88,17 +97,27 @@ def load_flow(
         lora = find_file(flow_map, allow_download)  # before the pipeline is loaded
     encoders = [part for part in index if part.startswith("text_encoder")]
     common: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
+    common |= {part: None for part, said in index.items() if said == [None, None]}  # such as SD3's T5, left out
 
-    pipe = _load(pipeline, folder, **common, **dict.fromkeys(encoders))
+    elsewhere = {} if vae is None else {"vae": Path(vae)}
+    load_encoders: Callable[[], Any] | None = None
+    if random_seed is not None and random_parts(folder, index, elsewhere):
+        pipe = new_pipeline(folder, _diffusers(pipeline, folder), index, elsewhere, random_seed, dtype)
+    else:
+        parts = {} if vae is None else {"vae": _vae(index, vae, dtype)}
+        pipe = _load(pipeline, folder, **(common | dict.fromkeys(encoders) | parts))
 
-    def load_encoders() -> Any:
-        log.info("text encoders of %s: loading", name)
-        return _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+        def load_whole() -> Any:
+            log.info("text encoders of %s: loading", name)
+            return _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+
+        load_encoders = load_whole
 
     options: dict[str, Any] = {} if true_guidance is None else {"true_guidance": true_guidance}
     if options and family != "FluxFlow":
         raise ValueError(f"true_guidance is FLUX's, whose own is an input: give guidance for a {family}")
-    weights = f"{name} {revision} {variant} {_state(folder, 'transformer', 'vae', 'scheduler')}"
+    weights = f"{name} {revision} {variant} {vae} {_state(folder, 'transformer', 'vae', 'scheduler')}"
+    weights += "" if random_seed is None else f" random {random_seed}"
     if lora is not None:
         kind, options["lora"] = FluxFlowMap, lora
         weights += f" {flow_map}:{lora.stat().st_size}:{lora.resolve().stat().st_mtime_ns}"
@@ -114,17 +133,32 @@ def load_flow(
         encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {dtype}",
         weights=weights,
         encoder_device=encoder_device,
+        max_sequence_length=max_sequence_length,
         **options,
     )
 
 
-def _load(pipeline: str, folder: Path, **options: Any) -> Any:
+def _diffusers(kind: str, folder: Path) -> Any:
+    """A class of diffusers."""
     try:
         import diffusers
     except ImportError as error:
         raise ImportError(f"{folder}: diffusers is missing: pip install 'mfm-lightning[text-to-image]'") from error
+    return getattr(diffusers, kind)
+
+
+def _vae(index: dict[str, Any], folder: str, dtype: Any) -> Any:
+    kind = str(index["vae"][1])
     try:
-        return getattr(diffusers, pipeline).from_pretrained(str(folder), **options)
+        return _diffusers(kind, Path(folder)).from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"no {kind} in {folder}: {_first_line(error)}") from error
+
+
+def _load(pipeline: str, folder: Path, **options: Any) -> Any:
+    kind = _diffusers(pipeline, folder)
+    try:
+        return kind.from_pretrained(str(folder), **options)
     except (ImportError, RuntimeError) as error:
         if "import" not in str(error).lower():
             raise CheckpointError(f"the {pipeline} in {folder} cannot be read: {_first_line(error)}") from error
@@ -138,11 +172,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / INDEX} cannot be read: {_first_line(error)}") from error
-    if not isinstance(index, dict) or "_class_name" not in index:
+    index = read_json(folder / INDEX)
+    if "_class_name" not in index:
         raise CheckpointError(f"{folder / INDEX} names no pipeline: expected _class_name")
     return index
 

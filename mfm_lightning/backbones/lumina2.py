@@ -39,7 +39,7 @@ class Lumina2Flow(TextToImageFlow):
             do_classifier_free_guidance=negative,
             negative_prompt=prompt if negative else None,
             device=self.encoder_device,
-            max_sequence_length=self._of_call("max_sequence_length"),
+            max_sequence_length=self.max_sequence_length,
         )
         return {"text": other, "mask": other_mask} if negative else {"text": text, "mask": mask}
 

@@ -53,7 +53,7 @@ class QwenImageFlow(TextToImageFlow):
 
     def _embed(self, pipe: Any, prompt: str, negative: bool) -> Embedding:
         text, mask = pipe.encode_prompt(
-            prompt, device=self.encoder_device, max_sequence_length=self._of_call("max_sequence_length")
+            prompt, device=self.encoder_device, max_sequence_length=self.max_sequence_length
         )
         mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device) if mask is None else mask
         return {"text": text, "mask": mask}

@@ -38,7 +38,7 @@ class SanaFlow(TextToImageFlow):
             prompt,
             do_classifier_free_guidance=False,
             device=self.encoder_device,
-            max_sequence_length=self._of_call("max_sequence_length"),
+            max_sequence_length=self.max_sequence_length,
             complex_human_instruction=None if negative else self._of_call("complex_human_instruction"),
         )
         return {"text": text, "mask": mask}

@@ -34,7 +34,7 @@ class SD3Flow(TextToImageFlow):
             None,
             device=self.encoder_device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self._of_call("max_sequence_length"),
+            max_sequence_length=self.max_sequence_length,
         )
         return {"text": text, "pooled": pooled}
 

@@ -46,7 +46,7 @@ class ZImageFlow(TextToImageFlow):
             prompt,
             device=self.encoder_device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self._of_call("max_sequence_length"),
+            max_sequence_length=self.max_sequence_length,
         )
         text = rows[0][None]
         return {"text": text, "mask": torch.ones(text.shape[:2], dtype=torch.long, device=text.device)}

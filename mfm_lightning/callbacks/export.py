@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import lightning as L
 
@@ -19,11 +20,20 @@ from mfm_lightning.training.logs import goes_on_in_its_folder
 log = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class HasFolder(Protocol):
+    """A network that other libraries read from a folder of their own layout."""
+
+    def write_beside(self, folder: Path) -> Path:
+        """Write it beside `model.safetensors`; returns where."""
+        ...
+
+
 class ExportModel(L.Callback):
     """Writes `model.safetensors` (averaged weights where EMA is on) to the run's folder when training ends, after the
     last checkpoint: what goes wrong then costs no step, and `--ckpt_path last` writes it. Its metadata has
     the `step`; under `latents` the data's scale and shift, where they are latents; and under `checkpoint` the SHA-256
-    of the `last.ckpt` that it was made with (of one in shards, none).
+    of the `last.ckpt` that it was made with (of one in shards, none). A network that `HasFolder` writes it, too.
 
     Args:
         filename: in the trainer's `default_root_dir`.
@@ -82,6 +92,8 @@ class ExportModel(L.Callback):
                 path = folder / self.filename
                 save_network(module.exported, path, metadata)
                 log.info("model written to %s", path)
+                if isinstance(module.exported, HasFolder):
+                    log.info("%s written, as diffusers reads it", module.exported.write_beside(folder))
 
 
 def _latents(trainer: L.Trainer) -> dict[str, str]:

@@ -18,7 +18,10 @@ from mfm_lightning.utils.console import console
 
 MODULE = "mfm_lightning.modules.PromptAlignment"
 LOADER = "mfm_lightning.backbones.load_flow"
-PASSED = ("name", "image_size", "torch_dtype", "max_rows", "attention", "tiled", "true_guidance")
+PASSED = (
+    *("name", "image_size", "torch_dtype", "max_rows", "attention", "tiled", "true_guidance"),
+    *("vae", "max_sequence_length"),
+)
 
 
 def plan_prompts(path: Path, config: dict[str, Any], **changed: Any) -> tuple[FlowPlan, dict[str, Any]]:

@@ -78,6 +78,8 @@ def plan_flow(
     attention: str | None = None,
     tiled: bool = False,
     true_guidance: float | None = None,
+    vae: str | None = None,
+    max_sequence_length: int | None = None,
     guidance: float | None = None,
     batch_size: int = 1,
     method: AlignmentMethod | None = None,
@@ -88,7 +90,7 @@ def plan_flow(
     Args:
         name: a folder of diffusers, of which only the configs are read, or a Hugging Face id; of
             `mfm_lightning.backbones.published.PUBLISHED` the sizes are known without a folder.
-        image_size, torch_dtype, max_rows, attention, tiled, true_guidance: as `load_flow`.
+        image_size, torch_dtype, max_rows, attention, tiled, true_guidance, vae, max_sequence_length: as `load_flow`.
         guidance: as the pipeline takes it; its own where None.
         batch_size: samples aligned at once.
         method: of alignment; the base flow alone where None.
@@ -101,6 +103,9 @@ def plan_flow(
     if torch_dtype not in DTYPES:
         raise ValueError(f"torch_dtype {torch_dtype!r}: expected one of {', '.join(DTYPES)}")
     source, pipeline, parts = components(name)
+    if vae is not None:
+        config = _read(Path(vae) / "config.json")
+        parts["vae"] = ("diffusers", str(config.get("_class_name")), config)
     module, family = FAMILIES.get(pipeline, ("", ""))
     if family not in PLANNED:
         raise ValueError(f"{name} is a {pipeline}: mfm plan knows the memory of {', '.join(PLANNED)}")
@@ -110,7 +115,8 @@ def plan_flow(
             raise ValueError(f"{source} has no {part}: expected the folder of a {pipeline}")
     pipe = _pipeline(pipeline, made)
     kind = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
-    options: dict[str, Any] = {} if true_guidance is None else {"true_guidance": true_guidance}
+    options: dict[str, Any] = {"max_sequence_length": max_sequence_length}
+    options |= {} if true_guidance is None else {"true_guidance": true_guidance}
     rows = rows_of(method, batch_size)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         flow = kind(pipe, image_size=image_size, max_rows=max_rows, attention=attention, tiled=tiled, **options)
@@ -147,7 +153,7 @@ def components(name: str) -> tuple[str, str, dict[str, Part]]:
             known = ", ".join(PUBLISHED)
             raise type(error)(f"{error}. Without it, mfm plan knows the sizes of {known}") from error
         pipeline, parts = PUBLISHED[name]
-        return f"the published sizes of {name}", pipeline, parts
+        return f"the published sizes of {name}", pipeline, dict(parts)
     index = _read(folder / INDEX)
     found = {}
     for part, described in index.items():
@@ -222,7 +228,7 @@ def _pipeline(name: str, parts: Mapping[str, nn.Module]) -> Any:
 def _conditions(flow: TextToImageFlow, guidance: float | None, fake: FakeTensorMode) -> Conditions:
     """Of one prompt, of the pipeline's number of tokens; guidance by two evaluations where the flow has it."""
     config, dtype = flow.transformer.config, flow.transformer.dtype
-    length = int(inspect.signature(type(flow.pipe).__call__).parameters["max_sequence_length"].default)
+    length = flow.max_sequence_length
     length += 77 if flow.pipeline == "StableDiffusion3Pipeline" else 0  # CLIP's tokens before T5's
     width = config.get("joint_attention_dim") or config.get("caption_channels")
     scale = flow.usual_guidance if guidance is None else float(guidance)

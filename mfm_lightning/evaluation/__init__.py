@@ -4,6 +4,7 @@ from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.evaluation.images import ImageEvaluation
 from mfm_lightning.evaluation.mixture import MixtureEvaluation
 from mfm_lightning.evaluation.policy import PolicyEvaluation, TiltedMixtureEvaluation
+from mfm_lightning.evaluation.prompts import PromptEvaluation
 from mfm_lightning.evaluation.values import ValueEvaluation
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ImageEvaluation",
     "MixtureEvaluation",
     "PolicyEvaluation",
+    "PromptEvaluation",
     "TiltedMixtureEvaluation",
     "ValueEvaluation",
 ]

@@ -1,8 +1,10 @@
 """LightningModules."""
 
 from mfm_lightning.modules.alignment import RewardAlignment
+from mfm_lightning.modules.autoencoding import Autoencoding
 from mfm_lightning.modules.base import TrainingModule, check_batch
 from mfm_lightning.modules.classification import Classification
+from mfm_lightning.modules.contrastive import Contrastive
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.finetuning import DiffusionSchedule, LowRank, RewardFinetuning
 from mfm_lightning.modules.finite import NonFiniteGradientError, NonFiniteLossError
@@ -13,7 +15,9 @@ from mfm_lightning.modules.prompt_alignment import PromptAlignment
 from mfm_lightning.modules.value_estimation import ValueEstimation
 
 __all__ = [
+    "Autoencoding",
     "Classification",
+    "Contrastive",
     "DiffusionSchedule",
     "LogNormaliser",
     "LowRank",

@@ -14,6 +14,7 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule, batch_number
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.optimization import Optimization
+from mfm_lightning.networks.base import EmbedsPrompts
 from mfm_lightning.objectives import Objective
 from mfm_lightning.objectives.teachers import ModelTeacher, Teacher
 
@@ -22,7 +23,8 @@ class MFMPretraining(TrainingModule):
     """Trains `model = MetaFlowMap(network)` on an objective (Eq. 33).
 
     Args:
-        network: a network of `mfm_lightning.networks`.
+        network: a network of `mfm_lightning.networks`, or a `mfm_lightning.backbones.FlowNetwork`, whose prompts are
+            the captions of the data.
         objective: the terms, and how their samples are drawn.
         teacher: frozen base drift for the distilled terms. It is in neither the checkpoint nor the optimiser: the
             checkpoint names it by its `identity`, and resuming with another one is refused.
@@ -86,6 +88,8 @@ class MFMPretraining(TrainingModule):
             self.teacher.to(device)
 
     def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
+        if isinstance(self.model.network, EmbedsPrompts):
+            conditions = self.model.network.embed(conditions)
         return self.objective(self.model, self.teacher, x1, conditions, self.global_step)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,15 @@ class VelocityNetwork(nn.Module, ABC):
         A network that also takes `tangents` (ds, du, dx), or None, returns with them the derivative along them too,
         without a graph (`mfm_lightning.networks.dual`). One that does not is differentiated by `torch.func.jvp`.
         """
+
+
+@runtime_checkable
+class EmbedsPrompts(Protocol):
+    """A network that is conditioned on texts, and makes their embeddings itself."""
+
+    def embed(self, conditions: Conditions) -> Conditions:
+        """With the embeddings of the prompts; raises ValueError where there are no prompts."""
+        ...
 
 
 def label_and_guidance(conditions: Conditions) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,8 @@ _OURS: dict[str, type[nn.Module]] = {**NETWORKS, **VALUE_NETWORKS, **CLASSIFIERS
 _KINDS = {"value": VALUE_NETWORKS, "classifier": CLASSIFIERS}  # by what a file says; all others are NETWORKS
 _LOADERS = {"load_model": NETWORKS, "load_value": VALUE_NETWORKS, "load_classifier": CLASSIFIERS}
 OF_ITS_WEIGHTS = ("step", "command", "imported_from", "accuracy", "measured", "measured_on")  # what a file says of them
+# networks of ours in rooms above this one, which their files name by path
+_ABOVE = ("mfm_lightning.backbones.network.FlowNetwork",)
 _LIBRARIES = ("torch", "lightning", "mfm_lightning", "mfm_rewards", "mfm_benchmarks")  # not a user's own
 
 
@@ -253,7 +255,7 @@ def _users_class(name: str, path: str | Path) -> type[nn.Module]:
     """The class at a path that a file names. A file must not be able to call anything else: only a network is taken,
     and none of the libraries that are used here."""
     module, _, attribute = name.rpartition(".")
-    if module.split(".")[0] in (*sys.stdlib_module_names, *_LIBRARIES):
+    if name not in _ABOVE and module.split(".")[0] in (*sys.stdlib_module_names, *_LIBRARIES):
         raise CheckpointError(f"{path} names {name}, which is no network of a user's own")
     try:
         kind = getattr(importlib.import_module(module), attribute)

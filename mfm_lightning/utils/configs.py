@@ -39,6 +39,16 @@ def find_config(name: str | Path) -> Path:
     raise FileNotFoundError(f"no config at {name}: {hint}")
 
 
+def find_shipped(folder: str | Path) -> Path:
+    """A folder of settings: the one at a path; where there is none, that of the package of this name, such as
+    "text_to_image/small/architecture", if there is one."""
+    path = Path(folder)
+    if path.exists() or path.is_absolute():
+        return path
+    named = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    return shipped if (shipped := SHIPPED / named).is_dir() else path
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """What a config holds.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mfm_rewards.classifiers import class_index, class_names, load_classifier
 from mfm_rewards.pretrained import at_least_float32
-from mfm_rewards.protocol import Reward
+from mfm_rewards.protocol import Reward, nearest
 from mfm_rewards.registry import register
 
 
@@ -21,7 +21,8 @@ class ClassProbability(Reward):
     Args:
         classifier: a file that `mfm fit` wrote; a name: mnist, or efficientnet_lite0 of ImageNet's 1,000 classes; a
             dictionary of a `class_path`, its `init_args` and a file of `weights`; or a module.
-        target: label or name of the class, such as 281 or "tabby".
+        target: label or name of the class, such as 281 or "tabby"; or a dictionary of them by prompt, for text-to-image
+            flows: {a photo of a cat: tabby}.
         output: "log_probability", or "logit", whose gradient does not vanish where the class is nearly certain.
         scale: factor of the reward.
     """
@@ -29,7 +30,7 @@ class ClassProbability(Reward):
     def __init__(
         self,
         classifier: nn.Module | dict[str, Any] | str,
-        target: int | str,
+        target: int | str | dict[str, int | str],
         output: Literal["log_probability", "logit"] = "log_probability",
         scale: float = 1.0,
     ) -> None:
@@ -37,12 +38,30 @@ class ClassProbability(Reward):
         if output not in ("log_probability", "logit"):
             raise ValueError(f"output {output!r}: expected log_probability or logit")
         self.classifier = load_classifier(classifier)
-        self.target, self.output, self.scale = class_index(target, class_names(self.classifier)), output, scale
+        names = class_names(self.classifier)
+        self.by_prompt: dict[str, int] | None = None
+        if isinstance(target, dict):
+            if not target:
+                raise ValueError("target {}: expected a class for each prompt")
+            self.by_prompt = {str(prompt): class_index(one, names) for prompt, one in target.items()}
+            self.needs = ("images", "prompts")
+        else:
+            self.target = class_index(target, names)
+        self.output, self.scale = output, scale
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits = _logits(self.classifier, images, self.target + 1)
+    def forward(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        targets = self._targets(prompts) if self.by_prompt is not None else [self.target] * len(images)
+        logits = _logits(self.classifier, images, max(targets, default=0) + 1)
         chosen = logits if self.output == "logit" else logits.log_softmax(dim=1)
-        return self.scale * chosen[:, self.target]
+        return self.scale * chosen.gather(1, torch.tensor(targets, device=chosen.device)[:, None])[:, 0]
+
+    def _targets(self, prompts: Sequence[str]) -> list[int]:
+        known = self.by_prompt or {}
+        if unknown := [prompt for prompt in prompts if prompt not in known]:
+            raise ValueError(
+                f"target has no class for prompt {unknown[0]!r}: did you mean {nearest(unknown[0], known)!r}?"
+            )
+        return [known[prompt] for prompt in prompts]
 
 
 @register("class_mixture")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mfm_benchmarks.command import load_suite
 from mfm_benchmarks.methods import MethodSettings, points
-from mfm_benchmarks.models import ModelSettings
+from mfm_benchmarks.models import ModelSettings, compute_in
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.runner import compute
 from mfm_benchmarks.spec import Spec
@@ -451,3 +451,24 @@ def test_features_of_a_folder_of_real_images_are_kept(tmp_path):
     quality = InceptionQuality(str(tmp_path / "weights.pth"), str(tmp_path / "reference.safetensors"))
     assert [line.split(":")[0] for line in quality.missing()] == ["quality.weights"]
     assert len(InceptionQuality(str(tmp_path / "w"), str(tmp_path / "none")).missing()) == 2
+
+
+def test_a_model_computes_in_bf16_where_asked_and_gives_float32_all_the_same():
+    one = model(DiT(8, 4, 1, 16, 2, 2, 1, num_classes=0))
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.2, 0.5, 0.8])
+    full, names = one.velocity(0.0, 1.0, x, t, x), list(one.state_dict())
+    compute_in(one, "bf16")
+    seen = []
+    hook = next(m for m in one.modules() if isinstance(m, torch.nn.Linear)).register_forward_hook(
+        lambda _, given, found: seen.append(found.dtype)
+    )
+    half = one.velocity(0.0, 1.0, x.requires_grad_(), t, x)
+    hook.remove()
+    assert seen[0] == torch.bfloat16
+    assert half.dtype == torch.float32
+    error = (half - full).abs().max() / full.abs().max()
+    assert 0 < error < 0.05
+    assert list(one.state_dict()) == names
+    assert torch.autograd.grad(half.sum(), x)[0].abs().sum() > 0
+    with pytest.raises(ValueError, match="unknown precision 'half': expected one of fp32, bf16, fp16"):
+        ModelSettings("mnist", precision="half")

@@ -188,3 +188,14 @@ def test_errors(tmp_path, pipeline):
     shutil.rmtree(pipeline / "vae")
     with pytest.raises(ValueError, match="has no vae"):
         plan_flow(str(pipeline), 16)
+
+
+def test_another_vae_and_more_tokens_are_planned(tmp_path, pipeline):
+    """The other VAE's weights; and more text, which the drift carries: 64 tokens of 12 numbers for both prompts at least."""
+    other = tiny.kl_vae(shift=0.0)
+    wider = type(other).from_config({**other.config, "block_out_channels": [16, 16]})
+    wider.save_pretrained(tmp_path / "vae")
+    short = plan_flow(str(pipeline), 16, "float32", max_sequence_length=8)
+    long = plan_flow(str(pipeline), 16, "float32", max_sequence_length=72, vae=str(tmp_path / "vae"))
+    assert long.parameters["vae"] == sum(p.numel() for p in wider.parameters()) > short.parameters["vae"]
+    assert long.peaks[DRIFT] - short.peaks[DRIFT] > 2 * 64 * tiny.TEXT * 4

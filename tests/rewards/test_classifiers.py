@@ -22,6 +22,7 @@ from mfm_rewards import RewardError
 from mfm_rewards.classifiers import class_index
 from mfm_rewards.efficientnet import EfficientNetLite0, in_timm_names
 from mfm_rewards.prompts import imagenet_classes
+from mfm_rewards.protocol import evaluate
 from mfm_rewards.weights import CheckpointError
 from tests.rewards.large_images import GaussianLatents, LargeDecoder
 
@@ -41,6 +42,18 @@ def test_it_is_the_log_probability_or_the_logit_of_a_class():
     mixture = mfm_rewards.build("class_mixture", classifier=classifier, weights=[0, 0, 1])
     one = mfm_rewards.build("classifier", classifier=classifier, target=2)
     torch.testing.assert_close(mixture(images), one(images))
+
+
+def test_the_class_may_depend_on_the_prompt():
+    classifier, images = linear(), torch.rand(3, 3, 8, 8)
+    reward = mfm_rewards.build("classifier", classifier=classifier, target={"a cat": 2, "a dog": 0})
+    found = evaluate(reward, images, prompts=["a dog", "a cat", "a cat"])
+    expected = classifier(images).log_softmax(dim=1)
+    torch.testing.assert_close(found, torch.stack([expected[0, 0], expected[1, 2], expected[2, 2]]))
+    with pytest.raises(RewardError, match="no class for prompt 'a cow': did you mean"):
+        evaluate(reward, images[:1], prompts=["a cow"])
+    with pytest.raises(RewardError, match="needs prompts"):
+        evaluate(reward, images)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""A text-to-image flow's transformer as a network in training."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfm_lightning.backbones.base import TextToImageFlow
+from mfm_lightning.backbones.loading import load_flow
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.networks.base import VelocityNetwork
+from mfm_lightning.utils.configs import find_shipped
+
+log = logging.getLogger(__name__)
+FOLDER = "pipeline"
+
+
+class FlowNetwork(VelocityNetwork):
+    """The transformer of a text-to-image flow of diffusers, to be trained by `flow_matching`: b_s(x) for prompts. It
+    knows no second time and no condition (t, x_t), so that it draws no posteriors. A run leaves, beside
+    `model.safetensors`, the whole pipeline in `pipeline/`, which `load_flow` and diffusers read.
+
+    States are the pipeline's scaled latents. The null condition, of dropped prompts, is the empty prompt.
+
+    Args:
+        name: a folder of diffusers with `model_index.json`, or a Hugging Face id. Parts of a folder that have a
+            `config.json` and no weights begin with random ones, by `seed`.
+        vae: folder of another VAE for it, such as `Autoencoding` writes.
+        image_size: of the images in pixels; the pipeline's own where None.
+        checkpointing: keep only the input of each block of the transformer, and compute the rest again.
+        seed: of random weights.
+        allow_download: fetch what is not in Hugging Face's cache on this machine.
+        max_sequence_length: tokens of a prompt, as `load_flow`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError, CheckpointError: as `load_flow`.
+    """
+
+    num_classes = 0
+    guidance_scales = ()
+
+    def __init__(
+        self,
+        name: str,
+        vae: str | None = None,
+        image_size: int | None = None,
+        checkpointing: bool = False,
+        seed: int = 0,
+        allow_download: bool = False,
+        max_sequence_length: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = {"name": name, "vae": vae, "image_size": image_size, "seed": seed}
+        self.config |= {"max_sequence_length": max_sequence_length}
+        flow = load_flow(
+            find_shipped(name),
+            image_size,
+            torch_dtype="float32",
+            max_rows=64,
+            checkpointing=checkpointing,
+            allow_download=allow_download,
+            vae=vae,
+            random_seed=seed,
+            max_sequence_length=max_sequence_length,
+        )
+        self.state_shape = flow.state_shape
+        self.transformer: nn.Module = flow.transformer.train().requires_grad_(True)
+        self._flow = [flow]  # in a list: VAE and text encoders are no part of what is trained
+
+    @property
+    def flow(self) -> TextToImageFlow:
+        """The flow, with the weights as they are in training."""
+        return self._flow[0]
+
+    @property
+    def null_conditions(self) -> Conditions:
+        return replace(self.flow.encode("", guidance=1.0), prompts=None)
+
+    @property
+    def regions(self) -> list[nn.Module]:
+        """What is compiled one by one."""
+        lists = [module for module in self.transformer.children() if isinstance(module, nn.ModuleList)]
+        return [block for blocks in lists for block in blocks] or [self.transformer]
+
+    def embed(self, conditions: Conditions) -> Conditions:
+        """With the embeddings of the prompts.
+
+        Raises:
+            ValueError: where there are no prompts.
+        """
+        if conditions.prompts is None:
+            raise ValueError("a text-to-image flow is trained on captions: give the data captions (CaptionedImages)")
+        found = self.flow.encode(conditions.prompts, guidance=1.0)
+        device = next(self.parameters()).device
+        return replace(conditions, text=found.text, mask=found.mask, pooled=found.pooled).to(device)
+
+    def forward(self, s: Tensor, u: Tensor, x: Tensor, t: Tensor, x_t: Tensor, conditions: Conditions) -> Tensor:
+        return self.flow.velocity(s, x, conditions)
+
+    def write_beside(self, folder: Path) -> Path:
+        """Write the pipeline with the weights as they are now."""
+        pipe: Any = self.flow.whole_pipeline()
+        dtype, device = next(self.parameters()).dtype, next(self.parameters()).device
+        pipe.transformer.load_state_dict(self.transformer.state_dict())
+        with torch.no_grad():
+            pipe.save_pretrained(str(folder / FOLDER))
+        self.transformer.to(device, dtype)
+        return folder / FOLDER
