@@ -191,7 +191,7 @@ def test_errors(tmp_path, pipeline):
 
 
 def test_another_vae_and_more_tokens_are_planned(tmp_path, pipeline):
-    """The other VAE's weights; and more text, which the drift carries: 64 tokens of 12 numbers for both prompts at least."""
+    """The other VAE's weights; and more text, which the drift carries: 64 tokens of 12 numbers for both prompts."""
     other = tiny.kl_vae(shift=0.0)
     wider = type(other).from_config({**other.config, "block_out_channels": [16, 16]})
     wider.save_pretrained(tmp_path / "vae")
