@@ -39,6 +39,7 @@ from .alignment import sequential_monte_carlo as sequential_monte_carlo
 from .alignment import steer as steer
 from .alignment import tilt_trajectories as tilt_trajectories
 from .backbones import FluxFlow as FluxFlow
+from .backbones import FluxFlowMap as FluxFlowMap
 from .backbones import Lumina2Flow as Lumina2Flow
 from .backbones import QwenImageFlow as QwenImageFlow
 from .backbones import SanaFlow as SanaFlow

@@ -74,6 +74,15 @@ def resampled_indices(log_weights: Tensor, poor: Tensor, generator: Generators) 
     return (torch.arange(B, device=log_weights.device)[:, None] * M + index).flatten()
 
 
+def top_indices(rewards: Tensor, poor: Tensor, top: int) -> Tensor:
+    """Which of all particles goes on in each one's place, `(B*M,)`: of a poor sample those of its `top` highest rewards
+    `(B, M)`, each M / top times; the others stay where they are."""
+    B, M = rewards.shape
+    best = rewards.topk(top, dim=1).indices.repeat(1, M // top)
+    index = torch.where(poor[:, None], best, torch.arange(M, device=rewards.device))
+    return (torch.arange(B, device=rewards.device)[:, None] * M + index).flatten()
+
+
 def kept_indices(keep: str, log_weights: Tensor, rewards: Tensor, generator: Generators) -> Tensor:
     """Which particles of each sample are returned, `(B, 1 or M)`."""
     if keep == "best":

@@ -134,9 +134,12 @@ class Target:
     def drift(self, t: Times, x: Tensor) -> Tensor:
         """b_t(x), `(B*k, *shape)`."""
         conditions = self.conditions.expand(len(x), x.device)
-        passes = getattr(self.model, "passes", None)  # of a text-to-image flow, whose guidance takes two evaluations
-        each = 1 if passes is None else passes(conditions)
-        return self.meter.counted("network", self._drift, each)(as_times(t, x), x, conditions)
+        return self.meter.counted("network", self._drift, self._each(conditions))(as_times(t, x), x, conditions)
+
+    def _each(self, conditions: Conditions) -> int:
+        """Evaluations of a state in one call: two where a text-to-image flow's guidance takes two."""
+        passes = getattr(self.model, "passes", None)
+        return 1 if passes is None else passes(conditions)
 
     def flow_map(self, s: Times, u: Times, x: Tensor, t: Times, x_t: Tensor) -> Tensor:
         """X_{s,u}(x; t, x_t), `(B*k, *shape)`.
@@ -155,11 +158,15 @@ class Target:
         return self.meter.counted("network", self.model.flow_map)(s, u, x, t, x_t, conditions)
 
     def base_flow_map(self, s: Times, u: Times, x: Tensor) -> Tensor:
-        """X_{s,u}(x), `(B*k, *shape)`, the base flow's own map, which every Meta Flow Map has at t = 0.
+        """X_{s,u}(x), `(B*k, *shape)`, the base flow's own map, which every Meta Flow Map has at t = 0, and other
+        models as `base_flow_map(s, u, x, conditions)`.
 
         Raises:
             TypeError: if the model is no network of a flow map.
         """
+        if (own := getattr(self.model, "base_flow_map", None)) is not None:
+            conditions = self.conditions.expand(len(x), x.device)
+            return self.meter.counted("network", own, self._each(conditions))(s, u, x, conditions)
         return self._flow_map(s, u, x, 0.0, torch.zeros_like(x))
 
     def rewards(self, x: Tensor) -> Tensor:

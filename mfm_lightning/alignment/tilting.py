@@ -13,7 +13,7 @@ from mfm_lightning.alignment.method import (
     positive,
     with_particles,
 )
-from mfm_lightning.alignment.particles import Particles, kept_indices, resampled_indices
+from mfm_lightning.alignment.particles import Particles, kept_indices, resampled_indices, top_indices
 from mfm_lightning.alignment.result import AlignmentResult, Run
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import FlowMapGradient, effective_sample_size, log_mean_exp
@@ -31,21 +31,32 @@ class TrajectoryTilting(Particles):
     Jarzynski's equality. Exact in the limit of steps and particles, for the plain flow map and drift of one model. The
     last step has h = 0: it is the flow map itself, whose end is scored.
 
+    With `keep_top` it is the paper's search in place of its sampling: where particles would be resampled, those whose
+    flow map's end has the highest rewards go on instead, each as often as the others. It finds high rewards, not the
+    tilted distribution: there is no `log_normaliser` then, and `keep: best` returns what was found.
+
     Evaluations a particle: 5 K - 3 for K steps.
 
     Args:
         max_rows: memory budget, at most so many particles differentiated at once.
+        keep_top: number n of particles that go on, which divides num_particles; where None, particles are resampled.
+            All of them is no selection: neither that nor resampling.
 
     Raises:
-        ValueError: for a setting out of range.
+        ValueError: for a setting out of range, or a keep_top that does not divide num_particles.
     """
 
     max_rows: int | None = None
+    keep_top: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_rows is not None:
             positive(max_rows=self.max_rows)
+        if self.keep_top is not None and (self.keep_top < 1 or self.num_particles % self.keep_top):
+            raise ValueError(
+                f"keep_top {self.keep_top} must be at least 1 and divide num_particles {self.num_particles}"
+            )
 
     @property
     def needs_reward_gradient(self) -> bool:
@@ -67,7 +78,7 @@ def tilt_trajectories(
         generator: of all noise but x0.
 
     Returns:
-        `log_normaliser` `(B,)` estimates log E[e^r].
+        `log_normaliser` `(B,)` estimates log E[e^r]; None with a `keep_top` that selects.
 
     Raises:
         RewardError: as `AlignmentMethod`.
@@ -84,7 +95,8 @@ def tilt_trajectories(
     x, best = with_particles(x0, M, generator), Best(x0)
     of_particles, K = target.expand(x), len(pairs)
     run = Run(
-        target, "trajectory_tilting", particles=M, steps=K, ess_threshold=method.ess_threshold, keep=method.keep
+        target, "trajectory_tilting", particles=M, steps=K, ess_threshold=method.ess_threshold, keep=method.keep,
+        keep_top=method.keep_top,
     )  # fmt: skip
     log_weights, log_normaliser = x0.new_zeros(B, M, dtype=torch.float32), x0.new_zeros(B, dtype=torch.float32)
     rewards = torch.zeros_like(log_weights)
@@ -105,8 +117,9 @@ def tilt_trajectories(
         run.note(now, reward=rewards / target.reward_scale, ess=ess, resampled=poor)
         if gradient is None:
             break
-        if poor.any():
-            flat = resampled_indices(log_weights, poor, generator)
+        if poor.any() and method.keep_top != M:
+            top = method.keep_top
+            flat = resampled_indices(log_weights, poor, generator) if top is None else top_indices(rewards, poor, top)
             x, gradient = x[flat], gradient[flat]
             log_normaliser = log_normaliser + torch.where(poor, log_mean_exp(log_weights), 0.0)
             log_weights = torch.where(poor[:, None], 0.0, log_weights)
@@ -118,4 +131,6 @@ def tilt_trajectories(
         x = x + deviation * randn(x.shape, x, generator)
     kept = kept_indices(method.keep, log_weights, rewards, generator)
     chosen = x.reshape(B, M, *x0.shape[1:])[torch.arange(B, device=x.device)[:, None], kept].flatten(0, 1)
-    return run.finish(chosen, log_normaliser + log_mean_exp(log_weights), best if method.return_best else None)
+    exact = method.keep_top in (None, M)  # what is selected by rank is no sample of the tilted distribution
+    total = log_normaliser + log_mean_exp(log_weights) if exact else None
+    return run.finish(chosen, total, best if method.return_best else None)

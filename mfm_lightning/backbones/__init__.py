@@ -4,6 +4,7 @@ from mfm_lightning.backbones.adapter import FlowAdapter
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.decoder import LatentDecoder
 from mfm_lightning.backbones.flux import FluxFlow
+from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.loading import FAMILIES, load_flow
 from mfm_lightning.backbones.lumina2 import Lumina2Flow
 from mfm_lightning.backbones.network import FlowNetwork, PromptedNetwork
@@ -17,6 +18,7 @@ __all__ = [
     "FlowAdapter",
     "FlowNetwork",
     "FluxFlow",
+    "FluxFlowMap",
     "LatentDecoder",
     "Lumina2Flow",
     "PromptedNetwork",

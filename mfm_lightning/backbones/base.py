@@ -43,8 +43,8 @@ class TextToImageFlow(nn.Module, ABC):
             that of gradients of the transformer: see `checkpointing`.
         attention: "math" is torch's plain one, which has derivatives along a direction (`torch.func.jvp`); other names
             are those of diffusers' backends. The usual one where None.
-        checkpointing: keep only the input of each of the transformer's blocks for the gradient, and compute the rest
-            again.
+        checkpointing: keep only the input of each block of the transformer, and of the VAE where it can
+            (`AutoencoderKL`), for the gradient, and compute the rest again.
         tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
         cache: folder that keeps the embeddings of prompts; in memory where None.
         load_encoders: gives a pipeline with text encoders where `pipe` has none; it is dropped after each use.
@@ -107,8 +107,14 @@ class TextToImageFlow(nn.Module, ABC):
         if attention not in (None, "math"):
             set_backend(self.transformer, attention)
         if checkpointing:
-            self.transformer.enable_gradient_checkpointing(self._recomputed)
+            self.enable_checkpointing()
         self.image_size = self._checked(image_size or self._usual_size())
+
+    def enable_checkpointing(self) -> None:
+        """What the option `checkpointing` does."""
+        self.transformer.enable_gradient_checkpointing(self._recomputed)
+        if getattr(self.decoder.vae, "_supports_gradient_checkpointing", False):
+            cast(Any, self.decoder.vae).enable_gradient_checkpointing(self._recomputed)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -171,8 +177,13 @@ class TextToImageFlow(nn.Module, ABC):
             ValueError: for latents or conditions that do not fit.
             torch.OutOfMemoryError: with what to lower.
         """
+        return self.evaluated(as_times(t, x), x, conditions)
+
+    def evaluated(self, t: Tensor, x: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """The transformer's velocity `(B, C, h, w)` in float32 at times `(B,)`, guided and in parts of `max_rows`;
+        raises as `drift`. Flow maps have pairs of times, `(B, 2)`."""
         self._check(x, conditions)
-        given, t = (conditions or Conditions()).expand(len(x), x.device), as_times(t, x)
+        given = (conditions or Conditions()).expand(len(x), x.device)
         guided = self.passes(given) > 1  # once: on an accelerator the look at the scales waits
         if guided and given.negative_text is None:
             raise ValueError(

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from mfm_lightning.backbones.base import TextToImageFlow
+from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
-from mfm_rewards.hub import find_folder
+from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.weights import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def load_flow(
     vae: str | None = None,
     random_seed: int | None = None,
     max_sequence_length: int | None = None,
+    flow_map: str | None = None,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
@@ -56,7 +58,7 @@ def load_flow(
         torch_dtype: floating type of transformer, VAE and text encoders: "float32", "bfloat16" or "float16".
         max_rows: states at once in the transformer, and latents at once in the VAE.
         attention: "math", whose derivatives along a direction are known, or a backend of diffusers.
-        checkpointing: less memory for gradients, by computing each block of the transformer twice.
+        checkpointing: less memory for gradients, by computing each block of transformer and VAE twice.
         tiled: decode large latents in overlapping tiles.
         cache: folder that keeps the embeddings of prompts; in memory where None.
         true_guidance: of FLUX, scale of guidance by two evaluations.
@@ -68,6 +70,8 @@ def load_flow(
         random_seed: where given, parts that have a `config.json` and no weights get random ones by it, for training
             from scratch; they are an error where None.
         max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
+        flow_map: of FLUX, a LoRA that makes it a flow map of two times (`mfm_lightning.backbones.FluxFlowMap`): a file,
+            or org/name/file of a Hugging Face repository.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -86,6 +90,11 @@ def load_flow(
         raise CheckpointError(_unknown(folder, pipeline))
     module, family = FAMILIES[pipeline]
     kind: type[TextToImageFlow] = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
+    lora = None
+    if flow_map is not None:
+        if family != "FluxFlow":
+            raise ValueError(f"flow_map {flow_map} is a LoRA of FLUX's: a {family} takes none")
+        lora = find_file(flow_map, allow_download)  # before the pipeline is loaded
     encoders = [part for part in index if part.startswith("text_encoder")]
     common: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
     common |= {part: None for part, said in index.items() if said == [None, None]}  # such as SD3's T5, left out
@@ -104,9 +113,14 @@ def load_flow(
 
         load_encoders = load_whole
 
-    options = {} if true_guidance is None else {"true_guidance": true_guidance}
+    options: dict[str, Any] = {} if true_guidance is None else {"true_guidance": true_guidance}
     if options and family != "FluxFlow":
         raise ValueError(f"true_guidance is FLUX's, whose own is an input: give guidance for a {family}")
+    weights = f"{name} {revision} {variant} {vae} {_state(folder, 'transformer', 'vae', 'scheduler')}"
+    weights += "" if random_seed is None else f" random {random_seed}"
+    if lora is not None:
+        kind, options["lora"] = FluxFlowMap, lora
+        weights += f" {flow_map}:{lora.stat().st_size}:{lora.resolve().stat().st_mtime_ns}"
     return kind(
         pipe,
         image_size=image_size,
@@ -117,8 +131,7 @@ def load_flow(
         cache=cache,
         load_encoders=load_encoders,
         encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {dtype}",
-        weights=f"{name} {revision} {variant} {vae} {_state(folder, 'transformer', 'vae', 'scheduler')}"
-        + ("" if random_seed is None else f" random {random_seed}"),
+        weights=weights,
         encoder_device=encoder_device,
         max_sequence_length=max_sequence_length,
         **options,

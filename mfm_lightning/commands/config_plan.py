@@ -37,7 +37,9 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
     config = read_config(path)
     model, trainer = config.get("model") or {}, default_settings()["trainer"] | (config.get("trainer") or {})
     if model.get("class_path") != MODULE:
-        raise ValueError(f"{path} trains {model.get('class_path')}: mfm plan knows jobs of {MODULE}")
+        raise ValueError(
+            f"{path} trains {model.get('class_path')}: mfm plan knows jobs of {MODULE}, and of PromptAlignment"
+        )
     arguments = model.get("init_args") or {}
     if "network" not in arguments:
         raise ValueError(f"{path}: model.init_args has no network")

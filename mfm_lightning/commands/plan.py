@@ -1,25 +1,58 @@
-"""`mfm plan`: what a training config will need, before any of its files, data or devices are there."""
+"""`mfm plan`: what a job will need, before any of its files, data or devices are there."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
+
+from mfm_lightning.commands.errors import CommandLineError
 
 
-def plan(*, config: Path, devices: int | None = None, batch_size: int | None = None, memory: float = 80.0) -> None:
-    """Tell parameters, operations and memory of a training step on each GPU, under DDP and FSDP.
+def plan(
+    *,
+    config: Path,
+    devices: int | None = None,
+    batch_size: int | None = None,
+    memory: float = 80.0,
+    image_size: int | None = None,
+    max_rows: int | None = None,
+    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+) -> None:
+    """Tell parameters, operations and memory of a training step, or memory of text-to-image alignment, on each GPU.
 
-    Computed without the config's files, data or devices; of the data only the sizes that the network leaves to them.
+    Computed without the config's files, data or devices; of the data only the sizes that the network leaves to them, of
+    a text-to-image flow only the configs of its folder, where that is there. Training is planned under DDP and FSDP.
 
     Args:
-        config: YAML of mfm fit: its path, or the name of a packaged one, such as imagenet256/mfm_b2.
-        devices: GPUs in all; the config's where left out.
+        config: YAML of mfm fit, or one of text-to-image alignment: its path, or the name of a packaged one, such as
+            imagenet256/mfm_b2 or text_to_image/sd3/steer.
+        devices: GPUs in all, of training; the config's where left out.
         batch_size: samples on each GPU; the config's where left out.
         memory: of a GPU, in GB.
+        image_size: text-to-image; pixels of a side, in place of the config's.
+        max_rows: text-to-image; states at once in transformer and VAE, in place of the config's.
+        torch_dtype: text-to-image; floating type of the flow, in place of the config's.
 
     Raises:
-        FileNotFoundError: if there is no such config.
-        ValueError: if it is not one of `MFMPretraining`, or a setting is unknown.
+        CommandLineError: for an option of the other kind of config.
+        FileNotFoundError: if there is no such config, or no sizes of a flow.
+        ValueError: if it is not one of `MFMPretraining` or `PromptAlignment`, or a setting is unknown.
     """
+    from mfm_lightning.commands import flow_plan
+    from mfm_lightning.utils.configs import find_config, read_config
+
+    if (batch_size or 1) < 1 or (max_rows or 1) < 1:
+        raise CommandLineError(f"--batch_size {batch_size} and --max_rows {max_rows} must be at least 1")
+    file = find_config(config)
+    settings = read_config(file)
+    of_flow = {"image_size": image_size, "max_rows": max_rows, "torch_dtype": torch_dtype}
+    if (settings.get("model") or {}).get("class_path") == flow_plan.MODULE:
+        if devices is not None:
+            raise CommandLineError("--devices is for training: each device of a text-to-image job has the whole flow")
+        flow_plan.show(*flow_plan.plan_prompts(file, settings, batch_size=batch_size, **of_flow), memory)
+        return
+    if given := [name for name, value in of_flow.items() if value is not None]:
+        raise CommandLineError(f"--{given[0]} is for text-to-image configs: {file} is none")
     from mfm_lightning.commands.config_plan import plan_config, show
 
-    show(plan_config(config, devices, batch_size), memory)
+    show(plan_config(file, devices, batch_size), memory)

@@ -92,7 +92,7 @@ def plan_training(
         if execution is not None and execution.checkpoint_activations:
             TrainingExecution(checkpoint_activations=True).prepare(network)  # compiling would change little here
         trained = [p for p in model.parameters() if p.requires_grad]
-        with _Allocations(model) as allocations:
+        with Allocations(model) as allocations:
             _step(model, objective, batch_size, precision)
         # attention written out, for its fused kernels are not counted everywhere
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -154,7 +154,7 @@ def _guided_rows(objective: Objective) -> float:
     return 2 * guided * sum(term.guides_data for term in objective.built_terms)
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """The most that the tensors made under it take at once, besides the parameters and their gradients."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -163,7 +163,7 @@ class _Allocations(TorchDispatchMode):
         self._known: MutableMapping[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         for tensor in (*model.parameters(), *model.buffers()):
             self._known[tensor.untyped_storage()] = 0
-        for p in model.parameters():
+        for p in (p for p in model.parameters() if p.requires_grad):
             p.register_post_accumulate_grad_hook(lambda p: self._drop(p.grad.untyped_storage().nbytes()))
 
     def __torch_dispatch__(

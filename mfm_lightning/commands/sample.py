@@ -65,8 +65,8 @@ def sample(
         batch_size: samples drawn at once by each process; 64 if left out, 8 with prompts.
         precision: of the network.
         device: auto, cpu, cuda, cuda:1, ...
-        prompts: file of prompts (.txt, .jsonl, .csv, .tsv, .parquet), for a text-to-image flow; a line for each image
-            is written to lines_RANK.jsonl.
+        prompts: file of prompts (.txt, .json, .jsonl, .csv, .tsv, .parquet), or a set's name (mfm data --prompts list),
+            for a text-to-image flow; a line for each image is written to lines_RANK.jsonl.
         images_per_prompt: with prompts.
         layout: with prompts, names of the files, as these evaluators read them.
         negative: with prompts, a negative prompt of all images; the pipeline's own if left out.

@@ -25,7 +25,7 @@ class PromptsDataModule(L.LightningDataModule):
     Images that the run's folder has already are left out.
 
     Args:
-        prompts: a file (`mfm_lightning.sampling.prompts.read_prompts`), or texts.
+        prompts: a file (`mfm_lightning.sampling.prompts.read_prompts`), the name of a set such as geneval, or texts.
         images_per_prompt: at least 1.
         batch_size: images aligned at once on each device.
         seed: of the noise.

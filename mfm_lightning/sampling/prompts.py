@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mfm_lightning.sampling import prompt_sets
+
+log = logging.getLogger(__name__)
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
@@ -28,23 +32,50 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, column: str = "prompt") -> list[Prompt]:
-    """The prompts of a file.
+    """The prompts of a file, or of a named set.
 
     `.txt` has one a line (empty lines are left out); `.json` a list of texts (HPDv2) or objects; `.jsonl` an object a
     line; `.csv`, `.tsv` (PartiPrompts) and `.parquet` a row each. A column `seed`, where there is one, is the seed of a
-    prompt's images.
+    prompt's images. A name such as `geneval`, or `compbench/color` for a part, is a set of
+    `mfm_lightning.sampling.prompt_sets.SETS`; a file of that path comes first. Prompts of a set with parts have the
+    part as their column `category`.
 
     Args:
-        column: of the text, whatever case.
+        column: of the text, whatever case; a set knows its own.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: for another kind of file, no prompts, a row without a text, or a seed that is no whole number.
+        FileNotFoundError: if it is not there; for a set that has to be fetched, with the command.
+        ValueError: for another kind of file, no prompts, a row without a text, a seed that is no whole number, or a
+            part that a set does not have.
         ImportError: for parquet, without pandas and pyarrow.
     """
-    path = Path(path)
+    text = Path(path).as_posix()
+    if not Path(path).is_file() and text.split("/")[0] in prompt_sets.SETS and not Path(path).suffix:
+        return _of_set(text)
+    return _of_file(Path(path), column)
+
+
+def _of_set(text: str) -> list[Prompt]:
+    name, part = prompt_sets.split_name(text)
+    chosen, found = prompt_sets.SETS[name], []
+    for path in prompt_sets.files_of(text):
+        for prompt in _of_file(path, chosen.column):
+            more = {**prompt.more, "category": path.stem} if chosen.parts else prompt.more
+            found.append(Prompt(prompt.text, prompt.seed, more))
+    published = chosen.count // len(chosen.parts) if part else chosen.count
+    if len(found) != published:
+        log.warning("prompt set %s has %d prompts here, and %d where it was published", text, len(found), published)
+    return found
+
+
+def _of_file(path: Path, column: str) -> list[Prompt]:
     if not path.is_file():
-        raise FileNotFoundError(f"no prompts at {path}: expected a file of {', '.join(SUFFIXES)}")
+        meant = prompt_sets.nearest_set(path.as_posix())
+        hint = f"; did you mean the prompt set {meant}?" if meant else ""
+        raise FileNotFoundError(
+            f"no prompts at {path}: expected a file of {', '.join(SUFFIXES)}, or a prompt set "
+            f"({', '.join(prompt_sets.SETS)}){hint}"
+        )
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: prompts are read from {', '.join(SUFFIXES)}")
     if path.suffix == ".txt":
@@ -128,7 +159,7 @@ def _seed(value: Any, where: str) -> int | None:
 
 
 def as_prompts(given: str | Path | Sequence[str], column: str = "prompt") -> list[Prompt]:
-    """Prompts of a file, or these; raises as `read_prompts`."""
+    """Prompts of a file or a named set, or these; raises as `read_prompts`."""
     if isinstance(given, str | Path):
         return read_prompts(given, column)
     if not given or any(not text.strip() for text in given):

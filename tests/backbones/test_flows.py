@@ -112,6 +112,20 @@ def test_decoders_have_gradients_in_parts(family):
     assert torch.allclose(x.grad, whole, atol=1e-4 * float(whole.abs().max()))
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_checkpointing_decodes_again(family):
+    flow, _, noise, _ = started(family, (8, 8))
+    x, calls = (0.3 * noise).requires_grad_(), []
+    flow.decoder(x).square().sum().backward()
+    whole, x.grad = x.grad, None
+    flow.enable_checkpointing()
+    hook = flow.decoder.vae.decoder.mid_block.register_forward_pre_hook(lambda *_: calls.append(1))
+    flow.decoder(x).square().sum().backward()
+    hook.remove()
+    assert len(calls) == 2
+    assert torch.allclose(x.grad, whole, atol=1e-5 * float(whole.abs().max()))
+
+
 def test_states_stay_in_float32_whatever_the_transformer_computes_in():
     flow, _, noise, _ = started("sd3", (8, 8))
     _, ours = conditions("sd3", True)

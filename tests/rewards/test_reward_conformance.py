@@ -32,6 +32,7 @@ def options() -> dict[str, dict]:
         "negate": {"reward": "contrast"},
         "scale": {"reward": "contrast", "factor": 3.0},
         "sum": {"rewards": ["contrast", "brightness"]},
+        "ray_sums": {"observation": torch.rand(3, 4, 5)},
         "super_resolution": {"observation": torch.rand(3, 12, 12), "factor": 4},
     }
 

@@ -3,6 +3,7 @@
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +11,7 @@ from torch import nn
 
 import mfm_rewards
 from mfm_rewards import RewardError
-from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
+from mfm_rewards.linear_gaussian import LinearGaussianLikelihood, RaySums
 
 
 @pytest.fixture
@@ -98,6 +99,7 @@ def test_inverse_problems_are_gaussian_log_densities(images):
         ),
         "blur": mfm_rewards.build("blur", observation=torch.rand(3, 8, 8), blur_std=0.8, noise_std=0.3),
         "colour_removal": mfm_rewards.build("colour_removal", observation=torch.rand(1, 8, 8), noise_std=0.3),
+        "ray_sums": mfm_rewards.build("ray_sums", observation=torch.rand(3, 3, 5), noise_std=0.3),
     }
     for name, reward in built.items():
         dense = LinearGaussianLikelihood(matrix_of(reward.measure, (3, 8, 8)), reward.observation.flatten(), 0.3)
@@ -110,6 +112,47 @@ def test_inverse_problems_are_gaussian_log_densities(images):
     # a flat image stays flat when blurred: the kernel sums to one, at the edges too
     flat = torch.full((1, 3, 8, 8), 0.4)
     torch.testing.assert_close(built["blur"].measure(flat), flat)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (6, 10)])
+def test_ray_sums_are_line_integrals(height, width):
+    """Against 20,000 points along each ray, and the closed forms of flat and of rising images."""
+    sources, receivers = 3, 4
+    reward = RaySums(torch.zeros(2, sources, receivers))
+    images = torch.rand(5, 2, height, width, generator=torch.Generator().manual_seed(0))
+    found = reward.measure(images)
+    points = (np.arange(20_000) + 0.5) / 20_000
+    for i in range(sources):
+        for j in range(receivers):
+            top, bottom = (i + 0.5) * height / sources, (j + 0.5) * height / receivers
+            rows, columns = np.floor(top + points * (bottom - top)), np.floor(points * width)
+            length = np.hypot(width, bottom - top) / height
+            sampled = images.numpy()[:, :, rows.astype(int), columns.astype(int)].mean(axis=2) * length
+            np.testing.assert_allclose(found[:, :, i, j], sampled, atol=2e-3)
+            flat = reward.measure(torch.full((1, 2, height, width), 0.7))
+            assert float(flat[0, 1, i, j]) == pytest.approx(0.7 * length, rel=1e-6)
+    # from 1/2 to width - 1/2 in equal steps along the columns: each ray's mean is width / 2
+    rising = (torch.arange(width) + 0.5).expand(1, 1, height, width)
+    means = reward.measure(rising) / reward.measure(torch.ones(1, 1, height, width))
+    torch.testing.assert_close(means, torch.full_like(means, width / 2))
+
+
+def test_the_gradient_of_ray_sums_is_the_adjoint():
+    """<A x, y> = <x, A' y>, and the likelihood's gradient A' (y - A x) / std^2, with A' from its columns."""
+    reward = RaySums(torch.rand(1, 4, 4), noise_std=0.2)
+    basis = torch.eye(64).reshape(64, 1, 8, 8)
+    matrix = reward.measure(basis).flatten(1).T.double()
+    x, y = torch.rand(3, 1, 8, 8), torch.rand(3, 1, 4, 4)
+    measured, adjoint = torch.func.vjp(reward.measure, x)
+    back = adjoint(y)[0]
+    torch.testing.assert_close((measured * y).sum(), (x * back).sum())
+    torch.testing.assert_close(back.flatten(1), (y.flatten(1).double() @ matrix).float())
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(x).sum(), x)
+    expected = (reward.observation.flatten().double() - x.detach().flatten(1).double() @ matrix.T) @ matrix / 0.2**2
+    torch.testing.assert_close(gradient.flatten(1), expected.float(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"observation of shape \(16,\): expected \(channels, sources, receivers\)"):
+        RaySums(torch.rand(16))
 
 
 def test_symmetry(images):
