@@ -22,7 +22,6 @@ from mfm_lightning.backbones import TextToImageFlow
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.data.prompts import PromptsDataModule
 from mfm_lightning.evaluation.base import datamodule_of
-from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.metrics.measured import Measured, mean_of_groups
 from mfm_lightning.modules.base import own_gradients
 from mfm_lightning.samplers import integrate
@@ -169,8 +168,7 @@ class PromptAlignment(L.LightningModule):
         if self.before:
             states = integrate(target.drift, x0, self.base_times)
             images = self.flow.decoder(states)
-        keys = [self.folder.images[number].noise_key(self.seed) for number in index]
-        generators = [sample_generators((seed, 1), [number])[0] for seed, number in keys]
+        generators = [self.folder.images[number].method_generator(self.seed) for number in index]
         began = finished(x0.device)
         with torch.enable_grad():  # as in Python: a method of the user's own may take gradients
             result = self.method(target, x0, generators)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.sampling.outputs import differing_settings, encode_png
 from mfm_lightning.sampling.prompts import Prompt
 from mfm_lightning.utils.atomic import check_is_folder, whole_file
@@ -32,6 +34,11 @@ class PromptImage:
     def noise_key(self, seed: int) -> tuple[int, int]:
         """Seed and number of its noise: those of its prompt where that has a seed, else these and its index."""
         return (seed, self.index) if self.prompt.seed is None else (self.prompt.seed, self.number)
+
+    def method_generator(self, seed: int) -> torch.Generator:
+        """Of the noise that a method draws for it besides x0."""
+        seed, number = self.noise_key(seed)
+        return sample_generators((seed, 1), [number])[0]
 
 
 def _flat(image: PromptImage) -> str:
