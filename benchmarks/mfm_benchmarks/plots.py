@@ -173,10 +173,12 @@ def lines(
     yscale: str = "linear",
     size: tuple[float, float] = (3.5, 3.9),
     sharey: bool = True,
+    mark: bool = True,
 ) -> Figure:
     """A panel for each name; its lines are points `(x, value)`, or one value for all x, drawn across with its interval.
 
-    size: of a panel, in inches; sharey: whether the panels have one scale.
+    size: of a panel, in inches; sharey: whether the panels have one scale; mark: whether few points have the ticks of a
+    logarithmic axis.
     """
     looks = style(list(dict.fromkeys(name for found in panels.values() for name in found)))
     C = len(panels)
@@ -203,7 +205,7 @@ def lines(
         values = [m for found in panels.values() for v in found.values() for m in _all(v) if m.value > 0]
         if values:
             axes[0].set_ylim(bottom=0.6 * min(m.value for m in values))
-    few_labels(axes, marked)
+    few_labels(axes, marked if mark else None)
     legend_below(figure, axes, 3)
     return figure
 

@@ -59,6 +59,11 @@ class PromptFlow:
         self.flow.eval().requires_grad_(False).to(self.device)
 
     @property
+    def images(self) -> list[PromptImage]:
+        """Of all prompts."""
+        return PromptFolder("", self.prompts, self.images_per_prompt, self.layout).images
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What a block's images and seconds depend on, besides the method and the block."""
         return {

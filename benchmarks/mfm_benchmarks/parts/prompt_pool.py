@@ -51,7 +51,8 @@ class PromptPool(Candidates):
         """Candidates `begin` to `begin + n` of some images, written to the base flow's folder.
 
         Returns:
-            tensors `(B, n)`: `network` evaluations and `seconds`, with decoding, of each candidate.
+            tensors `(B, n)` of each candidate: `network` evaluations, `reward` evaluations (none), and `seconds`, with
+            decoding.
         """
         times = source.flow.time_grid(self.steps)
         costs: list[list[float]] = []
@@ -75,7 +76,7 @@ class PromptPool(Candidates):
                     folder.write(one.index, image, source.note(one, *cost))
             costs += [[target.meter.network / len(part), seconds]] * len(part)
         network, each = torch.tensor(costs, dtype=torch.float64).T.reshape(2, len(images), n)
-        return Outcome({}, {"network": network, "seconds": each})
+        return Outcome({}, {"network": network, "reward": torch.zeros_like(network), "seconds": each})
 
     def _noise(self, source: PromptFlow, images: Sequence[PromptImage], begin: int, n: int) -> Tensor:
         """`(B n, C, h, w)`, on the CPU; each candidate's is drawn after those before it."""

@@ -13,28 +13,9 @@ import torch
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
 from mfm_benchmarks.parts.entry import Entry
+from mfm_benchmarks.parts.prompt_entries import PromptEntry
 from mfm_benchmarks.parts.reward_report import BASE, BEST, Contest, contest
 from mfm_lightning.metrics.measured import Measured, rounded
-
-
-@dataclass(kw_only=True)
-class PromptEntry(Entry):
-    """A setting's images of all prompts.
-
-    Attributes:
-        network, evaluations: of the transformer and of the reward, an image.
-        seconds: an image.
-        others: what is not optimised, by name.
-        best: the mean reward of the best look-aheads, where the method has them.
-        folder: of the images.
-    """
-
-    network: float
-    evaluations: float
-    seconds: Measured
-    others: dict[str, Measured]
-    best: Measured | None
-    folder: str
 
 
 @dataclass
@@ -75,7 +56,8 @@ class PromptReport:
             "Settings whose mean reward is above that of Best-of-N with the largest N, for all settings of a reward at "
             "once. Intervals in the table are of one comparison each."
         )
-        return [Headline(items), Table("reaching_best_of_n", "Above Best-of-N", rows, caption)] if items else []
+        table = [Table("reaching_best_of_n", "Above Best-of-N", rows, caption)] if rows else []
+        return [Headline(items), *table] if items else []
 
     def _row(self, reward: str, c: Contest, best: PromptEntry) -> dict[str, Any]:
         e = c.entry
@@ -127,7 +109,9 @@ class PromptReport:
                 for reward, entries in self.entries.items()
             }
             caption = "Mean reward; 95 % intervals over prompts are shaded. A line joins the settings of a method."
-            found.append(Picture(name, title, plots.lines(panels, label, "mean reward", sharey=False), caption))
+            found.append(
+                Picture(name, title, plots.lines(panels, label, "mean reward", sharey=False, mark=False), caption)
+            )
         for reward, entries in self.entries.items():
             last = {e.method: e for e in sorted(entries, key=_nfe) if len(e.images)}
             if last:
@@ -150,29 +134,30 @@ class PromptReport:
         return Picture(f"images_{re.sub(r'[^A-Za-z0-9]+', '_', reward)}", f"Images: {reward}", plot, caption)
 
     def _table(self) -> Table:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for reward, found in self.entries.items():
             base, best = next((e for e in found if e.method == BASE), None), _largest(found)
             for e in found:
-                row: dict[str, Any] = {
+                equal = None if e.method in (BASE, BEST) else _as_costly(found, e)
+                rows.append({
                     "reward": reward, "method": e.method, "setting": e.label, "NFE": round(e.nfe, 1),
                     "of the transformer": e.network, "of the reward": e.evaluations, "seconds": e.seconds,
-                    "mean reward": e.reward, "best look-ahead": e.best,
-                }  # fmt: skip
-                if base is not None and e is not base:
-                    row["above the base flow"] = e.reward - base.reward
-                if best is not None and e is not best:
-                    row[f"above {best.label.replace('N ', 'Best-of-')}"] = e.reward - best.reward
-                if e.method not in (BASE, BEST) and (equal := _as_costly(found, e)) is not None:
-                    row["above Best-of-N of as many NFE"] = e.reward - equal.reward
-                row |= {name: e.others.get(name) for name in self.columns}
-                row |= {"diversity": e.diversity, "images": e.folder}
-                rows.append({key: value for key, value in row.items() if value is not None})
+                    "mean reward": e.reward, "above the base flow": _gain(e, base), "above Best-of-N": _gain(e, best),
+                    "above Best-of-N of as many NFE": _gain(e, equal), "best look-ahead": e.best,
+                    **{name: e.others.get(name) for name in self.columns}, "diversity": e.diversity,
+                    "images": e.folder,
+                })  # fmt: skip
+        known = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+        rows = [{key: row[key] for key in known} for row in rows]
         caption = (
-            "Means of all prompts. What is beside the reward was not optimised in that line. Best-of-N of as many NFE has "
-            "at least those of the setting, or the most that there are."
+            "Means of all prompts. What is beside the reward was not optimised in that line. Best-of-N has the largest "
+            "N; that of as many NFE has at least those of the setting, or the most that there are."
         )
         return Table("results", "All results", rows, caption)
+
+
+def _gain(e: PromptEntry, other: PromptEntry | None) -> Measured | None:
+    return None if other is None or other is e else e.reward - other.reward
 
 
 def _nfe(e: Entry) -> float:
@@ -200,6 +185,7 @@ def _as_costly(found: Sequence[PromptEntry], e: PromptEntry) -> PromptEntry | No
 
 def _against(difference: Measured, other: str = "") -> str:
     """A difference in words that its interval decides."""
-    words = {1: "higher", -1: "lower", 0: "not significantly different"}[difference.sign]
-    than = "" if not other else f" {'from' if not difference.sign else 'than'} {other}"
-    return f"{words}{than}, by {difference.text()}" if difference.sign else f"{words}{than} ({difference.text()})"
+    if not difference.sign:
+        return f"not significantly different{f' from {other}' if other else ''} ({difference.text()})"
+    words, size = ("higher", difference) if difference.sign > 0 else ("lower", difference * -1.0)
+    return f"{words}{f' than {other}' if other else ''} by {size.text()}"
