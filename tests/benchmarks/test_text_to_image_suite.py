@@ -291,6 +291,7 @@ def test_quick_has_few_prompts_and_the_cheapest_settings(found, settings):
             "flow: .*no/ne",
         ),
         ({"flow": {"class_path": "mfm_lightning.backbones.load_flow", "init_args": {"nam": "x"}}}, "flow.*nam"),
+        ({"flow": "no/where"}, "flow: .*no/where"),
         ({"diversity": "lpips_alex"}, "diversity: lpips_alex: no weights of alexnet at"),
         ({"diversity": "lpips"}, "diversity: unknown diversity 'lpips'"),
         ({"best_of_n": {"numbers": [3, 2]}}, "smallest first"),

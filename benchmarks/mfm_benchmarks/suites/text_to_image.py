@@ -34,7 +34,8 @@ class TextToImageSuite(Suite):
     """Rewards of images of prompts by evaluations and seconds, with the base flow and Best-of-N beside all methods.
 
     Args:
-        flow: `{class_path: mfm_lightning.backbones.load_flow, init_args: {name: ..., ...}}`.
+        flow: a folder of diffusers or a Hugging Face id; or, with options,
+            `{class_path: mfm_lightning.backbones.load_flow, init_args: {name: ..., ...}}`.
         prompts: a file (`mfm_lightning.sampling.prompts.read_prompts`), or texts.
         rewards: what is optimised, by the names of the report.
         methods: by the names of the report.
@@ -75,7 +76,7 @@ class TextToImageSuite(Suite):
 
     def __init__(
         self,
-        flow: Spec,
+        flow: Spec | str,
         prompts: str | list[str],
         rewards: dict[str, RewardSettings],
         methods: dict[str, MethodSettings],
@@ -166,7 +167,9 @@ class TextToImageSuite(Suite):
 
     def _load(self, prompts: list[Prompt]) -> list[str]:
         try:
-            flow: TextToImageFlow = build(TextToImageFlow, self.flow.value, "flow")
+            named = {"class_path": "mfm_lightning.backbones.load_flow", "init_args": {"name": self.flow}}
+            spec = self.flow.value if isinstance(self.flow, Spec) else named
+            flow: TextToImageFlow = build(TextToImageFlow, spec, "flow")
             flow.time_grid(self.best_of_n.steps)
         except (FileNotFoundError, ImportError, CheckpointError, ValueError) as error:
             return [f"flow: {error}"]
@@ -265,8 +268,8 @@ class TextToImageSuite(Suite):
         if self.alignment:
             found.append(f"Alignment to the prompt is measured by {self._specs()['alignment']}.")
         found.append(
-            "Rewards are of the 8-bit images in the folders. Seconds are of the method with decoding, and with the "
-            f"scoring of what it returns: {self.batch_size} image(s) at once, {self.best_of_n.max_rows} candidate(s) "
+            "Rewards are of the 8-bit images in the folders. Seconds are of one run, with decoding and with the scoring "
+            f"of what a method returns: {self.batch_size} image(s) at once, {self.best_of_n.max_rows} candidate(s) "
             f"of Best-of-N. The base flow has {self.best_of_n.steps} steps on its own times, as each candidate has."
         )
         return found
