@@ -46,6 +46,7 @@ METHODS = {
     },
     "FK": {"method": {"class_path": "FeynmanKac", "init_args": {"num_particles": 2, "grid": {"steps": 3}}}},
     "MFM-G": {"method": {"class_path": "Steering"}},
+    "FMTT": {"method": {"class_path": "TrajectoryTilting", "init_args": {"grid": {"steps": 1}}}},
 }
 
 
@@ -183,7 +184,8 @@ def test_best_of_n_of_each_reward_is_chosen_from_one_pool(found):
 def test_what_does_not_fit_is_left_out_and_said(found):
     record = json.loads((found / "report/environment.json").read_text())
     assert record["failures"] == {}
-    assert set(record["skipped"]) == {"DPS, bytes", "MFM-G", "MFM-G, bytes"}
+    assert set(record["skipped"]) == {"DPS, bytes", "MFM-G", "MFM-G, bytes", "FMTT"}
+    assert "needs a flow map, and a SD3Flow has none" in record["skipped"]["FMTT"]
     assert "is not differentiable" in record["skipped"]["DPS, bytes"]
     assert "a SD3Flow gives none" in record["skipped"]["MFM-G"]
     page = (found / "report/index.html").read_text()

@@ -58,6 +58,7 @@ def test_lpips_is_its_formula_over_all_pairs(hub):
         expected = pairs(images, distance)
     assert float(found(images)) == pytest.approx(expected, rel=1e-4)
     assert found.about == "LPIPS (squeezenet1_1)"
+    assert find_diversity().kind == "lpips_squeeze"  # the first whose weights are here
     assert float(found(images[:1].repeat(3, 1, 1, 1))) == pytest.approx(0, abs=1e-6)
     assert float(found(images[:2, :, :16, :16])) > 0  # enlarged
     with pytest.raises(

@@ -212,6 +212,10 @@ def test_configs_of_families_differ_in_the_flow_alone():
             "Steering draws posteriors from the model, and a SD3Flow gives none: give it a posterior",
         ),
         (
+            "--model.method={class_path: Steering, init_args: {estimator: FlowMapGradient}}",
+            "FlowMapGradient needs a flow map, and a SD3Flow has none: use a method of its drift alone",
+        ),
+        (
             "--model.held_out={brightness: contrast}",
             "held_out has 'brightness', which is the name of what is optimised",
         ),

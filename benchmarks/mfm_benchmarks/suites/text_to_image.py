@@ -268,8 +268,8 @@ class TextToImageSuite(Suite):
         if self.alignment:
             found.append(f"Alignment to the prompt is measured by {self._specs()['alignment']}.")
         found.append(
-            "Rewards are of the 8-bit images in the folders. Seconds are of one run, with decoding and with the scoring "
-            f"of what a method returns: {self.batch_size} image(s) at once, {self.best_of_n.max_rows} candidate(s) "
+            "Rewards are of the 8-bit images in the folders. Seconds are of one run, with decoding and the scoring of "
+            f"what a method returns: {self.batch_size} image(s) at once, {self.best_of_n.max_rows} candidate(s) "
             f"of Best-of-N. The base flow has {self.best_of_n.steps} steps on its own times, as each candidate has."
         )
         return found
