@@ -11,7 +11,9 @@ import yaml
 
 from mfm_benchmarks.command import load_suite
 from mfm_benchmarks.methods import MethodSettings, points
+from mfm_benchmarks.parts.prompt_report import COLUMNS
 from mfm_benchmarks.spec import Spec
+from mfm_benchmarks.suites.text_to_image import TextToImageSuite
 from mfm_lightning.alignment import BestOfN, DPSGradient, GlassPosterior, Search, Steering, Target, TimeGrid
 from mfm_lightning.backbones import load_flow
 from mfm_lightning.commands.main import main
@@ -148,6 +150,7 @@ def test_numbers_of_the_table_are_those_of_the_images(found):
     rows = table(found)
     base = rows["brightness", "base flow", ""]
     images = {key: torch.stack([image_of(found, row, i) for i in range(6)]).double() for key, row in rows.items()}
+    assert set(COLUMNS) < set(base)  # of a table that has all of them
     for (reward, method, label), row in rows.items():
         mine, values = images[reward, method, label], build("brightness")
         bright = mine.mean(dim=(1, 2, 3))
@@ -197,6 +200,7 @@ def test_what_does_not_fit_is_left_out_and_said(found):
         assert (found / f"report/{picture}.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_again_all_is_taken_from_the_store(found, settings):
     before, stamps = table(found), {p: p.stat().st_mtime_ns for p in found.rglob("*") if "report" not in p.parts}
     benchmark(settings, "first")
@@ -209,6 +213,7 @@ def test_again_all_is_taken_from_the_store(found, settings):
     assert all(float(row["symmetry"]) <= 0 for row in table(found).values())
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_block_size(found, settings):
     """Nor on where a run was stopped: a block is what may be lost."""
     before, few = table(found), {name: METHODS[name] for name in ("DPS", "FK")}
@@ -258,10 +263,7 @@ def test_packaged_methods_run_on_a_flow(pipeline, settings):
             one = point.build()
             one.check(target.reward, flow)
             made.append(point.name)
-            if hasattr(one, "grid"):
-                one.grid.steps = 2
-            else:
-                one.steps = 2
+            setattr(getattr(one, "grid", one), "steps", 2)  # noqa: B010 # which of them have a grid is their affair
             result = one(target, torch.randn(1, *flow.state_shape), [torch.Generator().manual_seed(0)])
             assert torch.isfinite(result.images).all()
             assert len(result.images) == 1
@@ -271,10 +273,13 @@ def test_packaged_methods_run_on_a_flow(pipeline, settings):
 def test_quick_has_few_prompts_and_the_cheapest_settings(found, settings):
     quick = {**settings, "methods": {"DPS": METHODS["DPS"], "FK": {**METHODS["FK"], "quick": False}}}
     Path("quick.yaml").write_text(yaml.safe_dump(quick))
-    suite, _, _ = load_suite("text-to-image", ["--config", "quick.yaml"])
+    folder = settings["flow"]["init_args"]["name"]
+    suite, _, _ = load_suite("text-to-image", ["--config", "quick.yaml", "--flow", folder])
+    assert isinstance(suite, TextToImageSuite)
     suite.shrink()
     assert suite.missing() == []
     suite.prepare()
+    assert suite._source.flow.state_shape == (4, 4, 4)  # of the pipeline's own size: the folder alone was given
     names = {cell.name for cell in suite.cells()}
     assert "DPS (steps 2), brightness: images, prompts 1 to 2" in names
     assert not any("steps 4" in name or "FK" in name or "prompts 3" in name for name in names)
@@ -302,6 +307,7 @@ def test_quick_has_few_prompts_and_the_cheapest_settings(found, settings):
             "brightness: rewards, held_out, evaluations and alignment need names",
         ),
         ({"methods": {"base flow": {"method": {"class_path": "Steering"}}}}, "a method cannot be called base flow"),
+        ({"held_out": {"seconds": "contrast"}}, "'seconds' is a column of the report already"),
         ({"block": 0}, "block 0 must be at least 1"),
         ({"guidance": 1.0, "negative": "bad"}, "a negative prompt is no use with guidance 1"),
         ({"methods": {"M": {"method": {"class_path": "Steerin"}}}}, "unknown class 'Steerin': did you mean 'Steering'"),

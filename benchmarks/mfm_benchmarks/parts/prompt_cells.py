@@ -78,7 +78,7 @@ class PromptCells:
 
     def baselines(self) -> list[Cell]:
         """The base flow, and Best-of-N of each reward, of one pool."""
-        base = self._setting(BASE, "", None, {"steps": self.pool.steps, "rows": self.pool.max_rows})
+        base = self._setting(BASE, "", None, self._of_pool)
         pools = [self._pool_cells(base, block) for block in self.blocks]
         base.made = [cells[0] for cells in pools]
         found = [cell for cells in pools for cell in cells] + self._judging(base)
@@ -104,6 +104,10 @@ class PromptCells:
 
             setting.made.append(self._cell(setting, "images", block, compute))
         return [*setting.made, *self._judging(setting)]
+
+    @property
+    def _of_pool(self) -> dict[str, Any]:
+        return {"steps": self.pool.steps, "rows": self.pool.max_rows}
 
     def _setting(self, method: str, label: str, aim: str | None, depends: dict[str, Any]) -> Setting:
         name, depends = f"{method} ({label})" if label else method, {"method": method, **depends}
@@ -151,7 +155,7 @@ class PromptCells:
     def _best_of(
         self, number: int, reward: str, pool: Setting, pools: list[list[Cell]], scores: list[list[Cell]]
     ) -> Setting:
-        setting = self._setting(BEST, f"N {number}", reward, {**pool.identity, "number": number})
+        setting = self._setting(BEST, f"N {number}", reward, {**self._of_pool, "number": number})
         take = next(k for k, c in enumerate(pools[0], 1) if c.identity["begin"] + c.identity["n"] == number)
         for block, made, scored in zip(self.blocks, pools, scores, strict=True):
 
@@ -172,7 +176,8 @@ class PromptCells:
                 def compute(of: Outcome, block: Sequence[PromptImage] = block, reward: Reward = reward) -> Outcome:
                     return score(reward, setting.folder, block, bool(of.numbers.get("best")), self.source.device)
 
-                cell = self._cell(setting, name, block, compute, needs=(made,), measured=self.identities[name])
+                what = f"{name} of the images"
+                cell = self._cell(setting, what, block, compute, needs=(made,), measured=self.identities[name])
                 setting.scored.setdefault(name, []).append(cell)
             if (diversity := self.diversity) is not None:
 

@@ -17,6 +17,13 @@ from mfm_benchmarks.parts.prompt_entries import PromptEntry
 from mfm_benchmarks.parts.reward_report import BASE, BEST, Contest, contest
 from mfm_lightning.metrics.measured import Measured, rounded
 
+# columns of the table besides what is measured
+COLUMNS = (
+    "reward", "method", "setting", "NFE", "of the transformer", "of the reward", "seconds", "mean reward",
+    "above the base flow", "above Best-of-N", "above Best-of-N of as many NFE", "best look-ahead", "diversity",
+    "images",
+)  # fmt: skip
+
 
 @dataclass
 class PromptReport:

@@ -14,7 +14,7 @@ from mfm_benchmarks.parts.prompt_cells import PromptCells
 from mfm_benchmarks.parts.prompt_entries import PromptEntry, entry_of, evaluated
 from mfm_benchmarks.parts.prompt_images import PromptFlow
 from mfm_benchmarks.parts.prompt_pool import PromptPool
-from mfm_benchmarks.parts.prompt_report import PromptReport
+from mfm_benchmarks.parts.prompt_report import COLUMNS, PromptReport
 from mfm_benchmarks.parts.reward_report import BASE, BEST
 from mfm_benchmarks.spec import Spec, build, plain
 from mfm_benchmarks.suite import Cell, Results, Suite
@@ -114,6 +114,8 @@ class TextToImageSuite(Suite):
             raise ValueError(
                 f"{', '.join(twice)}: rewards, held_out, evaluations and alignment need names of their own"
             )
+        if taken := set(columns) & set(COLUMNS):
+            raise ValueError(f"{min(taken)!r} is a column of the report already: give what is measured another name")
         if taken := {BASE, BEST} & self.methods.keys():
             raise ValueError(f"a method cannot be called {min(taken)}: that is a baseline's name")
         for name, method in self.methods.items():
