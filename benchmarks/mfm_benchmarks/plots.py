@@ -110,11 +110,18 @@ def _grid(
     return figure
 
 
-def gallery(rows: Sequence[tuple[str, Tensor]], columns: int = 12) -> Figure:
-    """Images `(B, C, H, W)` in [0, 1], a row for each caption."""
+def gallery(
+    rows: Sequence[tuple[str, Tensor]], columns: int = 12, titles: Sequence[str] = (), size: float = 0.8
+) -> Figure:
+    """Images `(B, C, H, W)` in [0, 1], a row for each caption.
+
+    titles: of the columns; size: of an image, in inches.
+    """
     columns = min(columns, min(len(images) for _, images in rows))
-    figure = Figure(figsize=(0.8 * columns + 2.0, 0.82 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(size * columns + 2.0, 1.025 * size * len(rows) + 0.3 * bool(titles)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=False):
+        axis.set_title(title, fontsize=8)
     for line_, (caption, images) in zip(axes, rows, strict=True):
         for axis, image in zip(line_, images, strict=False):
             axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -165,15 +172,18 @@ def lines(
     xscale: str = "log",
     yscale: str = "linear",
     size: tuple[float, float] = (3.5, 3.9),
+    sharey: bool = True,
+    mark: bool = True,
 ) -> Figure:
     """A panel for each name; its lines are points `(x, value)`, or one value for all x, drawn across with its interval.
 
-    size: of a panel, in inches.
+    size: of a panel, in inches; sharey: whether the panels have one scale; mark: whether few points have the ticks of a
+    logarithmic axis.
     """
     looks = style(list(dict.fromkeys(name for found in panels.values() for name in found)))
     C = len(panels)
     figure = Figure(figsize=(max(size[0] * C, 7.0), size[1]), layout="constrained")
-    axes = figure.subplots(1, C, squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, C, squeeze=False, sharey=sharey)[0]
     marked: dict[Axes, set[float]] = {}
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
         ticks = marked[axis] = set()
@@ -195,7 +205,7 @@ def lines(
         values = [m for found in panels.values() for v in found.values() for m in _all(v) if m.value > 0]
         if values:
             axes[0].set_ylim(bottom=0.6 * min(m.value for m in values))
-    few_labels(axes, marked)
+    few_labels(axes, marked if mark else None)
     legend_below(figure, axes, 3)
     return figure
 

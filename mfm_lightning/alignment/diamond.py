@@ -105,6 +105,7 @@ class DiamondDraws:
     snr_factor: float | None = None
     nodes: int = 1
     max_rows: int | None = None
+    needs_flow_map = True
 
     def __post_init__(self) -> None:
         if self.num_draws < 2:
@@ -212,6 +213,8 @@ class DiamondPosterior(Posterior):
         ValueError: for a number out of range.
         TypeError: when called, if a gradient in the state is asked for.
     """
+
+    needs_flow_map = True
 
     def __init__(self, num_proposals: int = 16, snr_factor: float | None = None, nodes: int = 1) -> None:
         if num_proposals < 2:

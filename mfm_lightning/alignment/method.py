@@ -26,9 +26,11 @@ class AlignmentMethod(ABC):
     Attributes:
         uses_reward_scale: whether the result depends on the reward's multiplier; not where only the order of rewards
             counts.
+        needs_flow_map: whether the method itself, besides its parts, is made of the flow map of the model.
     """
 
     uses_reward_scale: bool = True
+    needs_flow_map: bool = False
 
     @property
     def needs_reward_gradient(self) -> bool:
@@ -45,7 +47,8 @@ class AlignmentMethod(ABC):
 
         Raises:
             RewardError: for a reward without a gradient, where one is needed.
-            CheckpointError: for a `model` that is a plain flow map or none at all, where posteriors are drawn from it.
+            CheckpointError: for a `model` that is a plain flow map or none at all, where posteriors are drawn from it;
+                for one that is no flow map, where a part needs one.
         """
         if self.needs_reward_gradient:
             require_gradient(reward, type(self).__name__)
@@ -59,6 +62,11 @@ class AlignmentMethod(ABC):
             raise CheckpointError(
                 f"{type(self).__name__} draws posteriors from the model, and a {type(model).__name__} gives none: "
                 "give it a posterior, such as GlassPosterior, or steer by DPSGradient"
+            )
+        if model is not None and not isinstance(model, MetaFlowMap) and (part := _needing_a_flow_map(self)) is not None:
+            raise CheckpointError(
+                f"{type(part).__name__} needs a flow map, and a {type(model).__name__} has none: use a method of its "
+                "drift alone, such as Steering by DPSGradient, Search with a GlassPosterior, or FeynmanKac"
             )
 
     @abstractmethod
@@ -74,6 +82,14 @@ class AlignmentMethod(ABC):
             RewardError: before any work if the method needs a gradient that the reward has not got; while running if
                 the reward fails, with the step, and the states so far as the error's `states`.
         """
+
+
+def _needing_a_flow_map(part: Any) -> Any | None:
+    """A method, or a part of it at any depth, that is made of a flow map; None where a drift is enough."""
+    if part.needs_flow_map:
+        return part
+    inside = [value for value in vars(part).values() if hasattr(value, "needs_flow_map")]
+    return next((found for value in inside if (found := _needing_a_flow_map(value)) is not None), None)
 
 
 @dataclass

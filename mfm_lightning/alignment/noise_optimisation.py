@@ -48,6 +48,7 @@ class NoiseOptimisation(AlignmentMethod):
     clip: float | None = 0.1
     norm_penalty: float = 0.01
     max_rows: int | None = None
+    needs_flow_map = True
 
     def __post_init__(self) -> None:
         positive(iterations=self.iterations, steps=self.steps)

@@ -23,9 +23,11 @@ class Posterior(ABC):
 
     Attributes:
         needs_meta_flow_map: a plain flow map is refused.
+        needs_flow_map: a model with a drift alone is refused.
     """
 
     needs_meta_flow_map: bool = False
+    needs_flow_map: bool = False
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor: ...

@@ -48,6 +48,7 @@ class TrajectoryTilting(Particles):
 
     max_rows: int | None = None
     keep_top: int | None = None
+    needs_flow_map = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

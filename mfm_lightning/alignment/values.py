@@ -57,10 +57,12 @@ class ValueEstimator(ABC):
     Attributes:
         needs_reward_gradient: a black-box reward is refused before any work.
         looks_ahead: its estimates have a `best`: it scores clean states.
+        needs_flow_map: a model with a drift alone is refused before any work.
     """
 
     needs_reward_gradient: bool = False
     looks_ahead: bool = False
+    needs_flow_map: bool = False
 
     @property
     def needs_meta_flow_map(self) -> bool:
@@ -306,6 +308,8 @@ class FlowMapGradient(PointGradient):
     Args:
         max_rows: memory budget, at most so many states at once.
     """
+
+    needs_flow_map = True
 
     def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return target.base_flow_map(t, 1.0, x), None

@@ -109,7 +109,13 @@ def load_flow(
 
         def load_whole() -> Any:
             log.info("text encoders of %s: loading", name)
-            return _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+            whole = _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+            for part in encoders:
+                # transformers makes the text model in a CLIP with projection of the type in its file's config
+                encoder = getattr(whole, part)
+                if encoder is not None and not getattr(encoder, "_keep_in_fp32_modules", None):
+                    encoder.to(dtype)
+            return whole
 
         load_encoders = load_whole
 

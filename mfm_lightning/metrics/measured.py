@@ -283,6 +283,24 @@ def mean_of(x: Tensor) -> Measured:
     return of_parts(float(x.double().mean()), x)
 
 
+def mean_of_groups(x: Tensor, group: Tensor) -> Measured:
+    """The mean over groups of each group's mean: of numbers that depend on each other within a group, such as those of
+    the images of one prompt. The samples of the interval are the groups, in the order of their numbers.
+
+    Args:
+        x: `(B,)`.
+        group: whole numbers `(B,)`, which group each is of; groups may differ in size, and count alike.
+
+    Raises:
+        ValueError: for no numbers, or not as many groups as numbers.
+    """
+    if not len(x) or group.shape != x.shape:
+        raise ValueError(f"numbers of shape {tuple(x.shape)} in groups of shape {tuple(group.shape)}: expected (B,)")
+    _, place, sizes = group.cpu().unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, place, x.double().cpu())
+    return mean_of(sums / sizes)
+
+
 def of_parts(value: float, parts: Tensor, scale: Scale = "plain", least: float = 0.0) -> Measured:
     """A number that moves with its samples as the mean of its parts `(n,)` does, to first order."""
     parts = parts.double().cpu()

@@ -22,10 +22,10 @@ from mfm_lightning.backbones import TextToImageFlow
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.data.prompts import PromptsDataModule
 from mfm_lightning.evaluation.base import datamodule_of
-from mfm_lightning.interpolant import sample_generators
-from mfm_lightning.metrics.measured import mean_of
+from mfm_lightning.metrics.measured import Measured, mean_of_groups
 from mfm_lightning.modules.base import own_gradients
 from mfm_lightning.samplers import integrate
+from mfm_lightning.sampling.evaluations import read_evaluation
 from mfm_lightning.sampling.prompt_folder import PromptFolder, PromptImage
 from mfm_lightning.utils.console import write_table
 from mfm_lightning.utils.decoding import load_image
@@ -43,8 +43,8 @@ class PromptAlignment(L.LightningModule):
 
     Writes to `predict/` of the run's folder: the images, in the layout of an evaluator; of each a line in
     `lines_RANK.jsonl` (prompt, seed, rewards, evaluations, seconds); `before/`, the base flow's images from the same
-    noise; `before_after.png`; and `summary.json`, with paired differences. The same command goes on with what is
-    missing.
+    noise; `before_after.png`; and `rewards.csv` and `summary.json`, with paired differences and intervals over prompts.
+    The same command goes on with what is missing.
 
     Args:
         flow: the base flow (`mfm_lightning.backbones.load_flow`).
@@ -59,10 +59,13 @@ class PromptAlignment(L.LightningModule):
         layout: of the images: "flat", "geneval", "compbench" or "unigenbench".
         pictures: pairs in the picture.
         seed: of the method's noise. An image's depends on the seed and its index alone.
+        evaluations: by the names of the report, files that evaluators wrote for the images of an earlier run of the
+            same command (`mfm_lightning.sampling.evaluations.read_evaluation`); their scores get into the report.
 
     Raises:
         RewardError: on construction, if a reward is unknown, or the method needs a gradient and there is none.
-        ValueError: on construction, for steps that make no times, or a held-out reward with the optimised one's name.
+        ValueError: on construction, for steps that make no times, or two columns of the report with one name.
+        FileNotFoundError: on construction, for an evaluation that is not there.
         CheckpointError: on construction, if the method draws posteriors in one step, which a pretrained flow does not.
     """
 
@@ -80,13 +83,22 @@ class PromptAlignment(L.LightningModule):
         layout: str = "flat",
         pictures: int = 8,
         seed: int = 0,
+        evaluations: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
+        self.evaluations = {name: Path(path) for name, path in (evaluations or {}).items()}
+        for name, path in self.evaluations.items():
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"evaluations, {name}: no file {path}; run without it, then the evaluator on the images, then this"
+                )
         self.flow = flow.eval().requires_grad_(False)
         self.optimised = build(reward).eval().requires_grad_(False)
         self.names = [name_of(self.optimised), *(held_out or {})]
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"held_out has {self.names[0]!r}, which is the name of what is optimised: take another")
+        if both := set(self.names) & self.evaluations.keys():
+            raise ValueError(f"evaluations has {min(both)!r}, which is the name of a reward: take another")
         others = [build(spec).eval().requires_grad_(False) for spec in (held_out or {}).values()]
         self.held_out = torch.nn.ModuleList(others)
         self.method = method or Steering(strength=0.0, grid=TimeGrid(base_steps, of_model=True))
@@ -129,6 +141,7 @@ class PromptAlignment(L.LightningModule):
         path = Path(self.trainer.default_root_dir) / "predict"
         self._folder = PromptFolder(path, data.prompts, data.images_per_prompt, self.layout, self.global_rank)
         self._folder.claim({**self._settings, "noise_seed": data.seed})
+        self._scores()  # refuses wrong files
         missing = gather_ranks(self._folder.missing())[0]  # before any rank writes
         self._missing = missing[self.global_rank :: self.trainer.world_size]
         if there := len(self._folder.images) - len(missing):
@@ -155,8 +168,7 @@ class PromptAlignment(L.LightningModule):
         if self.before:
             states = integrate(target.drift, x0, self.base_times)
             images = self.flow.decoder(states)
-        keys = [self.folder.images[number].noise_key(self.seed) for number in index]
-        generators = [sample_generators((seed, 1), [number])[0] for seed, number in keys]
+        generators = [self.folder.images[number].method_generator(self.seed) for number in index]
         began = finished(x0.device)
         with torch.enable_grad():  # as in Python: a method of the user's own may take gradients
             result = self.method(target, x0, generators)
@@ -187,8 +199,8 @@ class PromptAlignment(L.LightningModule):
         gather_ranks(None)
         if not self.trainer.is_global_zero:
             return
-        lines = self.folder.lines()
-        rows = _rows(lines)
+        lines, scores = self.folder.lines(), self._scores()
+        rows = _rows(lines, scores)
         title = f"{len(lines)} images of {len(self.folder.prompts)} prompts"
         shown = [{key: value for key, value in row.items() if key != "images"} for row in rows]
         if rows:
@@ -198,11 +210,16 @@ class PromptAlignment(L.LightningModule):
             "images": len(lines),
             "missing": len(self.folder.images) - len(lines),
             "rewards": rows,
+            "evaluations": scores,
         }
         (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1, default=str))
         if self.before and self.pictures:
             self._picture(lines[: self.pictures])
         log.info("%d images: %s", len(lines), self.folder.path)
+
+    def _scores(self) -> dict[str, dict[int, float]]:
+        """What evaluators found, by name and the image's index."""
+        return {name: read_evaluation(path, self.folder) for name, path in self.evaluations.items()}
 
     def _picture(self, lines: list[dict[str, Any]]) -> None:
         path, name = self.folder.path, self.names[0]
@@ -225,16 +242,37 @@ class PromptAlignment(L.LightningModule):
         image_grid(grid, path / "before_after.png", title, captions=text, size=1.5)
 
 
-def _rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row a reward: means, and the mean of the paired differences, with 95 % intervals; NFE and seconds an image."""
+def _rows(lines: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:
+    """A row a reward, and one an evaluation: means, and the mean of the paired differences, with 95 % intervals over
+    prompts; NFE and seconds an image.
+
+    Args:
+        scores: of evaluations, by name and the image's index; images without one are left out, which is said.
+    """
     rows = []
     for name in lines[0]["rewards"] if lines else ():
-        after = torch.tensor([line["rewards"][name] for line in lines], dtype=torch.float64)
-        row: dict[str, Any] = {"reward": name, "images": len(lines), "mean": mean_of(after).text()}
+        after = [line["rewards"][name] for line in lines]
+        row: dict[str, Any] = {"reward": name, "images": len(lines), "mean": _over_prompts(after, lines).text()}
         if all("rewards_before" in line for line in lines):
-            earlier = torch.tensor([line["rewards_before"][name] for line in lines], dtype=torch.float64)
-            row |= {"before": mean_of(earlier).text(), "difference": mean_of(after - earlier).text()}
+            earlier = [line["rewards_before"][name] for line in lines]
+            gains = [b - a for a, b in zip(earlier, after, strict=True)]
+            row |= {
+                "before": _over_prompts(earlier, lines).text(),
+                "difference": _over_prompts(gains, lines).text(),
+            }
         row["NFE"] = round(sum(sum(line["nfe"].values()) for line in lines) / len(lines), 1)
         row["seconds"] = round(sum(line["seconds"] for line in lines) / len(lines), 3)
         rows.append(row)
+    for name, found in scores.items() if rows else ():
+        scored = [line for line in lines if line["index"] in found]
+        if len(scored) < len(lines):
+            log.warning("%s: %d of %d images have no row, and do not count", name, len(lines) - len(scored), len(lines))
+        mean = _over_prompts([found[line["index"]] for line in scored], scored).text() if scored else ""
+        rows.append({**dict.fromkeys(rows[0], ""), "reward": name, "images": len(scored), "mean": mean})
     return rows
+
+
+def _over_prompts(values: Sequence[float], lines: Sequence[Mapping[str, Any]]) -> Measured:
+    """The mean of the images' values: those of one prompt depend on each other, so that its samples are the prompts."""
+    prompts = torch.tensor([line["prompt_index"] for line in lines])
+    return mean_of_groups(torch.tensor(values, dtype=torch.float64), prompts)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.sampling.outputs import differing_settings, encode_png
 from mfm_lightning.sampling.prompts import Prompt
 from mfm_lightning.utils.atomic import check_is_folder, whole_file
@@ -32,6 +34,11 @@ class PromptImage:
     def noise_key(self, seed: int) -> tuple[int, int]:
         """Seed and number of its noise: those of its prompt where that has a seed, else these and its index."""
         return (seed, self.index) if self.prompt.seed is None else (self.prompt.seed, self.number)
+
+    def method_generator(self, seed: int) -> torch.Generator:
+        """Of the noise that a method draws for it besides x0."""
+        seed, number = self.noise_key(seed)
+        return sample_generators((seed, 1), [number])[0]
 
 
 def _flat(image: PromptImage) -> str:
@@ -76,6 +83,10 @@ class PromptFolder:
             or "unigenbench", as these evaluators read them.
         rank: of this process.
 
+    Attributes:
+        images: all of them, by index.
+        files: their names in the folder, in the same order.
+
     Raises:
         ValueError: for an unknown layout, or a prompt that it cannot name.
     """
@@ -105,7 +116,7 @@ class PromptFolder:
         longest = max(files, key=lambda file: len(Path(file).name.encode()), default="")
         if len(Path(longest).name.encode()) > 220:  # of the 255 that file systems take; a partial file's is longer
             raise ValueError(f"layout {layout}: the name {Path(longest).name[:60]}... is too long for a file")
-        self._files = files
+        self.files = files
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Write what the images depend on, or compare it with what is there; called by every process.
@@ -153,14 +164,14 @@ class PromptFolder:
     def write(self, index: int, image: Tensor, measured: Mapping[str, Any]) -> None:
         """Store an image `(C, H, W)` in [0, 1], and its line."""
         one = self.images[index]
-        file = self.path / self._files[index]
+        file = self.path / self.files[index]
         if self.layout == "geneval":
             metadata = {"prompt": one.prompt.text, **one.prompt.more}
             with whole_file(file.parents[1] / "metadata.jsonl") as partial:
                 partial.write_text(json.dumps(metadata, ensure_ascii=False, default=_plain))
         _store(image, file)
         line = {"index": index, "prompt_index": one.prompt_index, "number": one.number, "prompt": one.prompt.text}
-        line |= {"file": self._files[index], **measured, "written": round(time.time(), 3)}
+        line |= {"file": self.files[index], **measured, "written": round(time.time(), 3)}
         text = json.dumps(line, ensure_ascii=False, default=_plain) + "\n"
         with open(self._lines, "a", encoding="utf-8") as lines:
             lines.write(text if _ends_with_a_line(self._lines) else f"\n{text}")

@@ -164,6 +164,19 @@ def test_pipelines_that_are_no_flows_are_refused(tmp_path):
         SD3Flow(tiny.sd3(epsilon))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_encoders_compute_in_the_type_that_is_asked_for(tmp_path, family):
+    """Their files are of float32. In 8 bits of mantissa and two layers nothing is off by a tenth."""
+    _, pipe, size = whole(family, tmp_path)
+    pipe.save_pretrained(tmp_path / "pipe")
+    found = {name: load_flow(tmp_path / "pipe", size, name).encode(PROMPTS) for name in ("float32", "bfloat16")}
+    for name in ("text", "pooled"):
+        exact, half = getattr(found["float32"], name), getattr(found["bfloat16"], name)
+        if exact is not None:
+            assert half.dtype == torch.bfloat16
+            assert 0 < (half.float() - exact).norm() < 0.1 * exact.norm()
+
+
 def test_the_guides_lines_run(tmp_path):
     """docs/text_to_image.md, with a tiny pipeline for the real one, and fewer steps."""
     tiny.flux(**encoders.of_flux(tmp_path / "words")).save_pretrained(tmp_path / "pipe")

@@ -12,7 +12,17 @@ import torch
 from scipy.stats import binom
 
 from mfm_lightning.metrics.distances import correlation
-from mfm_lightning.metrics.measured import Measured, interval, of_runs, simultaneous, student, weights, widths
+from mfm_lightning.metrics.measured import (
+    Measured,
+    interval,
+    mean_of,
+    mean_of_groups,
+    of_runs,
+    simultaneous,
+    student,
+    weights,
+    widths,
+)
 
 SIZES, RUNS = (16, 32, 64, 128), (3, 4, 5)
 NUM = 4000  # replications of what is computed for all at once
@@ -92,6 +102,28 @@ def correlated(rho, n, shape=lambda x: x):
 def test_correlations(rho):
     """n = 32 pairs, 800 replications: 93 to 97 %."""
     assert compatible(of_numbers(correlated(rho, 32), rho, 800), 800)
+
+
+def of_prompts(measured, num=500, prompts=32, images=4):
+    """Share of intervals that hold the mean reward, where images of one prompt correlate by 0.8: a prompt is easy or
+    hard for all of its images. `measured` takes the rewards and their prompts."""
+    group = torch.arange(prompts).repeat_interleave(images)
+
+    def draw(generator):
+        of_prompt, own = normal(prompts, generator=generator), normal(prompts * images, generator=generator)
+        return measured(0.8**0.5 * of_prompt[group] + 0.2**0.5 * own, group)
+
+    return of_numbers(draw, 0.0, num)
+
+
+def test_images_of_one_prompt_are_no_independent_samples():
+    """32 prompts with 4 images each, 500 replications: groups cover 93 to 97 %. An interval that takes the images for
+    independent has a standard error that is (1 + 3 * 0.8)^(1/2) = 1.84 times too small, so it covers 71 %, and must be
+    found not to cover 93 %."""
+    assert compatible(of_prompts(mean_of_groups), 500)
+    naive = of_prompts(lambda rewards, _: mean_of(rewards))
+    assert not compatible(naive, 500)
+    assert compatible(naive, 500, low=0.68, high=0.75)
 
 
 def level_settings(n, draw, generator, settings=20):

@@ -10,7 +10,16 @@ from scipy.stats import ttest_ind, ttest_rel
 
 from mfm_benchmarks.claims import change, verdict
 from mfm_lightning.metrics.distances import pairwise_distance
-from mfm_lightning.metrics.measured import Measured, mean, mean_of, of_runs, ratio_of_runs, resampled, weights
+from mfm_lightning.metrics.measured import (
+    Measured,
+    mean,
+    mean_of,
+    mean_of_groups,
+    of_runs,
+    ratio_of_runs,
+    resampled,
+    weights,
+)
 
 
 def samples(*shape, seed=0):
@@ -127,3 +136,16 @@ def test_differences_are_paired_and_claims_follow_them():
     assert words == "higher than b by 0.1; lower than d by -1.0; not significantly different from c"
     assert change("X", "W2", {1: a, 8: b}) == f"X: W2 falls from {a.text()} with N = 1 to {b.text()} with N = 8."
     assert "does not differ significantly" in change("X", "W2", {1: a, 8: c})
+
+
+def test_a_group_counts_once_whatever_its_size():
+    """By hand: groups 2, 5 and 9 with 1, 3 and 2 numbers; differences are paired by group."""
+    x, group = torch.tensor([4.0, 1.0, 2.0, 6.0, 10.0, 2.0]), torch.tensor([5, 2, 5, 5, 9, 9])
+    found = mean_of_groups(x, group)
+    assert found.parts.tolist() == [1.0, 4.0, 6.0]
+    assert (found.value, found.samples) == (pytest.approx(11 / 3), 3)
+    assert found.error == pytest.approx(np.std([1.0, 4.0, 6.0], ddof=1) / 3**0.5)
+    order = torch.tensor([3, 0, 5, 4, 2, 1])
+    assert mean_of_groups(x[order] + 1, group[order]).__sub__(found).error == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match=r"numbers of shape \(2,\) in groups of shape \(3,\)"):
+        mean_of_groups(torch.ones(2), torch.ones(3))

@@ -136,6 +136,34 @@ def test_other_families_and_methods_by_their_configs(workplace, tmp_path, family
     assert not Path("out/predict/before_after.png").exists()
 
 
+def test_an_evaluators_results_get_into_the_report_with_intervals_over_prompts(workplace, caplog):
+    steer = ["--model.method.init_args.grid.steps=2", "--model.before=false", "--data.images_per_prompt=2"]
+    predict(workplace, "sd3/steer", *steer, "--model.layout=geneval")
+    correct = [[True, True], [False, True], [False, False]]
+    rows = [
+        {"filename": f"images/{p:05d}/samples/{k:04d}.png", "tag": "t", "correct": correct[p][k]}
+        for p in (2, 0, 1)
+        for k in (1, 0)
+    ]
+    Path("results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = ["--model.layout=geneval", "--model.evaluations={GenEval: results.jsonl}"]
+    predict(workplace, "sd3/steer", *steer, *read)
+    summary = json.loads(Path("out/predict/summary.json").read_text())
+    assert summary["evaluations"] == {"GenEval": {"0": 1, "1": 1, "2": 0, "3": 1, "4": 0, "5": 0}}
+    row = summary["rewards"][-1]
+    # of three prompts' means 1, 0.5 and 0: Student's t with two degrees of freedom
+    half = 4.302653 * 0.5 / 3**0.5
+    assert (row["reward"], row["images"]) == ("GenEval", 6)
+    assert row["mean"] == f"0.5 ({0.5 - half:.3g} to {0.5 + half:.3g})"
+    assert "GenEval" in Path("out/predict/rewards.csv").read_text()
+    Path("results.jsonl").write_text("\n".join(map(json.dumps, rows[:-1])))
+    predict(workplace, "sd3/steer", *steer, *read)
+    assert "GenEval: 1 of 6 images have no row, and do not count" in caplog.text
+    Path("results.jsonl").write_text(json.dumps({**rows[0], "filename": "000001.png"}))
+    with pytest.raises(ValueError, match="1 of 1 rows are of no image in out/predict"):
+        predict(workplace, "sd3/steer", *steer, *read)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_images_also_where_there_are_fewer(workplace):
     """As a user starts them; the second run has one image to make, and a rank with nothing to do."""
@@ -184,9 +212,15 @@ def test_configs_of_families_differ_in_the_flow_alone():
             "Steering draws posteriors from the model, and a SD3Flow gives none: give it a posterior",
         ),
         (
+            "--model.method={class_path: Steering, init_args: {estimator: FlowMapGradient}}",
+            "FlowMapGradient needs a flow map, and a SD3Flow has none: use a method of its drift alone",
+        ),
+        (
             "--model.held_out={brightness: contrast}",
             "held_out has 'brightness', which is the name of what is optimised",
         ),
+        ("--model.evaluations={brightness: prompts.jsonl}", "evaluations has 'brightness', which is the name of a"),
+        ("--model.evaluations={GenEval: none.jsonl}", "evaluations, GenEval: no file none.jsonl; run without it"),
         ("--model.base_steps=0", "steps 0 must be at least 1"),
         ("--model.layout=gen", "unknown layout 'gen': expected one of flat, geneval, compbench, unigenbench"),
         ("--model.flow.init_args.true_guidance=2", "true_guidance is FLUX's"),

@@ -18,29 +18,50 @@ from mfm_lightning.samplers import sample_ode
 
 
 @dataclass
-class BestOfNPool:
-    """Candidates in as many groups as there are samples (paper, section 7: a pool of 128,000 in 128 groups).
-
-    The first candidate of a group comes from the noise that all methods begin from.
+class Candidates:
+    """How many candidates there are, and how they are made.
 
     Args:
         numbers: N, smallest first.
         steps: Euler steps of a candidate.
         max_rows: candidates generated at once.
-        block: candidates in one file.
 
     Raises:
         ValueError: if the numbers are not different and in order.
+    """
+
+    numbers: list[int]
+    steps: int
+    max_rows: int
+
+    def __post_init__(self) -> None:
+        if not self.numbers or self.numbers != sorted(set(self.numbers)) or self.numbers[0] < 1:
+            raise ValueError(f"best_of_n.numbers {self.numbers}: expected different numbers, smallest first")
+
+    def parts(self, most: int) -> Iterator[tuple[int, int]]:
+        """Where each part of the pool begins and how many candidates of each sample it has, at most `most`; cut where
+        one of the numbers ends."""
+        begin = 0
+        while begin < self.numbers[-1]:
+            n = min(most, min(stop for stop in self.numbers if stop > begin) - begin)
+            yield begin, n
+            begin += n
+
+
+@dataclass
+class BestOfNPool(Candidates):
+    """Candidates in as many groups as there are samples (paper, section 7: a pool of 128,000 in 128 groups).
+
+    The first candidate of a group comes from the noise that all methods begin from.
+
+    Args:
+        block: candidates in one file.
     """
 
     numbers: list[int] = field(default_factory=lambda: [1, 3, 10, 30, 100, 300, 1000])
     steps: int = 25
     max_rows: int = 4096
     block: int = 65536
-
-    def __post_init__(self) -> None:
-        if not self.numbers or self.numbers != sorted(set(self.numbers)) or self.numbers[0] < 1:
-            raise ValueError(f"best_of_n.numbers {self.numbers}: expected different numbers, smallest first")
 
     def shrink(self) -> None:
         self.numbers = [n for n in self.numbers if n <= 30] or self.numbers[:1]
@@ -49,13 +70,10 @@ class BestOfNPool:
         self, target: Callable[[], Target], num: int, seed: int, device: torch.device, identity: dict[str, Any]
     ) -> Iterator[Cell]:
         """The pool: blocks of `(num, n, *shape)`, cut where one of the numbers ends."""
-        block, begin = max(1, min(self.block // num, self.max_rows)), 0
-        while begin < self.numbers[-1]:
-            n = min(block, min(stop for stop in self.numbers if stop > begin) - begin)
+        for begin, n in self.parts(max(1, min(self.block // num, self.max_rows))):
             name = f"pool, candidates {begin + 1} to {begin + n} of each sample, seed {seed}"
             settings = {**identity, "seed": seed, "begin": begin, "n": n, "steps": self.steps}
             yield Cell(name, settings, lambda begin=begin, n=n: self._generate(target(), num, seed, device, begin, n))
-            begin += n
 
     @torch.no_grad()
     def _generate(self, target: Target, num: int, seed: int, device: torch.device, begin: int, n: int) -> Outcome:

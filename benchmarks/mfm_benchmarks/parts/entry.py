@@ -17,7 +17,7 @@ class Entry:
         label: of the setting; scale: lambda, None where the method does not depend on it.
         nfe: of a sample.
         reward: mean, without multipliers; frechet: of the samples' features to the data's.
-        diversity: mean distance between two samples.
+        diversity: mean distance between two samples; None where it was not measured.
         shares: L2 of the samples' class frequencies to those that the reward asks for; None where it asks for none.
         images: the first few, `(b, C, H, W)`.
         trained: whether a training for this reward came first.
@@ -29,7 +29,7 @@ class Entry:
     nfe: float
     reward: Measured
     frechet: Measured | None
-    diversity: Measured
+    diversity: Measured | None
     images: Tensor
     shares: Measured | None = None
     trained: bool = False
