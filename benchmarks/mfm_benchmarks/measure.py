@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,9 +59,10 @@ def measure(
 
     Returns:
         numbers: `network` and `reward` evaluations a sample, `nfe` their sum; tensors: `rewards` `(B,)`, `states`,
-        `images` (the first few), and `features` `(B, F)` with a quality.
+        `images` (the first few), `features` `(B, F)` with a quality, and `best_rewards` `(B,)`, of the best
+        look-aheads, where the method has them.
     """
-    meter, states = Meter(), []
+    meter, states, best, method = Meter(), [], [], looking_ahead(method)
     for rows in torch.arange(len(x0)).split(batch_size or len(x0)):
         part = target.take(rows)
         part.meter = meter
@@ -68,11 +70,24 @@ def measure(
         if len(result.states) != each * len(rows):
             raise ValueError(f"{len(result.states)} samples for {len(rows)}: a suite compares {each} for each noise")
         states.append(result.states)
+        best += [] if result.best_states is None else [result.best_states]
     found = torch.cat(states)
     outcome = judge(target.expand(found), found, quality)
     network, reward = meter.network / len(found), meter.reward / len(found)
     outcome.numbers = {"network": network, "reward": reward, "nfe": network + reward}
+    if best and sum(map(len, best)) == len(found):
+        outcome.tensors["best_rewards"] = judge(target.expand(found), torch.cat(best)).tensors["rewards"]
     return outcome
+
+
+def looking_ahead(method: AlignmentMethod) -> AlignmentMethod:
+    """The method with `return_best`, which costs no evaluation and changes nothing else; as it is where it has none."""
+    if getattr(method, "return_best", None) is not False or not is_dataclass(method):
+        return method
+    try:
+        return replace(method, return_best=True)
+    except ValueError:  # its estimator scores no clean states
+        return method
 
 
 @torch.no_grad()

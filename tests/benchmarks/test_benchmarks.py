@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from mfm_benchmarks.command import load_suite
+from mfm_benchmarks.measure import measure
 from mfm_benchmarks.methods import MethodSettings, points
 from mfm_benchmarks.models import ModelSettings, compute_in
 from mfm_benchmarks.quality import Quality
@@ -20,8 +22,11 @@ from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import Cell, Outcome, Suite, suites
 from mfm_benchmarks.suites.alignment import AlignmentSuite, RewardSettings
+from mfm_lightning.alignment import DrawGradient, Steering, Target, TimeGrid
+from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.checkpoints import save_model
 from mfm_lightning.commands.main import main
+from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
 from tests.latent_data import small_vae
@@ -472,3 +477,16 @@ def test_a_model_computes_in_bf16_where_asked_and_gives_float32_all_the_same():
     assert torch.autograd.grad(half.sum(), x)[0].abs().sum() > 0
     with pytest.raises(ValueError, match="unknown precision 'half': expected one of fp32, bf16, fp16"):
         ModelSettings("mnist", precision="half")
+
+
+def test_the_best_look_aheads_stand_beside_the_samples_at_no_further_cost():
+    one, x0 = model(MLP(2, 8, 1)), torch.randn(4, 2)
+    target = Target(one, lambda x: -((x - 1) ** 2).sum(dim=1))
+    method = Steering(DrawGradient(2), TimeGrid(3), clip=1.0)
+    found = measure(method, target, x0, seed=0)
+    target.meter = Meter()
+    by_hand = replace(method, return_best=True)(target, x0, sample_generators((0, 1), [0, 1, 2, 3]))
+    assert torch.allclose(found.tensors["states"], by_hand.states)
+    assert torch.allclose(found.tensors["best_rewards"], -((by_hand.best_states - 1) ** 2).sum(dim=1))
+    assert found.numbers["nfe"] == by_hand.nfe.total / 4 == 3 * (1 + 4 * 2)
+    assert "best_rewards" not in measure(Steering(strength=0.0, grid=TimeGrid(3)), target, x0, seed=0).tensors

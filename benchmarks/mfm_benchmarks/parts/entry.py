@@ -19,6 +19,7 @@ class Entry:
         reward: mean, without multipliers; frechet: of the samples' features to the data's.
         diversity: mean distance between two samples; None where it was not measured.
         shares: L2 of the samples' class frequencies to those that the reward asks for; None where it asks for none.
+        best: mean reward of the samples' best look-aheads; None where the method has none.
         images: the first few, `(b, C, H, W)`.
         trained: whether a training for this reward came first.
     """
@@ -33,6 +34,7 @@ class Entry:
     images: Tensor
     shares: Measured | None = None
     trained: bool = False
+    best: Measured | None = None
 
     @property
     def name(self) -> str:

@@ -29,7 +29,6 @@ class PromptEntry(Entry):
         network, evaluations: of the transformer and of the reward, an image.
         seconds: an image.
         others: what is not optimised, by name.
-        best: the mean reward of the best look-aheads, where the method has them.
         folder: of the images, seen from the report's.
     """
 
@@ -37,7 +36,6 @@ class PromptEntry(Entry):
     evaluations: float
     seconds: Measured
     others: dict[str, Measured]
-    best: Measured | None
     folder: str
 
 

@@ -288,6 +288,8 @@ class AlignmentSuite(Suite):
         if self._real is not None:
             frechet = resampled(frechet_of_features, together("features"), self._real)
         entry = Entry(method, label, scale, nfe, reward, frechet, diversity, parts[0]["images"])
+        if all("best_rewards" in part for part in parts):
+            entry.best = mean_of(together("best_rewards"))
         if (wanted := self.rewards[aim].shares) and isinstance(self.quality, ClassifierQuality):
             shares = torch.tensor(wanted, dtype=torch.float64)
             classes = self.quality.classes(together("features"))
