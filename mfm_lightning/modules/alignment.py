@@ -165,5 +165,6 @@ class RewardAlignment(L.LightningModule):
 
 
 def _change(summary: dict[str, Any]) -> str:
-    best = f" (best look-ahead {summary['mean_best_reward']:.3f})" if "mean_best_reward" in summary else ""
+    best = summary.get("mean_best_reward")  # of a search the sample itself is its best look-ahead
+    best = "" if best is None or best == summary["mean_reward"] else f" (best look-ahead {best:.3f})"
     return f"mean reward {summary['mean_reward_before']:.3f} to {summary['mean_reward']:.3f}{best}"
