@@ -214,7 +214,8 @@ class PromptAlignment(L.LightningModule):
         }
         (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1, default=str))
         if self.before and self.pictures:
-            self._picture(lines[: self.pictures])
+            one_a_prompt = sorted(lines, key=lambda line: (line["number"], line["index"]))  # before the second of any
+            self._picture(one_a_prompt[: self.pictures])
         log.info("%d images: %s", len(lines), self.folder.path)
 
     def _scores(self) -> dict[str, dict[int, float]]:

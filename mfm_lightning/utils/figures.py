@@ -45,7 +45,7 @@ def image_grid(
             axes[i, j].imshow(image, cmap="gray", vmin=0, vmax=1)
             axes[i, j].axis("off")
             if captions is not None:
-                alone = C > 1 and not any(captions[i][j + 1 : j + 2])  # there is room to its right
+                alone = j + 1 < C and not captions[i][j + 1]  # there is room to its right
                 axes[i, j].set_title(captions[i][j], fontsize=7, pad=2, loc="left" if alone else "center")
             elif i == 0 and j < len(columns):
                 axes[i, j].set_title(columns[j], fontsize=9)
