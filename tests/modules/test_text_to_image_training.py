@@ -151,6 +151,14 @@ def test_the_flow_is_steered_by_prompt_and_what_is_not_optimised_is_measured(mad
         assert line["rewards"]["classifier"] == pytest.approx(float(expected), abs=0.05)  # of a picture in 8 bits
 
 
+class Renamed(CaptionedImages):
+    """With names of classes that no other source has."""
+
+    def read_classes(self):
+        labels, names = super().read_classes()
+        return labels, [f"other {name}" for name in names]
+
+
 def test_captions_follow_classes_through_joined_sources():
     extract = str(EXTRACT)
     texts = [f"a thing of kind {k}" for k in range(10)]
@@ -159,6 +167,17 @@ def test_captions_follow_classes_through_joined_sources():
     assert second.caption(4) == f"one more {second.class_names[second.labels[4]]}"
     assert [first.caption(i) == "a thing" for i in range(4)] == [True, False, False, True]
     assert first.caption(1) == texts[first.labels[1]]
+    third = Renamed(extract, "one more {class}")
+    joined, n = JoinedImages([first, third]), len(first.labels)
+    for i, (source, row, offset) in {
+        1: (first, 1, 0),
+        n - 1: (first, n - 1, 0),
+        n: (third, 0, 10),
+        n + 4: (third, 4, 10),
+    }.items():  # noqa: E501
+        assert joined.labels[i] == source.labels[row] + offset
+        assert joined.caption(i) == source.caption(row)
+        assert np.array_equal(joined.image(i), source.image(row))
     with pytest.raises(ValueError, match="two sources have a class"):
         _ = JoinedImages([first, second]).class_names
     with pytest.raises(ValueError, match="some sources have captions and some have none"):
