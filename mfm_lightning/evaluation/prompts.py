@@ -132,7 +132,8 @@ class PromptEvaluation(Evaluation[ModelModule]):
 
 def _row(samples: str, prompt: str, k: int, num: int) -> dict[str, Any]:
     low, high = proportion(k, num)
-    return {"samples": samples, "prompt": prompt, "number": num, "as prompted": k / num, "low": low, "high": high}
+    row = {"samples": samples, "prompt": prompt, "number": num, "as prompted": k / num, "low": low, "high": high}
+    return {**row, "Fréchet": ""}  # of all prompts together
 
 
 def _network(module: ModelModule) -> PromptedNetwork:

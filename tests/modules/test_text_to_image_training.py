@@ -1,5 +1,6 @@
 """A text-to-image flow from scratch by the shipped configs on real images, with its VAE and a CLIP."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -116,6 +117,26 @@ def test_a_clip_of_ones_own_is_the_reward_clip_score(made, monkeypatch):
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+def test_samples_are_counted_that_are_what_their_prompts_say(made, monkeypatch):
+    monkeypatch.chdir(made)
+    classifier = OUTPUTS / "classifier/model.safetensors"
+    options = {"classifier": str(classifier), "steps": 2, "num_samples": 3, "pictures": 1, "prompts": "[a bag, a coat]"}
+    few = [f"--model.evaluation.init_args.{k}={v}" for k, v in {**options, "labels": "[18, 14]"}.items()]
+    where = ["--ckpt_path", str(OUTPUTS / "mfm/last.ckpt"), "--data.batch_size=16", "--trainer.logger=false"]
+    run(["test", "--config", "text_to_image/small/mfm", *where, *few])
+    rows = list(csv.DictReader((OUTPUTS / "mfm/test/prompts.csv").read_text().splitlines()))
+    assert [row["prompt"] for row in rows] == 4 * ["a bag", "a coat", "all"]  # the flow, and three refinements
+    assert all(row["Fréchet"] for row in rows if row["prompt"] == "all")
+    # the flow's samples of bags, by hand: from the noise of the seed, by the flow alone
+    flow = load_flow(OUTPUTS / "flow/pipeline", torch_dtype="float32", max_sequence_length=1)
+    x0 = torch.randn(3, *flow.state_shape, generator=torch.Generator().manual_seed(0))
+    given = flow.encode(["a bag"], guidance=1.0)
+    with torch.no_grad():
+        states = integrate(lambda t, x: flow.drift(t, x, given), x0, flow.time_grid(2))
+        found = load_classifier(classifier)(flow.decoder(states)).argmax(dim=1)
+    assert float(rows[0]["as prompted"]) == pytest.approx(float((found == 18).float().mean()), abs=1e-4)
+
+
 def test_an_adapter_is_trained_against_the_flow_under_it(made, monkeypatch):
     monkeypatch.chdir(made)
     adapted = load_model(OUTPUTS / "mfm/model.safetensors")
@@ -174,7 +195,7 @@ def test_captions_follow_classes_through_joined_sources():
         n - 1: (first, n - 1, 0),
         n: (third, 0, 10),
         n + 4: (third, 4, 10),
-    }.items():  # noqa: E501
+    }.items():
         assert joined.labels[i] == source.labels[row] + offset
         assert joined.caption(i) == source.caption(row)
         assert np.array_equal(joined.image(i), source.image(row))
