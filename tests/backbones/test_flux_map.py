@@ -11,6 +11,7 @@ from mfm_lightning.alignment import (  # fmt: skip
     DiamondGradientFree,
     DrawGradient,
     FlowMapGradient,
+    NoiseOptimisation,
     Steering,
     Target,
     TimeGrid,
@@ -128,6 +129,15 @@ def test_look_ahead_methods_run_and_count(tmp_path):
     assert tilted.nfe.total == 2 * 2 * (5 * K - 3)
     free = Steering(DiamondGradientFree(2), TimeGrid(2))(target, x0, torch.Generator().manual_seed(0))
     assert torch.isfinite(free.states).all()
+    for method in (
+        Steering(FlowMapGradient()),
+        TrajectoryTilting(),
+        NoiseOptimisation(),
+        Steering(DiamondGradientFree(2)),
+    ):
+        method.check(target.reward, flow)  # as mfm predict and mfm benchmark do, before any work
+        with pytest.raises(CheckpointError, match="needs a flow map, and a FluxFlow has none"):
+            method.check(target.reward, FluxFlow(tiny.flux(), image_size=16))
     with pytest.raises(CheckpointError, match="draws posteriors from the model, and a FluxFlowMap gives none"):
         Steering(DrawGradient(1)).check(target.reward, flow)
 
