@@ -28,7 +28,8 @@ def opened(name: str, image_size: int | None = None, **options: Any) -> TextToIm
 
 class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
     """Base class of networks that are the transformer of a text-to-image flow, or part of it. States are the pipeline's
-    scaled latents. The null condition, of dropped prompts, is the empty prompt.
+    scaled latents. The null condition, of dropped prompts, is the empty prompt. They train on one device or by DDP:
+    FSDP's whole copies, for pictures and files, would be without the flow's other parts.
 
     Args:
         flow: whose VAE and text encoders are no part of what is trained.
@@ -37,6 +38,7 @@ class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
 
     num_classes = 0
     guidance_scales: tuple[float, ...] = ()
+    shardable = False
 
     def __init__(self, flow: TextToImageFlow, config: dict[str, Any]) -> None:
         super().__init__()

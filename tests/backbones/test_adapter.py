@@ -1,5 +1,7 @@
 """Adapters of pretrained flows: exactly the base at first, its weights there once, derivatives by two ways."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.files import save_network
 from mfm_lightning.objectives.teachers import ModelTeacher
 from mfm_lightning.tangents import velocity_and_jvp
+from mfm_lightning.training.sharding import shard
 from tests.backbones import encoders, tiny
 from tests.backbones.fast import frozen  # noqa: F401
 
@@ -148,6 +151,10 @@ def test_ranks_differ_by_module_and_wrong_settings_are_refused(folders):
     assert any("add_k_proj" in name for name in ranks)
     with pytest.raises(ValueError, match="targets 'nothing'"):
         made(folders["sd3"], targets="nothing")
+    with pytest.raises(ValueError, match=r"has guidance as an input, at its usual 3\.5 here"):
+        made(folders["flux"], guidance_scales=[2.0])
+    with pytest.raises(ValueError, match=r"a FlowAdapter cannot be trained in shards.*strategy ddp"):
+        shard(MetaFlowMap(network), mesh=cast(Any, None))  # before anything is sharded
     with pytest.raises(ValueError, match="rank -1 must be at least 0"):
         FlowAdapter(str(folders["sd3"]), rank=-1)
 
