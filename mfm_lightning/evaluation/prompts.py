@@ -75,7 +75,8 @@ class PromptEvaluation(Evaluation[ModelModule]):
                 "(its guidance_scales)"
             )
         check_features(module, self.classifier)
-        if not 0 <= min(self.labels) <= max(self.labels) < (known := data_of(module).num_classes):
+        known = data_of(module).num_classes
+        if min(self.labels) < 0 or max(self.labels) >= known:
             raise ValueError(f"labels {self.labels}: the data have {known} classes, from 0")
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """Images as latents: the VAE is read once, as the settings say."""
 
+from typing import Any
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -19,10 +21,12 @@ def test_the_vae_is_read_once_and_fetched_where_that_is_allowed(tmp_path, monkey
 
     monkeypatch.setattr(latents, "load_vae", counted)
     data = EncodedImages(str(EXTRACT), str(tmp_path / "vae"), size=32, allow_download=True)
+    assert data.splits is not None
     found = {name: z for name, (z, _) in data.splits.items()}
     assert data.state_shape == data.state_shape == found["train"].shape[1:] == (4, 8, 8)
     assert asked == [True]
-    pixels, vae = data.reader("test").pixels(torch.arange(2).numpy()), AutoencoderKL.from_pretrained(tmp_path / "vae")
+    pixels = data.reader("test").pixels(torch.arange(2).numpy())
+    vae: Any = AutoencoderKL.from_pretrained(tmp_path / "vae")
     with torch.no_grad():
         expected = vae.encode(pixels / 127.5 - 1).latent_dist.mean
     assert torch.allclose(found["test"][:2], expected, atol=1e-5)
