@@ -28,7 +28,7 @@ class Conditions:
         text: embeddings of the prompts' tokens, `(B, L, D)`.
         mask: which of the tokens are there, `(B, L)`.
         pooled: one embedding a prompt, `(B, P)`.
-        prompts: B texts, or one for all. Rewards read them; networks do not.
+        prompts: B texts, or one for all. Rewards read them; networks only where they embed them themselves.
         negative_text, negative_mask, negative_pooled: the same of a negative prompt, which guidance by two evaluations
             leads away from (text-to-image flows).
 

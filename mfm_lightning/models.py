@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Generators, Times, as_times, expand, randn
-from mfm_lightning.networks.base import VelocityNetwork
+from mfm_lightning.networks.base import EmbedsPrompts, VelocityNetwork
 from mfm_lightning.networks.files import OF_ITS_WEIGHTS, weights_fingerprint
 from mfm_lightning.tangents import velocity_and_jvp
 from mfm_rewards.hub import require_hub
@@ -31,7 +31,8 @@ class MetaFlowMap(nn.Module):
 
     Everywhere: inner times `s <= u` and outer time `t` are `(B,)` or numbers in [0, 1]; inner state `x` and outer state
     `x_t` are `(B, *shape)`; `conditions` have a row for each state or one for all, and `label=`, `guidance=` make them:
-    a number or `(B,)`. What is not given is the network's null condition, without guidance.
+    a number or `(B,)`. What is not given is the network's null condition, without guidance; prompts without embeddings
+    are embedded by a network that can (`EmbedsPrompts`, a text-to-image flow's).
 
     Args:
         network: a network of `mfm_lightning.networks`, or any module with the attributes and the `forward` of
@@ -118,7 +119,10 @@ class MetaFlowMap(nn.Module):
                 f"this network takes (B, {', '.join(map(str, self.state_shape))}) for both"
             )
         s, u, t = (as_times(time, x) for time in (s, u, t))
-        conditions = (conditions or Conditions()).filled(self.null_conditions)
+        conditions = conditions or Conditions()
+        if isinstance(self.network, EmbedsPrompts) and conditions.prompts is not None and conditions.text is None:
+            conditions = self.network.embed(conditions)  # else the prompts would count for rewards alone
+        conditions = conditions.filled(self.null_conditions)
         if conditions.num_rows not in (1, len(x)):
             raise ValueError(f"conditions of {conditions.num_rows} rows for {len(x)} states: expected one, or one each")
         conditions = conditions.expand(len(x), x.device)

@@ -63,7 +63,8 @@ class AlignmentMethod(ABC):
                 f"{type(self).__name__} draws posteriors from the model, and a {type(model).__name__} gives none: "
                 "give it a posterior, such as GlassPosterior, or steer by DPSGradient"
             )
-        if model is not None and not isinstance(model, MetaFlowMap) and (part := _needing_a_flow_map(self)) is not None:
+        has_map = model is None or isinstance(model, MetaFlowMap) or hasattr(model, "base_flow_map")
+        if not has_map and (part := _needing_a_flow_map(self)) is not None:
             raise CheckpointError(
                 f"{type(part).__name__} needs a flow map, and a {type(model).__name__} has none: use a method of its "
                 "drift alone, such as Steering by DPSGradient, Search with a GlassPosterior, or FeynmanKac"

@@ -39,7 +39,7 @@ class FlowAdapter(PromptedNetwork):
         targets: regular expression of whole names of linear layers that have a LoRA; those of attention and MLP in
             all blocks where None.
         guidance_scales: scales of guidance, above 1, that it learns as an input (`pairs.guidance_scale` says which one
-            is trained). A transformer that has guidance as an input already keeps its own way.
+            is trained). None for a transformer that has guidance as an input (FLUX.1-dev): it keeps its usual one.
         vae, image_size, checkpointing, allow_download, max_sequence_length: as `load_flow`.
         torch_dtype: of the base's weights; what is trained is float32.
 
@@ -78,6 +78,11 @@ class FlowAdapter(PromptedNetwork):
             vae=vae, max_sequence_length=max_sequence_length,
         )  # fmt: skip
         super().__init__(flow, config)
+        if guidance_scales and flow.transformer.config.get("guidance_embeds"):
+            raise ValueError(
+                f"guidance_scales {list(guidance_scales)}: {name} has guidance as an input, at its usual "
+                f"{flow.usual_guidance:g} here, and the teacher's would come on top: leave them out"
+            )
         self.guidance_scales = tuple(guidance_scales)
         tokens, times = (_place(flow, where) for where in ("tokens", "times"))
         width, latent = _width(flow), self.state_shape[0] * flow.patch_size**2

@@ -109,6 +109,9 @@ class TextToImageFlow(nn.Module, ABC):
         if checkpointing:
             self.enable_checkpointing()
         self.image_size = self._checked(image_size or self._usual_size())
+        latent = pipe.vae.config.get("latent_channels", pipe.vae.config.get("z_dim", self.channels))
+        if latent != self.channels:
+            raise ValueError(f"the VAE has latents of {latent} channels, and the {found}'s transformer {self.channels}")
 
     def enable_checkpointing(self) -> None:
         """What the option `checkpointing` does."""

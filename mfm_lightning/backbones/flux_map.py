@@ -10,11 +10,13 @@ average velocity along sigma between both times.
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mfm_lightning.backbones.flux import FluxFlow
@@ -23,6 +25,7 @@ from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_rewards.weights import CheckpointError
 
 PREFIX, SECOND = "transformer.", "time_text_embed.second_embedder."
+SETTINGS = "lora_adapter_metadata"  # in a file's header, as diffusers' save_lora_weights writes it
 
 
 class FluxFlowMap(FluxFlow):
@@ -42,7 +45,8 @@ class FluxFlowMap(FluxFlow):
     """
 
     def __init__(self, pipe: Any, *, lora: str | Path, true_guidance: float = 1.0, **options: Any) -> None:
-        add_second_time(pipe.transformer, lora)
+        if type(pipe).__name__ == self.pipeline:  # any other is refused below
+            add_second_time(pipe.transformer, lora)
         super().__init__(pipe, true_guidance=true_guidance, **options)
 
     def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
@@ -90,7 +94,8 @@ def add_second_time(transformer: Any, lora: str | Path) -> None:
     except ImportError as error:
         raise ImportError(f"{lora}: peft is missing: pip install 'mfm-lightning[peft]'") from error
     try:
-        tensors = load_file(lora)
+        with safe_open(lora, "pt") as file:
+            tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # what safetensors raises is an exception of its own
         raise CheckpointError(f"{lora} cannot be read: {str(error).splitlines()[0][:200]}") from error
     asked = [name for name in tensors if not name.startswith(PREFIX) or ".lora_" not in name]
@@ -102,13 +107,42 @@ def add_second_time(transformer: Any, lora: str | Path) -> None:
     modules = {name.removeprefix(PREFIX).split(".lora_")[0] for name in tensors}
     if not any(name.startswith(SECOND) for name in modules):
         raise CheckpointError(f"{lora} trains no second time: it has no {PREFIX}{SECOND}..., so it is no flow map")
-    transformer.time_text_embed = TwoTimeEmbedder(transformer.time_text_embed)
+    settings = _settings(lora, header)
+    plain = transformer.time_text_embed
+    transformer.time_text_embed = TwoTimeEmbedder(plain)
+    try:
+        _add_lora(transformer, f"{lora}", tensors, modules, settings)
+    except BaseException:
+        transformer.time_text_embed = plain  # as it was
+        raise
+
+
+def _settings(lora: str | Path, header: Mapping[str, str]) -> dict[str, Any] | None:
+    """What a file's header says of the transformer's LoRA, such as its `lora_alpha`; None where it says nothing, and
+    alpha is the rank. diffusers writes it there, and does not read it where it is given tensors."""
+    if SETTINGS not in header:
+        return None
+    try:
+        said = json.loads(header[SETTINGS])
+        return said if any(name.startswith(PREFIX) for name in said) else None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{lora}: {SETTINGS} in its header is no JSON object: {error}") from error
+
+
+def _add_lora(
+    transformer: Any, lora: str, tensors: dict[str, Tensor], modules: set[str], settings: dict[str, Any] | None
+) -> None:
     there = dict(transformer.named_modules())
     if unknown := sorted(name for name in modules if not isinstance(there.get(name), nn.Linear)):
         raise CheckpointError(f"{lora} is for another transformer, or another form of two times: no {unknown[0]} here")
     for name in sorted(modules):
-        _check_shapes(f"{lora}", name, there[name], tensors)
-    transformer.load_lora_adapter(dict(tensors), prefix=PREFIX.rstrip("."), adapter_name="flow_map")
+        _check_shapes(lora, name, there[name], tensors)
+    try:
+        transformer.load_lora_adapter(
+            dict(tensors), prefix=PREFIX.rstrip("."), adapter_name="flow_map", metadata=settings
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{lora}: diffusers does not take it: {str(error).splitlines()[0][:200]}") from error
     loaded = {name.split(".lora_A.")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name}
     if loaded != modules:
         raise CheckpointError(f"{lora}: diffusers took {len(loaded)} of its {len(modules)} modules")

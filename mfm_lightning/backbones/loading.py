@@ -123,6 +123,7 @@ def load_flow(
     if options and family != "FluxFlow":
         raise ValueError(f"true_guidance is FLUX's, whose own is an input: give guidance for a {family}")
     weights = f"{name} {revision} {variant} {vae} {_state(folder, 'transformer', 'vae', 'scheduler')}"
+    weights += "" if vae is None else f" {_state(Path(vae), '.')}"
     weights += "" if random_seed is None else f" random {random_seed}"
     if lora is not None:
         kind, options["lora"] = FluxFlowMap, lora

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.loading import load_flow
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.networks.base import VelocityNetwork
+from mfm_lightning.networks.base import EmbedsPrompts, VelocityNetwork
 from mfm_lightning.utils.configs import find_shipped
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,10 @@ def opened(name: str, image_size: int | None = None, **options: Any) -> TextToIm
     return load_flow(find_shipped(name), image_size, max_rows=64, **options)
 
 
-class PromptedNetwork(VelocityNetwork):
+class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
     """Base class of networks that are the transformer of a text-to-image flow, or part of it. States are the pipeline's
-    scaled latents. The null condition, of dropped prompts, is the empty prompt.
+    scaled latents. The null condition, of dropped prompts, is the empty prompt. They train on one device or by DDP:
+    FSDP's whole copies, for pictures and files, would be without the flow's other parts.
 
     Args:
         flow: whose VAE and text encoders are no part of what is trained.
@@ -37,6 +38,7 @@ class PromptedNetwork(VelocityNetwork):
 
     num_classes = 0
     guidance_scales: tuple[float, ...] = ()
+    shardable = False
 
     def __init__(self, flow: TextToImageFlow, config: dict[str, Any]) -> None:
         super().__init__()

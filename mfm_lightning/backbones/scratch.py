@@ -65,7 +65,11 @@ def new_pipeline(
         place = given.get(name, folder / name)
         try:
             found = getattr(importlib.import_module(library), kind)
-            made[name] = _random(found, place, f"{seed} {name}") if name in random else found.from_pretrained(place)
+            made[name] = (
+                _random(found, place, f"{seed} {name}")
+                if name in random
+                else found.from_pretrained(place, local_files_only=True)
+            )
         except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise CheckpointError(f"{name} of the pipeline in {folder}: no {kind} from {place}: {reason}") from error
@@ -78,7 +82,8 @@ def new_pipeline(
 
 def _random(kind: Any, place: Path, seed: str) -> Any:
     with torch.random.fork_rng([]):
-        torch.manual_seed(zlib.crc32(seed.encode()))
+        # not torch.manual_seed: it also seeds accelerators, whose states would not be restored
+        torch.default_generator.manual_seed(zlib.crc32(seed.encode()))
         if hasattr(kind, "load_config"):  # of diffusers
             return kind.from_config(kind.load_config(place))
         return kind(kind.config_class.from_pretrained(place))  # of transformers

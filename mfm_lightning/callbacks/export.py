@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import uuid
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from mfm_lightning.evaluation.base import datamodule_of
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.training.logs import goes_on_in_its_folder
+from mfm_lightning.utils.atomic import PARTIAL, mend, put_in_place, remove
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ class HasFolder(Protocol):
     """A network that other libraries read from a folder of their own layout."""
 
     def write_beside(self, folder: Path) -> Path:
-        """Write it beside `model.safetensors`; returns where."""
+        """Write it to a folder of its own in `folder`; returns where."""
         ...
 
 
@@ -90,10 +92,24 @@ class ExportModel(L.Callback):
                 if kept and (checkpoint := folder / "last.ckpt").is_file():
                     metadata["checkpoint"] = fingerprint(checkpoint)
                 path = folder / self.filename
+                if isinstance(module.exported, HasFolder):  # before the file, by which a run is known to be finished
+                    log.info("written for other libraries: %s", write_folder(module.exported, folder))
                 save_network(module.exported, path, metadata)
                 log.info("model written to %s", path)
-                if isinstance(module.exported, HasFolder):
-                    log.info("%s written, as diffusers reads it", module.exported.write_beside(folder))
+
+
+def write_folder(network: HasFolder, folder: Path) -> Path:
+    """What a network writes beside its file, whole: what stops on its way leaves the folder before it as it was."""
+    partial = folder / f"beside{PARTIAL}{uuid.uuid4().hex[:12]}"
+    try:
+        partial.mkdir(parents=True)
+        made = network.write_beside(partial)
+        place = folder / made.name
+        mend(place)
+        put_in_place(made, place)
+        return place
+    finally:
+        remove(partial)
 
 
 def _latents(trainer: L.Trainer) -> dict[str, str]:

@@ -68,9 +68,15 @@ class PromptEvaluation(Evaluation[ModelModule]):
 
     def check(self, module: ModelModule) -> None:
         super().check(module)
-        _network(module)
+        scales = _network(module).guidance_scales
+        if self.adapter_guidance != 1 and self.adapter_guidance not in scales:
+            raise ValueError(
+                f"adapter_guidance {self.adapter_guidance:g} is not a scale that the network learns: {list(scales)} "
+                "(its guidance_scales)"
+            )
         check_features(module, self.classifier)
-        if max(self.labels) >= (known := data_of(module).num_classes):
+        known = data_of(module).num_classes
+        if min(self.labels) < 0 or max(self.labels) >= known:
             raise ValueError(f"labels {self.labels}: the data have {known} classes, from 0")
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,13 @@ class VelocityNetwork(nn.Module, ABC):
         """
 
 
-@runtime_checkable
-class EmbedsPrompts(Protocol):
-    """A network that is conditioned on texts, and makes their embeddings itself."""
+class EmbedsPrompts(ABC):
+    """A network that is conditioned on texts, and makes their embeddings itself. By its class, not by its attributes: a
+    network of a user's may have an `embed` of another kind."""
 
+    @abstractmethod
     def embed(self, conditions: Conditions) -> Conditions:
         """With the embeddings of the prompts; raises ValueError where there are no prompts."""
-        ...
 
 
 def label_and_guidance(conditions: Conditions) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def read_evaluation(path: str | Path, folder: PromptFolder) -> dict[int, float]:
     scores: dict[int, float] = {}
     strange: list[str] = []
     for where, image, score in read(path):
-        index = image if isinstance(image, int) else _index_of(image, places)
+        index = image if isinstance(image, int) else _index_of(image, places, folder.path)
         if index is None or not 0 <= index < len(folder.images):
             strange.append(f"{where} ({image})")
         elif index in scores:
@@ -122,10 +122,16 @@ def _object(row: Any, keys: tuple[str, ...], where: str, whose: str) -> Mapping[
     return row
 
 
-def _index_of(path: str, places: Mapping[tuple[str, ...], int]) -> int | None:
-    """The image whose name in its folder a path ends with."""
-    parts = PurePosixPath(path.replace("\\", "/")).parts
-    return next((places[end] for k in range(len(parts)) if (end := parts[k:]) in places), None)
+def _index_of(path: str, places: Mapping[tuple[str, ...], int], folder: Path) -> int | None:
+    """The image whose name in its folder a path ends with; None also for another file of the folder, as `before/` has
+    under the same names."""
+    parts = [part for part in PurePosixPath(path.replace("\\", "/")).parts if part != "/"]
+    for k in range(len(parts)):
+        if (end := tuple(parts[k:])) in places:
+            return places[end]
+        if folder.joinpath(*end).is_file():
+            return None
+    return None
 
 
 def _number(value: Any, where: str) -> float:

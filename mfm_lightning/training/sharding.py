@@ -12,9 +12,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a network's parameters in place, its blocks (`regions`) one by one; no effect on one that is sharded."""
+    """Shard a network's parameters in place, its blocks (`regions`) one by one; no effect on one that is sharded.
+
+    Raises:
+        ValueError: for a network that says it cannot be (`shardable = False`).
+    """
     if isinstance(network, FSDPModule):
         return
+    whole = next((part for part in network.modules() if not getattr(part, "shardable", True)), None)
+    if whole is not None:
+        raise ValueError(
+            f"a {type(whole).__name__} cannot be trained in shards, for its file does not make all of it again: take "
+            "trainer.strategy ddp"
+        )
     for part in network.modules():
         for region in getattr(part, "regions", ()):
             fully_shard(region, mesh=mesh)

@@ -51,6 +51,8 @@ class ClassProbability(Reward):
 
     def forward(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
         targets = self._targets(prompts) if self.by_prompt is not None else [self.target] * len(images)
+        if len(targets) != len(images):
+            raise ValueError(f"{len(targets)} prompts for {len(images)} images: target has a class for each prompt")
         logits = _logits(self.classifier, images, max(targets, default=0) + 1)
         chosen = logits if self.output == "logit" else logits.log_softmax(dim=1)
         return self.scale * chosen.gather(1, torch.tensor(targets, device=chosen.device)[:, None])[:, 0]

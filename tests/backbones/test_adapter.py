@@ -1,8 +1,11 @@
 """Adapters of pretrained flows: exactly the base at first, its weights there once, derivatives by two ways."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 
+from mfm_lightning.alignment import Target
 from mfm_lightning.backbones import FlowAdapter, load_flow
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.conditions import Conditions
@@ -10,7 +13,8 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.files import save_network
 from mfm_lightning.objectives.teachers import ModelTeacher
 from mfm_lightning.tangents import velocity_and_jvp
-from tests.backbones import tiny
+from mfm_lightning.training.sharding import shard
+from tests.backbones import encoders, tiny
 from tests.backbones.fast import frozen  # noqa: F401
 
 FAMILIES = ["sd3", "flux", "sana"]
@@ -147,5 +151,21 @@ def test_ranks_differ_by_module_and_wrong_settings_are_refused(folders):
     assert any("add_k_proj" in name for name in ranks)
     with pytest.raises(ValueError, match="targets 'nothing'"):
         made(folders["sd3"], targets="nothing")
+    with pytest.raises(ValueError, match=r"has guidance as an input, at its usual 3\.5 here"):
+        made(folders["flux"], guidance_scales=[2.0])
+    with pytest.raises(ValueError, match=r"a FlowAdapter cannot be trained in shards.*strategy ddp"):
+        shard(MetaFlowMap(network), mesh=cast(Any, None))  # before anything is sharded
     with pytest.raises(ValueError, match="rank -1 must be at least 0"):
         FlowAdapter(str(folders["sd3"]), rank=-1)
+
+
+@torch.no_grad()
+def test_prompts_without_embeddings_are_embedded_and_not_taken_for_the_empty_one(tmp_path):
+    tiny.sd3(**encoders.of_sd3(tmp_path / "words")).save_pretrained(tmp_path / "sd3")
+    network = made(tmp_path / "sd3", max_sequence_length=8)
+    model, x = MetaFlowMap(network), torch.randn(2, *network.state_shape, generator=torch.Generator().manual_seed(4))
+    prompts = ["a red cat", "a blue dog"]
+    expected = network.flow.drift(0.3, x, network.flow.encode(prompts, guidance=1.0))
+    target = Target(model, lambda images: images.mean(dim=(1, 2, 3)), network.flow.decoder, Conditions(prompts=prompts))
+    assert torch.allclose(target.drift(0.3, x), expected, atol=1e-6)
+    assert (model.drift(0.3, x) - expected).abs().max() > 1e-2  # the empty prompt's

@@ -2,6 +2,7 @@
 weights that is called by hand."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mfm_lightning.alignment import (  # fmt: skip
     DiamondGradientFree,
     DrawGradient,
     FlowMapGradient,
+    NoiseOptimisation,
     Steering,
     Target,
     TimeGrid,
@@ -23,7 +25,7 @@ from mfm_lightning.conditions import Conditions
 from tests.backbones import encoders, tiny
 from tests.backbones.fast import frozen  # noqa: F401
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 RANK = 3
 TIMES = "timestep_embedder.linear_1", "timestep_embedder.linear_2"
 MODULES = [
@@ -39,13 +41,13 @@ def layer(transformer, name):
     return transformer.get_submodule(name)
 
 
-def lora(path, modules=MODULES, change=None):
+def lora(path, modules=MODULES, change=None, header=None):
     transformer, generator, tensors = tiny.flux().transformer, torch.Generator().manual_seed(7), {}
     for name in modules:
         out, inputs = layer(transformer, name).weight.shape
         for part, shape in (("A", (RANK, inputs)), ("B", (out, RANK))):
             tensors[f"transformer.{name}.lora_{part}.weight"] = 0.3 * torch.randn(shape, generator=generator)
-    save_file(change(tensors) if change else tensors, path)
+    save_file(change(tensors) if change else tensors, path, header)
     return tensors
 
 
@@ -115,6 +117,21 @@ def test_map_and_drift_are_those_of_merged_weights(tmp_path, max_rows):
     assert (flow.drift(0.2, x, given) - plain).abs().max() > 0.01  # the LoRA does something
 
 
+@torch.no_grad()
+def test_the_scale_that_a_files_header_says_is_taken(tmp_path):
+    """diffusers writes a LoRA's alpha there; B A is then times alpha / rank."""
+    settings = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MODULES).to_dict()
+    said = json.dumps({f"transformer.{name}": value for name, value in settings.items()}, default=list)
+    tensors = lora(tmp_path / "lora.safetensors", header={"format": "pt", "lora_adapter_metadata": said})
+    flow = FluxFlowMap(tiny.flux(), lora=tmp_path / "lora.safetensors", image_size=16)
+    doubled = {name: 2 * value if "lora_B" in name else value for name, value in tensors.items()}
+    exact, _ = by_hand(doubled, torch.tensor(0.2), torch.tensor(0.7), noise(), conditions())
+    torch.testing.assert_close(flow.base_flow_map(0.2, 0.7, noise(), conditions()), exact, rtol=1e-4, atol=1e-5)
+    lora(tmp_path / "lora.safetensors", header={"lora_adapter_metadata": "[1"})
+    with pytest.raises(CheckpointError, match="lora_adapter_metadata in its header is no JSON object"):
+        FluxFlowMap(tiny.flux(), lora=tmp_path / "lora.safetensors")
+
+
 def test_look_ahead_methods_run_and_count(tmp_path):
     lora(tmp_path / "lora.safetensors")
     flow = FluxFlowMap(tiny.flux(), lora=tmp_path / "lora.safetensors", image_size=16)
@@ -128,6 +145,15 @@ def test_look_ahead_methods_run_and_count(tmp_path):
     assert tilted.nfe.total == 2 * 2 * (5 * K - 3)
     free = Steering(DiamondGradientFree(2), TimeGrid(2))(target, x0, torch.Generator().manual_seed(0))
     assert torch.isfinite(free.states).all()
+    for method in (
+        Steering(FlowMapGradient()),
+        TrajectoryTilting(),
+        NoiseOptimisation(),
+        Steering(DiamondGradientFree(2)),
+    ):
+        method.check(target.reward, flow)  # as mfm predict and mfm benchmark do, before any work
+        with pytest.raises(CheckpointError, match="needs a flow map, and a FluxFlow has none"):
+            method.check(target.reward, FluxFlow(tiny.flux(), image_size=16))
     with pytest.raises(CheckpointError, match="draws posteriors from the model, and a FluxFlowMap gives none"):
         Steering(DrawGradient(1)).check(target.reward, flow)
 
@@ -169,11 +195,16 @@ def without(key):
 )  # fmt: skip
 def test_other_files_are_refused(tmp_path, change, message):
     lora(tmp_path / "lora.safetensors", change=change)
+    pipe = tiny.flux()
+    names = list(pipe.transformer.state_dict())
     with pytest.raises(CheckpointError, match=message):
-        FluxFlowMap(tiny.flux(), lora=tmp_path / "lora.safetensors")
+        FluxFlowMap(pipe, lora=tmp_path / "lora.safetensors")
+    assert list(pipe.transformer.state_dict()) == names  # a pipeline that is in memory stays as it was
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="cannot be read"):
         FluxFlowMap(tiny.flux(), lora=tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="FluxFlowMap takes a FluxPipeline, got a StableDiffusion3Pipeline"):
+        FluxFlowMap(tiny.sd3(), lora=tmp_path / "lora.safetensors")

@@ -200,3 +200,33 @@ def test_the_guides_lines_run(tmp_path):
         flow = getattr(backbones, family)(build.get(family, tiny.z_image)(), image_size=64)
         assert flow.usual_guidance == usual
         assert row.split("|")[2].strip().startswith(f"{usual:g}")
+
+
+def test_another_vae_is_part_of_the_identity_and_must_fit(tmp_path):
+    tiny.sd3().save_pretrained(tmp_path / "sd3")
+    found = []
+    for seed in (1, 2):  # as a VAE that is trained again
+        tiny.random_weights(tiny.kl_vae(), seed).save_pretrained(tmp_path / "vae")
+        found.append(load_flow(tmp_path / "sd3", 8, "float32", vae=str(tmp_path / "vae")).identity)
+    assert found[0]["weights"] != found[1]["weights"]
+    tiny.kl_vae(channels=8).save_pretrained(tmp_path / "vae")
+    with pytest.raises(
+        ValueError, match="the VAE has latents of 8 channels, and the StableDiffusion3Pipeline's transf"
+    ):
+        load_flow(tmp_path / "sd3", 8, "float32", vae=str(tmp_path / "vae"))
+
+
+def test_random_weights_leave_the_generators_of_accelerators_alone(tmp_path, monkeypatch):
+    tiny.sd3().save_pretrained(tmp_path / "sd3")
+    next((tmp_path / "sd3/transformer").glob("*.safetensors")).unlink()
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.default_generator.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = (load_flow(tmp_path / "sd3", 8, "float32", random_seed=seed) for seed in (0, 1))
+    assert not seeded  # all ranks would go on with the same noise, whatever seed_everything says
+    assert torch.equal(torch.get_rng_state(), state)
+    weights = [next(flow.transformer.parameters()) for flow in (first, second)]
+    assert not torch.equal(*weights)
+    with pytest.raises(CheckpointError, match="no AutoencoderKL from nobody/vae"):  # and nothing is fetched
+        load_flow(tmp_path / "sd3", 8, "float32", random_seed=0, vae="nobody/vae")

@@ -246,3 +246,19 @@ def test_wrong_batches_of_conditions_are_refused(model):
         with pytest.raises(ValueError, match=message):
             check_batch((x1, given), (2,), 0)
     check_batch((x1, {"text": torch.zeros(4, 3, 4), "prompts": list("abcd")}), (2,), 0)
+
+
+def test_a_users_network_may_call_a_layer_embed():
+    """What embeds prompts is known by its class."""
+
+    class WithLayer(TextNetwork):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Linear(2, 2)
+
+    network = WithLayer()
+    terms = [WeightedTerm("data_diagonal", p=0.0)]
+    module, text = MFMPretraining(network, Objective(terms, PairSampler(guidance_scale=2.5))), torch.randn(4, 3, 4)
+    assert torch.isfinite(module.losses(torch.randn(4, 2), Conditions(text=text), training=True)["loss"])
+    given = Conditions(prompts=["a cat"])
+    assert torch.isfinite(MetaFlowMap(network).drift(0.5, torch.randn(4, 2), given)).all()

@@ -52,6 +52,8 @@ def test_the_class_may_depend_on_the_prompt():
     torch.testing.assert_close(found, torch.stack([expected[0, 0], expected[1, 2], expected[2, 2]]))
     with pytest.raises(RewardError, match="no class for prompt 'a cow': did you mean"):
         evaluate(reward, images[:1], prompts=["a cow"])
+    with pytest.raises(ValueError, match="0 prompts for 3 images: target has a class for each prompt"):
+        reward(images)  # no rewards of no images
     with pytest.raises(RewardError, match="needs prompts"):
         evaluate(reward, images)
 

@@ -127,3 +127,15 @@ def test_what_does_not_fit_is_said_with_its_place(tmp_path, name, content, messa
         read_evaluation(tmp_path / name, folder)
     with pytest.raises(FileNotFoundError, match=r"no results of an evaluator at .*none\.jsonl: run it on the images"):
         read_evaluation(tmp_path / "none.jsonl", folder)
+
+
+def test_other_images_of_the_same_names_are_not_taken_for_the_folders(tmp_path):
+    """`before/` has the base flow's images under the names of the layout "flat"."""
+    folder, file = written(tmp_path / "predict", "flat"), tmp_path / "results.jsonl"
+    folder.write_beside("before", 3, IMAGE)
+    rows = {"predict/000002.png": 2, str(tmp_path / "predict/000003.png"): 3, "elsewhere/000001.png": 1}
+    file.write_text("\n".join(json.dumps({"filename": name, "correct": True}) for name in rows))
+    assert read_evaluation(file, folder) == dict.fromkeys(rows.values(), 1.0)
+    file.write_text(json.dumps({"filename": "outputs/predict/before/000003.png", "correct": True}))
+    with pytest.raises(ValueError, match=r"1 of 1 rows are of no image in .*before/000003.png"):
+        read_evaluation(file, folder)

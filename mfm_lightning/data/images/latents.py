@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from mfm_lightning.data.images.datamodule import ImageDataModule
 from mfm_lightning.data.images.reading import SplitReader
 from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.networks.decoders import VAEDecoder
-from mfm_lightning.networks.vae import load_vae
+from mfm_lightning.networks.vae import VAE, load_vae
 from mfm_lightning.utils.console import track
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,13 @@ class EncodedImages(ImageDataModule):
         self._decoder = VAEDecoder(vae, allow_download=allow_download, max_rows=encode_batch)
         self._encoded: dict[str, EncodedReader] = {}
 
+    @cached_property
+    def _loaded(self) -> VAE:
+        return load_vae(self.vae, self.allow_download)
+
     @property
     def state_shape(self) -> tuple[int, ...]:
-        config = load_vae(self.vae, self.allow_download).config
+        config = self._loaded.config
         side = self.form.size // 2 ** (len(config["block_out_channels"]) - 1)
         return int(config["latent_channels"]), side, side
 
@@ -74,7 +78,7 @@ class EncodedImages(ImageDataModule):
                 "make shards of latents by mfm prepare-latents"
             )
         if name not in self._encoded:
-            self._encoded[name] = EncodedReader.of(super().reader(name), self.vae, self.encode_batch, name)
+            self._encoded[name] = EncodedReader.of(super().reader(name), self._loaded, self.encode_batch, name)
         return self._encoded[name]
 
     @property
@@ -96,9 +100,8 @@ class EncodedReader(SplitReader):
         self.kept, self.latents = reader.kept, latents
 
     @classmethod
-    def of(cls, reader: SplitReader, path: str, batch_size: int, name: str) -> EncodedReader:
+    def of(cls, reader: SplitReader, vae: VAE, batch_size: int, name: str) -> EncodedReader:
         """Encode a split."""
-        vae: Any = load_vae(path)
         scale, parts = float(vae.config["scaling_factor"]), []
         starts: Sequence[int] = range(0, len(reader.split), batch_size)
         for k in track(starts, lambda _: f"encoding {name} images"):
