@@ -13,6 +13,7 @@ from mfm_rewards import (  # noqa: F401  (they register)
     jpeg,
     linear_gaussian,
     pickscore,
+    remote,
     statistics,
     symmetry,
 )

@@ -9,6 +9,7 @@ from torch import nn
 import mfm_rewards
 from mfm_rewards import Reward, RewardError
 from mfm_rewards.testing import check_reward, smooth_images
+from tests.reward_servers import served
 
 
 def small_classifier() -> nn.Module:
@@ -42,9 +43,16 @@ OURS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def remote():
+    """Options of the reward that a server computes."""
+    with served("contrast") as server:
+        yield {"remote": {"url": server.url, "gradients": True}}
+
+
 @pytest.mark.parametrize("name", OURS)
-def test_every_reward_passes(tiny, name):
-    reward = mfm_rewards.build(name, **{**options(), **tiny}.get(name, {}))
+def test_every_reward_passes(tiny, remote, name):
+    reward = mfm_rewards.build(name, **{**options(), **tiny, **remote}.get(name, {}))
     result = check_reward(reward)
     result.raise_for_failures()
     skipped = {check.name for check in result.checks if check.outcome == "skipped"}
