@@ -8,6 +8,7 @@ from mfm_rewards import (  # noqa: F401  (they register)
     classifier,
     clip_score,
     composition,
+    diversity,
     hpsv2,
     image_reward,
     jpeg,

@@ -28,7 +28,7 @@ class Remote(Reward):
             and the server computes the rewards again for it.
         dtype: what images are sent as: "float32", exact, or "uint8", a quarter of the bytes, for images that are
             rounded to 8 bits anyway; it has no gradients.
-        max_rows: largest number of images in a request.
+        max_rows: largest number of images in a request; a group is in one request, however large.
         timeout: seconds without any byte from the server after which a try has failed.
         retries: tries after the first one, where the server does not answer, or not to the end.
         wait: seconds before the second try, doubled from try to try, up to a minute.
@@ -82,7 +82,7 @@ class Remote(Reward):
             RewardError: if the server does not answer, or wrongly.
         """
         values = images.new_empty(len(images), dtype=torch.float32)
-        for rows in self._parts(images):
+        for rows in self._parts(images, given.get("groups")):
             values[rows] = self._checked(self._scored(images[rows], _taken(given, rows))).to(values)
         return values
 
@@ -98,7 +98,7 @@ class Remote(Reward):
             RewardError: if the server does not answer, or wrongly.
         """
         gradient = torch.empty_like(images)
-        for rows in self._parts(images):
+        for rows in self._parts(images, given.get("groups")):
             part = {"images": images[rows].float(), "weights": weights[rows].float()}
             answer = self.endpoint.ask("/gradients", self._body(part, _taken(given, rows)), "application/octet-stream")
             try:
@@ -113,11 +113,21 @@ class Remote(Reward):
             gradient[rows] = found.to(gradient)
         return gradient
 
-    def _parts(self, images: Tensor) -> list[Tensor]:
-        """The rows of each request: no more than `max_rows`, nor than the server takes."""
+    def _parts(self, images: Tensor, groups: Tensor | None) -> list[Tensor]:
+        """The rows of each request: no more than `max_rows`, nor than the server takes, but for a larger group."""
         size = images[0].numel() * self.dtype.itemsize if len(images) else 1
         fitting = int(0.9 * self.served["max_bytes"]) // size  # prompts and header take the rest
-        return list(torch.arange(len(images)).split(max(1, min(self.max_rows, fitting))))
+        most = max(1, min(self.max_rows, fitting))
+        if groups is None:
+            return list(torch.arange(len(images)).split(most))
+        parts: list[Tensor] = []
+        for group in groups.cpu().unique():
+            rows = (groups.cpu() == group).nonzero().flatten()
+            if parts and len(parts[-1]) + len(rows) <= most:
+                parts[-1] = torch.cat([parts[-1], rows])
+            else:
+                parts.append(rows)
+        return parts
 
     def _scored(self, images: Tensor, given: dict[str, Any]) -> tuple[int, list[Any]]:
         """How many rewards are expected, and what came."""
