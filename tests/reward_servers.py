@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 import mfm_rewards
 from mfm_rewards.serving import RewardServer
@@ -67,6 +72,50 @@ def _faulty(fault: Fault) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class FakeJudge(ThreadingHTTPServer):
+    """Chat completions of a model whose score is ten times an image's mean; the next answers are `faults`, if any.
+
+    `asked` has all requests, as (path, Authorization, body).
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.faults: list[Fault | str] = []
+        self.asked: list[tuple[str, str | None, dict[str, Any]]] = []
+        super().__init__(("127.0.0.1", 0), _Chat)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class _Chat(BaseHTTPRequestHandler):
+    server: FakeJudge  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, self.headers.get("Authorization"), body))
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        content = fault if isinstance(fault, str) else json.dumps({"score": judged(body)})
+        choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+        answer = {"id": "1", "object": "chat.completion", "model": body["model"], "choices": [choice]}
+        raw = fault.raw if isinstance(fault, Fault) else Fault.status(200, answer).raw
+        with suppress(ConnectionError):
+            self.wfile.write(raw)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def judged(body: dict[str, Any]) -> float:
+    """Ten times the mean of the image in a request."""
+    url = body["messages"][0]["content"][1]["image_url"]["url"]
+    assert url.startswith("data:image/png;base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    return float(np.asarray(image).mean() / 25.5)
+
+
 @contextmanager
 def running(server: HTTPServer) -> Iterator[None]:
     """Its answers, in a thread."""
@@ -78,6 +127,14 @@ def running(server: HTTPServer) -> Iterator[None]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def judging() -> Iterator[FakeJudge]:
+    """A server of a vision-language model."""
+    server = FakeJudge()
+    with running(server):
+        yield server
 
 
 @contextmanager

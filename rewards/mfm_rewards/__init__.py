@@ -17,6 +17,7 @@ from mfm_rewards import (  # noqa: F401  (they register)
     remote,
     statistics,
     symmetry,
+    vlm_judge,
 )
 from mfm_rewards.protocol import Reward, RewardError, as_reward, evaluate
 from mfm_rewards.registry import available, build, register

@@ -73,7 +73,7 @@ class Endpoint:
             try:
                 return self._once(url, body, kind)
             except urllib.error.HTTPError as error:
-                what, again = _status(error), error.code == 429 or error.code >= 500
+                what, again = self._without_keys(_status(error)), error.code == 429 or error.code >= 500
                 asked = error.headers.get("Retry-After", "") if error.headers else ""
             except (OSError, http.client.HTTPException) as error:
                 what, again, asked = _failure(error, self.timeout), True, ""
@@ -105,12 +105,18 @@ class Endpoint:
     def wrong(self, path: str, what: str, answer: bytes = b"") -> RewardError:
         """The error for an answer that is not what it should be."""
         shown = f": {_shown(answer)}" if answer else ""
-        return RewardError(f"{self.url.rstrip('/')}{path}: the server's answer is {what}{shown}")
+        return RewardError(f"{self.url.rstrip('/')}{path}: the server's answer is {self._without_keys(what + shown)}")
+
+    def _without_keys(self, text: str) -> str:
+        """Servers may repeat a key that they refuse."""
+        for secret in " ".join(self.headers.values()).split():
+            text = text.replace(secret, "***")
+        return text
 
     def _once(self, url: str, body: bytes | None, kind: str) -> bytes:
         headers = {"Content-Type": kind, **self.headers}
         request = urllib.request.Request(url, data=body, headers=headers)
-        proxies = urllib.request.ProxyHandler({} if _is_here(url) else None)
+        proxies = urllib.request.ProxyHandler({} if is_this_machine(url) else None)
         with urllib.request.build_opener(proxies, _NoRedirects).open(request, timeout=self.timeout) as answer:
             return answer.read()
 
@@ -122,8 +128,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _is_here(url: str) -> bool:
-    """Whether a server is this machine, where no proxy leads."""
+def is_this_machine(url: str) -> bool:
+    """Whether a server is on this machine, where no proxy leads."""
     host = urlsplit(url).hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
