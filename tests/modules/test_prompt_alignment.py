@@ -254,6 +254,6 @@ def test_images_of_a_prompt_are_scored_beside_each_other(workplace):
     assert changed == {"000002.png", "000003.png"}
     with pytest.raises(RewardError, match=r"data\.batch_size 3 must be a multiple of data\.images_per_prompt, 2"):
         predict(workplace, "sd3/steer", *more, "--data.batch_size=3", "--trainer.default_root_dir=other")
-    assert not Path("other/predict").exists()
+    assert not Path("other/predict/prompts.json").exists()  # another batch size may follow
     with pytest.raises(RewardError, match=r"and there is one: set data\.images_per_prompt to 2 or more"):
         predict(workplace, "sd3/steer", *more, "--data.images_per_prompt=1", "--trainer.default_root_dir=one")
