@@ -29,6 +29,8 @@ class Conditions:
         mask: which of the tokens are there, `(B, L)`.
         pooled: one embedding a prompt, `(B, P)`.
         prompts: B texts, or one for all. Rewards read them; networks only where they embed them themselves.
+        group: `(B,)` integers, or one for all: samples of equal ones are scored beside each other, by rewards that need
+            groups. The states of one sample are in its group.
         negative_text, negative_mask, negative_pooled: the same of a negative prompt, which guidance by two evaluations
             leads away from (text-to-image flows).
 
@@ -43,6 +45,7 @@ class Conditions:
     mask: Tensor | None
     pooled: Tensor | None
     prompts: tuple[str, ...] | None
+    group: Tensor | None
     negative_text: Tensor | None
     negative_mask: Tensor | None
     negative_pooled: Tensor | None
@@ -58,14 +61,16 @@ class Conditions:
         negative_text: Tensor | None = None,
         negative_mask: Tensor | None = None,
         negative_pooled: Tensor | None = None,
+        group: Tensor | int | None = None,
     ) -> None:
         values = {
-            "label": None if label is None else _integers(torch.atleast_1d(torch.as_tensor(label))),
+            "label": None if label is None else _integers("labels", torch.atleast_1d(torch.as_tensor(label))),
             "guidance": None if guidance is None else torch.atleast_1d(torch.as_tensor(guidance)),
             "text": text,
             "mask": mask,
             "pooled": pooled,
             "prompts": (prompts,) if isinstance(prompts, str) else None if prompts is None else tuple(prompts),
+            "group": None if group is None else _integers("groups", torch.atleast_1d(torch.as_tensor(group))),
             "negative_text": negative_text,
             "negative_mask": negative_mask,
             "negative_pooled": negative_pooled,
@@ -205,8 +210,8 @@ class Conditions:
         """
 
         def dropped(name: str, value: Tensor | tuple[str, ...]) -> Tensor | tuple[str, ...]:
-            if name.startswith("negative"):
-                return value  # without guidance nothing leads away from it
+            if name.startswith("negative") or name == "group":
+                return value  # without guidance nothing leads away from it; a group is no condition of the network
             if isinstance(value, tuple):
                 return tuple("" if drop else text for drop, text in zip(where.tolist(), value, strict=True))
             nothing = torch.ones_like(value[:1]) if name == "guidance" else getattr(null, name)
@@ -268,15 +273,22 @@ def unlabelled(batch: Any) -> Any:
     return x1, {**rest, **index} if isinstance(rest, Mapping) else rest
 
 
-_SHAPES = {"label": "(B,)", "guidance": "(B,)", "text": "(B, L, D)", "mask": "(B, L)", "pooled": "(B, P)"}
+_SHAPES = {
+    "label": "(B,)",
+    "group": "(B,)",
+    "guidance": "(B,)",
+    "text": "(B, L, D)",
+    "mask": "(B, L)",
+    "pooled": "(B, P)",
+}
 _SHAPES |= {f"negative_{name}": _SHAPES[name] for name in ("text", "mask", "pooled")}
 _DIMENSIONS = {name: shape.count(",") + (shape != "(B,)") for name, shape in _SHAPES.items()}
 _NAMES = tuple(field.name for field in fields(Conditions))
 
 
-def _integers(label: Tensor) -> Tensor:
+def _integers(what: str, label: Tensor) -> Tensor:
     if label.is_floating_point() or label.is_complex():
-        raise ValueError(f"labels of type {label.dtype}: expected integers")
+        raise ValueError(f"{what} of type {label.dtype}: expected integers")
     return label.long()  # in a smaller type a null label may not fit
 
 

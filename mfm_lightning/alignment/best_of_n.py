@@ -73,6 +73,7 @@ def best_of_n(
     method = method or BestOfN()
     N, B, shape, target = method.num_candidates, len(x0), x0.shape[1:], target.expand(x0)
     times = method.times(target.model)
+    target.require_whole_groups(min(method.max_rows, B * min([N, *method.keep_at])), B * N)
     run = Run(target, "best_of_n", num_candidates=N, steps=len(times) - 1)
     best, best_reward = torch.zeros_like(x0), x0.new_full((B,), -torch.inf, dtype=torch.float32)
     own = own_generators(generator, B)

@@ -44,8 +44,8 @@ class Target:
             `state_shape`, such as an oracle.
         reward: a reward, or a function that is one.
         decoder: states to images; the states themselves where None.
-        conditions: of B samples, or one row for all. The fields `label=`, `guidance=` and `prompts=` may be given
-            instead. Guidance is 1 where there is no class to guide to.
+        conditions: of B samples, or one row for all; with a `group`, where the reward needs it. The fields `label=`,
+            `guidance=` and `prompts=` may be given instead. Guidance is 1 where there is no class to guide to.
         label: class of all samples, or `(B,)`.
         guidance: guidance scale given to the network, one for all or `(B,)`.
         prompts: what the reward reads: one prompt for all samples, or B of them.
@@ -54,7 +54,7 @@ class Target:
 
     Raises:
         ValueError: for a label or a guidance scale that the model does not know.
-        RewardError: if the reward needs prompts or labels that are not given.
+        RewardError: if the reward needs prompts, labels or groups that are not given.
     """
 
     def __init__(
@@ -80,6 +80,11 @@ class Target:
         for needed, value in (("prompts", self.conditions.prompts), ("labels", self.conditions.label)):
             if needed in self.reward.needs and value is None:
                 raise RewardError(f"reward {name_of(self.reward)!r} needs {needed}: give the target's {needed}")
+        if "groups" in self.reward.needs and self.conditions.group is None:
+            raise RewardError(
+                f"reward {name_of(self.reward)!r} needs groups: give the target's conditions a group, equal for "
+                "samples that are scored beside each other"
+            )
 
     def _guided(self, given: Conditions) -> Conditions:
         """There is nothing to guide to without a class or a text."""
@@ -104,6 +109,14 @@ class Target:
     def require_gradient(self, method: str) -> None:
         """Raise RewardError, before any work, if `method` needs a gradient that the reward has not got."""
         require_gradient(self.reward, method)
+
+    def require_whole_groups(self, at_once: int | None, rows: int) -> None:
+        """Raise RewardError if `at_once` of `rows` states would reach a reward that needs all of a group."""
+        if at_once is not None and at_once < rows and "groups" in self.reward.needs:
+            raise RewardError(
+                f"reward {name_of(self.reward)!r} scores groups, which {at_once} of {rows} states at once would take "
+                f"apart: set max_rows to {rows} or more"
+            )
 
     def _with(self, conditions: Conditions) -> Target:
         if conditions is self.conditions:
@@ -188,8 +201,8 @@ class Target:
     def plain_rewards(self, x: Tensor) -> Tensor:
         """The same without the scale, and not counted: what is reported."""
         images, given = self.decoder(x), self.conditions.expand(len(x), x.device)
-        check_context(self.reward, len(x), given.prompts, given.label)
-        values = evaluate(self.reward, images, given.prompts, given.label).float()
+        check_context(self.reward, len(x), given.prompts, given.label, given.group)
+        values = evaluate(self.reward, images, given.prompts, given.label, given.group).float()
         if images.requires_grad and self.reward.differentiable and not values.requires_grad:
             raise RewardError(
                 f"reward {name_of(self.reward)!r} gave values that carry no gradient: keep it free of detach() and "
@@ -223,7 +236,11 @@ class TargetSettings:
     class_names: str | None = None
 
     def load(
-        self, model: MetaFlowMap | None = None, reward: Reward | None = None, plain_flow_map: bool = False
+        self,
+        model: MetaFlowMap | None = None,
+        reward: Reward | None = None,
+        plain_flow_map: bool = False,
+        groups: bool = False,
     ) -> LoadedTarget:
         """The frozen parts, read and built.
 
@@ -231,11 +248,13 @@ class TargetSettings:
             model: what `self.model` holds, where it has been loaded already.
             reward: what `self.reward` describes, where it has been built already.
             plain_flow_map: whether a plain flow map's file will do, which draws no posteriors.
+            groups: whether samples come in groups, for rewards that need them.
 
         Raises:
             FileNotFoundError: if the model is not there.
             CheckpointError: if the file is a base flow, or a flow map where it will not do.
-            RewardError: if the reward is unknown, its options do not fit, or it needs prompts and there are none.
+            RewardError: if the reward is unknown, its options do not fit, or it needs prompts or groups and there are
+                none.
             FileNotFoundError, ValueError: if prompts or class names are not as many as classes, or have no file.
             ValueError: for a guidance scale that the model does not know; for a decoder that does not say how latents
                 are shifted or scaled by channel, where the model's are.
@@ -254,6 +273,11 @@ class TargetSettings:
         reward = (reward or build(self.reward)).eval().requires_grad_(False)
         if "prompts" in reward.needs and prompts is None:
             raise RewardError(f"reward {name_of(reward)!r} needs prompts: set target.prompts")
+        if "groups" in reward.needs and not groups:
+            raise RewardError(
+                f"reward {name_of(reward)!r} scores images beside others of their group, and here is none: it is "
+                "for mfm predict"
+            )
         check_decoder(self.decoder, model.metadata, self.model)
         if self.decoder is not None:
             self.decoder.eval().requires_grad_(False)

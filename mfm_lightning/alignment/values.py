@@ -22,6 +22,8 @@ from mfm_lightning.checkpoints import load_value
 from mfm_lightning.interpolant import Generators, Times, as_times, denoiser, expand, randn
 from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
 from mfm_lightning.oracles import Likelihood, Oracle, scaled
+from mfm_rewards import RewardError
+from mfm_rewards.protocol import name_of
 
 Chunk = tuple[Target, slice, slice]
 
@@ -365,6 +367,11 @@ class ExactGradient(GradientEstimator):
 
     def _rewards(self, target: Target, num: int) -> Iterator[tuple[Tensor, Any]]:
         """Samples whose reward is one function of the state, and that function: one for each label and prompt."""
+        if "groups" in target.reward.needs:
+            raise RewardError(
+                f"reward {name_of(target.reward)!r} depends on the other images of a group: exact values are of "
+                "rewards of one image"
+            )
         if self.oracle.needs_likelihood:
             yield torch.arange(num), exact_likelihood(target.reward, target.decoder, target.reward_scale)
             return
@@ -403,6 +410,7 @@ def chunks(target: Target, x: Tensor, num_draws: int, max_rows: int | None) -> I
     slices of states and draws."""
     if max_rows is not None:
         positive(max_rows=max_rows)
+    target.require_whole_groups(max_rows, len(x) * num_draws)
     draws = num_draws if max_rows is None else min(num_draws, max_rows)
     rows, target = len(x) if max_rows is None else max(1, max_rows // draws), target.expand(x)
     for i in range(0, len(x), rows):

@@ -79,6 +79,8 @@ class PolicyEvaluation(Evaluation[PolicyModule]):
         for name, reward in self.held_out.items():
             if "prompts" in reward.needs and module.target.settings.prompts is None:
                 raise ValueError(f"held-out reward {name!r} needs prompts: set target.prompts")
+            if "groups" in reward.needs:
+                raise ValueError(f"held-out reward {name!r} needs groups, and these samples come in none: leave it out")
 
     @torch.no_grad()
     def measure(self, module: PolicyModule, folder: Path) -> None:

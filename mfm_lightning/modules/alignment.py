@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class RewardAlignment(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.target, self.method = target.load(plain_flow_map=True), method or Steering()
+        self.target, self.method = target.load(plain_flow_map=True, groups=True), method or Steering()
         self.method.check(self.target.reward, self.target.model)
         self.state_shape, self.num_classes = self.target.model.state_shape, self.target.model.num_classes
         self.base_steps, self.pictures, self.seed = base_steps, pictures, seed
@@ -98,6 +99,8 @@ class RewardAlignment(L.LightningModule):
     def _align(self, x0: Tensor, conditions: Conditions, number: int, index: Tensor) -> AlignmentResult:
         if bool(conditions.is_null(self.target.model.null_conditions).all()):
             conditions = Conditions(prompts=conditions.prompts)
+        if "groups" in self.target.reward.needs:
+            conditions = replace(conditions, group=index)  # of a sample are its particles and draws
         target = self.target(conditions)
         before = sample_ode(target.drift, x0, self.base_steps)
         images = target.decoder(before)

@@ -6,7 +6,7 @@ import json
 import logging
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from mfm_lightning.utils.decoding import load_image
 from mfm_lightning.utils.devices import finished
 from mfm_lightning.utils.distributed import gather_ranks
 from mfm_lightning.utils.figures import image_grid
-from mfm_rewards import Reward, build
+from mfm_rewards import Reward, RewardError, build
 from mfm_rewards.protocol import name_of
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class PromptAlignment(L.LightningModule):
             same command (`mfm_lightning.sampling.evaluations.read_evaluation`); their scores get into the report.
 
     Raises:
-        RewardError: on construction, if a reward is unknown, or the method needs a gradient and there is none.
+        RewardError: on construction, if a reward is unknown, or the method needs a gradient and there is none; before
+            any image, if a reward needs all images of a prompt at once and batches do not have them.
         ValueError: on construction, for steps that make no times, or two columns of the report with one name.
         FileNotFoundError: on construction, for an evaluation that is not there.
         CheckpointError: on construction, if the method draws posteriors in one step, which a pretrained flow does not.
@@ -138,12 +139,21 @@ class PromptAlignment(L.LightningModule):
         data = datamodule_of(self.trainer)
         if not isinstance(data, PromptsDataModule):
             raise ValueError(f"data is a {type(data).__name__}: expected a PromptsDataModule")
+        if grouped := self._scores_groups():
+            _check_groups(grouped, data)
         path = Path(self.trainer.default_root_dir) / "predict"
         self._folder = PromptFolder(path, data.prompts, data.images_per_prompt, self.layout, self.global_rank)
         self._folder.claim({**self._settings, "noise_seed": data.seed})
         self._scores()  # refuses wrong files
         missing = gather_ranks(self._folder.missing())[0]  # before any rank writes
-        self._missing = missing[self.global_rank :: self.trainer.world_size]
+        if not grouped:
+            self._missing = missing[self.global_rank :: self.trainer.world_size]
+        else:
+            prompts = sorted({image.prompt_index for image in missing})
+            mine = set(prompts[self.global_rank :: self.trainer.world_size])
+            # of a prompt of which one is missing all are made again
+            missing = [image for image in self._folder.images if image.prompt_index in set(prompts)]
+            self._missing = [image for image in missing if image.prompt_index in mine]
         if there := len(self._folder.images) - len(missing):
             log.info("%s: %d of %d images are there; the others follow", path, there, len(self._folder.images))
         # all embeddings at once, for text encoders are large; by one rank where the others can read them
@@ -154,6 +164,11 @@ class PromptAlignment(L.LightningModule):
             self.flow.keep_embeddings(texts, self.negative, self.guidance)
         gather_ranks(None)
 
+    def _scores_groups(self) -> str | None:
+        """The name of a reward that scores the images of a prompt beside each other; None where there is none."""
+        rewards = zip(self.names, (self.optimised, *self.held_out), strict=True)
+        return next((name for name, reward in rewards if "groups" in cast(Reward, reward).needs), None)
+
     def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
         """The indices of the images that were made."""
         with own_gradients():
@@ -163,6 +178,9 @@ class PromptAlignment(L.LightningModule):
 
     def _align(self, x0: Tensor, prompts: list[str], index: list[int]) -> None:
         conditions = self.flow.encode(prompts, self.negative, self.guidance).to(x0.device)
+        if self._scores_groups():
+            of_prompt = [self.folder.images[number].prompt_index for number in index]
+            conditions = replace(conditions, group=torch.tensor(of_prompt, device=x0.device))
         target = Target(self.flow, self.optimised, self.flow.decoder, conditions, reward_scale=self.reward_scale)
         images: Tensor | None = None
         if self.before:
@@ -241,6 +259,16 @@ class PromptAlignment(L.LightningModule):
         text = [[caption for pair in captions[row : row + width] for caption in pair] for row in range(0, full, width)]
         title = "base flow, and aligned from the same noise"
         image_grid(grid, path / "before_after.png", title, captions=text, size=1.5)
+
+
+def _check_groups(name: str, data: PromptsDataModule) -> None:
+    """Refuse batches that would not hold all images of their prompts."""
+    beside, batch = f"reward {name!r} scores the images of a prompt beside each other", data.batch_size
+    number = data.images_per_prompt
+    if number == 1:
+        raise RewardError(f"{beside}, and there is one: set data.images_per_prompt to 2 or more")
+    if batch % number:
+        raise RewardError(f"{beside}: data.batch_size {batch} must be a multiple of data.images_per_prompt, {number}")
 
 
 def _rows(lines: Sequence[Mapping[str, Any]], scores: Mapping[str, Mapping[int, float]]) -> list[dict[str, Any]]:

@@ -8,13 +8,16 @@ from mfm_rewards import (  # noqa: F401  (they register)
     classifier,
     clip_score,
     composition,
+    diversity,
     hpsv2,
     image_reward,
     jpeg,
     linear_gaussian,
     pickscore,
+    remote,
     statistics,
     symmetry,
+    vlm_judge,
 )
 from mfm_rewards.protocol import Reward, RewardError, as_reward, evaluate
 from mfm_rewards.registry import available, build, register

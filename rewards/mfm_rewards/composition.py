@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mfm_rewards.protocol import Reward, evaluate
+from mfm_rewards.protocol import INPUTS, Reward, evaluate
 from mfm_rewards.registry import build, register
 
 
@@ -23,12 +23,12 @@ class _Combination(Reward):
         rewards = [build(part) for part in parts]
         self.parts = nn.ModuleList(rewards)
         self.differentiable = all(part.differentiable for part in rewards)
-        self.needs = ("images", *[n for n in ("prompts", "labels") if any(n in part.needs for part in rewards)])
+        self.needs = ("images", *[n for n in INPUTS[1:] if any(n in part.needs for part in rewards)])
 
     def _values(self, images: Tensor, context: tuple) -> list[Tensor]:
         given = dict(zip(self.needs[1:], context, strict=True))
         parts = cast(Iterable[Reward], self.parts)
-        return [evaluate(part, images, given.get("prompts"), given.get("labels")) for part in parts]
+        return [evaluate(part, images, **given) for part in parts]
 
 
 @register("sum")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INPUTS = ("images", "prompts", "labels")
+INPUTS = ("images", "prompts", "labels", "groups")
 
 
 class RewardError(ValueError):
@@ -42,7 +42,9 @@ class Reward(nn.Module, ABC):
         name: how messages call it; `build` gives it the registered name.
         differentiable: whether `forward` can be differentiated in the images.
         needs: what `forward` takes, in this order, of "images" `(B, C, H, W)` in [0, 1] (or the states themselves,
-            where they are not images), "prompts" (B strings) and "labels" `(B,)`.
+            where they are not images), "prompts" (B strings), "labels" `(B,)` and "groups" `(B,)`: integers that are
+            equal for images of one group, such as those of one prompt. A reward that needs these scores an image
+            beside the others of its group, all of which are in the batch; any other scores each image by itself.
     """
 
     differentiable: bool = True
@@ -58,8 +60,8 @@ class FunctionReward(Reward):
     """Any callable as a `Reward`.
 
     Args:
-        function: takes images `(B, C, H, W)`, and, by these names, `prompts` and `labels`, to values `(B,)`. Its
-            attributes `differentiable` and `needs` count, if it has them.
+        function: takes images `(B, C, H, W)`, and, by these names, `prompts`, `labels` and `groups`, to values `(B,)`.
+            Its attributes `differentiable` and `needs` count, if it has them.
         name: how messages call it; the function's own name where None.
     """
 
@@ -116,6 +118,7 @@ def evaluate(
     images: Tensor,
     prompts: Sequence[str] | None = None,
     labels: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """`reward` on a batch, with what it needs, checked: `(B,)` float.
 
@@ -123,13 +126,14 @@ def evaluate(
         images: `(B, C, H, W)` in [0, 1] (or states that are not images).
         prompts: B strings, for rewards that need them.
         labels: `(B,)`, for rewards that need them.
+        groups: `(B,)` integers, equal for images of one group, for rewards that need them.
 
     Raises:
         RewardError: if something it needs is missing, it raises, or its values have a wrong shape, type or device, or
             are not finite (the message names the reward and the indices).
     """
-    name, given = name_of(reward), {"images": images, "prompts": prompts, "labels": labels}
-    check_context(reward, len(images), prompts, labels)
+    name, given = name_of(reward), {"images": images, "prompts": prompts, "labels": labels, "groups": groups}
+    check_context(reward, len(images), prompts, labels, groups)
     try:
         values = reward(*[given[n] for n in reward.needs])
     except RewardError:
@@ -154,9 +158,15 @@ def evaluate(
     return values
 
 
-def check_context(reward: Reward, num: int, prompts: Sequence[str] | None, labels: Tensor | None) -> None:
+def check_context(
+    reward: Reward,
+    num: int,
+    prompts: Sequence[str] | None,
+    labels: Tensor | None,
+    groups: Tensor | None = None,
+) -> None:
     """Raise RewardError unless what the reward needs besides images is there, one for each of `num` images."""
-    for what, value in (("prompts", prompts), ("labels", labels)):
+    for what, value in (("prompts", prompts), ("labels", labels), ("groups", groups)):
         if what not in reward.needs:
             continue
         if value is None:

@@ -76,11 +76,12 @@ def check_reward(
 
     - shape, dtype: one finite floating-point number an image, on its device; at least 32 bits.
     - deterministic: the same twice, also after `train()`; the images and the global random states untouched.
-    - batch independence: an image's reward does not depend on the others with it, nor on its place.
+    - batch independence: an image's reward does not depend on the others with it, nor on its place; where the reward
+      needs groups, a group's rewards do not depend on other groups.
     - autocast: in bf16 autocast, 32 bits come out, within a fifth of the values' spread of those without.
     - no graph: under `no_grad`, and from a black box, values carry no graph.
     - gradient (differentiable rewards): finite, and along two directions that of finite differences; of each image's
-      reward in its own pixels alone.
+      reward in its own pixels, or its group's, alone.
     - NaN: an image with NaN pixels gets NaN or an error, never a plain number; the others keep theirs.
 
     Args:
@@ -89,6 +90,7 @@ def check_reward(
             device.
         prompts: B strings, for rewards that need them; some of the kit's own where None.
         labels: `(B,)`, for rewards that need them; 0..B-1 where None.
+            Groups, for rewards that need them, are of two images next to each other.
         tolerance: largest difference of values, relative to their spread and size.
         gradient_tolerance: largest relative error of directional derivatives.
         seed: of the random images and directions.
@@ -140,6 +142,9 @@ class _Kit:
     ) -> None:
         self.reward, self.images, self.prompts, self.labels = reward, images, prompts, labels
         self.tolerance, self.gradient_tolerance, self.seed = tolerance, gradient_tolerance, seed
+        self.groups = torch.arange(len(images), device=images.device) // 2
+        # the rows that are scored together
+        self.parts = torch.arange(len(images)).split(2 if "groups" in reward.needs else 1)
 
     def checks(self) -> list[tuple[str, Callable[[], tuple[str, str]]]]:
         return [
@@ -156,8 +161,12 @@ class _Kit:
     def values(self, images: Tensor | None = None, rows: Sequence[int] | None = None) -> Tensor:
         images = self.images if images is None else images
         rows = range(len(images)) if rows is None else rows
-        labels = self.labels[list(rows)]
-        return evaluate(self.reward, images, [self.prompts[i] for i in rows], labels)
+        index = list(rows)
+        return evaluate(self.reward, images, [self.prompts[i] for i in index], self.labels[index], self.groups[index])
+
+    def by_part(self, values: Tensor) -> Tensor:
+        """Sums over the rows that are scored together."""
+        return torch.stack([values[rows].sum() for rows in self.parts])
 
     def plain(self, *arguments: Any) -> Tensor:
         with torch.no_grad():
@@ -201,7 +210,7 @@ class _Kit:
 
     def independence(self) -> tuple[str, str]:
         together, order = self.plain(), list(range(len(self.images)))[::-1]
-        alone = torch.cat([self.plain(self.images[i : i + 1], [i]) for i in range(len(self.images))])
+        alone = torch.cat([self.plain(self.images[rows], rows.tolist()) for rows in self.parts])
         outcome, found = self.same(together, alone, "values in a batch and alone")
         if outcome == "failed":
             return outcome, found
@@ -239,7 +248,7 @@ class _Kit:
         (gradient,) = torch.autograd.grad(values.sum(), images)
         if not gradient.isfinite().all():
             return "failed", "the gradient is not finite"
-        size = gradient.flatten(1).norm(dim=1)
+        size = self.by_part(gradient.flatten(1).square().sum(dim=1)).sqrt()
         if not (size > 0).any():
             return "failed", "the gradient is zero everywhere"
         generator = torch.Generator().manual_seed(self.seed)
@@ -248,12 +257,13 @@ class _Kit:
         # along the gradient, where the change is largest; and halfway to a random direction
         for direction in (gradient, _unit(gradient) + _unit(noise)):
             direction = _unit(direction)
-            wanted = (gradient * direction).flatten(1).sum(dim=1).double()
+            wanted = self.by_part((gradient * direction).flatten(1).sum(dim=1).double())
             errors = []
             for step in STEPS:
                 ahead, behind = (self.plain(self.images + sign * step * direction) for sign in (1, -1))
                 errors.append(
-                    ((ahead - behind) / (2 * step) - wanted).abs() / size.double().clamp_min(size.max() * 1e-3)
+                    (self.by_part(ahead - behind) / (2 * step) - wanted).abs()
+                    / size.double().clamp_min(size.max() * 1e-3)
                 )
             # the best step for each image: large steps are not linear, small ones are lost in rounding
             worst = max(worst, torch.stack(errors).amin(dim=0).max().item())
@@ -265,16 +275,17 @@ class _Kit:
             return "skipped", "differentiable = False"
         images = self.images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self.values(images)[0], images)
-        others = gradient[1:].abs().max().item()
-        found = f"the first reward's gradient in other images is at most {others:.2g}"
-        return ("passed" if others <= 1e-6 * max(gradient[0].abs().max().item(), 1e-30) else "failed"), found
+        own = len(self.parts[0])
+        others = gradient[own:].abs().max().item()
+        found = f"the first reward's gradient in other {'images' if own == 1 else 'groups'} is at most {others:.2g}"
+        return ("passed" if others <= 1e-6 * max(gradient[:own].abs().max().item(), 1e-30) else "failed"), found
 
     def nan(self) -> tuple[str, str]:
         images = self.images.clone()
         rows = images.shape[2] // 4  # in the middle, so that a crop or a mask keeps some of it
         images[1, :, rows : max(rows + 1, 3 * rows)] = torch.nan
         exact = self.plain()
-        context = {"prompts": self.prompts, "labels": self.labels}
+        context = {"prompts": self.prompts, "labels": self.labels, "groups": self.groups}
         try:
             with torch.no_grad():
                 values = self.reward(images, *[context[n] for n in self.reward.needs[1:]]).double()
@@ -282,7 +293,7 @@ class _Kit:
             return "passed", f"raises {type(error).__name__}"
         if values[1].isfinite():
             return "failed", f"an image with NaN pixels gets {values[1].item():.3g}: return NaN, or raise"
-        rest = [i for i in range(len(images)) if i != 1]
+        rest = [i for rows in self.parts if 1 not in rows for i in rows.tolist()]
         return self.same(exact[rest], values[rest], "values beside an image with NaN")
 
 

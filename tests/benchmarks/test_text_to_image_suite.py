@@ -292,6 +292,7 @@ def test_quick_has_few_prompts_and_the_cheapest_settings(found, settings):
         ({"prompts": "none.txt"}, r"prompts: no prompts at none\.txt"),
         ({"prompts": "empty.txt"}, r"prompts: empty\.txt has no prompts"),
         ({"layout": "compbench", "prompts": ["a/b"]}, "prompts: prompt 0, 'a/b': T2I-CompBench's file names"),
+        ({"held_out": {"far": "diversity"}}, "rewards, far: scores images beside others, which the suite's blocks"),
         ({"rewards": {"b": {"reward": "brightnes"}}}, "rewards, b: unknown reward 'brightnes': did you mean"),
         (
             {"flow": {"class_path": "mfm_lightning.backbones.load_flow", "init_args": {"name": "no/ne"}}},

@@ -15,7 +15,7 @@ from mfm_lightning.backbones import load_flow
 from mfm_lightning.commands.main import run
 from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.samplers import integrate
-from mfm_rewards import build
+from mfm_rewards import RewardError, build
 from tests.backbones import encoders, tiny
 from tests.backbones.fast import frozen  # noqa: F401
 
@@ -232,3 +232,28 @@ def test_bad_input_is_said_before_any_long_work(workplace, capsys, more, message
         predict(workplace, "sd3/steer", more)
     assert message in " ".join(f"{error.value} {capsys.readouterr().err}".split())
     assert not list(Path().rglob("*.png"))
+
+
+@pytest.mark.slow
+def test_images_of_a_prompt_are_scored_beside_each_other(workplace):
+    more = ["--model.reward=diversity", "--data.images_per_prompt=2", "--model.method.init_args.grid.steps=2"]
+    predict(workplace, "sd3/steer", *more, "--data.batch_size=4")
+    found = lines()
+    assert len(found) == 6
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        a, b = (pixels(Path("out/predict") / line["file"]) / 255 for line in (first, second))
+        wanted = float((a - b).square().mean().sqrt())
+        assert first["rewards"]["diversity"] == pytest.approx(wanted, abs=3e-3)
+        assert second["rewards"]["diversity"] == pytest.approx(wanted, abs=3e-3)
+        assert wanted > 0.01
+    # one image is lost: both of its prompt are made again, for they are scored together
+    times = {path: path.stat().st_mtime_ns for path in Path("out/predict").glob("0*.png")}
+    Path("out/predict/000003.png").unlink()
+    predict(workplace, "sd3/steer", *more, "--data.batch_size=4")
+    changed = {path.name for path in times if path.stat().st_mtime_ns != times[path]}
+    assert changed == {"000002.png", "000003.png"}
+    with pytest.raises(RewardError, match=r"data\.batch_size 3 must be a multiple of data\.images_per_prompt, 2"):
+        predict(workplace, "sd3/steer", *more, "--data.batch_size=3", "--trainer.default_root_dir=other")
+    assert not Path("other/predict/prompts.json").exists()  # another batch size may follow
+    with pytest.raises(RewardError, match=r"and there is one: set data\.images_per_prompt to 2 or more"):
+        predict(workplace, "sd3/steer", *more, "--data.images_per_prompt=1", "--trainer.default_root_dir=one")

@@ -9,6 +9,7 @@ from torch import nn
 import mfm_rewards
 from mfm_rewards import Reward, RewardError
 from mfm_rewards.testing import check_reward, smooth_images
+from tests.reward_servers import judging, served
 
 
 def small_classifier() -> nn.Module:
@@ -42,9 +43,17 @@ OURS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Options of the rewards that servers compute."""
+    with served("contrast") as server, judging() as judge:
+        judged = {"url": judge.url, "model": "judge", "rubric": "How bright?"}
+        yield {"remote": {"url": server.url, "gradients": True}, "vlm_judge": judged}
+
+
 @pytest.mark.parametrize("name", OURS)
-def test_every_reward_passes(tiny, name):
-    reward = mfm_rewards.build(name, **{**options(), **tiny}.get(name, {}))
+def test_every_reward_passes(tiny, elsewhere, name):
+    reward = mfm_rewards.build(name, **{**options(), **tiny, **elsewhere}.get(name, {}))
     result = check_reward(reward)
     result.raise_for_failures()
     skipped = {check.name for check in result.checks if check.outcome == "skipped"}

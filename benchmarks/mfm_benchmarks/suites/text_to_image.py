@@ -157,6 +157,8 @@ class TextToImageSuite(Suite):
                 self._measured[name] = reward = build_reward(spec).eval().requires_grad_(False)
                 if "labels" in reward.needs:
                     found.append(f"rewards, {name}: needs labels of classes, which prompts have none of")
+                if "groups" in reward.needs:
+                    found.append(f"rewards, {name}: scores images beside others, which the suite's blocks take apart")
             except RewardError as error:
                 found.append(f"rewards, {name}: {error}")
         try:
