@@ -96,6 +96,8 @@ class TextToImageFlow(nn.Module, ABC):
         self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled)
         self._pipe = [pipe]  # in a list, so that its text encoders are not moved with the rest
         self.max_rows, self.encoder_device = max_rows, torch.device(encoder_device or "cpu")
+        if max_sequence_length is not None and max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length {max_sequence_length} must be at least 1")
         self.max_sequence_length: int = max_sequence_length or self._of_call("max_sequence_length")
         self.embeddings = EmbeddingCache(cache)
         self._load_encoders, self._encoders, self._weights = load_encoders, encoders, weights

@@ -90,7 +90,7 @@ class ImageTextEncoder(nn.Module):
         """Write it as transformers and `clip_score` read it, to `clip` in a folder."""
         place = folder / FOLDER
         self.clip.save_pretrained(place)
-        for file in self.folder.iterdir():
+        for file in filter(Path.is_file, self.folder.iterdir()):
             shutil.copy(file, place / file.name)
         said = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": self.size, "crop_size": self.size}
         (place / "preprocessor_config.json").write_text(json.dumps(said, indent=1) + "\n")
