@@ -32,10 +32,18 @@ def parse(tool: Callable[..., Any], command: str, args: Sequence[str]) -> tuple[
     """What the command line gives for a function's parameters: positional ones, and keywords.
 
     Raises:
-        CommandLineError: for an option that there is not, a value that does not fit, or one that is missing.
+        CommandLineError: for an option that there is not, a value that does not fit, or one that is missing; for an
+            option of several values that stands twice, of which parsers take the last.
         SystemExit: with status 0, for --help.
     """
     parser = parser_of(tool, command)
+    for action in parser._actions:
+        names = [name for name in action.option_strings if action.nargs == "*"]
+        if sum(arg.split("=")[0] in names for arg in args) > 1:
+            name = names[0]
+            raise CommandLineError(
+                f"{name} stands twice, and the first would be lost: give its values after each other, {name} A B"
+            )
     values = vars(parsed(parser, args))
     parameters = inspect.signature(tool).parameters.values()
     positional = [values[p.name] for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
