@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from mfm_lightning.data.base import counted, say_changed_order
 from mfm_lightning.data.images.opening import open_images
-from mfm_lightning.data.images.pixels import PixelForm, to_images, to_states
+from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.images.reading import SplitReader, TrainBatches
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
@@ -156,7 +156,7 @@ class ImageDataModule(IndexedDataModule):
     @property
     def splits(self) -> Mapping[str, tuple[Tensor, Tensor]] | None:
         """`(x, label)` by "train", "val" and "test", each made when it is asked for; None unless they fit in memory."""
-        return _Splits(self) if self.in_memory else None
+        return Splits(self) if self.in_memory else None
 
     def setup(self, stage: str | None = None) -> None:
         if not self.in_memory:
@@ -231,7 +231,9 @@ class ImageDataModule(IndexedDataModule):
         return "\n".join(lines)
 
 
-class _Splits(Mapping[str, tuple[Tensor, Tensor]]):
+class Splits(Mapping[str, tuple[Tensor, Tensor]]):
+    """`(states, label)` by split."""
+
     def __init__(self, data: ImageDataModule) -> None:
         self.data = data
 
@@ -239,7 +241,7 @@ class _Splits(Mapping[str, tuple[Tensor, Tensor]]):
         if name not in self.data.parts:
             raise KeyError(name)
         reader = self.data.reader(name)
-        return to_states(reader.pixels(np.arange(len(reader.split)))), reader.labels
+        return reader.all_states(), reader.labels
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.data.parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.images.datamodule import ImageDataModule
+from mfm_lightning.data.images.datamodule import ImageDataModule, Splits
 from mfm_lightning.data.images.reading import SplitReader
 from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.networks.decoders import VAEDecoder
@@ -82,9 +82,9 @@ class EncodedImages(ImageDataModule):
         return self._encoded[name]
 
     @property
-    def splits(self) -> Mapping[str, tuple[Tensor, Tensor]] | None:
-        """`(latents, label)` by "train", "val" and "test"."""
-        return _Splits(self)
+    def splits(self) -> Splits:
+        """`(latents, label)` by "train", "val" and "test"; `reader` says so where they do not fit in memory."""
+        return Splits(self)
 
     def decode(self, x: Tensor) -> Tensor:
         """States to images in [0, 1], by the VAE."""
@@ -105,28 +105,13 @@ class EncodedReader(SplitReader):
         scale, parts = float(vae.config["scaling_factor"]), []
         starts: Sequence[int] = range(0, len(reader.split), batch_size)
         for k in track(starts, lambda _: f"encoding {name} images"):
-            x, _ = SplitReader.states(reader, np.arange(k, min(k + batch_size, len(reader.split))))
+            x, _ = reader.states(np.arange(k, min(k + batch_size, len(reader.split))))
             with torch.no_grad():
                 parts.append(vae.encode(x).latent_dist.mean * scale)
         return cls(reader, torch.cat(parts))
 
     def states(self, index: np.ndarray) -> Batch:
-        _, given = super().states(index)
-        return self.latents[torch.from_numpy(index)], given
+        return self.latents[torch.from_numpy(index)], self.given(index)
 
-
-class _Splits(Mapping[str, tuple[Tensor, Tensor]]):
-    def __init__(self, data: EncodedImages) -> None:
-        self.data = data
-
-    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        if name not in self.data.parts:
-            raise KeyError(name)
-        reader = self.data.reader(name)
-        return reader.latents, reader.labels
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.data.parts)
-
-    def __len__(self) -> int:
-        return len(self.data.parts)
+    def all_states(self) -> Tensor:
+        return self.latents

@@ -43,10 +43,18 @@ class SplitReader:
 
     def states(self, index: np.ndarray) -> Batch:
         """States in [-1, 1], `(B, C, H, W)`, and labels `(B,)`; where images have captions, labels and prompts."""
-        x, labels, source = to_states(self.pixels(index)), self.labels[torch.from_numpy(index)], self.split.source
+        return to_states(self.pixels(index)), self.given(index)
+
+    def given(self, index: np.ndarray) -> Tensor | dict[str, Any]:
+        """What is said of images: labels, or labels and prompts."""
+        labels, source = self.labels[torch.from_numpy(index)], self.split.source
         if not source.has_captions:
-            return x, labels
-        return x, {"label": labels, "prompts": [source.caption(i) for i in self.split.rows[index].tolist()]}
+            return labels
+        return {"label": labels, "prompts": [source.caption(i) for i in self.split.rows[index].tolist()]}
+
+    def all_states(self) -> Tensor:
+        """The states of all images."""
+        return to_states(self.pixels(np.arange(len(self.split))))
 
     @property
     def megabytes(self) -> float:
