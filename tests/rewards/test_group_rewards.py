@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from torch import nn
 
 import mfm_rewards
 from mfm_lightning.alignment import BestOfN, DrawGradient, ExactGradient, FeynmanKac, Steering, Target, TimeGrid
-from mfm_lightning.checkpoints import save_model
 from mfm_lightning.commands.main import main
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
@@ -172,19 +170,6 @@ def test_conditions_keep_groups():
     assert Conditions(label=3, group=1).is_null(Conditions(label=3)).all()
     with pytest.raises(ValueError, match=r"groups of type torch\.float32: expected integers"):
         Conditions(group=torch.tensor([0.5]))
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    torch.manual_seed(0)
-    model = MetaFlowMap(DiT(8, 4, 1, 16, 2, 2, 1, num_classes=10, guidance_scales=()))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    save_model(model, tmp_path / "outputs/digits/mfm/model.safetensors")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mfm"])
-    return tmp_path
 
 
 def test_mfm_predict_scores_the_particles_of_a_sample_beside_each_other(folder):

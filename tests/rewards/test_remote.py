@@ -18,10 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import mfm_rewards
-from mfm_lightning.checkpoints import save_model
 from mfm_lightning.commands.main import main
-from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks import DiT
 from mfm_rewards import Reward, RewardError, evaluate
 from mfm_rewards.testing import check_reward, smooth_images
 from mfm_rewards.wire import pack, unpack
@@ -320,20 +317,6 @@ def test_what_is_no_server_of_rewards():
                 mfm_rewards.build("remote", url=server.url, **QUICK)
         with pytest.raises(RewardError, match="'jpeg_compressibility' is not differentiable: leave out gradients"):
             mfm_rewards.build("remote", url=server.url, gradients=True, **QUICK)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A user's folder: the configs and a model of digits."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    torch.manual_seed(0)
-    model = MetaFlowMap(DiT(8, 4, 1, 16, 2, 2, 1, num_classes=10, guidance_scales=()))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    save_model(model, tmp_path / "outputs/digits/mfm/model.safetensors")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mfm"])
-    return tmp_path
 
 
 def predict(reward: str, output: str) -> list[str]:

@@ -15,10 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mfm_rewards
-from mfm_lightning.checkpoints import load_model, save_model
+from mfm_lightning.checkpoints import load_model
 from mfm_lightning.commands.main import main
-from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks import DiT
 from mfm_rewards.prompts import class_prompts
 
 ROOT = Path(__file__).parents[2]
@@ -27,18 +25,10 @@ PROMPT = "a photograph of the digit {class}"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A user's folder: the configs, a model and a file of class names."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "digits.txt").write_text("# names by label\n" + "\n".join(DIGITS))
-    torch.manual_seed(0)
-    model = MetaFlowMap(DiT(8, 4, 1, 16, 2, 2, 1, num_classes=10, guidance_scales=()))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    save_model(model, tmp_path / "outputs/digits/mfm/model.safetensors")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mfm"])
-    return tmp_path
+def folder(folder):
+    """With a file of class names, too."""
+    (folder / "digits.txt").write_text("# names by label\n" + "\n".join(DIGITS))
+    return folder
 
 
 def target(name: str, options: dict, prompts: str | None = PROMPT, class_names: str | None = "digits.txt") -> list[str]:
