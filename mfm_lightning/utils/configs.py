@@ -27,7 +27,7 @@ def find_config(name: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_absolute():
-        named = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+        named = _in_configs(path)
         if named.suffix not in (".yaml", ".yml", ".json"):
             named = named.with_name(f"{named.name}.yaml")
         for folder in (Path(), Path("configs"), SHIPPED):
@@ -45,8 +45,12 @@ def find_shipped(folder: str | Path) -> Path:
     path = Path(folder)
     if path.exists() or path.is_absolute():
         return path
-    named = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
-    return shipped if (shipped := SHIPPED / named).is_dir() else path
+    return shipped if (shipped := SHIPPED / _in_configs(path)).is_dir() else path
+
+
+def _in_configs(path: Path) -> Path:
+    """A path seen from the folder `configs`, which it may begin with."""
+    return Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -33,13 +33,10 @@ from mfm_lightning.samplers import sample_ode
 from mfm_rewards import Reward, RewardError
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
 from tests.latent_data import small_vae
+from tests.noise import seeded
 
 MIXTURE = GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)
 LIKELIHOOD = LinearGaussianLikelihood([1.2, -0.8], -1.0, 0.2)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

@@ -28,15 +28,12 @@ from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
 from mfm_lightning.samplers import sample_refinement
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
 from tests.closed_form import MEAN, VARIANCE, gaussian_model
+from tests.noise import seeded
 
 REWARD = LinearGaussianLikelihood([1.2, -0.8], -1.0, 0.5)
 MIXTURE = GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)
 POINTS = EmpiricalDistribution(torch.randn(20, 2, generator=torch.Generator().manual_seed(5)), max_elements=60)
 GRID = TimeGrid(6)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 METHODS = {

@@ -15,13 +15,10 @@ from mfm_lightning.alignment.diamond import renoising, weighted_draws
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.oracles import GaussianMixture
+from tests.noise import seeded
 
 MEANS, VARIANCES, SHARES = (torch.tensor(v).double() for v in ([-1.2, 0.4, 1.6], [0.15, 0.1, 0.3], [0.3, 0.3, 0.4]))
 TILT = 1.3
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def parts_of(t, x):

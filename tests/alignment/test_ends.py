@@ -15,6 +15,7 @@ from mfm_lightning.alignment import (
 )
 from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
 from tests.finite_data import FiniteData, FiniteGradient
+from tests.noise import seeded
 
 DATA = FiniteData(
     [[1, 1, 1, 1], [-1, -1, 1, 1], [1, -1, -1, 1], [-1, 1, -1, -1], [1, -1, 1, -1], [0, 0, 0, 0]],
@@ -22,10 +23,6 @@ DATA = FiniteData(
     rewards=[0.0, 1.0, -1.0, 0.5, 0.0, 1.5],
 )
 GRADIENT = FiniteGradient(DATA)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def noise(num):

@@ -13,12 +13,9 @@ from mfm_lightning.alignment.values import (
 )
 from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.oracles import GaussianMixture
+from tests.noise import seeded
 
 GRID = TimeGrid(5)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Recorded:

@@ -21,12 +21,9 @@ from mfm_lightning.alignment import (
 )
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.oracles import GaussianMixture
+from tests.noise import seeded
 
 GRID = TimeGrid(3)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 DRIFT_ALONE = {

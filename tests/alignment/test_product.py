@@ -15,14 +15,11 @@ from mfm_lightning.networks.decoders import PixelDecoder
 from mfm_lightning.oracles import EmpiricalDistribution, GaussianMixture
 from mfm_rewards import Reward
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
+from tests.noise import seeded
 
 TIMES = (0.0, 1e-3, 0.01, 0.5)
 MEAN, VARIANCE, TILT = torch.tensor([1.0, -0.5]).double(), 0.3, torch.tensor([1.5, -1.0]).double()
 POINTS = torch.tensor([[-2.0, 0.5], [0.0, 1.0], [1.0, -1.0], [2.5, 0.0], [0.5, 0.5]]).double()
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def states(num=4, *shape):

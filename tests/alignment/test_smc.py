@@ -21,15 +21,12 @@ from mfm_lightning.networks import MLP
 from mfm_lightning.oracles import GaussianMixture
 from mfm_rewards import Reward, RewardError
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
+from tests.noise import seeded
 
 MIXTURE = GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)
 LIKELIHOOD = LinearGaussianLikelihood([1.2, -0.8], -1.0, 0.2)
 # of a width that particles moved by the base process can reach
 MILD = LinearGaussianLikelihood([1.2, -0.8], -1.0, 1.0)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def tilted(num, reward, seed=0):

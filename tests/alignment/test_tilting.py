@@ -21,14 +21,11 @@ from mfm_lightning.oracles import GaussianMixture
 from mfm_rewards import Reward, RewardError
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
 from tests.closed_form import MEAN, VARIANCE, gaussian_model
+from tests.noise import seeded
 
 A, Y, STD = torch.tensor([1.2, -0.8]), -1.0, 0.5
 REWARD = LinearGaussianLikelihood(A.tolist(), Y, STD)
 M = torch.tensor(MEAN)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def target(reward=REWARD, **options):

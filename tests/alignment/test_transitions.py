@@ -11,14 +11,11 @@ from mfm_lightning.alignment.posteriors import Posterior
 from mfm_lightning.alignment.transitions import bridge, correlation_of
 from mfm_lightning.oracles import GaussianMixture
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
+from tests.noise import seeded
 
 MEAN, VARIANCE = 0.8, 0.3
 GAUSSIAN = GaussianMixture([[MEAN] * 4], VARIANCE)
 REWARD = LinearGaussianLikelihood([1.0, -1.0, 0.5, 0.0], 0.3, 1.0)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class ExactGaussian(Posterior):

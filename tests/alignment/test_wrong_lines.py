@@ -15,12 +15,9 @@ from mfm_lightning.alignment import DrawValue, Search, Steering, Target, TimeGri
 from mfm_lightning.alignment.posteriors import Posterior
 from mfm_lightning.alignment.smc import ParticleMethod, sde_step
 from mfm_lightning.alignment.values import Estimate, GradientEstimator, ValueEstimator
+from tests.noise import seeded
 
 B, M, N, D = 4, 3, 5, 64
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Slow:

@@ -8,6 +8,7 @@ import torch
 from mfm_lightning.interpolant import diffusion
 from mfm_lightning.samplers import euler_maruyama, sample_ode, sample_posterior_glass, sample_sde
 from tests.finite_data import FiniteData
+from tests.noise import seeded
 
 # of range 2 in four dimensions, of unequal probabilities
 DATA = FiniteData(
@@ -15,10 +16,6 @@ DATA = FiniteData(
     [0.3, 0.2, 0.2, 0.1, 0.1, 0.1],
 )
 NARROW = FiniteData(DATA.points, DATA.probability, deviation=0.02)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def noise(num, dim=4):

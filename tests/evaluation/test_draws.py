@@ -21,12 +21,9 @@ from mfm_lightning.metrics.distances import sliced_wasserstein
 from mfm_lightning.oracles import GaussianMixture
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
 from tests.closed_form import MEAN, VARIANCE, gaussian_model
+from tests.noise import seeded
 
 ORACLE, REWARD = GaussianMixture([MEAN], VARIANCE), LinearGaussianLikelihood([1.0, 0.5], 0.3, 0.8)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_sources_and_estimators_have_names():

@@ -16,10 +16,7 @@ from mfm_lightning.metrics.distances import (
     sliced_wasserstein,
 )
 from mfm_lightning.metrics.measured import resampled, weights
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.noise import seeded
 
 
 def samples(*shape, seed=0):

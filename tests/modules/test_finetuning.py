@@ -26,14 +26,11 @@ from mfm_lightning.oracles import GaussianMixture
 from mfm_rewards import RewardError
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
 from tests.closed_form import MEAN, VARIANCE, gaussian_model
+from tests.noise import seeded
 
 GAUSSIAN = GaussianMixture([MEAN], VARIANCE)
 REWARD = LinearGaussianLikelihood([1.2, -0.8], 0.5, 0.6)
 MILD = {"name": "linear_gaussian", "operator": [1.2, -0.8], "observation": -1.0, "noise_std": 1.0}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def residual_mean(

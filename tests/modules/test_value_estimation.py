@@ -22,13 +22,10 @@ from mfm_lightning.objectives.value import amortised_value_loss
 from mfm_lightning.oracles import GaussianMixture
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
 from tests.closed_form import MEAN, VARIANCE, gaussian_model
+from tests.noise import seeded
 
 MIXTURE = GaussianMixture([[-3.0, -3.0], [0.0, 0.0], [3.0, 3.0]], 0.5)
 MILD = {"name": "linear_gaussian", "operator": [1.2, -0.8], "observation": -1.0, "noise_std": 1.0}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_the_loss_is_least_at_the_exact_value():
