@@ -15,6 +15,7 @@ from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.network import PromptedNetwork, opened
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.networks.base import check_guidance_scales
+from mfm_lightning.networks.embeddings import patches
 
 NAME = "mfm"  # of the LoRA among a transformer's adapters
 FREQUENCIES = 128
@@ -103,7 +104,7 @@ class FlowAdapter(PromptedNetwork):
         scale = torch.ones_like(t) if conditions.guidance is None else conditions.guidance.to(t)
         known = scale - 1 if self.guidance_scales else torch.zeros_like(t)
         c = F.silu(self.times(torch.cat([_embedded(u - s), _embedded(t), _embedded(known)], dim=1)))
-        added = self.gate(c)[:, None] * self.patches(_patches(x_t, self.flow.patch_size))
+        added = self.gate(c)[:, None] * self.patches(patches(x_t, self.flow.patch_size))
         self._added = self.shift(c), added
         self.flow.recomputing = self._lora_on
         try:
@@ -166,12 +167,6 @@ def _embedded(values: Tensor) -> Tensor:
     powers = torch.arange(FREQUENCIES, device=values.device, dtype=torch.float32) / (FREQUENCIES - 1)
     angles = values.float()[:, None] * (2 * math.pi * torch.exp(powers * math.log(16.0)) / 4)
     return torch.cat([angles.sin(), angles.cos() - 1], dim=1)
-
-
-def _patches(x: Tensor, p: int) -> Tensor:
-    """`(B, C, h, w)` to `(B, T, C p p)`, row by row."""
-    B, C, h, w = x.shape
-    return x.reshape(B, C, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
 
 
 def _with_lora(transformer: Any, rank: int, ranks: dict[str, int], targets: str) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.embeddings import Embedding
 from mfm_lightning.backbones.schedulers import uniform_sigmas
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.networks.embeddings import patches
 
 
 class FluxFlow(TextToImageFlow):
@@ -84,8 +85,7 @@ class FluxFlow(TextToImageFlow):
 
 def packed(x: Tensor) -> Tensor:
     """Latents `(B, C, h, w)` as tokens `(B, h/2 w/2, 4 C)`."""
-    B, C, h, w = x.shape
-    return x.reshape(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w // 4, 4 * C)
+    return patches(x, 2)
 
 
 def unpacked(tokens: Tensor, h: int, w: int) -> Tensor:

@@ -33,7 +33,7 @@ from mfm_lightning.networks.dual import (
     rms_norm,
     silu,
 )
-from mfm_lightning.networks.embeddings import sincos_positions
+from mfm_lightning.networks.embeddings import patches, sincos_positions
 from mfm_lightning.networks.two_times import TwoTimeNetwork
 
 SIZES: dict[str, dict[str, int]] = {
@@ -71,16 +71,11 @@ class PatchEmbedding(nn.Module):
     def forward(self, x: Dual) -> Dual:
         # A strided convolution as the matrix product that it is: several times faster on CPU for small patches.
         p, weight = self.proj.kernel_size[0], self.proj.weight.flatten(1)
-
-        def patches(x: Tensor) -> Tensor:
-            B, C, H, W = x.shape
-            return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
-
-        value = F.linear(patches(x.value), weight, self.proj.bias)
+        value = F.linear(patches(x.value, p), weight, self.proj.bias)
         if x.tangent is None:
             return Dual(value)
         with torch.no_grad():
-            return Dual(value, F.linear(patches(x.tangent), weight))
+            return Dual(value, F.linear(patches(x.tangent, p), weight))
 
 
 QKNorm = bool | Literal["rms", "layer"]

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from mfm_lightning.networks.dual import Dual, cos_sin, linear, silu
 
 
+def patches(x: Tensor, size: int) -> Tensor:
+    """`(B, C, H, W)` to tokens `(B, T, C size size)`: one a patch, row by row."""
+    B, C, H, W = x.shape
+    tokens = x.reshape(B, C, H // size, size, W // size, size).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(B, -1, C * size * size)
+
+
 class TimeFeatures(nn.Module):
     """cos and sin of a time in [0, 1] at geometrically spaced frequencies: `(B,) -> (B, 2 num_frequencies)`.
 
