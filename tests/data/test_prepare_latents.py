@@ -156,7 +156,10 @@ def test_damaged_image_shards_are_not_taken_for_shorter_ones(tmp_path, stream):
 
 def test_bad_input_is_refused_before_work(made, tmp_path, capsys):
     def refused(message: str, *change: str, **kinds: Path) -> None:
-        given = ["prepare-latents", *arguments(made), "--output", str(tmp_path / "none"), *change]
+        usual = arguments(made)
+        if "--input" in change:  # which takes several, and stands once
+            usual = usual[: usual.index("--input")] + usual[usual.index("--input") + 2 :]
+        given = ["prepare-latents", *usual, "--output", str(tmp_path / "none"), *change]
         with pytest.raises((FileNotFoundError, ValueError), match=message):
             main(given[1:])
         assert not (tmp_path / "none").exists()
