@@ -82,6 +82,27 @@ def _argv(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mfm"])
 
 
+@pytest.fixture(autouse=True)
+def _settings_of_torch():
+    """A test that leaves torch's settings changed, or code that does, would make others fail or pass by their order."""
+    before = _settings()
+    yield
+    assert _settings() == before, "torch's settings are not as they were before the test"
+
+
+def _settings() -> dict[str, object]:
+    attention = torch.backends.cuda
+    return {
+        "flash attention": attention.flash_sdp_enabled(),
+        "memory-efficient attention": attention.mem_efficient_sdp_enabled(),
+        "attention written out": attention.math_sdp_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "default type": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "products of float32": torch.get_float32_matmul_precision(),
+    }
+
+
 @pytest.fixture(scope="session")
 def _digits_runs(tmp_path_factory, worker_id):
     # one folder for all workers of pytest-xdist
