@@ -100,7 +100,13 @@ def _settings() -> dict[str, object]:
         "default type": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "products of float32": torch.get_float32_matmul_precision(),
+        "diffusers' attention": _diffusers_attention(),
     }
+
+
+def _diffusers_attention() -> str:
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    return str(dispatch._AttentionBackendRegistry.get_active_backend()[0].value) if dispatch else "native"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from mfm_lightning.backbones.decoder import LatentDecoder
 from mfm_lightning.backbones.flux import FluxFlow
 from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.loading import FAMILIES, load_flow
+from mfm_lightning.backbones.lora import LoRA, LoRANetwork
 from mfm_lightning.backbones.lumina2 import Lumina2Flow
 from mfm_lightning.backbones.network import FlowNetwork, PromptedNetwork
 from mfm_lightning.backbones.qwen_image import QwenImageFlow
@@ -20,6 +21,8 @@ __all__ = [
     "FluxFlow",
     "FluxFlowMap",
     "LatentDecoder",
+    "LoRA",
+    "LoRANetwork",
     "Lumina2Flow",
     "PromptedNetwork",
     "QwenImageFlow",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.backbones.base import TextToImageFlow
-from mfm_lightning.backbones.network import PromptedNetwork, opened
+from mfm_lightning.backbones.lora import AdaptedNetwork, LoRA
+from mfm_lightning.backbones.network import PromptedNetwork
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.networks.base import check_guidance_scales
 from mfm_lightning.networks.embeddings import patches
 
 NAME = "mfm"  # of the LoRA among a transformer's adapters
 FREQUENCIES = 128
-LINEAR = r".*blocks\..*\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out|proj|net\.2|proj_mlp|proj_out|linear_[12])"
 
 
-class FlowAdapter(PromptedNetwork):
+class FlowAdapter(AdaptedNetwork):
     """v_{s,u}(x; t, x_t) of prompts: the transformer of a text-to-image flow at time s, with
 
     - an embedding of u - s, of t and of the guidance scale, added to that of its own time (zero at first);
@@ -43,11 +43,13 @@ class FlowAdapter(PromptedNetwork):
             is trained). None for a transformer that has guidance as an input (FLUX.1-dev): it keeps its usual one.
         vae, image_size, checkpointing, allow_download, max_sequence_length: as `load_flow`.
         torch_dtype: of the base's weights; what is trained is float32.
+        base: a mark of the weights that it must be on, as files have it; any where None.
 
     Raises:
         ImportError: without peft.
         ValueError: for a family whose transformer has no known place for the embedding, a pattern that no layer has, or
             settings out of range; and as `load_flow`.
+        CheckpointError: for a flow of other weights than `base`.
     """
 
     time_rate = 250.0  # transformers see cosines of 1000 s: a step of finite differences must be small to them
@@ -65,24 +67,22 @@ class FlowAdapter(PromptedNetwork):
         checkpointing: bool = False,
         allow_download: bool = False,
         max_sequence_length: int | None = None,
+        base: str | None = None,
     ) -> None:
-        config = {
-            "name": name, "rank": rank, "ranks": ranks, "targets": targets, "guidance_scales": list(guidance_scales),
-            "vae": vae, "image_size": image_size, "torch_dtype": torch_dtype,
-            "max_sequence_length": max_sequence_length,
-        }  # fmt: skip
         if rank < 0:
             raise ValueError(f"rank {rank} must be at least 0")
         check_guidance_scales(guidance_scales)
-        flow = opened(
-            name, image_size, torch_dtype=torch_dtype, checkpointing=checkpointing, allow_download=allow_download,
-            vae=vae, max_sequence_length=max_sequence_length,
+        super().__init__(
+            name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, base,
+            rank=rank, ranks=ranks, targets=targets, guidance_scales=list(guidance_scales),
         )  # fmt: skip
-        super().__init__(flow, config)
+
+    def add_to(self, flow: TextToImageFlow, **options: Any) -> None:
+        guidance_scales, rank = options["guidance_scales"], options["rank"]
         if guidance_scales and flow.transformer.config.get("guidance_embeds"):
             raise ValueError(
-                f"guidance_scales {list(guidance_scales)}: {name} has guidance as an input, at its usual "
-                f"{flow.usual_guidance:g} here, and the teacher's would come on top: leave them out"
+                f"guidance_scales {list(guidance_scales)}: {flow.opened_by['name']} has guidance as an input, at its "
+                f"usual {flow.usual_guidance:g} here, and the teacher's would come on top: leave them out"
             )
         self.guidance_scales = tuple(guidance_scales)
         tokens, times = (_place(flow, where) for where in ("tokens", "times"))
@@ -93,9 +93,7 @@ class FlowAdapter(PromptedNetwork):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.patches = nn.Linear(latent, width)
-        self.lora = nn.ModuleDict(_with_lora(flow.transformer, rank, ranks or {}, targets or LINEAR) if rank else {})
-        self._layers: list[Any] = [m for m in flow.transformer.modules() if hasattr(m, "_disable_adapters")]
-        self._switch(False)
+        self.lora = LoRA(flow, NAME, rank, ranks=options["ranks"], targets=options["targets"]) if rank else None
         self._added: tuple[Tensor, Tensor] | None = None  # to the embedding of the time, and to the tokens
         times.register_forward_hook(lambda *found: self._with(0, found[-1]))
         tokens.register_forward_hook(lambda *found: self._with(1, found[-1]))
@@ -106,12 +104,11 @@ class FlowAdapter(PromptedNetwork):
         c = F.silu(self.times(torch.cat([_embedded(u - s), _embedded(t), _embedded(known)], dim=1)))
         added = self.gate(c)[:, None] * self.patches(patches(x_t, self.flow.patch_size))
         self._added = self.shift(c), added
-        self.flow.recomputing = self._lora_on
         try:
-            with self._lora_on():
+            with self.lora.on() if self.lora is not None else nullcontext():
                 return self.flow.velocity(s, x, conditions)
         finally:
-            self._added, self.flow.recomputing = None, nullcontext
+            self._added = None
 
     def _with(self, which: int, found: Tensor) -> Tensor:
         """What a module of the transformer gives, with what is added to it in a call of this network."""
@@ -121,25 +118,6 @@ class FlowAdapter(PromptedNetwork):
     def teacher_network(self) -> BaseNetwork:
         """The base flow, of the same weights."""
         return BaseNetwork(self.flow, {})
-
-    @contextmanager
-    def _lora_on(self) -> Iterator[None]:
-        """Within the context; elsewhere the transformer is the base's, whoever calls it."""
-        self._switch(True)
-        try:
-            yield
-        finally:
-            self._switch(False)
-
-    def _switch(self, on: bool) -> None:
-        # not by peft's enable_adapters, which also says which parameters are trained
-        for layer in self._layers:
-            layer._disable_adapters = not on
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FlowAdapter:
-        super()._apply(fn, recurse)
-        self.flow.transformer._apply(fn, recurse)  # which is no part of this module, or it would be in its files
-        return self
 
 
 class BaseNetwork(PromptedNetwork):
@@ -167,23 +145,3 @@ def _embedded(values: Tensor) -> Tensor:
     powers = torch.arange(FREQUENCIES, device=values.device, dtype=torch.float32) / (FREQUENCIES - 1)
     angles = values.float()[:, None] * (2 * math.pi * torch.exp(powers * math.log(16.0)) / 4)
     return torch.cat([angles.sin(), angles.cos() - 1], dim=1)
-
-
-def _with_lora(transformer: Any, rank: int, ranks: dict[str, int], targets: str) -> dict[str, nn.Module]:
-    """Give a transformer a LoRA, in place; its parts by the layers' names."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise ImportError("an adapter needs peft: pip install 'mfm-lightning[text-to-image]'") from error
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, rank_pattern=ranks, init_lora_weights=True)
-    try:
-        inject_adapter_in_model(config, transformer, NAME)
-    except ValueError as error:
-        raise ValueError(f"targets {targets!r}: {str(error).splitlines()[0]}") from error
-    found = {}
-    for name, layer in transformer.named_modules():
-        if isinstance(layer, LoraLayer):
-            parts = [layer.lora_A[NAME].float(), layer.lora_B[NAME].float()]
-            found[name.replace(".", "/")] = nn.ModuleList(parts).requires_grad_(True)
-    return found

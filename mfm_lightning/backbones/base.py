@@ -105,6 +105,7 @@ class TextToImageFlow(nn.Module, ABC):
             raise ValueError("a cache of embeddings needs encoders, a name of what made them: load_flow gives it")
         # what a block is computed again in, for a gradient: an adapter that is on in this call is on again
         self.recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._opened_by: dict[str, Any] | None = None
         self.attention = attention
         if attention not in (None, "math"):
             set_backend(self.transformer, attention)
@@ -136,6 +137,21 @@ class TextToImageFlow(nn.Module, ABC):
     def pipe(self) -> Any:
         """The pipeline."""
         return self._pipe[0]
+
+    @property
+    def opened_by(self) -> dict[str, Any]:
+        """What opens it again, for files of networks on it: arguments of `load_flow`, which sets them.
+
+        Raises:
+            ValueError: for a flow of a pipeline that was made otherwise.
+        """
+        if self._opened_by is None:
+            raise ValueError(f"a file of a network on this {type(self).__name__} could not be opened: use load_flow")
+        return self._opened_by
+
+    @opened_by.setter
+    def opened_by(self, settings: dict[str, Any]) -> None:
+        self._opened_by = settings
 
     def whole_pipeline(self) -> Any:
         """The pipeline with its text encoders, which are loaded where they are not there."""
@@ -430,4 +446,8 @@ def set_backend(transformer: Any, name: str) -> None:
             f"attention {name!r}: a {type(transformer).__name__} takes no attention backend of diffusers; 'math' is "
             "torch's plain one"
         )
-    transformer.set_attention_backend(name)
+    # diffusers also makes it the one of all models of this process that have none of their own
+    from diffusers.models.attention_dispatch import attention_backend
+
+    with attention_backend():  # which puts back what was there
+        transformer.set_attention_backend(name)

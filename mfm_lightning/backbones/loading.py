@@ -128,7 +128,7 @@ def load_flow(
     if lora is not None:
         kind, options["lora"] = FluxFlowMap, lora
         weights += f" {flow_map}:{lora.stat().st_size}:{lora.resolve().stat().st_mtime_ns}"
-    return kind(
+    flow = kind(
         pipe,
         image_size=image_size,
         max_rows=max_rows,
@@ -143,6 +143,11 @@ def load_flow(
         max_sequence_length=max_sequence_length,
         **options,
     )
+    flow.opened_by = {
+        "name": str(name), "vae": vae, "image_size": image_size, "torch_dtype": str(dtype).removeprefix("torch."),
+        "max_sequence_length": max_sequence_length,
+    }  # fmt: skip
+    return flow
 
 
 def _diffusers(kind: str, folder: Path) -> Any:

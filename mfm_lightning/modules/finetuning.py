@@ -9,59 +9,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
-from mfm_lightning.alignment.target import TargetSettings, require_gradient
-from mfm_lightning.alignment.values import effective_sample_size
+from mfm_lightning.alignment.posteriors import Posterior
+from mfm_lightning.alignment.target import Target, TargetSettings
 from mfm_lightning.checkpoints import find_weights, fingerprint, load_model
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import diffusion, randn, sample_generators
+from mfm_lightning.interpolant import randn, sample_generators
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import TrainingModule, batch_number
+from mfm_lightning.modules.base import batch_number
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
+from mfm_lightning.modules.tilting import DiffusionSchedule, TiltedTraining
 from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.objectives import ConditionTimes, Pair, noised
-from mfm_lightning.objectives.finetuning import (
-    GRADIENTS,
-    Tilt,
-    control_cost,
-    finetuning_target,
-    tilt_by_reward_gradient,
-    tilt_without_gradient,
-)
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.utils.atomic import save_tensors
-
-
-@dataclass
-class DiffusionSchedule:
-    """sigma^2/2 of the objective: (1-t)/t, clamped (Eq. 14), or a constant.
-
-    Args:
-        max_value: the clamp, positive. Below t = 1 / (1 + max_value), where it acts, (sigma^2/2) grad e^r is taken
-            unclamped, in the gradient-free form.
-        constant: taken in place of (1-t)/t (the release: 100, as its sigma^2 = 200); the fixed point is then
-            b + constant grad V, no longer the tilted distribution's flow. None for (1-t)/t.
-
-    Raises:
-        ValueError: unless both are positive.
-    """
-
-    max_value: float = 25.0
-    constant: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_value <= 0 or (self.constant is not None and self.constant <= 0):
-            raise ValueError(f"half_diffusion max_value {self.max_value} and constant {self.constant} must be positive")
-
-    def __call__(self, t: Tensor) -> Tensor:
-        return diffusion(t, self.max_value) if self.constant is None else torch.full_like(t, self.constant)
-
-    def clamped(self, t: Tensor) -> Tensor:
-        """Whether sigma^2/2 is less than the (1-t)/t that is meant, `(B,)`."""
-        return (t * self.max_value < 1 - t) & (self.constant is None)
 
 
 @dataclass
@@ -79,14 +42,10 @@ class LowRank:
     modules: tuple[str, ...] = ("qkv", "proj", "fc1", "fc2", "adaLN_modulation.1")
 
 
-class RewardFinetuning(TrainingModule):
+class RewardFinetuning(TiltedTraining):
     """Trains a policy, a copy of the base flow, on Eq. 43; the base flow, the Meta Flow Map and the reward are frozen.
 
     The policy is exported as a base flow: a `model.safetensors` that every sampler here takes.
-
-    Among what is logged, `control_cost` is the mean of `mfm_lightning.objectives.finetuning.control_cost` over the
-    states that are trained on. With uniform `times` that is KL(base || policy) where they come from data. Where they
-    are the policy's own samples, it is KL(policy || base), once the policy is near its optimum. Of a mix it is neither.
 
     Args:
         target: the Meta Flow Map for the draws, the reward, its decoder, and `reward_scale` (the paper's lambda).
@@ -108,9 +67,6 @@ class RewardFinetuning(TrainingModule):
         RewardError: if the gradient is "reward" and the reward has none.
     """
 
-    exported_kind = "base_flow"
-    measures_at_validation = True
-
     def __init__(
         self,
         target: TargetSettings,
@@ -126,10 +82,10 @@ class RewardFinetuning(TrainingModule):
         optimization: Optimization | None = None,
         evaluation: Evaluation | None = None,
     ) -> None:
-        super().__init__(optimization, evaluation)
-        if gradient not in GRADIENTS:
-            raise ValueError(f"unknown gradient {gradient!r}: expected one of {', '.join(GRADIENTS)}")
-        self.target, self.base_path = target.load(), base or target.model
+        loaded = target.load()
+        normaliser = LogNormaliser(loaded.model.num_classes, normaliser_rate)
+        super().__init__(gradient, times, half_diffusion, num_draws, posterior, normaliser, optimization, evaluation)
+        self.target, self.base_path = loaded, base or target.model
         file = find_weights(self.base_path)
         model = self.target.model
         flow = model if base is None else load_model(file).eval().requires_grad_(False)
@@ -141,25 +97,18 @@ class RewardFinetuning(TrainingModule):
         if len(model.state_shape) == 3 and target.decoder is None:
             raise ValueError("rewards see images: set target.decoder (mfm_lightning.networks.PixelDecoder for pixels)")
         self.target.check_labels(all_labelled=class_dropout == 0)
-        if num_draws < 1 or not 0 <= class_dropout <= 1:
-            raise ValueError(f"num_draws {num_draws} must be at least 1 and class_dropout {class_dropout} in [0, 1]")
+        if not 0 <= class_dropout <= 1:
+            raise ValueError(f"class_dropout {class_dropout} must lie in [0, 1]")
         self.state_shape, self.num_classes = model.state_shape, model.num_classes
         self._base = [flow]  # in a list: frozen, and no part of this module's state
         self._identity = {**self.target.identity, "base": self.base_path, "base_sha256": fingerprint(file)}
         self._identity["adapters"] = repr(adapters)
-        self._seen: list[tuple[Tensor, Tensor]] = []  # rewards and labels that the normaliser has yet to take in
         self.policy = load_model(file)
         if adapters is not None:
             _add_adapters(self.policy, adapters)
             self.strict_loading = False  # what is frozen is not in the checkpoint
-        self.adapters, self.gradient = adapters, gradient
-        self.times = times or ConditionTimes(power=1.0, zero_rate=0.0)
-        self.half_diffusion = half_diffusion or DiffusionSchedule()
-        self.class_dropout, self.num_draws = class_dropout, num_draws
-        self.posterior = posterior or FlowMapPosterior()
-        self.normaliser = LogNormaliser(self.num_classes, normaliser_rate)
-        if gradient == "reward":
-            require_gradient(self.target.reward, "fine-tuning with gradient 'reward'")
+        self.adapters, self.class_dropout = adapters, class_dropout
+        self.check_reward(self.target.reward)
 
     @property
     def base(self) -> MetaFlowMap:
@@ -193,12 +142,6 @@ class RewardFinetuning(TrainingModule):
     def to_device(self, device: torch.device) -> None:
         self.target.to(device)
         self.base.to(device)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        for rewards, label in self._seen:  # with the step, so that an interrupted one leaves no trace
-            self.normaliser.update(rewards, label)
-        self._seen.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -235,52 +178,22 @@ class RewardFinetuning(TrainingModule):
             samples["label"] = conditions.label
         save_tensors(samples, self.folder / "predict" / f"batch_{number:04d}.safetensors")
 
-    def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
-        pair = noised(x1, conditions, self.times, self.class_dropout, self.target.model.null_conditions)
-        half, label = self.half_diffusion(pair.t), self._classes(pair)
-        with torch.no_grad():
-            base = self.target(pair.conditions, self.base).drift(pair.t, pair.x_t)
-        tilt = self._tilt(pair, label, base)
-        if training:
-            rewards, labels = self.all_gather((tilt.rewards, label[:, None].expand_as(tilt.rewards).contiguous()))
-            self._seen.append((rewards.flatten(), labels.flatten()))
-        policy = self.target(pair.conditions, self.policy).drift(pair.t, pair.x_t)
-        terms = finetuning_target(base, policy, tilt, half, self.half_diffusion.clamped(pair.t))
-        error = (policy - sum(terms)).float().flatten(1).square().sum(dim=1)
-        return {"loss": error.mean(), **self._account(label, half, base, policy.detach(), tilt, terms)}
+    def noised(self, x1: Tensor, conditions: Conditions) -> Pair:
+        return noised(x1, conditions, self.times, self.class_dropout, self.target.model.null_conditions)
 
-    def _classes(self, pair: Pair) -> Tensor:
-        """What the normaliser tells samples apart by, `(B,)`: their labels; all are null where there are none."""
+    def drawing(self, conditions: Conditions) -> Target:
+        return self.target(conditions)
+
+    def base_drift(self, pair: Pair) -> Tensor:
+        return self.target(pair.conditions, self.base).drift(pair.t, pair.x_t)
+
+    def policy_drift(self, pair: Pair) -> Tensor:
+        return self.target(pair.conditions, self.policy).drift(pair.t, pair.x_t)
+
+    def classes(self, pair: Pair) -> Tensor:
+        """Their labels; all are null where there are none."""
         label = pair.conditions.label
         return torch.full_like(pair.t, self.num_classes, dtype=torch.long) if label is None else label
-
-    def _tilt(self, pair: Pair, label: Tensor, base: Tensor) -> Tilt:
-        def log_normaliser(rewards: Tensor) -> Tensor:
-            return self.normaliser(rewards, label)
-
-        t, x, target = pair.t, pair.x_t, self.target(pair.conditions)
-        noise = randn((len(x), self.num_draws, *x.shape[1:]), x)
-        if self.gradient == "reward":
-            return tilt_by_reward_gradient(target, t, x, noise, self.posterior, log_normaliser, base)
-        return tilt_without_gradient(target, t, x, noise, self.posterior, log_normaliser, base)
-
-    @torch.no_grad()
-    def _account(
-        self, label: Tensor, half: Tensor, base: Tensor, policy: Tensor, tilt: Tilt, terms: tuple[Tensor, ...]
-    ) -> dict[str, Tensor]:
-        scale = self.target.settings.reward_scale
-        norms = torch.stack([term.flatten(1).norm(dim=1).mean() for term in terms])
-        change = (policy - base).flatten(1).square().sum(dim=1)
-        normaliser = self.normaliser(tilt.rewards, label)
-        log_weights = (tilt.rewards - normaliser[:, None]).flatten()
-        return {
-            "reward": (tilt.rewards / scale if scale else tilt.rewards).mean(),
-            "control_cost": control_cost(base, policy, half).mean(),
-            "relative_change": change.mean() / base.flatten(1).square().sum(dim=1).mean(),
-            **{f"share/{name}": n / norms.sum() for name, n in zip(("base", "weight", "reward"), norms, strict=True)},
-            "ess": effective_sample_size(log_weights, dim=0) / len(log_weights),
-            "log_normaliser": normaliser.mean(),
-        }
 
 
 def _add_adapters(policy: MetaFlowMap, settings: LowRank) -> None:

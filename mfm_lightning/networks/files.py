@@ -27,7 +27,11 @@ _KINDS = {"value": VALUE_NETWORKS, "classifier": CLASSIFIERS}  # by what a file 
 _LOADERS = {"load_model": NETWORKS, "load_value": VALUE_NETWORKS, "load_classifier": CLASSIFIERS}
 OF_ITS_WEIGHTS = ("step", "command", "imported_from", "accuracy", "measured", "measured_on")  # what a file says of them
 # networks of ours in rooms above this one, which their files name by path
-_ABOVE = ("mfm_lightning.backbones.network.FlowNetwork", "mfm_lightning.backbones.adapter.FlowAdapter")
+_ABOVE = (
+    "mfm_lightning.backbones.network.FlowNetwork",
+    "mfm_lightning.backbones.lora.LoRANetwork",
+    "mfm_lightning.backbones.adapter.FlowAdapter",
+)
 _LIBRARIES = ("torch", "lightning", "mfm_lightning", "mfm_rewards", "mfm_benchmarks")  # not a user's own
 
 
@@ -80,7 +84,7 @@ def check_network(network: nn.Module) -> None:
     """
     kind = type(network)
     path, config = _class_path(kind), json.loads(_config(network))
-    if path in _ABOVE:  # which would load a pretrained flow once more
+    if path in _ABOVE:  # which would load a pretrained flow once more, as `_check_size` would
         return
     try:
         with torch.device("meta"):  # no memory, no time
@@ -186,7 +190,8 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
         )
     config = _read_config(header, path)
     try:
-        _check_size(kind, config, path)
+        if name not in _ABOVE:
+            _check_size(kind, config, path)
         network = kind(**config)
     except CheckpointError:
         raise
@@ -194,13 +199,24 @@ def load_network(path: str | Path, known: Mapping[str, type[nn.Module]] = NETWOR
         raise CheckpointError(f"{path} holds a {name} that the class does not make any more: {error}") from error
     if not hasattr(network, "config"):
         setattr(network, "config", config)  # noqa: B010 # a Module declares tensors and modules alone
+    fill_network(network, path)
+    return network
+
+
+def read_header(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The class of a file's network, as the file calls it, and its `config`; raises as `load_network`."""
+    header = read_metadata(path)
+    return header.get("network", "file of something else"), _read_config(header, path)
+
+
+def fill_network(network: nn.Module, path: str | Path) -> None:
+    """Load a file's weights into a network of its class and config; raises CheckpointError as `load_network`."""
     state = load_file(path)
     if broken := next((k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()), None):
         raise CheckpointError(
             f"{path} holds numbers that are not finite, first in {broken}: its training had broken down"
         )
     load_into(network, state, set(network.state_dict()), path, "mfm-lightning")
-    return network
 
 
 def load_any(path: str | Path) -> nn.Module:

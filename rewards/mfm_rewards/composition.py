@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from mfm_rewards.protocol import INPUTS, Reward, evaluate
+from mfm_rewards.protocol import INPUTS, Reward, evaluate, name_of
 from mfm_rewards.registry import build, register
+
+_parts: ContextVar[list[tuple[str, Tensor]] | None] = ContextVar("parts", default=None)
+
+
+@contextmanager
+def parts_of_rewards(found: dict[str, Tensor]) -> Iterator[None]:
+    """Within the context the values of the parts of combined rewards are kept, at no more cost, in `found`: by name
+    (`sum` of a clip_score and a jpeg: "clip_score", "jpeg"; of two of a kind "jpeg", "jpeg 2"), one value an image, in
+    the order of evaluation. Of nested combinations those that are no combination themselves."""
+    token = _parts.set(kept := [])
+    try:
+        yield
+    finally:
+        _parts.reset(token)
+        for name in dict.fromkeys(name for name, _ in kept):
+            found[name] = torch.cat([values for given, values in kept if given == name])
 
 
 class _Combination(Reward):
@@ -24,11 +43,15 @@ class _Combination(Reward):
         self.parts = nn.ModuleList(rewards)
         self.differentiable = all(part.differentiable for part in rewards)
         self.needs = ("images", *[n for n in INPUTS[1:] if any(n in part.needs for part in rewards)])
+        self.names = _numbered([None if isinstance(part, _Combination) else name_of(part) for part in rewards])
 
     def _values(self, images: Tensor, context: tuple) -> list[Tensor]:
         given = dict(zip(self.needs[1:], context, strict=True))
-        parts = cast(Iterable[Reward], self.parts)
-        return [evaluate(part, images, **given) for part in parts]
+        parts = list(cast(Iterable[Reward], self.parts))
+        values, kept = [evaluate(part, images, **given) for part in parts], _parts.get()
+        if kept is not None:
+            kept += [(name, v.detach()) for name, v in zip(self.names, values, strict=True) if name is not None]
+        return values
 
 
 @register("sum")
@@ -103,3 +126,12 @@ class Clamp(_Combination):
 
     def forward(self, images: Tensor, *context: Any) -> Tensor:
         return self._values(images, context)[0].clamp(self.min, self.max)
+
+
+def _numbered(names: Sequence[str | None]) -> list[str | None]:
+    """With a number for the second of a kind and on."""
+    found: list[str | None] = []
+    for i, name in enumerate(names):
+        before = names[:i].count(name)
+        found.append(f"{name} {before + 1}" if name is not None and before else name)
+    return found

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
 from mfm_lightning.alignment import (  # fmt: skip
@@ -212,7 +213,12 @@ def test_times_are_the_schedulers():
     assert torch.allclose(grid, torch.cat([expected.flip(0)[:-1], torch.ones(1)]), atol=1e-6)
     with pytest.raises(ValueError, match="a SD3Transformer2DModel takes no attention backend of diffusers"):
         SD3Flow(tiny.sd3(), attention="native")
-    FluxFlow(tiny.flux(), attention="_native_math")
+    with pytest.raises(ValueError, match="quick"):
+        FluxFlow(tiny.flux(), attention="quick")
+    theirs = FluxFlow(tiny.flux(), attention="_native_math").transformer
+    assert {p._attention_backend for p in theirs.attn_processors.values()} == {"_native_math"}
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    assert active == "native"  # of models that have none of their own
     with pytest.raises(ValueError, match="shift -1 positive"):
         flux.time_grid(4, shift=-1)
     with pytest.raises(ValueError, match="shift 3 is of a model's own grid"):
