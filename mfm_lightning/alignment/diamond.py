@@ -215,6 +215,7 @@ class DiamondPosterior(Posterior):
     """
 
     needs_flow_map = True
+    differentiable = False
 
     def __init__(self, num_proposals: int = 16, snr_factor: float | None = None, nodes: int = 1) -> None:
         if num_proposals < 2:

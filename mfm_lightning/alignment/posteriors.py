@@ -24,10 +24,12 @@ class Posterior(ABC):
     Attributes:
         needs_meta_flow_map: a plain flow map is refused.
         needs_flow_map: a model with a drift alone is refused.
+        differentiable: whether draws have a gradient in x_t, where the model has.
     """
 
     needs_meta_flow_map: bool = False
     needs_flow_map: bool = False
+    differentiable: bool = True
 
     @abstractmethod
     def __call__(self, target: Target, t: Times, x_t: Tensor, noise: Tensor) -> Tensor: ...
@@ -83,6 +85,8 @@ class OraclePosterior(Posterior):
         generator: of the draws, one after the other, whatever the inner noise; results then change with the parts that
             states and draws are cut into.
     """
+
+    differentiable = False
 
     def __init__(self, oracle: Oracle, generator: torch.Generator | None = None) -> None:
         self.oracle, self.generator = oracle, generator

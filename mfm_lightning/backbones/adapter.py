@@ -41,7 +41,7 @@ class FlowAdapter(AdaptedNetwork):
             all blocks where None.
         guidance_scales: scales of guidance, above 1, that it learns as an input (`pairs.guidance_scale` says which one
             is trained). None for a transformer that has guidance as an input (FLUX.1-dev): it keeps its usual one.
-        vae, image_size, checkpointing, allow_download, max_sequence_length: as `load_flow`.
+        vae, image_size, checkpointing, allow_download, max_sequence_length, lora: as `load_flow`.
         torch_dtype: of the base's weights; what is trained is float32.
         base: a mark of the weights that it must be on, as files have it; any where None.
 
@@ -67,13 +67,14 @@ class FlowAdapter(AdaptedNetwork):
         checkpointing: bool = False,
         allow_download: bool = False,
         max_sequence_length: int | None = None,
+        lora: str | None = None,
         base: str | None = None,
     ) -> None:
         if rank < 0:
             raise ValueError(f"rank {rank} must be at least 0")
         check_guidance_scales(guidance_scales)
         super().__init__(
-            name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, base,
+            name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, base,
             rank=rank, ranks=ranks, targets=targets, guidance_scales=list(guidance_scales),
         )  # fmt: skip
 

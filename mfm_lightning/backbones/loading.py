@@ -13,6 +13,7 @@ import torch
 
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.flux_map import FluxFlowMap
+from mfm_lightning.backbones.merging import lora_file, merge
 from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
 from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.weights import CheckpointError
@@ -48,6 +49,7 @@ def load_flow(
     random_seed: int | None = None,
     max_sequence_length: int | None = None,
     flow_map: str | None = None,
+    lora: str | None = None,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
@@ -72,6 +74,8 @@ def load_flow(
         max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
         flow_map: of FLUX, a LoRA that makes it a flow map of two times (`mfm_lightning.backbones.FluxFlowMap`): a file,
             or org/name/file of a Hugging Face repository.
+        lora: a LoRA that is merged into the transformer: a folder or file that `pipe.load_lora_weights` reads, such as
+            `PromptFinetuning` writes.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -90,11 +94,12 @@ def load_flow(
         raise CheckpointError(_unknown(folder, pipeline))
     module, family = FAMILIES[pipeline]
     kind: type[TextToImageFlow] = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
-    lora = None
+    two_times = None
     if flow_map is not None:
         if family != "FluxFlow":
             raise ValueError(f"flow_map {flow_map} is a LoRA of FLUX's: a {family} takes none")
-        lora = find_file(flow_map, allow_download)  # before the pipeline is loaded
+        two_times = find_file(flow_map, allow_download)  # before the pipeline is loaded
+    merged = None if lora is None else lora_file(lora)
     encoders = [part for part in index if part.startswith("text_encoder")]
     common: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
     common |= {part: None for part, said in index.items() if said == [None, None]}  # such as SD3's T5, left out
@@ -118,6 +123,8 @@ def load_flow(
             return whole
 
         load_encoders = load_whole
+    if merged is not None:
+        merge(pipe, merged)
 
     options: dict[str, Any] = {} if true_guidance is None else {"true_guidance": true_guidance}
     if options and family != "FluxFlow":
@@ -125,9 +132,9 @@ def load_flow(
     weights = f"{name} {revision} {variant} {vae} {_state(folder, 'transformer', 'vae', 'scheduler')}"
     weights += "" if vae is None else f" {_state(Path(vae), '.')}"
     weights += "" if random_seed is None else f" random {random_seed}"
-    if lora is not None:
-        kind, options["lora"] = FluxFlowMap, lora
-        weights += f" {flow_map}:{lora.stat().st_size}:{lora.resolve().stat().st_mtime_ns}"
+    weights += "".join(f" {f}:{f.stat().st_size}:{f.resolve().stat().st_mtime_ns}" for f in (two_times, merged) if f)
+    if two_times is not None:
+        kind, options["lora"] = FluxFlowMap, two_times
     flow = kind(
         pipe,
         image_size=image_size,
@@ -145,7 +152,7 @@ def load_flow(
     )
     flow.opened_by = {
         "name": str(name), "vae": vae, "image_size": image_size, "torch_dtype": str(dtype).removeprefix("torch."),
-        "max_sequence_length": max_sequence_length,
+        "max_sequence_length": max_sequence_length, "lora": lora,
     }  # fmt: skip
     return flow
 

@@ -4,6 +4,7 @@ written so that diffusers loads it."""
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -68,11 +69,13 @@ class LoRA(nn.ModuleDict):
             init_lora_weights=True,
         )  # fmt: skip
         transformer: Any = flow.transformer
+        trained = {id(p) for p in transformer.parameters() if p.requires_grad}  # of LoRAs that are there
         try:
             inject_adapter_in_model(config, transformer, name)
         except ValueError as error:
             raise ValueError(f"targets {targets!r}: {str(error).splitlines()[0]}") from error
-        transformer.requires_grad_(False)
+        for p in transformer.parameters():
+            p.requires_grad_(id(p) in trained)
         self._layers: list[Any] = []
         for place, layer in transformer.named_modules():
             if isinstance(layer, LoraLayer) and name in layer.lora_A:
@@ -137,12 +140,13 @@ class AdaptedNetwork(PromptedNetwork):
         checkpointing: bool = False,
         allow_download: bool = False,
         max_sequence_length: int | None = None,
+        lora: str | None = None,
         base: str | None = None,
         **options: Any,
     ) -> None:
         flow = opened(
             name, image_size, torch_dtype=torch_dtype, checkpointing=checkpointing, allow_download=allow_download,
-            vae=vae, max_sequence_length=max_sequence_length,
+            vae=vae, max_sequence_length=max_sequence_length, lora=lora,
         )  # fmt: skip
         self._begin(flow, base, options)
 
@@ -163,9 +167,14 @@ class AdaptedNetwork(PromptedNetwork):
 
         Raises:
             ValueError: for a flow that `load_flow` did not open, whose file nobody could open again; and as the class.
+            TypeError: for an unknown option.
         """
-        network = cls.__new__(cls)
-        network._begin(flow, options.pop("base", None), options)
+        own = {name: p.default for name, p in inspect.signature(cls).parameters.items() if name not in flow.opened_by}
+        own = {name: default for name, default in own.items() if name not in ("checkpointing", "allow_download")}
+        if unknown := options.keys() - own.keys():
+            raise TypeError(f"a {cls.__name__} on a flow has no option {min(unknown)!r}: expected some of {list(own)}")
+        options, network = own | options, cls.__new__(cls)
+        network._begin(flow, options.pop("base"), options)
         return network
 
     @classmethod
@@ -201,7 +210,7 @@ class LoRANetwork(AdaptedNetwork):
     Args:
         name: a folder of diffusers with `model_index.json`, or a Hugging Face id.
         rank, alpha, ranks, targets: of the LoRA (`mfm_lightning.backbones.LoRA`).
-        vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length: as `load_flow`.
+        vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora: as `load_flow`.
         base: a mark of the weights that it must be on, as files have it; any where None.
 
     Raises:
@@ -222,10 +231,11 @@ class LoRANetwork(AdaptedNetwork):
         checkpointing: bool = False,
         allow_download: bool = False,
         max_sequence_length: int | None = None,
+        lora: str | None = None,
         base: str | None = None,
     ) -> None:
         super().__init__(
-            name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, base,
+            name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, base,
             rank=rank, alpha=alpha, ranks=ranks, targets=targets,
         )  # fmt: skip
 

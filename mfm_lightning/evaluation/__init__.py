@@ -4,6 +4,7 @@ from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.evaluation.images import ImageEvaluation
 from mfm_lightning.evaluation.mixture import MixtureEvaluation
 from mfm_lightning.evaluation.policy import PolicyEvaluation, TiltedMixtureEvaluation
+from mfm_lightning.evaluation.prompt_policy import PromptPolicyEvaluation
 from mfm_lightning.evaluation.prompts import PromptEvaluation
 from mfm_lightning.evaluation.values import ValueEvaluation
 
@@ -13,6 +14,7 @@ __all__ = [
     "MixtureEvaluation",
     "PolicyEvaluation",
     "PromptEvaluation",
+    "PromptPolicyEvaluation",
     "TiltedMixtureEvaluation",
     "ValueEvaluation",
 ]

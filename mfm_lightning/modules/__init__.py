@@ -12,6 +12,7 @@ from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.pretraining import MFMPretraining
 from mfm_lightning.modules.prompt_alignment import PromptAlignment
+from mfm_lightning.modules.prompt_finetuning import PromptFinetuning
 from mfm_lightning.modules.tilting import DiffusionSchedule, TiltedTraining
 from mfm_lightning.modules.value_estimation import ValueEstimation
 
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteLossError",
     "Optimization",
     "PromptAlignment",
+    "PromptFinetuning",
     "RewardAlignment",
     "RewardFinetuning",
     "TiltedTraining",

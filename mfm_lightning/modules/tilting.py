@@ -78,7 +78,7 @@ class TiltedTraining(TrainingModule):
         optimization, evaluation: as `TrainingModule`.
 
     Raises:
-        ValueError: for an unknown gradient, or no draws.
+        ValueError: for an unknown gradient, no draws, or draws without the gradient that is wanted.
     """
 
     exported_kind = "base_flow"
@@ -104,6 +104,11 @@ class TiltedTraining(TrainingModule):
         self.times = times or ConditionTimes(power=1.0, zero_rate=0.0)
         self.half_diffusion = half_diffusion or DiffusionSchedule()
         self.posterior = posterior or FlowMapPosterior()
+        if gradient == "reward" and not self.posterior.differentiable:
+            raise ValueError(
+                f"draws of a {type(self.posterior).__name__} have no gradient: take gradient 'free' with them, or "
+                "another posterior"
+            )
         self.normaliser = normaliser
         self._seen: list[tuple[Tensor, Tensor]] = []  # rewards and classes that the normaliser has yet to take in
 

@@ -1,0 +1,179 @@
+"""A fine-tuned text-to-image flow beside its base: rewards by prompt, what was not asked for, and pictures."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mfm_lightning.backbones import LoRANetwork, TextToImageFlow
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.evaluation.base import EvaluatedModule, Evaluation
+from mfm_lightning.interpolant import diffusion, sample_generators
+from mfm_lightning.metrics.measured import Measured, mean_of_groups
+from mfm_lightning.objectives.finetuning import control_cost
+from mfm_lightning.sampling.prompts import as_prompts
+from mfm_lightning.utils.console import track, write_table
+from mfm_lightning.utils.figures import image_grid
+from mfm_rewards import Reward, build, evaluate
+from mfm_rewards.composition import parts_of_rewards
+from mfm_rewards.protocol import name_of
+
+
+class PromptPolicyModule(EvaluatedModule, Protocol):
+    """With a LoRA that is trained on a base flow to a reward of prompts."""
+
+    policy: LoRANetwork
+    reward: Reward
+
+    @property
+    def flow(self) -> TextToImageFlow: ...
+
+    def embedded(self, conditions: Conditions, device: torch.device) -> Conditions: ...
+
+    def sample_base(self, noise: Tensor, conditions: Conditions | None, steps: int) -> Tensor: ...
+
+    def sample_policy(self, noise: Tensor, conditions: Conditions | None, steps: int) -> Tensor: ...
+
+
+class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
+    """Images of prompts by base flow and policy, from the same noise: the reward, its parts, and held-out rewards, each
+    with the paired difference and intervals over prompts; and how far the policy went: the mean control cost along its
+    samples (KL of its SDE from the base's, once it is near its optimum), and the root mean square of the difference of
+    both images.
+
+    Args:
+        prompts: a file, the name of a set, or texts (`mfm_lightning.sampling.prompts.read_prompts`).
+        images_per_prompt: of each prompt.
+        steps: of Euler, on the flow's own times.
+        held_out: rewards that are not optimised, by name.
+        pictures: pairs in the picture.
+        batch_size: images at once.
+        seed: of the noise.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_prompts`; for numbers below 1.
+        RewardError: for a held-out reward that is unknown.
+    """
+
+    def __init__(
+        self,
+        prompts: str | list[str],
+        images_per_prompt: int = 4,
+        steps: int = 28,
+        held_out: dict[str, Any] | None = None,
+        pictures: int = 8,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if min(images_per_prompt, steps, batch_size) < 1:
+            raise ValueError(
+                f"images_per_prompt {images_per_prompt}, steps {steps} and batch_size {batch_size} must be at least 1"
+            )
+        self.prompts = [prompt.text for prompt in as_prompts(prompts)]
+        self.images_per_prompt, self.steps, self.pictures = images_per_prompt, steps, pictures
+        self.held_out = {name: build(reward).eval() for name, reward in (held_out or {}).items()}
+        self.batch_size, self.seed = batch_size, seed
+        self._base: dict[str, Tensor] | None = None
+
+    def check(self, module: PromptPolicyModule) -> None:
+        for name, reward in self.held_out.items():
+            if missing := [needed for needed in ("labels", "groups") if needed in reward.needs]:
+                raise ValueError(f"held-out reward {name!r} needs {missing[0]}, which prompts have not")
+        if name_of(module.reward) in self.held_out:
+            raise ValueError(f"held_out has {name_of(module.reward)!r}, the name of what is optimised: take another")
+
+    @torch.no_grad()
+    def measure(self, module: PromptPolicyModule, folder: Path) -> None:
+        if self._base is None:  # the base flow and its noise stay as they are
+            self._base = self._rewards(module, module.sample_base, "base flow")
+        after, group = self._rewards(module, module.sample_policy, "policy"), self._prompt_of()
+        stage, rows = "test" if module.trainer.testing else "val", []
+        for name, values in after.items():
+            texts: dict[str, str]
+            if name in self._base:
+                found = (mean_of_groups(self._base[name], group), mean_of_groups(values, group))
+                gain = mean_of_groups(values - self._base[name], group)
+                texts = dict(zip(("base", "policy", "difference"), (n.text() for n in (*found, gain)), strict=True))
+                logged: tuple[tuple[str, Measured], ...] = (("base", found[0]), ("policy", found[1]), ("gain", gain))
+                for kind, number in logged:
+                    module.log(f"{stage}/{kind}/{name}", number.value, rank_zero_only=True)
+            else:
+                number = mean_of_groups(values, group)
+                texts = {"base": "", "policy": number.text(), "difference": ""}
+                module.log(f"{stage}/policy/{name}", number.value, rank_zero_only=True)
+            rows.append({"measure": name, "images": len(values), **texts})
+        title = f"{len(self.prompts)} prompts, {self.steps} steps, the same noise for both"
+        write_table(rows, title, folder, "policy", show=module.trainer.testing)
+
+    @torch.no_grad()
+    def draw(self, module: PromptPolicyModule, folder: Path) -> None:
+        chosen = [k * self.images_per_prompt for k in range(min(self.pictures, len(self.prompts)))]
+        noise, prompts = self._noise(module, chosen), [self.prompts[i // self.images_per_prompt] for i in chosen]
+        pairs = []
+        for rows in torch.arange(len(chosen)).split(self.batch_size):
+            given = Conditions(prompts=[prompts[i] for i in rows.tolist()])
+            both = [sample(noise[rows], given, self.steps) for sample in (module.sample_base, module.sample_policy)]
+            pairs.append(torch.stack([module.flow.decoder(x) for x in both], dim=1).cpu())
+        images = torch.cat(pairs)
+        width = min(4, len(images))
+        images = images[: len(images) // width * width]
+        grid = images.reshape(len(images) // width, 2 * width, *images.shape[2:])
+        names = [[textwrap.shorten(text, 34, placeholder="..."), "policy"] for text in prompts[: len(images)]]
+        captions = [[text for pair in names[row : row + width] for text in pair] for row in range(0, len(names), width)]
+        image_grid(grid, folder / "before_after.png", "base flow and policy, the same noise", (), captions, size=1.5)
+
+    def _prompt_of(self) -> Tensor:
+        return torch.arange(len(self.prompts)).repeat_interleave(self.images_per_prompt)
+
+    def _noise(self, module: PromptPolicyModule, index: Sequence[int]) -> Tensor:
+        drawn = [torch.randn(module.state_shape, generator=g) for g in sample_generators(self.seed, list(index))]
+        return torch.stack(drawn).to(module.device)
+
+    def _batches(self, name: str) -> Iterator[tuple[list[int], Conditions]]:
+        total = len(self.prompts) * self.images_per_prompt
+        starts = range(0, total, self.batch_size)
+        for k in track(list(starts), lambda k: f"{name}: image {k + 1} of {total}"):
+            index = list(range(k, min(k + self.batch_size, total)))
+            yield index, Conditions(prompts=[self.prompts[i // self.images_per_prompt] for i in index])
+
+    def _rewards(
+        self, module: PromptPolicyModule, sample: Callable[[Tensor, Conditions, int], Tensor], name: str
+    ) -> dict[str, Tensor]:
+        """By name, one value an image `(M,)`; of the policy also how far it is from the base."""
+        found: dict[str, list[Tensor]] = {}
+        own = name_of(module.reward)
+        for index, given in self._batches(name):
+            noise = self._noise(module, index)
+            states = sample(noise, given, self.steps)
+            images = module.flow.decoder(states)
+            parts: dict[str, Tensor] = {}
+            with parts_of_rewards(parts):
+                total = evaluate(module.reward, images, given.prompts)
+            values = {own: total, **{f"{own}: {part}": value for part, value in parts.items()}}
+            for other, reward in self.held_out.items():
+                values[other] = evaluate(reward.to(images.device), images, given.prompts)
+            if name == "policy":
+                before = module.flow.decoder(module.sample_base(noise, given, self.steps))
+                values["control cost"] = self._control_cost(module, noise, given)
+                values["RMS difference of images"] = (images - before).flatten(1).square().mean(dim=1).sqrt()
+            for key, value in values.items():
+                found.setdefault(key, []).append(value.float().cpu())
+        return {key: torch.cat(values) for key, values in found.items()}
+
+    def _control_cost(self, module: PromptPolicyModule, noise: Tensor, given: Conditions) -> Tensor:
+        """Its integral over t along the policy's ODE, `(B,)`."""
+        given = module.embedded(given, noise.device).expand(len(noise), noise.device)
+        times, x = module.flow.time_grid(self.steps), noise
+        total = torch.zeros(len(x), device=x.device)
+        for t, after in itertools.pairwise(times):
+            policy = module.policy.drift(t, x, given)
+            half = diffusion(torch.full((len(x),), (t + after) / 2, device=x.device), 25.0)
+            total += (after - t) * control_cost(module.flow.drift(t, x, given), policy, half)
+            x = x + (after - t) * policy
+        return total
