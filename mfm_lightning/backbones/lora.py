@@ -112,13 +112,14 @@ class LoRA(nn.ModuleDict):
 
     def save(self, folder: Path) -> Path:
         """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` reads."""
-        from peft import get_peft_model_state_dict
-
-        flow = self._flow[0]
-        tensors = get_peft_model_state_dict(cast(Any, flow.transformer), adapter_name=self.name)
-        flow.pipe.save_lora_weights(
+        tensors = {
+            f"{place.replace('/', '.')}.lora_{part}.weight": layer.weight.detach().cpu().contiguous()
+            for place, layers in self.items()
+            for part, layer in zip("AB", cast(Any, layers), strict=True)
+        }
+        self._flow[0].pipe.save_lora_weights(
             save_directory=str(folder),
-            transformer_lora_layers={k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            transformer_lora_layers=tensors,
             transformer_lora_adapter_metadata=_plain(self._config.to_dict()),
         )
         return folder
@@ -130,6 +131,8 @@ class AdaptedNetwork(PromptedNetwork):
 
     A subclass adds in `add_to`, with its own options.
     """
+
+    shardable = True
 
     def __init__(
         self,
@@ -193,13 +196,18 @@ class AdaptedNetwork(PromptedNetwork):
         fill_network(network, path)
         return network
 
+    @property
+    def elsewhere(self) -> nn.Module:
+        """The transformer, which is no part of this module, or it would be in its files."""
+        return self.flow.transformer
+
     @abstractmethod
     def add_to(self, flow: TextToImageFlow, **options: Any) -> None:
         """Make what is trained."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.flow.transformer._apply(fn, recurse)  # which is no part of this module, or it would be in its files
+        self.elsewhere._apply(fn, recurse)
         return self
 
 

@@ -28,8 +28,10 @@ def opened(name: str, image_size: int | None = None, **options: Any) -> TextToIm
 
 class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
     """Base class of networks that are the transformer of a text-to-image flow, or part of it. States are the pipeline's
-    scaled latents. The null condition, of dropped prompts, is the empty prompt. They train on one device or by DDP:
-    FSDP's whole copies, for pictures and files, would be without the flow's other parts.
+    scaled latents. The null condition, of dropped prompts, is the empty prompt.
+
+    One that holds the transformer trains on one device or by DDP: FSDP's whole copies, for pictures and files, would be
+    without the flow's other parts. Of a frozen one, with what is trained in it, there are no such copies (`elsewhere`).
 
     Args:
         flow: whose VAE and text encoders are no part of what is trained.

@@ -80,7 +80,7 @@ class ExportModel(L.Callback):
         for callback in kept:
             callback.finish(trainer)
         ema = next((c for c in callbacks if isinstance(c, EMA)), EMA())
-        with ema.applied(module), module.whole_weights():
+        with ema.applied(module), module.whole_weights(to_write=True):
             if trainer.is_global_zero:
                 folder = Path(trainer.default_root_dir)
                 metadata = {

@@ -6,7 +6,9 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -21,7 +23,7 @@ from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.finite import require_finite_gradients, require_finite_losses
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
 from mfm_lightning.networks.results import measured_on
-from mfm_lightning.training.sharding import gathered, shard
+from mfm_lightning.training.sharding import elsewhere, gathered, shard, whole_parameters
 from mfm_lightning.utils.distributed import gather_ranks, own
 
 log = logging.getLogger(__name__)
@@ -160,12 +162,21 @@ class TrainingModule(L.LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         self._evaluate(self.folder / "test", measure=True)
 
+    @property
+    def in_step(self) -> bool:
+        """Whether ranks compute all together what is drawn and measured, for none has room for all weights."""
+        return self.device_mesh is not None and bool(elsewhere(self.trained))
+
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def whole_weights(self, to_write: bool = False) -> Iterator[None]:
         """Within the context rank 0 holds an unsharded copy of what is trained, so that it can compute alone; entered
-        by all ranks."""
-        if self.device_mesh is None:
+        by all ranks. Where they compute `in_step` nothing changes; `to_write`, all hold what is trained whole."""
+        if self.device_mesh is None or (self.in_step and not to_write):
             yield
+            return
+        if self.in_step:
+            with whole_parameters(self.trained):
+                yield
             return
         trained = self.trained
         name = next(name for name, module in self._modules.items() if module is trained)
@@ -180,12 +191,14 @@ class TrainingModule(L.LightningModule, ABC):
     def _evaluate(self, folder: Path, measure: bool) -> None:
         if self.evaluation is None:
             return
-        with own_gradients(), self.whole_weights():
+        with own_gradients(), self.whole_weights(), TemporaryDirectory() as unread:
             if not self.trainer.is_global_zero:
-                return
+                if not self.in_step:
+                    return
+                folder = Path(unread)
             if measure:
-                noted = measured_on(self.exported, folder) if self.trainer.testing else nullcontext()
-                with noted:
+                whole = partial(self.whole_weights, to_write=True) if self.in_step else nullcontext
+                with measured_on(self.exported, folder, whole) if self.trainer.testing else nullcontext():
                     self.evaluation.measure(self, folder)
             self.evaluation.draw(self, folder)
 

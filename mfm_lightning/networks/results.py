@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,19 @@ MOST_ROWS = 40  # of a table that a model card takes
 
 
 @contextmanager
-def measured_on(network: nn.Module, folder: str | Path) -> Iterator[None]:
-    """Tables (`*.json`) that are written into the folder within the context are noted as of the network's weights."""
+def measured_on(
+    network: nn.Module, folder: str | Path, whole: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Iterator[None]:
+    """Tables (`*.json`) that are written into the folder within the context are noted as of the network's weights.
+
+    Args:
+        whole: a context in which they are whole, where they are sharded.
+    """
     folder = Path(folder)
     before = {path: path.stat().st_mtime_ns for path in _tables(folder)}
     yield
-    weights = weights_fingerprint(network)
+    with whole():
+        weights = weights_fingerprint(network)
     written = [path for path in _tables(folder) if before.get(path) != path.stat().st_mtime_ns]
     notes = {**_notes(folder), **{path.name: {"table": fingerprint(path), "weights": weights} for path in written}}
     with whole_file(folder / NOTES) as partial:

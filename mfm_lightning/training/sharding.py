@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,42 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     for part in network.modules():
         for region in getattr(part, "regions", ()):
             fully_shard(region, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    for frozen in elsewhere(network):
+        fully_shard(frozen, mesh=mesh)
+    there = {p for frozen in elsewhere(network) for p in frozen.parameters()}  # adapters within it among them
+    fully_shard(network, mesh=mesh, ignored_params=there)
+
+
+def elsewhere(network: nn.Module) -> list[nn.Module]:
+    """What parts of a network run and do not hold, by their attribute `elsewhere`: frozen weights, with adapters in
+    them that the network holds, too. No rank has room for a copy of them."""
+    found = (getattr(part, "elsewhere", None) for part in network.modules())
+    return list(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
 
 
 def reshard(module: nn.Module) -> None:
     """Make the parameters of all parts shards again; FSDP leaves some whole after a forward pass without a backward."""
-    for part in module.modules():
+    for part in (*module.modules(), *(part for frozen in elsewhere(module) for part in frozen.modules())):
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+@contextmanager
+def whole_parameters(network: nn.Module) -> Iterator[None]:
+    """Within the context the parameters that a network holds are whole, in place, for writing them; it cannot compute.
+    Entered by all ranks."""
+    reshard(network)
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for part in network.modules():
+        for name, p in part.named_parameters(recurse=False):
+            if isinstance(p, DTensor):
+                before.append((part, name, p))
+                part._parameters[name] = nn.Parameter(p.full_tensor().detach(), requires_grad=p.requires_grad)
+    try:
+        yield
+    finally:
+        for part, name, p in before:
+            part._parameters[name] = p
 
 
 def whole(tensors: Mapping[str, Tensor], keep: bool, device: torch.device | str | None = None) -> dict[str, Tensor]:

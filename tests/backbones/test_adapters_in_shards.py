@@ -1,0 +1,79 @@
+"""Adapters of text-to-image flows on two processes: FSDP2, the frozen transformer in shards, trains as DDP does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.backbones import encoders, tiny
+from tests.modules.test_prompt_finetuning import config, images  # noqa: F401
+from tests.processes import torchrun
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """An SD3 with tiny text encoders, and a VAE without a shift."""
+    folder = tmp_path_factory.mktemp("flows")
+    tiny.sd3(**encoders.of_sd3(folder / "words")).save_pretrained(folder / "sd3")
+    tiny.kl_vae(shift=None).save_pretrained(folder / "plain_vae")
+    return folder
+
+
+def finetuning(places, images):  # noqa: F811
+    return config(places, images, 4)
+
+
+def pretraining(places, images):  # noqa: F811
+    """A Meta Flow Map as an adapter, on the same data."""
+    found = config(places, images, 4)
+    flow = {"name": str(places / "sd3"), "image_size": 16, "rank": 2}
+    found["model"] = {
+        "class_path": "mfm_lightning.modules.MFMPretraining",
+        "init_args": {
+            "network": {"class_path": "mfm_lightning.backbones.FlowAdapter", "init_args": flow},
+            "objective": {"terms": [{"name": "distilled_diagonal"}, {"name": "semigroup"}],
+                          "pairs": {"guidance_scale": 1.0}},
+            "optimization": {"learning_rate": 0.01, "warmup_steps": 0},
+        },
+    }  # fmt: skip
+    found["data"] = found["data"]["init_args"]["data"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [finetuning, pretraining])
+def test_fsdp_is_the_training_of_ddp(places, images, tmp_path, job):  # noqa: F811
+    """The same batches and random numbers on each rank; weights after four steps, tables of `test`, and a run that was
+    stopped after two and gone on with by the other strategy."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(job(places, images)))
+    common = ["--config=run.yaml", "--trainer.devices=2"]
+    for name, strategy in (("ddp", "ddp"), ("fsdp", "fsdp2")):
+        where = f"--trainer.default_root_dir={name}"
+        torchrun(tmp_path, 2, "fit", *common, where, f"--trainer.strategy={strategy}")
+    parts = [*common, "--trainer.default_root_dir=parts"]
+    torchrun(tmp_path, 2, "fit", *parts, "--trainer.strategy=fsdp2", "--trainer.max_steps=2")
+    torchrun(tmp_path, 2, "fit", *parts, "--trainer.strategy=ddp", "--ckpt_path=last")
+    ddp = load_file(tmp_path / "ddp/model.safetensors")
+    assert sum(v.abs().sum() for k, v in ddp.items() if k.endswith(".1.weight")) > 0.1  # LoRA begins at zero there
+    for name in ("fsdp", "parts"):
+        ours = load_file(tmp_path / name / "model.safetensors")
+        assert ours.keys() == ddp.keys()
+        for key, value in ddp.items():
+            assert torch.allclose(ours[key], value, atol=1e-5, rtol=1e-3), (name, key)
+    if job is not finetuning:
+        return
+    lora = [load_file(tmp_path / name / "lora/pytorch_lora_weights.safetensors") for name in ("ddp", "fsdp")]
+    assert all(torch.allclose(lora[1][key], value, atol=1e-5, rtol=1e-3) for key, value in lora[0].items())
+    tests = [*common, "--trainer.default_root_dir=fsdp", "--ckpt_path=fsdp/last.ckpt"]
+    torchrun(tmp_path, 2, "test", *tests, "--trainer.strategy=fsdp2")
+    sharded = json.loads((tmp_path / "fsdp/test/policy.json").read_text())
+    noted = json.loads((tmp_path / "fsdp/test/weights.json").read_text())["policy.json"]["weights"]
+    tests = [*common[:1], "--trainer.default_root_dir=fsdp", "--ckpt_path=fsdp/last.ckpt"]
+    torchrun(tmp_path, 1, "test", *tests)
+    assert json.loads((tmp_path / "fsdp/test/policy.json").read_text()) == sharded
+    again = json.loads((tmp_path / "fsdp/test/weights.json").read_text())["policy.json"]["weights"]
+    assert again == noted
+    assert Path(tmp_path / "fsdp/test/before_after.png").is_file()
