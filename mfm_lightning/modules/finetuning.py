@@ -24,6 +24,7 @@ from mfm_lightning.networks.base import VelocityNetwork
 from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.samplers import sample_ode
+from mfm_lightning.training.sharding import plain_class
 from mfm_lightning.utils.atomic import save_tensors
 
 
@@ -134,11 +135,6 @@ class RewardFinetuning(TiltedTraining):
         said = self.base.metadata  # the data may be samples of a model, which do not say it
         return {LATENTS: said[LATENTS]} if LATENTS in said else {}
 
-    def configure_model(self) -> None:
-        if self.device_mesh is not None and self.adapters is not None:
-            raise ValueError("model.adapters do not go with FSDP, which shards what is trained: use strategy ddp")
-        super().configure_model()
-
     def to_device(self, device: torch.device) -> None:
         self.target.to(device)
         self.base.to(device)
@@ -198,14 +194,21 @@ class RewardFinetuning(TiltedTraining):
 
 def _add_adapters(policy: MetaFlowMap, settings: LowRank) -> None:
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft  # noqa: F401
     except ImportError as error:
         raise ImportError("low-rank adapters need peft: pip install 'mfm-lightning[peft]'") from error
-    names = [name for name, layer in policy.network.named_modules() if isinstance(layer, nn.Linear)]
+    policy.network = _adapted(policy.network, settings)
+
+
+def _adapted(network: VelocityNetwork, settings: LowRank) -> VelocityNetwork:
+    from peft import LoraConfig, get_peft_model
+
+    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if missing := [end for end in settings.modules if not any(name.endswith(end) for name in names)]:
-        raise ValueError(
-            f"no linear layer of {type(policy.network).__name__} ends in {missing[0]!r}: set adapters.modules"
-        )
+        raise ValueError(f"no linear layer of {type(network).__name__} ends in {missing[0]!r}: set adapters.modules")
     chosen = [name for name in names if name.endswith(tuple(settings.modules))]
     config = LoraConfig(r=settings.rank, lora_alpha=cast(int, settings.alpha), target_modules=chosen)
-    policy.network = cast(VelocityNetwork, get_peft_model(policy.network, config))
+    adapted: Any = get_peft_model(network, config)
+    kind, arguments = plain_class(network), network.config
+    adapted.made_again = lambda: _adapted(cast(VelocityNetwork, kind(**arguments)), settings)  # FSDP's whole copy
+    return adapted

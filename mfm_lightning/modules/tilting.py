@@ -104,7 +104,7 @@ class TiltedTraining(TrainingModule):
         self.times = times or ConditionTimes(power=1.0, zero_rate=0.0)
         self.half_diffusion = half_diffusion or DiffusionSchedule()
         self.posterior = posterior or FlowMapPosterior()
-        if gradient == "reward" and not self.posterior.differentiable:
+        if gradient == "reward" and not getattr(self.posterior, "differentiable", True):
             raise ValueError(
                 f"draws of a {type(self.posterior).__name__} have no gradient: take gradient 'free' with them, or "
                 "another posterior"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,13 +110,15 @@ class InnerTimes:
         distribution: "uniform", or "logit_normal" (sigmoid of N(mean, std^2)).
         mean: of the logit-normal distribution.
         std: of the logit-normal distribution.
+        shift: of a text-to-image flow's scheduler: sigma = 1 - s becomes shift sigma / (1 + (shift - 1) sigma), so that
+            above 1 there are more times near noise (Esser et al., arXiv 2403.03206, Eq. 23); 1 for none. SD3's is 3.
         annealing_steps: over so many steps the gap u - s grows from 0 to what was drawn (0: none, as in the release).
         equal_rate: share of each batch, its first samples, with u = s, where a consistency term is the diagonal's (the
             share of r = t of Mean Flows, arXiv 2505.13447): one consistency term then trains both parts at less than
             the cost of one.
 
     Raises:
-        ValueError: for an unknown distribution, or a rate outside [0, 1].
+        ValueError: for an unknown distribution, a rate outside [0, 1], or a shift that is not positive.
     """
 
     distribution: str = "uniform"
@@ -123,18 +126,23 @@ class InnerTimes:
     std: float = 1.0
     annealing_steps: int = 0
     equal_rate: float = 0.0
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.equal_rate <= 1:
             raise ValueError(f"equal_rate {self.equal_rate} must be in [0, 1]")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift {self.shift} must be positive")
         if self.distribution not in ("uniform", "logit_normal"):
             raise ValueError(f"unknown distribution {self.distribution!r}: expected uniform or logit_normal")
 
     def one(self, num: int, device: torch.device) -> Tensor:
         """`(num,)` times for the diagonal."""
         if self.distribution == "uniform":
-            return torch.rand(num, device=device)
-        return torch.sigmoid(self.mean + self.std * torch.randn(num, device=device))
+            s = torch.rand(num, device=device)
+        else:
+            s = torch.sigmoid(self.mean + self.std * torch.randn(num, device=device))
+        return s if self.shift == 1 else s / (s + self.shift * (1 - s))
 
     def num_equal(self, num: int) -> int:
         """How many of `num` samples have u = s: the first ones (the samples of a batch are exchangeable)."""

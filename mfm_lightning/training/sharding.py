@@ -28,7 +28,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
         )
     for part in network.modules():
         for region in getattr(part, "regions", ()):
-            fully_shard(region, mesh=mesh)
+            if not isinstance(region, FSDPModule):  # a wrapper has those of what it wraps
+                fully_shard(region, mesh=mesh)
     for frozen in elsewhere(network):
         fully_shard(frozen, mesh=mesh)
     there = {p for frozen in elsewhere(network) for p in frozen.parameters()}  # adapters within it among them
@@ -106,7 +107,9 @@ def gathered(network: nn.Module, keep: bool) -> nn.Module | None:
 
 
 def rebuilt(network: nn.Module) -> nn.Module:
-    """A new network of the same architecture."""
+    """A new network of the same architecture; by its attribute `made_again`, a function, where it has one."""
+    if (made_again := getattr(network, "made_again", None)) is not None:
+        return made_again()
     inner, config = getattr(network, "network", None), getattr(network, "config", {})
     return plain_class(network)(rebuilt(inner)) if inner is not None else plain_class(network)(**config)
 

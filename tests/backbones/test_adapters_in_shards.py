@@ -8,9 +8,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mfm_lightning.checkpoints import save_model
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks import DiT
 from tests.backbones import encoders, tiny
 from tests.modules.test_prompt_finetuning import config, images  # noqa: F401
 from tests.processes import torchrun
+from tests.training.test_distributed import NETWORK
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +81,39 @@ def test_fsdp_is_the_training_of_ddp(places, images, tmp_path, job):  # noqa: F8
     again = json.loads((tmp_path / "fsdp/test/weights.json").read_text())["policy.json"]["weights"]
     assert again == noted
     assert Path(tmp_path / "fsdp/test/before_after.png").is_file()
+
+
+def networks_finetuning(folder):
+    """Of a network, by low-rank adapters."""
+    torch.manual_seed(0)
+    model = MetaFlowMap(DiT(**NETWORK))
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    save_model(model, folder / "mfm.safetensors")
+    target = {"model": str(folder / "mfm.safetensors"), "reward": "brightness", "reward_scale": 10.0,
+              "decoder": {"class_path": "mfm_lightning.networks.PixelDecoder"}}  # fmt: skip
+    options = {"target": target, "adapters": {"rank": 2}, "optimization": {"learning_rate": 0.01, "warmup_steps": 0}}
+    return {
+        "seed_everything": 0,
+        "trainer": {"max_steps": 4, "val_check_interval": 2, "logger": False, "accelerator": "cpu"},
+        "model": {"class_path": "mfm_lightning.modules.RewardFinetuning", "init_args": options},
+        "data": {"class_path": "tests.distributed_parts.StepData"},
+    }
+
+
+def test_low_rank_adapters_of_a_network_in_shards(tmp_path):
+    """As DDP; and gone on with on one process from FSDP's checkpoint, whose frozen weights are not in it."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(networks_finetuning(tmp_path)))
+    common = ["--config=run.yaml", "--trainer.devices=2"]
+    for name, strategy in (("ddp", "ddp"), ("fsdp", "fsdp2")):
+        torchrun(tmp_path, 2, "fit", *common, f"--trainer.default_root_dir={name}", f"--trainer.strategy={strategy}")
+    ddp, fsdp = (load_file(tmp_path / name / "model.safetensors") for name in ("ddp", "fsdp"))
+    before = load_file(tmp_path / "mfm.safetensors")
+    moved = [key for key, value in ddp.items() if not torch.equal(value, before[key])]
+    assert moved
+    assert all(key.endswith("weight") for key in moved)
+    assert all(torch.allclose(fsdp[key], value, atol=1e-5, rtol=1e-3) for key, value in ddp.items())
+    state = torch.load(tmp_path / "fsdp/last.ckpt", weights_only=True)["state_dict"]
+    assert all("lora_" in name or "normaliser" in name for name in state)
+    more = ["--trainer.default_root_dir=fsdp", "--ckpt_path=last", "--trainer.max_steps=5"]
+    torchrun(tmp_path, 1, "fit", "--config=run.yaml", *more)
