@@ -1,5 +1,6 @@
 """Pretrained text-to-image flows of diffusers as base flows: steering, search and scores with no training."""
 
+from mfm_lightning.backbones.adapted_flow import AdaptedFlow
 from mfm_lightning.backbones.adapter import FlowAdapter
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.decoder import LatentDecoder
@@ -16,6 +17,7 @@ from mfm_lightning.backbones.z_image import ZImageFlow
 
 __all__ = [
     "FAMILIES",
+    "AdaptedFlow",
     "FlowAdapter",
     "FlowNetwork",
     "FluxFlow",

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, described
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.backbones import TextToImageFlow
+from mfm_lightning.backbones import AdaptedFlow, TextToImageFlow
+from mfm_lightning.checkpoints import fingerprint
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.data.prompts import PromptsDataModule
 from mfm_lightning.evaluation.base import datamodule_of
@@ -49,6 +50,8 @@ class PromptAlignment(L.LightningModule):
     Args:
         flow: the base flow (`mfm_lightning.backbones.load_flow`).
         reward: what is optimised: a registered name; `{name: ..., and its options}`; or `{class_path, init_args}`.
+        mfm: a `model.safetensors` of a `FlowAdapter` of this flow, for methods that draw posteriors in one step; None
+            where the method needs a drift alone.
         method: how to align; the base flow's own sampler, on its own times, where None.
         held_out: rewards that are measured alone, by the names of the report.
         reward_scale: the reward is multiplied by it.
@@ -67,7 +70,8 @@ class PromptAlignment(L.LightningModule):
             any image, if a reward needs all images of a prompt at once and batches do not have them.
         ValueError: on construction, for steps that make no times, or two columns of the report with one name.
         FileNotFoundError: on construction, for an evaluation that is not there.
-        CheckpointError: on construction, if the method draws posteriors in one step, which a pretrained flow does not.
+        CheckpointError: on construction, if the method draws posteriors in one step and there is no `mfm`, or an `mfm`
+            of another flow.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class PromptAlignment(L.LightningModule):
         pictures: int = 8,
         seed: int = 0,
         evaluations: dict[str, str] | None = None,
+        mfm: str | None = None,
     ) -> None:
         super().__init__()
         self.evaluations = {name: Path(path) for name, path in (evaluations or {}).items()}
@@ -103,7 +108,10 @@ class PromptAlignment(L.LightningModule):
         others = [build(spec).eval().requires_grad_(False) for spec in (held_out or {}).values()]
         self.held_out = torch.nn.ModuleList(others)
         self.method = method or Steering(strength=0.0, grid=TimeGrid(base_steps, of_model=True))
-        self.method.check(self.optimised, flow)
+        self.model: TextToImageFlow | AdaptedFlow = flow if mfm is None else AdaptedFlow.load(mfm, flow)
+        self.method.check(self.optimised, self.model)
+        if isinstance(self.model, AdaptedFlow) and self.method.needs_meta_flow_map:
+            self.model.check(Conditions(guidance=flow.usual_guidance if guidance is None else guidance))
         self.reward_scale, self.guidance, self.negative = reward_scale, guidance, negative
         self.before, self.base_steps, self.layout = before, base_steps, layout
         self.pictures, self.seed = pictures, seed
@@ -115,7 +123,7 @@ class PromptAlignment(L.LightningModule):
         self._settings = {
             **flow.identity, "reward": reward, "method": described(self.method), "held_out": held_out,
             "reward_scale": reward_scale, "guidance": guidance, "negative": negative, "before": before,
-            "base_steps": base_steps, "seed": seed,
+            "base_steps": base_steps, "seed": seed, **({} if mfm is None else {"mfm": fingerprint(mfm)}),
         }  # fmt: skip
 
     @property
@@ -181,7 +189,7 @@ class PromptAlignment(L.LightningModule):
         if self._scores_groups():
             of_prompt = [self.folder.images[number].prompt_index for number in index]
             conditions = replace(conditions, group=torch.tensor(of_prompt, device=x0.device))
-        target = Target(self.flow, self.optimised, self.flow.decoder, conditions, reward_scale=self.reward_scale)
+        target = Target(self.model, self.optimised, self.flow.decoder, conditions, reward_scale=self.reward_scale)
         images: Tensor | None = None
         if self.before:
             states = integrate(target.drift, x0, self.base_times)

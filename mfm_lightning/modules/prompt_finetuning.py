@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch import Tensor, nn
 
 from mfm_lightning.alignment.posteriors import Posterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.backbones import FlowAdapter, LoRANetwork, TextToImageFlow
+from mfm_lightning.backbones import AdaptedFlow, LoRANetwork, TextToImageFlow
 from mfm_lightning.checkpoints import CheckpointError, fingerprint
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import interpolate, randn, sample_generators
-from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import batch_number
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
@@ -101,11 +99,9 @@ class PromptFinetuning(TiltedTraining):
         self._flow = [flow.eval().requires_grad_(False)]  # in a list: frozen, and no part of this module's state
         self.state_shape = flow.state_shape
         self.guidance, self.negative, self.reward_scale = guidance, negative, reward_scale
-        self._mfm: list[MetaFlowMap] = []
-        if mfm is not None:  # before the LoRA, whose layers are of the same transformer
-            self._mfm.append(MetaFlowMap(FlowAdapter.of_file(mfm, flow).eval().requires_grad_(False)))
-            if not self._guidance_is_input():
-                self._mfm[0].check(Conditions(guidance=flow.usual_guidance if guidance is None else guidance))
+        self._drawn = [flow if mfm is None else AdaptedFlow.load(mfm, flow)]  # before the LoRA, of the same transformer
+        if isinstance(model := self._drawn[0], AdaptedFlow):
+            model.check(Conditions(guidance=flow.usual_guidance if guidance is None else guidance))
         self.policy = LoRANetwork.on_flow(flow, rank=rank, alpha=alpha, ranks=ranks, targets=targets)
         said = {"reward": reward, "scale": reward_scale, "guidance": guidance, "negative": negative}
         said |= {"rank": rank, "alpha": alpha, "ranks": ranks, "targets": targets}
@@ -129,14 +125,9 @@ class PromptFinetuning(TiltedTraining):
         return self._identity
 
     def to_device(self, device: torch.device) -> None:
-        self.flow.to(device)
         self.reward.to(device)
-        for model in self._mfm:
-            model.to(device)
-
-    def _guidance_is_input(self) -> bool:
-        """Of the transformer, in place of two evaluations."""
-        return bool(self.flow.transformer.config.get("guidance_embeds"))
+        self.flow.to(device)
+        self._drawn[0].to(device)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -156,9 +147,7 @@ class PromptFinetuning(TiltedTraining):
         return Pair(x1, t, interpolate(t, torch.randn_like(x1), x1), given)
 
     def drawing(self, conditions: Conditions) -> Target:
-        model: MetaFlowMap | TextToImageFlow = self._mfm[0] if self._mfm else self.flow
-        if self._mfm and (self._guidance_is_input() or conditions.negative_text is None):
-            conditions = replace(conditions, guidance=None)  # the adapter's own
+        model = self._drawn[0]
         return Target(model, self.reward, self.flow.decoder, conditions, reward_scale=self.reward_scale)
 
     def base_drift(self, pair: Pair) -> Tensor:

@@ -11,13 +11,19 @@ import torch
 import yaml
 from PIL import Image
 
-from mfm_lightning.backbones import load_flow
+from mfm_lightning.alignment import DrawGradient, Steering, Target, TimeGrid
+from mfm_lightning.backbones import FlowAdapter, load_flow
+from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.commands.main import run
 from mfm_lightning.interpolant import sample_generators
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.modules import PromptAlignment
+from mfm_lightning.networks.files import save_network
 from mfm_lightning.samplers import integrate
 from mfm_rewards import RewardError, build
 from tests.backbones import encoders, tiny
 from tests.backbones.fast import frozen  # noqa: F401
+from tests.backbones.test_adapter import stirred
 
 ROOT = Path(__file__).parents[2]
 
@@ -257,3 +263,31 @@ def test_images_of_a_prompt_are_scored_beside_each_other(workplace):
     assert not Path("other/predict/prompts.json").exists()  # another batch size may follow
     with pytest.raises(RewardError, match=r"and there is one: set data\.images_per_prompt to 2 or more"):
         predict(workplace, "sd3/steer", *more, "--data.images_per_prompt=1", "--trainer.default_root_dir=one")
+
+
+def test_steering_with_an_adapters_draws(workplace):
+    """MFM-G on a flow with an adapter: the images are those of a target of two transformers, made in Python."""
+    adapter = stirred(FlowAdapter(str(workplace), rank=2, image_size=16))
+    save_network(adapter, Path("mfm.safetensors"))
+    gradient = "--model.method.init_args.estimator=mfm_lightning.alignment.DrawGradient"
+    options = [gradient, "--model.method.init_args.grid.steps=3", "--model.reward_scale=20"]
+    given = ["--model.mfm=mfm.safetensors", "--model.guidance=1.0"]
+    predict(workplace, "sd3/steer", *given, *options)
+    flow, found = load_flow(workplace, 16, "float32"), lines()
+    assert [line["prompt"] for line in found] == ["a red cat", "the dog", "a blue mat"]
+    x0 = torch.randn(1, *flow.state_shape, generator=sample_generators(7, [0])[0])
+    model = MetaFlowMap(adapter)
+    model.time_grid = flow.time_grid
+    conditions = flow.encode("the dog", guidance=1.0)
+    target = Target(model, build("brightness"), flow.decoder, conditions, reward_scale=20, drift=flow.drift)
+    result = Steering(DrawGradient(), grid=TimeGrid(3, of_model=True), clip=0.5)(
+        target, x0, sample_generators((7, 1), [0])
+    )
+    stored = pixels(Path("out/predict") / found[1]["file"]) / 255
+    assert (result.images[0] - stored.permute(2, 0, 1)).abs().max() < 1 / 255
+    assert found[1]["nfe"] == {"network": result.nfe.network, "reward": result.nfe.reward}
+    method = Steering(DrawGradient(), grid=TimeGrid(3, of_model=True))
+    with pytest.raises(CheckpointError, match="draws posteriors from the model, and a SD3Flow gives none"):
+        PromptAlignment(flow, "brightness", method)
+    with pytest.raises(ValueError, match=r"guidance 7 is not a scale that this network knows: \[1.0\]"):
+        PromptAlignment(flow, "brightness", method, mfm="mfm.safetensors")

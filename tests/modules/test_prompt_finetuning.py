@@ -91,9 +91,7 @@ def test_the_loss_is_the_papers_with_each_adapter_in_its_place(places, name):
     for k in range(module.num_draws):
         eps, zero, one = noise[:, k], torch.zeros(3), torch.ones(3)
         if "Diamond" in name:  # tested for itself
-            known = Target(
-                MetaFlowMap(adapter), build("brightness"), None, Conditions(text=given.text, pooled=given.pooled)
-            )
+            known = Target(MetaFlowMap(adapter), build("brightness"), None, given, drift=plain.drift)
             draws.append(DiamondPosterior(4)(known, t, x.detach(), noise)[:, k])
         elif adapter is not None:
             known = Conditions(
