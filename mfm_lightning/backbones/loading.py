@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mfm_lightning.backbones.base import TextToImageFlow
+from mfm_lightning.backbones.fingerprint import fingerprint
 from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
 from mfm_rewards.hub import find_file, find_folder
@@ -48,6 +49,8 @@ def load_flow(
     random_seed: int | None = None,
     max_sequence_length: int | None = None,
     flow_map: str | None = None,
+    encoder_dtype: str | None = None,
+    transformer: bool = True,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
@@ -72,6 +75,8 @@ def load_flow(
         max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
         flow_map: of FLUX, a LoRA that makes it a flow map of two times (`mfm_lightning.backbones.FluxFlowMap`): a file,
             or org/name/file of a Hugging Face repository.
+        encoder_dtype: floating type of the text encoders; `torch_dtype` where None.
+        transformer: false: of the transformer the settings alone, for prompts, sizes and the VAE; there is no drift.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -79,10 +84,11 @@ def load_flow(
         CheckpointError: for a pipeline that is no flow, of no known family, or with files missing.
         ValueError: for an option that does not fit.
     """
-    dtype = DTYPES.get(torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
-    if dtype is None or dtype not in DTYPES.values():
-        raise ValueError(f"torch_dtype {torch_dtype!r}: expected one of {', '.join(DTYPES)}")
+    dtype = _dtype("torch_dtype", torch_dtype)
+    text_dtype = dtype if encoder_dtype is None else _dtype("encoder_dtype", encoder_dtype)
     patterns = [f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model")]
+    if not transformer:
+        patterns = ["vae/*", "text_encoder*/*", "tokenizer*/*", "*/*.json"]
     folder = find_folder(name, [INDEX], patterns, allow_download, revision, "diffusers pipeline")
     index = _read_index(folder)
     pipeline = str(index.get("_class_name"))
@@ -101,20 +107,24 @@ def load_flow(
 
     elsewhere = {} if vae is None else {"vae": Path(vae)}
     load_encoders: Callable[[], Any] | None = None
+    if not transformer and (random_seed is not None or flow_map is not None):
+        raise ValueError("transformer: false goes with neither random_seed nor flow_map: leave them out")
     if random_seed is not None and random_parts(folder, index, elsewhere):
         pipe = new_pipeline(folder, _diffusers(pipeline, folder), index, elsewhere, random_seed, dtype)
     else:
         parts = {} if vae is None else {"vae": _vae(index, vae, dtype)}
+        parts |= {} if transformer else {"transformer": _settings(index, folder)}
         pipe = _load(pipeline, folder, **(common | dict.fromkeys(encoders) | parts))
 
         def load_whole() -> Any:
             log.info("text encoders of %s: loading", name)
-            whole = _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+            given = {**common, "torch_dtype": text_dtype, "transformer": pipe.transformer, "vae": pipe.vae}
+            whole = _load(pipeline, folder, **given)
             for part in encoders:
                 # transformers makes the text model in a CLIP with projection of the type in its file's config
                 encoder = getattr(whole, part)
                 if encoder is not None and not getattr(encoder, "_keep_in_fp32_modules", None):
-                    encoder.to(dtype)
+                    encoder.to(text_dtype)
             return whole
 
         load_encoders = load_whole
@@ -128,6 +138,15 @@ def load_flow(
     if lora is not None:
         kind, options["lora"] = FluxFlowMap, lora
         weights += f" {flow_map}:{lora.stat().st_size}:{lora.resolve().stat().st_mtime_ns}"
+
+    def fingerprints() -> dict[str, str]:
+        random = "" if random_seed is None else f"random {random_seed}"
+        texts = [path for pattern in ("text_encoder*", "tokenizer*") for path in sorted(folder.glob(pattern))]
+        return {
+            "vae": fingerprint([elsewhere.get("vae", folder / "vae")], variant, random),
+            "text_encoders": fingerprint(texts, variant, random),
+        }
+
     return kind(
         pipe,
         image_size=image_size,
@@ -137,12 +156,30 @@ def load_flow(
         tiled=tiled,
         cache=cache,
         load_encoders=load_encoders,
-        encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {dtype}",
+        encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {text_dtype}",
         weights=weights,
         encoder_device=encoder_device,
         max_sequence_length=max_sequence_length,
+        fingerprints=fingerprints,
         **options,
     )
+
+
+def _dtype(name: str, given: str | torch.dtype) -> torch.dtype:
+    dtype = DTYPES.get(given) if isinstance(given, str) else given
+    if dtype is None or dtype not in DTYPES.values():
+        raise ValueError(f"{name} {given!r}: expected one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _settings(index: dict[str, Any], folder: Path) -> Any:
+    """The transformer without weights."""
+    kind = _diffusers(str(index["transformer"][1]), folder)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(kind.load_config(str(folder / "transformer"), local_files_only=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the transformer of {folder} cannot be read: {_first_line(error)}") from error
 
 
 def _diffusers(kind: str, folder: Path) -> Any:
