@@ -14,8 +14,8 @@ _WEIGHTS, _SETTINGS = (".safetensors", ".bin"), (".json", ".txt", ".model")
 
 def fingerprint(folders: Sequence[Path], variant: str | None = None, more: str = "") -> str:
     """A hash of the files that are loaded of these folders, equal on every machine and for every copy; not of when they
-    were written, nor by which version of a library, nor of where they are. Large files count by their size and 64 stretches of 64 KB: other weights differ
-    in all of them.
+    were written, nor by which version of a library, nor of where they are. Large files count by their size and 64
+    stretches of 64 KB: other weights differ in all of them.
 
     Args:
         folders: of parts, whose own names count as well.

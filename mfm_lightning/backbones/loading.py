@@ -49,7 +49,7 @@ def load_flow(
     random_seed: int | None = None,
     max_sequence_length: int | None = None,
     flow_map: str | None = None,
-    encoder_dtype: str | None = None,
+    encoder_dtype: str | torch.dtype | None = None,
     transformer: bool = True,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are

@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class EncodedImages(ImageDataModule):
-    """The images of an `ImageDataModule` as latents of a VAE: its means, with its own shift and scale. All of them are encoded
-    once, when they are first needed, and held in memory; for more than fits there, `mfm prepare-latents` writes shards.
+    """The images of an `ImageDataModule` as latents of a VAE: its means, with its own shift and scale. All of them are
+    encoded once, when they are first needed, and held in memory; for more than fits there, `mfm prepare-latents` writes
+    shards.
 
     Args:
         source: as `ImageDataModule`, as are `batch_size`, `size`, `classes`, `val_source`, `test_source`,

@@ -76,9 +76,7 @@ class BatchRing:
 
 
 def _each(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
-    return Rows(
-        function(rows.x1), function(rows.label), {name: function(value) for name, value in rows.text.items()}
-    )
+    return Rows(function(rows.x1), function(rows.label), {name: function(value) for name, value in rows.text.items()})
 
 
 def as_it_is(place: Any) -> Any:

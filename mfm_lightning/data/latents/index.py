@@ -26,7 +26,10 @@ from mfm_lightning.data.latents.urls import check_url, join, local_path, open_ur
 
 log = logging.getLogger(__name__)
 INDEX, CLASSES, NULL = "index.json", "classes.json", "null.safetensors"
-VERSION, WITH_MORE = 1, 2  # of the index; the latter where there is a shift, or captions, which older readers do not know
+VERSION, WITH_MORE = (
+    1,
+    2,
+)  # of the index; the latter where there is a shift, or captions, which older readers do not know
 _BLOCK = 512  # of a tar: headers and contents take whole ones
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # no folder, no URL: an index cannot point outside
 
@@ -249,7 +252,9 @@ def read_null(folder: str | Path, allow_pipe: bool = False) -> Embedding:
     url = join(str(folder), NULL)
     path = local_path(url)
     if path is not None and not path.is_file():
-        raise FileNotFoundError(f"no {NULL} in {folder}: run its mfm prepare-latents again, which makes what is missing")
+        raise FileNotFoundError(
+            f"no {NULL} in {folder}: run its mfm prepare-latents again, which makes what is missing"
+        )
     try:
         with open_url(url, allow_pipe) as stream:
             return as_rows(stream.read())

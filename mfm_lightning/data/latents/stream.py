@@ -205,8 +205,8 @@ class LatentStream(IterableDataset):
         )
 
     def _sample(self, block: _Block, picked: np.ndarray, flips: np.ndarray, x1: Tensor) -> None:
-        """Noise `(B, D)` to latents, mean + std * noise, shifted and scaled; a few rows at a time, which stay in the processor's
-        cache."""
+        """Noise `(B, D)` to latents, mean + std * noise, shifted and scaled; a few rows at a time, which stay in the
+        processor's cache."""
         for i in range(0, len(picked), _ROWS):
             rows = slice(i, i + _ROWS)
             mean, std = torch.from_numpy(block.moments[picked[rows], flips[rows]]).unbind(dim=1)

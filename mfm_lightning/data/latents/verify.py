@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from safetensors.torch import load
 
-from mfm_lightning.data.latents.index import CLASSES, LatentIndex, LatentIndexError, Layout, Shard, read_classes, read_null
+from mfm_lightning.data.latents.index import (
+    CLASSES,
+    LatentIndex,
+    LatentIndexError,
+    Layout,
+    Shard,
+    read_classes,
+    read_null,
+)
 from mfm_lightning.data.latents.shard_reader import check_samples
 from mfm_lightning.data.latents.text_form import TextForm
 from mfm_lightning.data.latents.urls import from_webdataset, join, local_path, open_url
