@@ -53,7 +53,8 @@ class TextToImageFlow(nn.Module, ABC):
         weights: the same of transformer and VAE, for `identity`.
         encoder_device: where prompts are encoded; the CPU where None.
         max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
-        fingerprints: gives short names of the contents of files, by "vae" and "text_encoders": equal for copies.
+        fingerprint: gives a short name of the contents of the files of "vae", "text_encoders" or "transformer", equal
+            for copies.
 
     Raises:
         ValueError: for a pipeline of another class, one that is no flow, or sizes that do not fit.
@@ -82,7 +83,7 @@ class TextToImageFlow(nn.Module, ABC):
         weights: str = "",
         encoder_device: str | torch.device | None = None,
         max_sequence_length: int | None = None,
-        fingerprints: Callable[[], dict[str, str]] | None = None,
+        fingerprint: Callable[[str], str] | None = None,
     ) -> None:
         super().__init__()
         if (found := type(pipe).__name__) != self.pipeline:
@@ -104,7 +105,7 @@ class TextToImageFlow(nn.Module, ABC):
         self.max_sequence_length: int = max_sequence_length or self._of_call("max_sequence_length")
         self.embeddings = EmbeddingCache(cache)
         self._load_encoders, self._encoders, self._weights = load_encoders, encoders, weights
-        self._fingerprints = fingerprints
+        self.fingerprint = fingerprint
         self.given: dict[tuple[str, bool], Embedding] = {}  # of prompts (negative ones: True), whatever the cache has
         self.keep_encoders = False  # in memory after use, for further prompts
         self._with_encoders: list[Any] = []
@@ -141,8 +142,9 @@ class TextToImageFlow(nn.Module, ABC):
     def parts(self) -> dict[str, Any]:
         """What its latents and embeddings depend on, and its weights do not: as JSON, equal for a copy of its files.
         Without fingerprints where it was made of a pipeline in memory."""
-        fingerprints = {} if self._fingerprints is None else self._fingerprints()
-        return {"family": type(self).__name__, "max_sequence_length": self.max_sequence_length, **fingerprints}
+        names = () if self.fingerprint is None else ("vae", "text_encoders")
+        found = {name: self.fingerprint(name) for name in names if self.fingerprint is not None}
+        return {"family": type(self).__name__, "max_sequence_length": self.max_sequence_length, **found}
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -406,6 +408,13 @@ class TextToImageFlow(nn.Module, ABC):
             yield (text, negative), row
         if not self.keep_encoders:
             self._to(pipe, torch.device("cpu"))
+
+    def release_encoders(self) -> None:
+        """Drop text encoders that were kept; a later prompt that is new loads them again."""
+        self.keep_encoders = False
+        for pipe in self._with_encoders:
+            self._to(pipe, torch.device("cpu"))
+        self._with_encoders = []
 
     @abstractmethod
     def _embed(self, pipe: Any, prompt: str, negative: bool) -> Embedding:

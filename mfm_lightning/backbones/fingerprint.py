@@ -12,7 +12,7 @@ _STRETCH, _STRETCHES = 1 << 16, 64  # of others so many stretches, the first and
 _WEIGHTS, _SETTINGS = (".safetensors", ".bin"), (".json", ".txt", ".model")
 
 
-def fingerprint(folders: Sequence[Path], variant: str | None = None, more: str = "") -> str:
+def fingerprint_of(folders: Sequence[Path], variant: str | None = None, more: str = "") -> str:
     """A hash of the files that are loaded of these folders, equal on every machine and for every copy; not of when they
     were written, nor by which version of a library, nor of where they are. Large files count by their size and 64
     stretches of 64 KB: other weights differ in all of them.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mfm_lightning.backbones.base import TextToImageFlow
-from mfm_lightning.backbones.fingerprint import fingerprint
+from mfm_lightning.backbones.fingerprint import fingerprint_of
 from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
 from mfm_rewards.hub import find_file, find_folder
@@ -139,13 +139,11 @@ def load_flow(
         kind, options["lora"] = FluxFlowMap, lora
         weights += f" {flow_map}:{lora.stat().st_size}:{lora.resolve().stat().st_mtime_ns}"
 
-    def fingerprints() -> dict[str, str]:
+    def fingerprint(part: str) -> str:
         random = "" if random_seed is None else f"random {random_seed}"
-        texts = [path for pattern in ("text_encoder*", "tokenizer*") for path in sorted(folder.glob(pattern))]
-        return {
-            "vae": fingerprint([elsewhere.get("vae", folder / "vae")], variant, random),
-            "text_encoders": fingerprint(texts, variant, random),
-        }
+        named = {"text_encoders": ("text_encoder*", "tokenizer*"), "vae": (), "transformer": ("transformer",)}[part]
+        folders = [path for pattern in named for path in sorted(folder.glob(pattern))]
+        return fingerprint_of(folders or [elsewhere.get("vae", folder / "vae")], variant, random)
 
     return kind(
         pipe,
@@ -160,7 +158,7 @@ def load_flow(
         weights=weights,
         encoder_device=encoder_device,
         max_sequence_length=max_sequence_length,
-        fingerprints=fingerprints,
+        fingerprint=fingerprint,
         **options,
     )
 

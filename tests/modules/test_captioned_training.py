@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mfm_lightning.backbones import FlowAdapter, TextToImageFlow
 from mfm_lightning.backbones.embeddings import EmbeddingCache
-from mfm_lightning.backbones.fingerprint import fingerprint
+from mfm_lightning.backbones.fingerprint import fingerprint_of
 from mfm_lightning.commands.main import main, run
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import ImageDataModule, LatentShards
@@ -197,31 +197,31 @@ def test_data_of_another_flow_are_refused_in_a_line(made, tmp_path, monkeypatch)
 def test_fingerprints_are_those_of_contents(made, tmp_path):
     folder = tmp_path / "vae"
     shutil.copytree(made / "flux/vae", folder)
-    before = fingerprint([made / "flux/vae"])
-    assert fingerprint([folder]) == before
+    before = fingerprint_of([made / "flux/vae"])
+    assert fingerprint_of([folder]) == before
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "_diffusers_version": "0.1", "_name_or_path": "there"}))
-    assert fingerprint([folder]) == before
+    assert fingerprint_of([folder]) == before
     (folder / "config.json").write_text(json.dumps({**config, "shift_factor": 0.12}))
-    assert fingerprint([folder]) != before
+    assert fingerprint_of([folder]) != before
     # of a large file a part is read: a change of all of it is seen
     large = tmp_path / "large"
     large.mkdir()
     content = np.random.default_rng(0).integers(0, 256, 6 << 20, dtype=np.uint8)
     (large / "model.safetensors").write_bytes(content.tobytes())
-    one = fingerprint([large])
+    one = fingerprint_of([large])
     (large / "model.fp16.safetensors").write_bytes(b"x")
-    assert fingerprint([large]) == one
-    assert fingerprint([large], "fp16") != one
+    assert fingerprint_of([large]) == one
+    assert fingerprint_of([large], "fp16") != one
     (large / "model.safetensors").write_bytes((content ^ 1).tobytes())
-    assert fingerprint([large]) != one
+    assert fingerprint_of([large]) != one
 
 
 def test_text_encoders_are_loaded_once_for_captions_without_embeddings(made, caplog, monkeypatch):
     """Of few captions before training; of others they stay from the second new batch on."""
     caplog.set_level(logging.INFO)
     loads = lambda: sum("text encoders of" in text for text in caplog.messages)  # noqa: E731
-    options = {"rank": 2, "image_size": 16, "max_sequence_length": TOKENS}
+    options: dict[str, Any] = {"rank": 2, "image_size": 16, "max_sequence_length": TOKENS}
     network = FlowAdapter(str(made / "flux"), **options)
     network.meet(SimpleNamespace(captions=["a cat", "a dog"]))
     assert loads() == 1

@@ -23,18 +23,20 @@ import torch
 from mfm_lightning.backbones import TextToImageFlow, load_flow
 from mfm_lightning.data.latents.captions import CaptionEncoder
 from mfm_lightning.data.latents.image_sources import ImageSource, InputError, RawImage, find_source
-from mfm_lightning.data.latents.index import CLASSES, INDEX, LatentIndex, Layout, Shard
+from mfm_lightning.data.latents.index import LatentIndex, Layout, Shard
 from mfm_lightning.data.latents.moments import MomentEncoder
 from mfm_lightning.data.latents.shard_writer import (
     PARTS,
     LatentSample,
     finished,
+    shards_of,
+    unit_path,
+    write_index_files,
     write_json,
     write_shard,
-    write_text,
 )
 from mfm_lightning.networks.vae import VAE
-from mfm_lightning.utils.atomic import check_is_folder, clear_partials
+from mfm_lightning.utils.atomic import check_is_folder
 from mfm_lightning.utils.console import track
 from mfm_lightning.utils.decoding import ImageError
 from mfm_lightning.utils.devices import find_device
@@ -175,7 +177,6 @@ def check(job: Preparation, source: ImageSource, tools: Tools) -> dict[str, Any]
         ValueError: if the folder has shards of another preparation, the input was replaced since, or the image size
             does not fit the VAE.
     """
-    check_is_folder(job.output)
     state_shape = tools.encoder.state_shape(tools.image_size)
     settings = {
         "input": source.identity, "vae": tools.encoder.identity, "image_size": tools.image_size,
@@ -186,25 +187,40 @@ def check(job: Preparation, source: ImageSource, tools: Tools) -> dict[str, Any]
         settings |= {f"flow's {name}": value for name, value in tools.flow.parts.items()}
     if job.captions is not None:
         settings |= {"captions": job.captions, "embeddings": job.embeddings}
-    path = Path(job.output) / PREPARATION
+    begin(job.output, settings, ", ".join(job.inputs))
+    return settings
+
+
+def begin(output: str, settings: dict[str, Any], inputs: str) -> None:
+    """Write down with which settings a folder is made, or compare with those that it was begun with.
+
+    Args:
+        settings: what its shards depend on, as JSON; "input" is a dictionary of them.
+        inputs: where samples are from, for messages.
+
+    Raises:
+        NotADirectoryError: if the folder is a file.
+        ValueError: if it has shards of another preparation, or the input was replaced since.
+    """
+    check_is_folder(output)
+    path = Path(output) / PREPARATION
     if path.is_file():
         begun, now = _flat(json.loads(path.read_text())), _flat(settings)
         other = [key for key in {**begun, **now} if begun.get(key) != now.get(key)]
         if other == ["contents"] and "contents" not in begun:
-            log.warning("%s was begun by an older version, which did not note sizes and times of its input", job.output)
+            log.warning("%s was begun by an older version, which did not note sizes and times of its input", output)
         elif other == ["contents"]:
             raise ValueError(
-                f"{job.output} was begun with other files of the same names (sizes or times of change in "
-                f"{', '.join(job.inputs)} are others): give another folder"
+                f"{output} was begun with other files of the same names (sizes or times of change in {inputs} are "
+                "others): give another folder"
             )
         elif other:
             was = "; ".join(f"{key} was {begun.get(key)}, is {now.get(key)}" for key in other)
-            raise ValueError(f"{job.output} has a preparation with other settings ({was}): give another folder")
-    elif list(Path(job.output).glob("*.tar")):
-        raise ValueError(f"{job.output} has tars, but no {PREPARATION}: give an empty folder")
+            raise ValueError(f"{output} has a preparation with other settings ({was}): give another folder")
+    elif list(Path(output).glob("*.tar")):
+        raise ValueError(f"{output} has tars, but no {PREPARATION}: give an empty folder")
     else:
         write_json(path, settings)
-    return settings
 
 
 def report(job: Preparation, source: ImageSource) -> None:
@@ -215,7 +231,7 @@ def report(job: Preparation, source: ImageSource) -> None:
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     """The input's beside the others."""
-    return {**settings["input"], **{key: value for key, value in settings.items() if key != "input"}}
+    return {**settings.get("input", {}), **{key: value for key, value in settings.items() if key != "input"}}
 
 
 def prepare(
@@ -251,7 +267,7 @@ def prepare(
     folder = Path(job.output)
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     mine = [unit for unit in range(source.units) if unit % world_size == rank]
-    missing = [unit for unit in mine if _shards_of(folder, unit) is None]
+    missing = [unit for unit in mine if shards_of(folder, unit) is None]
     threads = ThreadPoolExecutor(job.threads)
     try:
         for unit in track(missing, describe=lambda unit: f"encoding {unit} of {source.units}") if show else missing:
@@ -270,7 +286,7 @@ def write_index(job: Preparation, source: ImageSource, tools: Tools) -> bool:
         InputError: if no sample is left.
     """
     folder = Path(job.output)
-    units = [_shards_of(folder, unit) for unit in range(source.units)]
+    units = [shards_of(folder, unit) for unit in range(source.units)]
     whole = [parts for parts in units if parts is not None]
     if open_ := len(units) - len(whole):
         log.info("%d of %d pieces of %s are still to be made, by other processes or runs", open_, len(units), folder)
@@ -296,10 +312,7 @@ def write_index(job: Preparation, source: ImageSource, tools: Tools) -> bool:
         layout.state_shape, len(classes), encoder.space.scale, shards, made_with, broken, encoder.space.shift,
         layout.text, flow,
     )  # fmt: skip
-    write_text(folder / CLASSES, json.dumps(classes, indent=1))
-    write_text(folder / INDEX, index.text())
-    clear_partials(folder, "latents-*")  # not of the index, which another process may be writing, too
-    clear_partials(folder / PARTS)
+    write_index_files(folder, index, classes)
     if broken:
         log.warning("%d images could not be decoded and are left out: %s", len(broken), ", ".join(broken[:5]))
     if tools.flow is not None and (cut := sum(part.get("cut", 0) for part in found)):
@@ -308,21 +321,6 @@ def write_index(job: Preparation, source: ImageSource, tools: Tools) -> bool:
             cut, index.samples, tools.flow.max_sequence_length,
         )  # fmt: skip
     return True
-
-
-def _unit_path(folder: Path, unit: int) -> Path:
-    """Says which shards a finished unit has."""
-    return folder / PARTS / f"unit-{unit:06d}.json"
-
-
-def _shards_of(folder: Path, unit: int) -> list[dict[str, Any]] | None:
-    """What is known of a unit's shards; None unless all of them are there."""
-    path = _unit_path(folder, unit)
-    if not path.is_file():
-        return None
-    found = [finished(folder, name) for name in json.loads(path.read_text())]
-    parts = [part for part in found if part is not None]
-    return parts if len(parts) == len(found) else None
 
 
 def _make_unit(
@@ -350,7 +348,7 @@ def _make_unit(
         else:
             deque(chunk, maxlen=0)  # past what is there
         names.append(name)
-    write_json(_unit_path(folder, unit), names)
+    write_json(unit_path(folder, unit), names)
 
 
 def _encoded(

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mfm_lightning.backbones.embeddings import Embedding
-from mfm_lightning.data.latents.index import Layout, Shard
+from mfm_lightning.data.latents.index import CLASSES, INDEX, LatentIndex, Layout, Shard
 from mfm_lightning.data.latents.text_form import TextForm
 from mfm_lightning.data.latents.urls import from_webdataset
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import clear_partials, whole_file
 
 PARTS = "parts"  # folder of what is known of each finished shard, until all are in the index
 
@@ -101,6 +101,29 @@ def finished(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / name
     whole = not found["samples"] or (path.is_file() and path.stat().st_size == found["bytes"])
     return found if whole else None
+
+
+def unit_path(folder: Path, unit: int) -> Path:
+    """Says which shards a finished unit has."""
+    return folder / PARTS / f"unit-{unit:06d}.json"
+
+
+def shards_of(folder: Path, unit: int) -> list[dict[str, Any]] | None:
+    """What is known of a unit's shards; None unless all of them are there."""
+    path = unit_path(folder, unit)
+    if not path.is_file():
+        return None
+    found = [finished(folder, name) for name in json.loads(path.read_text())]
+    parts = [part for part in found if part is not None]
+    return parts if len(parts) == len(found) else None
+
+
+def write_index_files(folder: Path, index: LatentIndex, classes: dict[str, int]) -> None:
+    """The index and the classes of a folder whose shards are all there; several processes may write them, the same."""
+    write_text(folder / CLASSES, json.dumps(classes, indent=1))
+    write_text(folder / INDEX, index.text())
+    clear_partials(folder, "latents-*")  # not of the index, which another process may be writing, too
+    clear_partials(folder / PARTS)
 
 
 def write_json(path: Path, content: Any) -> None:
