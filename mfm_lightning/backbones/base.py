@@ -342,7 +342,11 @@ class TextToImageFlow(nn.Module, ABC):
         pipe = self._with_encoders[0] if self._with_encoders else self.whole_pipeline()
         tokenizer = getattr(pipe, self.counting_tokenizer, None) or pipe.tokenizer
         most = self._most_tokens if getattr(pipe, self.counting_tokenizer, None) else tokenizer.model_max_length
-        return len(tokenizer(prompt, truncation=False, verbose=False).input_ids) > most
+        return len(tokenizer(self._as_tokenized(prompt), truncation=False, verbose=False).input_ids) > most
+
+    def _as_tokenized(self, prompt: str) -> str:
+        """A prompt as the pipeline gives it to the tokenizer."""
+        return prompt
 
     @property
     def _most_tokens(self) -> int:

@@ -118,6 +118,8 @@ def _run(job: Preparation, workers: int, process: Process) -> bool:
     if process.rank == 0:
         report(job, source)
     _spawn(job, workers, process)
+    if process.rank == 0 and tools.texts is not None:
+        log.info("%s", tools.texts.line(tools.layout.stride))
     return write_index(job, source, tools)  # again, to know whether it is there
 
 

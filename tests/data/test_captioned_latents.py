@@ -27,8 +27,8 @@ from tests.backbones.fast import frozen  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = {"sd3": encoders.of_sd3, "flux": encoders.of_flux, "sana": encoders.of_gemma}
-SIZES = {"sd3": 16, "flux": 16, "sana": 64}
+FAMILIES = {"sd3": encoders.of_sd3, "flux": encoders.of_flux, "sana": encoders.of_gemma, "lumina2": encoders.of_gemma}
+SIZES = {"sd3": 16, "flux": 16, "sana": 64, "lumina2": 32}
 TOKENS = 6
 CAPTIONS = ["a red cat", "the blue dog", "a red cat", "three dog on the mat a red cat on the mat", "", "a dog"]
 
@@ -65,7 +65,12 @@ def made(tmp_path_factory):
 
 
 def diffusers_pipeline(made, family) -> Any:
-    kind = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "sana": "SanaPipeline"}[family]
+    kind = {
+        "sd3": "StableDiffusion3Pipeline",
+        "flux": "FluxPipeline",
+        "sana": "SanaPipeline",
+        "lumina2": "Lumina2Pipeline",
+    }[family]
     return getattr(tiny.diffusers, kind).from_pretrained(made / family)
 
 
@@ -78,6 +83,9 @@ def by_diffusers(pipe, family, caption):
     if family == "flux":
         text, pooled, _ = pipe.encode_prompt(caption, None, **tokens)
         return {"text": text, "pooled": pooled}
+    if family == "lumina2":
+        text, mask, _, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False, **tokens)
+        return {"text": text, "mask": mask}
     instruction = tiny.diffusers.SanaPipeline.__call__.__wrapped__.__defaults__[-1]
     text, mask, _, _ = pipe.encode_prompt(
         caption, do_classifier_free_guidance=False, complex_human_instruction=instruction, **tokens
@@ -283,3 +291,15 @@ def test_a_data_set_of_hugging_face(made, tmp_path):
     assert {s["__key__"]: s["txt"].strip() for s in members(tmp_path / "out")} == {
         "00000000": b"a cat", "00000001": b"a dog", "00000002": b"a mat"
     }  # fmt: skip
+
+
+def test_a_buffer_that_takes_much_memory_is_said(made, caplog, monkeypatch):
+    LatentShards(str(made / "shards_sd3"), 1, 4, 2048).setup()
+    assert "shuffle_buffer" not in caplog.text
+    monkeypatch.setattr("mfm_lightning.data.latents.datamodule.MUCH", 1e6)
+    data = LatentShards(str(made / "shards_sd3"), 1, 4, 2048)
+    data.setup()
+    stride = data.index.layout.stride
+    assert (
+        f"2048 samples of {stride / 1e6:.2g} MB in each of 4 workers take {8192 * stride / 1e9:.2g} GB" in caplog.text
+    )

@@ -21,6 +21,7 @@ from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.networks.decoders import Decoder, decoded
 
 log = logging.getLogger(__name__)
+MUCH = 16e9  # bytes of buffers of which is said that they take memory
 
 
 class LatentShards(StepDataModule):
@@ -192,6 +193,12 @@ class LatentShards(StepDataModule):
             )
 
     def setup(self, stage: str | None = None) -> None:
+        each, readers = self.index.layout.stride, max(1, self.num_workers)
+        if (total := self.reading.shuffle_buffer * each * readers) > MUCH:
+            log.warning(
+                "shuffle_buffer: %d samples of %.2g MB in each of %d workers take %.2g GB of memory: lower it",
+                self.reading.shuffle_buffer, each / 1e6, readers, total / 1e9,
+            )  # fmt: skip
         splits = ("train", "val") if stage in (None, "fit") else ("val",)
         for folder, index in map(self._part, splits):
             problems = missing_or_truncated(folder, index)
