@@ -142,6 +142,12 @@ class PromptSamplesDataModule(LatentShards):
     @torch.no_grad()
     def _draw_missing(self) -> None:
         flow, folder, (rank, world_size) = self._teacher(), Path(self.folder), self.rank()
+        train = min(self.num_samples, (self.units - self.val_shards) * self.shard_size)
+        if train < world_size * self.batch_size:  # said before they are drawn
+            raise ValueError(
+                f"num_samples {self.num_samples}: without {self.val_shards} shards of {self.shard_size} for validation "
+                f"{max(train, 0)} are left, not a batch of {self.batch_size} for each of {world_size} ranks: raise it"
+            )
         begin(self.folder, settings := self._settings(flow), "the prompts")
         if (folder / INDEX).is_file() and all(shards_of(folder, unit) for unit in range(self.units)):
             return

@@ -118,6 +118,11 @@ def test_they_are_drawn_once_and_the_same_by_any_ranks(sd3, tmp_path, monkeypatc
             data(tmp_path / "two", flow_of(sd3), **change).setup()
     with pytest.raises(ValueError, match="num_samples 0 must be at least 1"):
         data(tmp_path / "x", None, num_samples=0)
+    with pytest.raises(
+        ValueError, match=r"num_samples 7: without 3 shards of 2 for validation 2 are left, not a batch"
+    ):
+        data(tmp_path / "x", flow_of(sd3), val_shards=3, batch_size=3).setup()
+    assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match=r"no flow to sample: set data\.flow"):
         data(tmp_path / "x", None).setup()
 
