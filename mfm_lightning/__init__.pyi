@@ -67,6 +67,7 @@ from .data import LatentShards as LatentShards
 from .data import ModelSamplesDataModule as ModelSamplesDataModule
 from .data import NoiseDataModule as NoiseDataModule
 from .data import OffPolicyDataModule as OffPolicyDataModule
+from .data import PromptSamplesDataModule as PromptSamplesDataModule
 from .data import PromptsDataModule as PromptsDataModule
 from .data import WebDatasetDataModule as WebDatasetDataModule
 from .evaluation import Evaluation as Evaluation

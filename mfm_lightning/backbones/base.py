@@ -53,6 +53,8 @@ class TextToImageFlow(nn.Module, ABC):
         weights: the same of transformer and VAE, for `identity`.
         encoder_device: where prompts are encoded; the CPU where None.
         max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
+        fingerprint: gives a short name of the contents of the files of "vae", "text_encoders" or "transformer", equal
+            for copies.
 
     Raises:
         ValueError: for a pipeline of another class, one that is no flow, or sizes that do not fit.
@@ -61,6 +63,7 @@ class TextToImageFlow(nn.Module, ABC):
     pipeline: ClassVar[str]  # name of the diffusers class
     usual_negative: ClassVar[str | None] = ""  # what the pipeline leads away from where no negative prompt is given
     guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline, for two evaluations or as an input
+    counting_tokenizer: ClassVar[str] = "tokenizer"  # the one whose tokens max_sequence_length bounds
     patch_size: ClassVar[int] = 1  # latents must be multiples of it
     # modules of the transformer whose output is the tokens `(B, T, D)`, and the embedding of the time `(B, D)`
     adapter_places: ClassVar[dict[str, str]] = {}
@@ -80,6 +83,7 @@ class TextToImageFlow(nn.Module, ABC):
         weights: str = "",
         encoder_device: str | torch.device | None = None,
         max_sequence_length: int | None = None,
+        fingerprint: Callable[[str], str] | None = None,
     ) -> None:
         super().__init__()
         if (found := type(pipe).__name__) != self.pipeline:
@@ -101,6 +105,10 @@ class TextToImageFlow(nn.Module, ABC):
         self.max_sequence_length: int = max_sequence_length or self._of_call("max_sequence_length")
         self.embeddings = EmbeddingCache(cache)
         self._load_encoders, self._encoders, self._weights = load_encoders, encoders, weights
+        self.fingerprint = fingerprint
+        self.given: dict[tuple[str, bool], Embedding] = {}  # of prompts (negative ones: True), whatever the cache has
+        self.keep_encoders = False  # in memory after use, for further prompts
+        self._with_encoders: list[Any] = []
         if cache is not None and not encoders:
             raise ValueError("a cache of embeddings needs encoders, a name of what made them: load_flow gives it")
         # what a block is computed again in, for a gradient: an adapter that is on in this call is on again
@@ -130,6 +138,14 @@ class TextToImageFlow(nn.Module, ABC):
             "image_size": list(self.image_size), "dtype": str(self.transformer.dtype), "tiled": self.decoder.tiled,
             "attention": self.attention, "encoders": self._encoders, "tokens": self.max_sequence_length,
         }  # fmt: skip
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What its latents and embeddings depend on, and its weights do not: as JSON, equal for a copy of its files.
+        Without fingerprints where it was made of a pipeline in memory."""
+        names = () if self.fingerprint is None else ("vae", "text_encoders")
+        found = {name: self.fingerprint(name) for name in names if self.fingerprint is not None}
+        return {"family": type(self).__name__, "max_sequence_length": self.max_sequence_length, **found}
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
@@ -305,7 +321,9 @@ class TextToImageFlow(nn.Module, ABC):
         scale = self.usual_guidance if guidance is None else float(guidance)
         negatives = self._negatives(prompts, negative, guidance)
         wanted = self._wanted(prompts, negatives)
-        rows = {key: row for key, settings in wanted.items() if (row := self.embeddings.find(settings)) is not None}
+        rows = {key: self.given[key] for key in wanted if key in self.given}
+        kept = {key: self.embeddings.find(settings) for key, settings in wanted.items() if key not in rows}
+        rows |= {key: row for key, row in kept.items() if row is not None}
         rows |= dict(self._made({key: settings for key, settings in wanted.items() if key not in rows}))
         given = Conditions(
             prompts=prompts,
@@ -324,8 +342,32 @@ class TextToImageFlow(nn.Module, ABC):
         """Encode prompts that are not in the cache yet, so that `encode` needs no text encoder for them; raises as
         `encode`."""
         wanted = self._wanted(prompts, self._negatives(prompts, negative, guidance))
-        for _ in self._made({k: settings for k, settings in wanted.items() if not self.embeddings.has(settings)}):
+        for _ in self._made({k: settings for k, settings in wanted.items() if not self._has(k, settings)}):
             pass
+
+    def has_embeddings(self, prompts: Sequence[str]) -> bool:
+        """Whether `encode` needs no text encoder for these prompts, without guidance by two evaluations."""
+        return all(self._has(key, settings) for key, settings in self._wanted(prompts, None).items())
+
+    def _has(self, key: tuple[str, bool], settings: dict[str, Any]) -> bool:
+        return key in self.given or self.embeddings.has(settings)
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether a prompt has more tokens than `max_sequence_length`, so that its end is left out. It needs the
+        tokenizers, which are there while text encoders are kept (`keep_encoders`)."""
+        pipe = self._with_encoders[0] if self._with_encoders else self.whole_pipeline()
+        tokenizer = getattr(pipe, self.counting_tokenizer, None) or pipe.tokenizer
+        most = self._most_tokens if getattr(pipe, self.counting_tokenizer, None) else tokenizer.model_max_length
+        return len(tokenizer(self._as_tokenized(prompt), truncation=False, verbose=False).input_ids) > most
+
+    def _as_tokenized(self, prompt: str) -> str:
+        """A prompt as the pipeline gives it to the tokenizer."""
+        return prompt
+
+    @property
+    def _most_tokens(self) -> int:
+        """Of a prompt, with those that the tokenizer adds."""
+        return self.max_sequence_length
 
     @property
     def usual_guidance(self) -> float:
@@ -375,15 +417,24 @@ class TextToImageFlow(nn.Module, ABC):
         """The embeddings of texts, one after the other, which are kept; the text encoders are there until the last."""
         if not wanted:
             return
-        pipe = self.whole_pipeline()
+        pipe = self._with_encoders[0] if self._with_encoders else self.whole_pipeline()
         if getattr(pipe, "text_encoder", None) is None:
             raise ValueError(f"the {self.pipeline} has no text encoder: load it whole, or give Conditions of your own")
         self._to(pipe, self.encoder_device)
+        self._with_encoders = [pipe] if self.keep_encoders else []
         for (text, negative), settings in wanted.items():
             row = {name: value.cpu() for name, value in self._embed(pipe, text, negative).items()}
             self.embeddings.keep(settings, row)
             yield (text, negative), row
-        self._to(pipe, torch.device("cpu"))
+        if not self.keep_encoders:
+            self._to(pipe, torch.device("cpu"))
+
+    def release_encoders(self) -> None:
+        """Drop text encoders that were kept; a later prompt that is new loads them again."""
+        self.keep_encoders = False
+        for pipe in self._with_encoders:
+            self._to(pipe, torch.device("cpu"))
+        self._with_encoders = []
 
     @abstractmethod
     def _embed(self, pipe: Any, prompt: str, negative: bool) -> Embedding:

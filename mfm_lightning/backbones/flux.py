@@ -27,6 +27,7 @@ class FluxFlow(TextToImageFlow):
 
     pipeline = "FluxPipeline"
     usual_negative = None
+    counting_tokenizer = "tokenizer_2"
     patch_size = 2
     adapter_places: ClassVar = {"tokens": "x_embedder", "times": "time_text_embed"}
     no_guidance = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mfm_lightning.backbones.base import TextToImageFlow
+from mfm_lightning.backbones.fingerprint import fingerprint_of
 from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.merging import lora_file, merge
 from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
@@ -50,6 +51,8 @@ def load_flow(
     max_sequence_length: int | None = None,
     flow_map: str | None = None,
     lora: str | None = None,
+    encoder_dtype: str | torch.dtype | None = None,
+    transformer: bool = True,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
@@ -76,6 +79,8 @@ def load_flow(
             or org/name/file of a Hugging Face repository.
         lora: a LoRA that is merged into the transformer: a folder or file that `pipe.load_lora_weights` reads, such as
             `PromptFinetuning` writes.
+        encoder_dtype: floating type of the text encoders; `torch_dtype` where None.
+        transformer: false: of the transformer the settings alone, for prompts, sizes and the VAE; there is no drift.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -83,10 +88,11 @@ def load_flow(
         CheckpointError: for a pipeline that is no flow, of no known family, or with files missing.
         ValueError: for an option that does not fit.
     """
-    dtype = DTYPES.get(torch_dtype) if isinstance(torch_dtype, str) else torch_dtype
-    if dtype is None or dtype not in DTYPES.values():
-        raise ValueError(f"torch_dtype {torch_dtype!r}: expected one of {', '.join(DTYPES)}")
+    dtype = _dtype("torch_dtype", torch_dtype)
+    text_dtype = dtype if encoder_dtype is None else _dtype("encoder_dtype", encoder_dtype)
     patterns = [f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model")]
+    if not transformer:
+        patterns = ["vae/*", "text_encoder*/*", "tokenizer*/*", "*/*.json"]
     folder = find_folder(name, [INDEX], patterns, allow_download, revision, "diffusers pipeline")
     index = _read_index(folder)
     pipeline = str(index.get("_class_name"))
@@ -106,20 +112,24 @@ def load_flow(
 
     elsewhere = {} if vae is None else {"vae": Path(vae)}
     load_encoders: Callable[[], Any] | None = None
+    if not transformer and (random_seed is not None or flow_map is not None or lora is not None):
+        raise ValueError("transformer: false goes with none of random_seed, flow_map and lora: leave them out")
     if random_seed is not None and random_parts(folder, index, elsewhere):
         pipe = new_pipeline(folder, _diffusers(pipeline, folder), index, elsewhere, random_seed, dtype)
     else:
         parts = {} if vae is None else {"vae": _vae(index, vae, dtype)}
+        parts |= {} if transformer else {"transformer": _settings(index, folder)}
         pipe = _load(pipeline, folder, **(common | dict.fromkeys(encoders) | parts))
 
         def load_whole() -> Any:
             log.info("text encoders of %s: loading", name)
-            whole = _load(pipeline, folder, **common, transformer=pipe.transformer, vae=pipe.vae)
+            given = {**common, "torch_dtype": text_dtype, "transformer": pipe.transformer, "vae": pipe.vae}
+            whole = _load(pipeline, folder, **given)
             for part in encoders:
                 # transformers makes the text model in a CLIP with projection of the type in its file's config
                 encoder = getattr(whole, part)
                 if encoder is not None and not getattr(encoder, "_keep_in_fp32_modules", None):
-                    encoder.to(dtype)
+                    encoder.to(text_dtype)
             return whole
 
         load_encoders = load_whole
@@ -135,6 +145,13 @@ def load_flow(
     weights += "".join(f" {f}:{f.stat().st_size}:{f.resolve().stat().st_mtime_ns}" for f in (two_times, merged) if f)
     if two_times is not None:
         kind, options["lora"] = FluxFlowMap, two_times
+
+    def fingerprint(part: str) -> str:
+        random = "" if random_seed is None else f"random {random_seed}"
+        named = {"text_encoders": ("text_encoder*", "tokenizer*"), "vae": (), "transformer": ("transformer",)}[part]
+        folders = [path for pattern in named for path in sorted(folder.glob(pattern))]
+        return fingerprint_of(folders or [elsewhere.get("vae", folder / "vae")], variant, random)
+
     flow = kind(
         pipe,
         image_size=image_size,
@@ -144,10 +161,11 @@ def load_flow(
         tiled=tiled,
         cache=cache,
         load_encoders=load_encoders,
-        encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {dtype}",
+        encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {text_dtype}",
         weights=weights,
         encoder_device=encoder_device,
         max_sequence_length=max_sequence_length,
+        fingerprint=fingerprint,
         **options,
     )
     flow.opened_by = {
@@ -155,6 +173,23 @@ def load_flow(
         "max_sequence_length": max_sequence_length, "lora": lora,
     }  # fmt: skip
     return flow
+
+
+def _dtype(name: str, given: str | torch.dtype) -> torch.dtype:
+    dtype = DTYPES.get(given) if isinstance(given, str) else given
+    if dtype is None or dtype not in DTYPES.values():
+        raise ValueError(f"{name} {given!r}: expected one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _settings(index: dict[str, Any], folder: Path) -> Any:
+    """The transformer without weights."""
+    kind = _diffusers(str(index["transformer"][1]), folder)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(kind.load_config(str(folder / "transformer"), local_files_only=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the transformer of {folder} cannot be read: {_first_line(error)}") from error
 
 
 def _diffusers(kind: str, folder: Path) -> Any:

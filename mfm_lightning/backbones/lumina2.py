@@ -43,6 +43,9 @@ class Lumina2Flow(TextToImageFlow):
         )
         return {"text": other, "mask": other_mask} if negative else {"text": text, "mask": mask}
 
+    def _as_tokenized(self, prompt: str) -> str:
+        return f"{self.pipe.system_prompt} <Prompt Start> {prompt}"
+
     def _scheduler_arguments(self, steps: int, scheduler: Any) -> dict[str, Any]:
         return uniform_sigmas(steps, scheduler, self.channels)  # the pipeline counts channels for tokens
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfm_lightning.backbones.base import TextToImageFlow
+from mfm_lightning.backbones.embeddings import Embedded
 from mfm_lightning.backbones.loading import load_flow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.networks.base import EmbedsPrompts, VelocityNetwork
@@ -47,6 +48,7 @@ class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
         self._flow = [flow]  # in a list: it is no part of this module
         self.config, self.state_shape = config, flow.state_shape
         self._null: Conditions | None = None
+        self._asked = False  # for captions that were not embedded yet
 
     @property
     def flow(self) -> TextToImageFlow:
@@ -71,16 +73,59 @@ class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
         return [block for blocks in lists for block in blocks] or [self.flow.transformer]
 
     def embed(self, conditions: Conditions) -> Conditions:
-        """With the embeddings of the prompts.
+        """With the embeddings of the prompts; those that are there already are taken as they are. From the second time
+        that prompts are new, text encoders stay in memory.
 
         Raises:
-            ValueError: where there are no prompts.
+            ValueError: where there are neither embeddings nor prompts.
         """
-        if conditions.prompts is None:
-            raise ValueError("a text-to-image flow is trained on captions: give the data captions (CaptionedImages)")
-        found = self._encoded(conditions.prompts)
         device = next(self.flow.transformer.parameters()).device
+        if conditions.text is not None:
+            return conditions.to(device)
+        if conditions.prompts is None:
+            raise ValueError(
+                "a text-to-image flow is trained on captions: give the data captions (CaptionedImages), or their "
+                "embeddings (mfm prepare-latents --flow --captions)"
+            )
+        if not self.flow.has_embeddings(conditions.prompts):
+            if self._asked and not self.flow.keep_encoders:
+                self.flow.keep_encoders = True
+                log.info("captions are new again: text encoders stay in memory; prepared shards need none")
+            self._asked = True
+        found = self._encoded(conditions.prompts)
         return replace(conditions, text=found.text, mask=found.mask, pooled=found.pooled).to(device)
+
+    def meet(self, data: Any) -> None:
+        """Take the empty prompt's embedding from data that bring embeddings, if those are of this flow's text encoders
+        and latents of its VAE. Of data with few captions embed these at once.
+
+        Raises:
+            ValueError: for data of another VAE or other text encoders, with what differs.
+        """
+        embedded: Embedded | None = getattr(data, "embedded", None)
+        if embedded is not None:
+            _check_same(embedded, self.flow)
+            self.flow.given["", False] = dict(embedded.null)
+            self._null = None
+        elif captions := getattr(data, "captions", None):
+            self.flow.keep_embeddings(["", *captions], guidance=self.flow.no_guidance)
+
+
+def _check_same(embedded: Embedded, flow: TextToImageFlow) -> None:
+    """Raise ValueError unless data were made with this flow's parts."""
+    ours, theirs = flow.parts, embedded.flow
+    names = {"family": "flow", "vae": "VAE", "text_encoders": "text encoders", "max_sequence_length": "tokens"}
+    if unknown := [name for name in ("vae", "text_encoders") if name not in ours or name not in theirs]:
+        log.warning("%s: not known whether it is of the flow in training (%s)", embedded.place, ", ".join(unknown))
+    for name, what in names.items():
+        mine, other = ours.get(name), theirs.get(name)
+        if mine is not None and other is not None and mine != other:
+            short = [str(value)[:12] for value in (other, mine)]
+            raise ValueError(
+                f"{embedded.place} was made for {theirs.get('name', 'another flow')}, with other {what} ({short[0]}) "
+                f"than the network's ({short[1]}): run mfm prepare-latents with the network's flow and "
+                "--max-sequence-length, or train on that flow"
+            )
 
 
 class FlowNetwork(PromptedNetwork):

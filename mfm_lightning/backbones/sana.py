@@ -44,5 +44,9 @@ class SanaFlow(TextToImageFlow):
         )
         return {"text": text, "mask": mask}
 
+    @property
+    def _most_tokens(self) -> int:
+        return self.max_sequence_length - 1  # beside the instruction the pipeline leaves room for one more
+
     def _scheduler_arguments(self, steps: int, scheduler: Any) -> dict[str, Any]:
         return {"num_inference_steps": steps}

@@ -16,6 +16,7 @@ class SD3Flow(TextToImageFlow):
     """The flow of a `StableDiffusion3Pipeline`; the guidance of skipped layers is not there. As `TextToImageFlow`."""
 
     pipeline = "StableDiffusion3Pipeline"
+    counting_tokenizer = "tokenizer_3"
     patch_size = 2
     adapter_places: ClassVar = {"tokens": "pos_embed", "times": "time_text_embed"}
 

@@ -22,13 +22,18 @@ def prepare_latents(
     output: str,
     input: list[str] | None = None,
     verify: bool = False,
-    vae: str = "stabilityai/sd-vae-ft-mse",
-    image_size: int = 256,
+    vae: str | None = None,
+    flow: str | None = None,
+    captions: str | None = None,
+    image_size: int | None = None,
     shard_size: int = 1000,
     batch_size: int = 32,
     num_workers: int = 1,
     threads: int = 4,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    embeddings: Literal["fp32", "bf16", "fp16"] = "bf16",
+    max_sequence_length: int | None = None,
+    revision: str | None = None,
     device: str = "auto",
     seed: int = 0,
     class_index: str | None = None,
@@ -38,25 +43,34 @@ def prepare_latents(
 ) -> None:
     """Encode images by a VAE into WebDataset shards of moments, for LatentShards.
 
-    Run again after a stop, it goes on. Under torchrun or srun each process makes its share.
+    With a text-to-image flow the VAE is the flow's own, and captions are kept with their embeddings. Run again after a
+    stop, it goes on. Under torchrun or srun each process makes its share.
 
     Args:
         output: folder of the shards; with --verify alone also a URL.
-        input: a folder of class folders, or WebDataset shards, a folder of tars, paths, https:, s3:, gs:, with {a..b}.
+        input: a folder of class folders, or WebDataset shards, a folder of tars, paths, https:, s3:, gs:, with {a..b};
+            with captions also a folder of images, or of parquet files, or dataset:ID of Hugging Face.
         verify: re-read all shards and compare with the index.
-        vae: AutoencoderKL of diffusers, a folder or Hugging Face id.
-        image_size: images are cropped to it.
+        vae: AutoencoderKL of diffusers, a folder or Hugging Face id; stabilityai/sd-vae-ft-mse if left out. With a
+            flow, another VAE for it.
+        flow: text-to-image flow that the latents are for, a folder of diffusers or Hugging Face id.
+        captions: keep captions and their embeddings by the flow: auto, or where they are: txt, json:KEY, a column, a
+            list of files and texts; of class folders a text such as "a photo of a {class}".
+        image_size: images are cropped to it; 256 if left out, with a flow its own.
         shard_size: samples of a shard.
         batch_size: images that the VAE encodes at once.
         num_workers: processes here, on its GPUs in turn.
         threads: that decode images, in each process.
-        precision: of the VAE.
+        precision: of the VAE and the text encoders.
+        embeddings: floating type in which embeddings are kept.
+        max_sequence_length: tokens of a caption; the pipeline's own number if left out.
+        revision: branch, tag or commit of the flow's repository.
         device: auto, cpu, cuda, cuda:1, ...
         seed: of the order of a folder's images.
         class_index: file of classes by label (JSON, or a name a line); else class folders are in order of names.
         skip_broken: leave out images that cannot be decoded.
         allow_pipe: run the shell commands of pipe URLs.
-        allow_download: fetch the VAE from the Hugging Face hub.
+        allow_download: fetch VAE and text encoders from the Hugging Face hub.
 
     Raises:
         CommandLineError, FileNotFoundError, ValueError: for input, VAE or settings that cannot be used; a failed
@@ -77,7 +91,8 @@ def prepare_latents(
     if input:
         job = Preparation(
             tuple(input), output, vae, image_size, shard_size, batch_size, threads, precision, device, seed,
-            class_index, skip_broken, allow_pipe, allow_download,
+            class_index, skip_broken, allow_pipe, allow_download, flow, captions, embeddings, max_sequence_length,
+            revision,
         )  # fmt: skip
         with stoppable("the same command goes on with what is missing"):
             done = _run(job, num_workers, process)
@@ -98,12 +113,14 @@ def _run(job: Preparation, workers: int, process: Process) -> bool:
         raise ValueError(f"--num_workers {workers} must be at least 1")
     if workers == 1:
         return prepare(job, process.rank, process.world_size, process.local_rank)
-    source, encoder = job.source(), job.encoder(process.local_rank * workers)
-    check(job, source, encoder)  # errors here, before processes start
+    source, tools = job.source(), job.tools(process.local_rank * workers)
+    check(job, source, tools)  # errors here, before processes start
     if process.rank == 0:
         report(job, source)
     _spawn(job, workers, process)
-    return write_index(job, source, encoder)  # again, to know whether it is there
+    if process.rank == 0 and tools.texts is not None:
+        log.info("%s", tools.texts.line(tools.layout.stride))
+    return write_index(job, source, tools)  # again, to know whether it is there
 
 
 def _spawn(job: Preparation, workers: int, process: Process) -> None:

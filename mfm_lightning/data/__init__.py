@@ -9,6 +9,7 @@ from mfm_lightning.data.latents import LatentShards
 from mfm_lightning.data.model_samples import ModelSamplesDataModule
 from mfm_lightning.data.noise import NoiseDataModule
 from mfm_lightning.data.off_policy import OffPolicyDataModule
+from mfm_lightning.data.prompt_samples import PromptSamplesDataModule
 from mfm_lightning.data.prompts import PromptsDataModule
 from mfm_lightning.data.web import WebDatasetDataModule
 
@@ -23,6 +24,7 @@ __all__ = [
     "ModelSamplesDataModule",
     "NoiseDataModule",
     "OffPolicyDataModule",
+    "PromptSamplesDataModule",
     "PromptsDataModule",
     "StepDataModule",
     "WebDatasetDataModule",

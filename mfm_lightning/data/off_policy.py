@@ -52,8 +52,8 @@ class OffPolicyDataModule(L.LightningDataModule):
         self._buffer: tuple[Tensor, Conditions] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Splits, decoding and an oracle are the other DataModule's."""
-        if name in ("splits", "decode", "oracle", "origin"):
+        """Splits, decoding, captions and an oracle are the other DataModule's."""
+        if name in ("splits", "decode", "oracle", "origin", "captions", "embedded"):
             return getattr(self.data, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mfm_lightning.backbones import FlowAdapter
 from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.conditions import Batch, Conditions
-from mfm_lightning.evaluation.base import Evaluation
+from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule, batch_number
 from mfm_lightning.modules.execution import TrainingExecution
@@ -25,8 +25,8 @@ class MFMPretraining(TrainingModule):
     """Trains `model = MetaFlowMap(network)` on an objective (Eq. 33).
 
     Args:
-        network: a network of `mfm_lightning.networks`, or a `mfm_lightning.backbones.FlowNetwork`, whose prompts are
-            the captions of the data.
+        network: a network of `mfm_lightning.networks`, or a `mfm_lightning.backbones.FlowNetwork` or `FlowAdapter`,
+            whose prompts are the captions of the data, or whose embeddings the data bring.
         objective: the terms, and how their samples are drawn.
         teacher: frozen base drift for the distilled terms. It is in neither the checkpoint nor the optimiser: the
             checkpoint names it by its `identity`, and resuming with another one is refused. Of a `FlowAdapter` it is
@@ -88,6 +88,11 @@ class MFMPretraining(TrainingModule):
     @property
     def frozen(self) -> dict[str, Any]:
         return {"teacher": self.teacher.identity} if self.teacher is not None else {}
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if isinstance(self.model.network, EmbedsPrompts):
+            self.model.network.meet(datamodule_of(self.trainer))
 
     def to_device(self, device: torch.device) -> None:
         if self.teacher is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mfm_lightning.alignment.target import Target
 from mfm_lightning.backbones import AdaptedFlow, LoRANetwork, TextToImageFlow
 from mfm_lightning.checkpoints import CheckpointError, fingerprint
 from mfm_lightning.conditions import INDEX, Batch, Conditions
-from mfm_lightning.evaluation.base import Evaluation
+from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.interpolant import interpolate, randn, sample_generators
 from mfm_lightning.modules.base import batch_number
 from mfm_lightning.modules.normaliser import LogNormaliser
@@ -99,6 +100,7 @@ class PromptFinetuning(TiltedTraining):
         self._flow = [flow.eval().requires_grad_(False)]  # in a list: frozen, and no part of this module's state
         self.state_shape = flow.state_shape
         self.guidance, self.negative, self.reward_scale = guidance, negative, reward_scale
+        self._guided: Conditions | None = None
         self._drawn = [flow if mfm is None else AdaptedFlow.load(mfm, flow)]  # before the LoRA, of the same transformer
         if isinstance(model := self._drawn[0], AdaptedFlow):
             model.check(Conditions(guidance=flow.usual_guidance if guidance is None else guidance))
@@ -131,15 +133,26 @@ class PromptFinetuning(TiltedTraining):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.policy.meet(datamodule_of(self.trainer))
+
     def embedded(self, conditions: Conditions, device: torch.device) -> Conditions:
-        """The prompts with their embeddings, guidance and negative prompts.
+        """The prompts with their embeddings, as given or made here, guidance and negative prompt.
 
         Raises:
             ValueError: where there are no prompts.
         """
         if conditions.prompts is None:
-            raise ValueError("a text-to-image flow is fine-tuned for prompts: give the data captions (CaptionedImages)")
-        return self.flow.encode(list(conditions.prompts), self.negative, self.guidance).to(device)
+            raise ValueError(
+                "a text-to-image flow is fine-tuned for prompts: give the data captions (CaptionedImages, or shards of "
+                "mfm prepare-latents --flow --captions)"
+            )
+        given = self.policy.embed(conditions)
+        if self._guided is None:  # the scale and the negative prompt, one row
+            self._guided = self.flow.encode([""], self.negative, self.guidance)
+        guided = replace(self._guided, text=given.text, mask=given.mask, pooled=given.pooled, prompts=given.prompts)
+        return guided.to(device)
 
     def noised(self, x1: Tensor, conditions: Conditions) -> Pair:
         given = self.embedded(conditions, x1.device).expand(len(x1), x1.device)

@@ -59,6 +59,14 @@ class EmbedsPrompts(ABC):
     def embed(self, conditions: Conditions) -> Conditions:
         """With the embeddings of the prompts; raises ValueError where there are no prompts."""
 
+    def meet(self, data: Any) -> None:  # noqa: B027
+        """Look, before training, at what a DataModule brings: embeddings (`embedded`), or captions (`captions`) that
+        can be embedded beforehand.
+
+        Raises:
+            ValueError: for embeddings of another network's kind.
+        """
+
 
 def label_and_guidance(conditions: Conditions) -> tuple[Tensor, Tensor]:
     """What a class-conditional network reads, `(B,)` both; `MetaFlowMap` fills in what a caller leaves out.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mfm_lightning.networks.vae import VAE, load_vae
+from mfm_lightning.networks.vae import VAE, load_vae, scale_and_shift
 from mfm_rewards.execution import Precision, autocast, check_precision
 
 Numbers = float | Sequence[float]
@@ -110,13 +110,14 @@ class VAEDecoder(Decoder):
         tiled: decode large latents in overlapping tiles that are blended (diffusers' tiling; not exactly the same).
         precision: of the VAE, "fp32", "bf16" or "fp16", whatever the precision around it.
         allow_download: fetch the weights where they are not there.
-        shift: what is subtracted from the latents before, or a number for each channel; nothing where None.
+        shift: what is subtracted from the latents before, or a number for each channel; the VAE's own (0 for SD's)
+            where None.
 
     Raises:
         FileNotFoundError: when used, if the weights are not there.
         ImportError: when used, without the extra `imagenet`.
         ValueError: for numbers that are not finite, or a scale of 0; when used, for numbers of other channels than the
-            states', or a VAE whose config has a shift of its own.
+            states', or a VAE whose config has them by channel.
     """
 
     def __init__(
@@ -189,9 +190,11 @@ class VAEDecoder(Decoder):
         return images
 
     def _decode(self, vae: VAE, part: Tensor) -> Tensor:
-        scale = vae.config["scaling_factor"] if self.scale is None else self.scale
+        own_scale, own_shift = scale_and_shift(vae)
+        scale = own_scale if self.scale is None else self.scale
+        shift = own_shift if self.shift is None else self.shift
         with autocast(part.device, self.precision):
-            latents = part.float() / self._of(part, "scale", scale) + self._of(part, "shift", self.shift or 0.0)
+            latents = part.float() / self._of(part, "scale", scale) + self._of(part, "shift", shift)
             return vae.decode(latents).sample.float()
 
     def _of(self, part: Tensor, name: str, given: Numbers) -> Tensor:

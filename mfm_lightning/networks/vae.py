@@ -1,9 +1,10 @@
-"""The VAE of latent models, diffusers' AutoencoderKL: read in full, or refused."""
+"""The VAE of latent models, diffusers' AutoencoderKL (also AutoencoderDC, for encoding): read in full, or refused."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +29,58 @@ class VAE(Protocol):
     def enable_tiling(self) -> None: ...
 
     def encode(self, x: Tensor) -> Any:
-        """Its `latent_dist` has `mean` and `std` `(B, C, h, w)`."""
+        """Its `latent_dist` has `mean` and `std` `(B, C, h, w)`; of an AutoencoderDC `latent` is all there is."""
 
     def decode(self, z: Tensor) -> Any:
         """Its `sample` is `(B, 3, H, W)` in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What the states of a VAE are: x = (z - shift) scale of the latents z that it gives.
+
+    Args:
+        channels: of a latent.
+        factor: pixels a latent, along each side.
+        scale, shift: of its config; SD's has no shift.
+    """
+
+    channels: int
+    factor: int
+    scale: float
+    shift: float = 0.0
+
+    @classmethod
+    def of(cls, vae: VAE) -> LatentSpace:
+        """Of an AutoencoderKL or AutoencoderDC.
+
+        Raises:
+            ValueError: for another class, or latents that are scaled by channel.
+        """
+        config, kind = vae.config, type(vae).__name__
+        blocks = next((n for n in ("block_out_channels", "encoder_block_out_channels") if n in config), None)
+        if blocks is None or "latent_channels" not in config:
+            raise ValueError(f"a VAE of class {kind}: images are encoded by an AutoencoderKL or AutoencoderDC alone")
+        _check_unscaled(config, f"the {kind}")
+        return cls(int(config["latent_channels"]), 2 ** (len(config[blocks]) - 1), *scale_and_shift(vae))
+
+    def states(self, z: Tensor) -> Tensor:
+        """Of latents z."""
+        return (z - self.shift) * self.scale
+
+
+def scale_and_shift(vae: VAE) -> tuple[float, float]:
+    """Of the VAE's config: states are (z - shift) scale of its latents z."""
+    return float(vae.config["scaling_factor"]), float(vae.config.get("shift_factor") or 0.0)
+
+
+def moments(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `(B, C, h, w)` of the latents of images `(B, 3, H, W)` in [-1, 1]; the latter is zero
+    where the encoder draws nothing (AutoencoderDC)."""
+    found = vae.encode(x)
+    if hasattr(found, "latent_dist"):
+        return found.latent_dist.mean, found.latent_dist.std
+    return found.latent, torch.zeros_like(found.latent)
 
 
 def load_vae(path: str, allow_download: bool = False) -> VAE:
@@ -42,8 +91,7 @@ def load_vae(path: str, allow_download: bool = False) -> VAE:
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
         ImportError: without the extra `imagenet`.
-        CheckpointError: if the folder holds something else, or not all of it; if its latents are shifted, or scaled by
-            channel.
+        CheckpointError: if the folder holds something else, or not all of it; if its latents are scaled by channel.
     """
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -96,11 +144,7 @@ def _check(vae: Any, found: Mapping[str, Any], path: str) -> None:
     broken = next((name for name, p in vae.state_dict().items() if not torch.isfinite(p).all()), None)
     if broken is not None:
         raise CheckpointError(f"the VAE {path} holds numbers that are not finite, first in {broken}")
-    for name in ("shift_factor", "latents_mean", "latents_std"):
-        if value := vae.config.get(name):
-            raise CheckpointError(
-                f"the VAE {path} has {name} {value} in its {CONFIG}: only a scale of latents is known here"
-            )
+    _check_unscaled(vae.config, f"the VAE {path}")
     if "scaling_factor" in vae.config.get("_use_default_values", ()):
         log.warning(
             "VAE %s: its %s gives no scaling_factor, %s is taken (that of SD; SDXL's is 0.13025): scale says another",
@@ -108,3 +152,11 @@ def _check(vae: Any, found: Mapping[str, Any], path: str) -> None:
             CONFIG,
             vae.config["scaling_factor"],
         )
+
+
+def _check_unscaled(config: Mapping[str, Any], what: str) -> None:
+    for name in ("latents_mean", "latents_std"):
+        if value := config.get(name):
+            raise CheckpointError(
+                f"{what} has {name} {value} in its {CONFIG}: only one scale and one shift of all channels are known"
+            )

@@ -82,13 +82,15 @@ def _of_file(path: Path, column: str) -> list[Prompt]:
         texts = path.read_text(encoding="utf-8-sig").splitlines()
         found = [Prompt(text.strip()) for text in texts if text.strip()]
     else:
-        found = [_prompt(row, column, f"{path}, row {number}") for number, row in _rows(path, column)]
+        found = [_prompt(row, column, f"{path}, row {number}") for number, row in read_rows(path, column)]
     if not found:
         raise ValueError(f"{path} has no prompts")
     return found
 
 
-def _rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a file by column, with their numbers from 1 on: .jsonl, .json, .parquet, .csv or .tsv. Texts of a JSON
+    list are in `column`. Raises as `read_prompts`."""
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
             if not line.strip():

@@ -226,12 +226,12 @@ def test_latents_by_channel_are_decoded_as_the_file_says(tmp_path):
 
 
 def test_latents_have_the_vae_s_own_scale(tmp_path):
-    """As in preparation; a scale that is given wins, and latents that are shifted are refused by both."""
+    """As in preparation, and its own shift; what is given wins, and latents scaled by channel are refused by both."""
     diffusers = pytest.importorskip("diffusers")
     folder = small_vae(tmp_path / "vae", blocks=2)
     settings = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps({**settings, "scaling_factor": 0.13025}))  # SDXL's
-    assert MomentEncoder(folder).scale == 0.13025
+    assert MomentEncoder(folder).space.scale == 0.13025
     model = MetaFlowMap(DiT(8, 4, 4, 16, 2, 2, 1, num_classes=3))
     path = str(save_model(model, tmp_path / "latents.safetensors"))
     states = ModelSampler(steps=2)(model.eval(), torch.arange(3), SamplePlan(3).generators(range(3)))
@@ -244,10 +244,15 @@ def test_latents_have_the_vae_s_own_scale(tmp_path):
         assert np.abs(pngs(tmp_path / name) - expected.permute(0, 2, 3, 1).numpy()).max() < 0.6
     with pytest.raises(ValueError, match=r"decoder: 'VAEDecoder\(.*scale=0.5.*there, 'VAEDecoder\(path="):
         main(arguments[:-1])
-    (tmp_path / "vae/config.json").write_text(json.dumps({**settings, "shift_factor": 0.1}))
+    (tmp_path / "vae/config.json").write_text(json.dumps({**settings, "latents_mean": [0.1] * 4}))
     for use in (MomentEncoder, lambda path: VAEDecoder(path).missing()):
-        with pytest.raises(ValueError, match=r"vae has shift_factor 0\.1 in its config\.json"):
+        with pytest.raises(ValueError, match=r"vae has latents_mean \[0\.1.* in its config\.json"):
             use(folder)
+    (tmp_path / "vae/config.json").write_text(json.dumps({**settings, "shift_factor": 0.1}))  # as SD3's and FLUX's
+    assert MomentEncoder(folder).space.shift == 0.1
+    with torch.no_grad():
+        expected = ((vae.decode(states / 0.18215 + 0.1).sample + 1) / 2).clamp(0, 1)
+        assert torch.allclose(VAEDecoder(folder)(states), expected, atol=1e-5)
 
 
 def test_ranks_that_cannot_be_are_refused(monkeypatch):

@@ -153,11 +153,22 @@ def test_indices_that_do_not_fit(folder):
         first_shard(folder, name=name)
         with pytest.raises(LatentIndexError, match="no plain file name"):
             data(folder)
+    first_shard(folder, name="latents-000000.tar")
+    for captions in ({"tensors": [["text", "fp8", [2, 3]]], "caption_bytes": 512}, {"tensors": []}, ["text"]):
+        change(folder, captions=captions)
+        with pytest.raises(LatentIndexError, match="no index of latent shards"):
+            data(folder)
+    change(folder, captions={"tensors": [["text", "bf16", [2, 3]]], "caption_bytes": 512})  # which the shards lack
+    with pytest.raises(CorruptSampleError, match="sample"):
+        list(data(folder).loader())
+    found = json.loads((folder / INDEX).read_text())
+    del found["captions"]
+    (folder / INDEX).write_text(json.dumps(found))
     first_shard(folder, name="latents-000000.tar", labels=[0, 1])
     with pytest.raises(LatentIndexError, match="6 samples, but 2 labels"):
         data(folder)
-    change(folder, version=2)
-    with pytest.raises(LatentIndexError, match="format mfm-latents 2, not mfm-latents 1"):
+    change(folder, version=3)
+    with pytest.raises(LatentIndexError, match="format mfm-latents 3, not mfm-latents 1 or 2"):
         data(folder)
     (folder / INDEX).write_text('{"format": ')
     with pytest.raises(LatentIndexError, match="no index of latent shards"):
@@ -170,7 +181,10 @@ def test_validation_shards_that_do_not_fit(folder, tmp_path):
         data(folder, val_folder=str(tmp_path / "val"))
     val = shards(tmp_path / "val", [4])
     assert [numbers(b) for b in data(folder, val_folder=str(val)).loader("val")] == [[0, 1, 2, 3]]
-    change(val, scale=0.25)
+    change(val, shift=0.1, version=2)
+    with pytest.raises(LatentIndexError, match=r"val was made with shift 0\.1, .*shards with 0\.0: prepare both"):
+        data(folder, val_folder=str(val))
+    change(val, shift=0.0, scale=0.25)
     with pytest.raises(LatentIndexError, match=r"val has latents to be scaled by 0\.25, .*shards by 0\.5"):
         data(folder, val_folder=str(val))
     data(folder, val_folder=str(val), scale=0.5)

@@ -1,6 +1,7 @@
 """Images of one's own: sources, and the DataModule over them."""
 
 from mfm_lightning.data.images.arrays import IdxImages, NpzImages
+from mfm_lightning.data.images.captioned_folder import CaptionedFolder
 from mfm_lightning.data.images.captions import CaptionedImages, JoinedImages
 from mfm_lightning.data.images.datamodule import ImageDataModule
 from mfm_lightning.data.images.folder import ImageFolder
@@ -10,6 +11,7 @@ from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.data.images.torchvision_sets import TorchvisionImages
 
 __all__ = [
+    "CaptionedFolder",
     "CaptionedImages",
     "EncodedImages",
     "HuggingFaceImages",

@@ -59,6 +59,10 @@ class CaptionedImages(LabelledImages):
         _ = self.captions  # wrong ones are refused before any image is read
         return self.source.labels, self.source.class_names
 
+    @property
+    def contents(self) -> object:
+        return self.source.contents
+
     def image(self, i: int) -> Image.Image:
         return self.source.image(i)
 

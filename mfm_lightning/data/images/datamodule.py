@@ -20,6 +20,7 @@ from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
 from mfm_lightning.data.indexed import IndexedDataModule, Samples
 
 log = logging.getLogger(__name__)
+FEW_CAPTIONS = 1000
 
 
 class ImageDataModule(IndexedDataModule):
@@ -136,6 +137,18 @@ class ImageDataModule(IndexedDataModule):
                     f"{', '.join(f'{n}_fraction {f}' for n, f in self.fractions.items())}"
                 )
         return found
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """The different captions of all images, where they are few (at most `FEW_CAPTIONS`): a network that embeds
+        texts does it beforehand then. Else, and without captions, none."""
+        found: dict[str, None] = {}
+        for part in {id(part): part for part in self.parts.values()}.values():
+            for row in part.rows.tolist() if part.source.has_captions else ():
+                found[part.source.caption(row)] = None
+                if len(found) > FEW_CAPTIONS:
+                    return []
+        return list(found)
 
     @cached_property
     def readers(self) -> dict[str, SplitReader]:

@@ -38,6 +38,10 @@ class ImageFolder(LabelledImages):
         labels = np.array([image.label for image in self._tree.images], dtype=np.int64)
         return labels, sorted(names, key=names.__getitem__)
 
+    @property
+    def contents(self) -> object:
+        return [(image.size, image.mtime_ns) for image in self._tree.images]
+
     def image(self, i: int) -> Image.Image:
         return read_image(Path(self.place(i)))
 

@@ -22,7 +22,8 @@ class HuggingFaceImages(LabelledImages):
         name: of its configuration, if it has several.
         image: column of images.
         label: column of class numbers; null: all images are one class.
-        caption: column of texts, which become prompts; null: none are read.
+        caption: column of texts, which become prompts; of several with `;` between them the first that is there; null:
+            none are read.
         download: open an id, and fetch what is not in the cache.
         cache: folder for what `datasets` keeps; its own where left out.
 
@@ -62,6 +63,9 @@ class HuggingFaceImages(LabelledImages):
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"datasets cannot open {self.path} ({self.split}): {reason}") from error
+        if self.caption_column is not None:
+            columns = self.caption_column.split(";")
+            self.caption_column = next((c for c in columns if c in found.column_names), self.caption_column)
         wanted = {"image": self.image_column, "label": self.label_column, "caption": self.caption_column}
         for what, column in wanted.items():
             if column is not None and column not in found.column_names:
@@ -98,6 +102,10 @@ class HuggingFaceImages(LabelledImages):
         numbers = number_names(labels, self.path)
         return labels.astype(np.int64), list(getattr(self._dataset.features[self.label_column], "names", numbers))
 
+    @property
+    def contents(self) -> object:
+        return self._dataset._fingerprint
+
     def image(self, i: int) -> Image.Image:
         found = self._dataset[i][self.image_column]
         if not found or (found["bytes"] is None and found["path"] is None):
@@ -105,11 +113,13 @@ class HuggingFaceImages(LabelledImages):
         return read_image(Path(found["path"])) if found["bytes"] is None else decode(found["bytes"], self.place(i))
 
     @cached_property
-    def _captions(self) -> Any:
-        return self._dataset.select_columns([self.caption_column])  # the image is not read for it
+    def _captions(self) -> list[str]:
+        """All of them, read at once and without the images: one by one takes a minute for a million."""
+        dataset = self._dataset  # which finds the column
+        return list(dataset.select_columns([self.caption_column])[self.caption_column][:])
 
     def caption(self, i: int) -> str:
-        return self._captions[i][self.caption_column].strip()
+        return self._captions[i].strip()
 
     def place(self, i: int) -> str:
         return f"image {i} of {self.path} ({self.split})"

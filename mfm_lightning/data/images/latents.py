@@ -15,15 +15,16 @@ from mfm_lightning.data.images.datamodule import ImageDataModule, Splits
 from mfm_lightning.data.images.reading import SplitReader
 from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.networks.decoders import VAEDecoder
-from mfm_lightning.networks.vae import VAE, load_vae
+from mfm_lightning.networks.vae import VAE, LatentSpace, load_vae, moments
 from mfm_lightning.utils.console import track
 
 log = logging.getLogger(__name__)
 
 
 class EncodedImages(ImageDataModule):
-    """The images of an `ImageDataModule` as latents of a VAE: its means, times its own scale. All of them are encoded
-    once, when they are first needed, and held in memory; for more than fits there, `mfm prepare-latents` writes shards.
+    """The images of an `ImageDataModule` as latents of a VAE: its means, with its own shift and scale. All of them are
+    encoded once, when they are first needed, and held in memory; for more than fits there, `mfm prepare-latents` writes
+    shards.
 
     Args:
         source: as `ImageDataModule`, as are `batch_size`, `size`, `classes`, `val_source`, `test_source`,
@@ -67,9 +68,8 @@ class EncodedImages(ImageDataModule):
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        config = self._loaded.config
-        side = self.form.size // 2 ** (len(config["block_out_channels"]) - 1)
-        return int(config["latent_channels"]), side, side
+        space = LatentSpace.of(self._loaded)
+        return space.channels, self.form.size // space.factor, self.form.size // space.factor
 
     def reader(self, name: str) -> EncodedReader:
         if not self.in_memory:
@@ -102,12 +102,12 @@ class EncodedReader(SplitReader):
     @classmethod
     def of(cls, reader: SplitReader, vae: VAE, batch_size: int, name: str) -> EncodedReader:
         """Encode a split."""
-        scale, parts = float(vae.config["scaling_factor"]), []
+        space, parts = LatentSpace.of(vae), []
         starts: Sequence[int] = range(0, len(reader.split), batch_size)
         for k in track(starts, lambda _: f"encoding {name} images"):
             x, _ = reader.states(np.arange(k, min(k + batch_size, len(reader.split))))
             with torch.no_grad():
-                parts.append(vae.encode(x).latent_dist.mean * scale)
+                parts.append(space.states(moments(vae, x)[0]))
         return cls(reader, torch.cat(parts))
 
     def states(self, index: np.ndarray) -> Batch:

@@ -52,6 +52,11 @@ class LabelledImages(ABC):
         """The text of image i, of a source that `has_captions`."""
         raise ValueError(f"{self.place(i)} has no caption")
 
+    @property
+    def contents(self) -> object:
+        """What tells that images were replaced, as JSON; None where that is not known."""
+        return None
+
     @abstractmethod
     def place(self, i: int) -> str:
         """Where the image i is, for messages."""

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from mfm_lightning.backbones.embeddings import Embedded
 from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
 from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
-from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes
+from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes, read_null
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
 from mfm_lightning.data.latents.urls import join, local_path
 from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.networks.decoders import Decoder, decoded
 
 log = logging.getLogger(__name__)
+MUCH = 16e9  # bytes of buffers of which is said that they take memory
 
 
 class LatentShards(StepDataModule):
-    """Latents `(C, H, W)` drawn from the VAE moments that `mfm prepare-latents` wrote, scaled, with their labels.
+    """Latents `(C, H, W)` drawn from the VAE moments that `mfm prepare-latents` wrote, shifted and scaled, with their
+    labels. Where shards have captions (`mfm prepare-latents --flow --captions`), batches are
+    `(x1, {label, prompts, text (B, L, D), and mask (B, L), pooled (B, P) of flows that have them})`: a text-to-image
+    network takes these embeddings, and training needs no text encoder.
 
     Guaranteed:
 
@@ -41,7 +47,8 @@ class LatentShards(StepDataModule):
         batch_size: training batch on each device.
         num_workers: processes that read, for each device; 0: the training process itself.
         shuffle_buffer: samples that are shuffled with each other in each worker; with shards in a new order each epoch.
-            They are held in memory: 35 KB each for latents of 4 x 32 x 32.
+            They are held in memory: 35 KB each for latents of 4 x 32 x 32; the index of shards with embeddings says
+            more (SD3 at 1024 pixels: 5 MB each, so give 64 or so).
         flip: take the mirror image's moments for half of the samples.
         classes: labels that are kept (the others are not renamed); all where None.
         val_folder: shards for validation and test; where None, the last `val_shards` of `folder`.
@@ -50,7 +57,7 @@ class LatentShards(StepDataModule):
             shards for each rank with replacement (also where there is not one batch for each rank).
         corrupt: "raise" at a sample that is damaged or missing, or "skip" it: the next good one takes its place, so
             that batches stay as long; `skipped` counts each once.
-        scale: factor of the latents; the VAE's own (0.18215 for SD's) where None.
+        scale: factor of the latents, after the VAE's own shift; the VAE's own (0.18215 for SD's) where None.
         decoder: for pictures, from latents to images.
         allow_pipe: run the command of a `pipe:` folder.
         seed: of order and draws.
@@ -117,6 +124,14 @@ class LatentShards(StepDataModule):
         return self._part("train")[1]
 
     @property
+    def embedded(self) -> Embedded | None:
+        """What made the embeddings, and that of the empty prompt; None without captions."""
+        index = self.index
+        if index.captions is None:
+            return None
+        return Embedded(index.flow or {}, read_null(self.folder, self.reading.allow_pipe), self.folder)
+
+    @property
     def skipped(self) -> int:
         """Corrupt samples skipped by this process and its workers so far, each counted once."""
         return len(self._skipped)
@@ -126,6 +141,7 @@ class LatentShards(StepDataModule):
         if self._parts is None:
             index = LatentIndex.load(self.folder, self.reading.allow_pipe)
             self.reading.scale = index.scale if self._given_scale is None else self._given_scale
+            self.reading.shift = index.shift
             if self.classes is not None and max(self.classes) >= index.num_classes:
                 raise ValueError(f"classes {self.classes}: the shards have labels 0..{index.num_classes - 1}")
             if self.val_folder is not None:
@@ -169,8 +185,20 @@ class LatentShards(StepDataModule):
                 f"{self.val_folder} has latents to be scaled by {val.scale}, {self.folder} by {index.scale}: prepare "
                 "both with the same VAE, or give the scale"
             )
+        ours, theirs = ({"shift": i.shift, "captions": i.captions, **_flow(i)} for i in (index, val))
+        if other := next((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), None):
+            raise LatentIndexError(
+                f"{self.val_folder} was made with {other} {theirs.get(other)}, {self.folder} with {ours.get(other)}: "
+                "prepare both with the same --flow and options"
+            )
 
     def setup(self, stage: str | None = None) -> None:
+        each, readers = self.index.layout.stride, max(1, self.num_workers)
+        if (total := self.reading.shuffle_buffer * each * readers) > MUCH:
+            log.warning(
+                "shuffle_buffer: %d samples of %.2g MB in each of %d workers take %.2g GB of memory: lower it",
+                self.reading.shuffle_buffer, each / 1e6, readers, total / 1e9,
+            )  # fmt: skip
         splits = ("train", "val") if stage in (None, "fit") else ("val",)
         for folder, index in map(self._part, splits):
             problems = missing_or_truncated(folder, index)
@@ -277,6 +305,11 @@ def missing_or_truncated(folder: str, index: LatentIndex) -> list[str]:
     return problems
 
 
+def _flow(index: LatentIndex) -> dict[str, Any]:
+    """What must be the same of the flow, whose name and revision may differ."""
+    return {name: value for name, value in (index.flow or {}).items() if name not in ("name", "revision")}
+
+
 def _label(labels: dict[str, int], name: str) -> str:
     return f"label {labels[name]}" if name in labels else "no class"
 
@@ -288,4 +321,4 @@ def _kept(shard: Shard, classes: list[int] | None) -> np.ndarray:
 
 
 def _with(index: LatentIndex, shards: Sequence[Shard]) -> LatentIndex:
-    return LatentIndex(index.state_shape, index.num_classes, index.scale, shards, index.made_with)
+    return replace(index, shards=shards, broken=[])

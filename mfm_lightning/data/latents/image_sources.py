@@ -8,8 +8,9 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,32 @@ import numpy as np
 from PIL import Image
 
 from mfm_lightning.data.class_folders import MOST_CLASSES, InputError, find_classes, read_class_index
+from mfm_lightning.data.images.captioned_folder import CAPTION_COLUMNS, CaptionedFolder
+from mfm_lightning.data.images.captions import CaptionedImages
+from mfm_lightning.data.images.folder import ImageFolder
+from mfm_lightning.data.images.hugging_face import HuggingFaceImages
+from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.data.latents.urls import check_url, expand, from_webdataset, local_path, open_url
+from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.utils.decoding import ImageError, center_crop, decode, read_image
 from mfm_lightning.utils.image_files import TARS, LeftOut, check_tar, image_endings, is_image, is_junk, is_tar, walk
 from mfm_lightning.utils.tar import SKIPPED, tar_files
 
 log = logging.getLogger(__name__)
+AUTO = "auto"  # captions from where such a source usually has them
+DATASET = "dataset:"  # before an id of Hugging Face
 
 
 @dataclass(frozen=True)
 class RawImage:
-    """An image before it is decoded; `data`: its bytes, or the file that has them; `place`: where bytes are from."""
+    """An image before it is decoded; `data`: its bytes, the file that has them, or what gives it decoded; `place`:
+    where bytes are from; `caption`: its text, of sources that have such."""
 
     key: str
     label: int
-    data: bytes | Path
+    data: bytes | Path | Callable[[], Image.Image]
     place: str = ""
+    caption: str = ""
 
     def open(self, size: int) -> np.ndarray:
         """`(size, size, 3)` uint8, cropped as in ADM and DiT.
@@ -42,7 +53,10 @@ class RawImage:
             OSError: if it cannot be read.
         """
         image: Image.Image
-        image = read_image(self.data) if isinstance(self.data, Path) else decode(self.data, self.place)
+        if isinstance(self.data, Path):
+            image = read_image(self.data)
+        else:
+            image = decode(self.data, self.place) if isinstance(self.data, bytes) else self.data()
         try:
             return center_crop(image, size)
         except ImageError as error:
@@ -120,13 +134,51 @@ class FolderSource(ImageSource):
             yield RawImage(self._keys[i], label, self.root / path)
 
 
+class CaptionedSource(ImageSource):
+    """Any images with captions that have numbers, dealt to shards as those of a `FolderSource`.
+
+    Args:
+        images: that have captions.
+        shard_size: images of a unit.
+        seed: of the order.
+
+    Raises:
+        FileNotFoundError, ValueError: as the images.
+    """
+
+    whole_units = True
+
+    def __init__(self, images: LabelledImages, shard_size: int, seed: int = 0) -> None:
+        super().__init__()
+        self._images, self.shard_size = images, shard_size
+        self.class_to_idx = {name: label for label, name in enumerate(images.class_names)}
+        self.samples = len(images.labels)
+        self.units = -(-self.samples // shard_size)
+        self._order = np.random.default_rng(seed).permutation(self.samples)
+        self._captions = [images.caption(i) for i in range(self.samples)]
+        self.found = f"{images.line()}; {len(set(self._captions))} different captions"
+        listing = _sha256("\n".join(images.place(i) for i in range(self.samples)))
+        self.identity = {
+            "images": self.samples, "listing": listing, "contents": _sha256(json.dumps(images.contents)), "seed": seed,
+            "texts": _sha256(json.dumps(self._captions)),
+        }  # fmt: skip
+
+    def read(self, unit: int) -> Iterator[RawImage]:
+        for i in self._order[unit * self.shard_size : (unit + 1) * self.shard_size].tolist():
+            image = partial(self._images.image, i)
+            label = int(self._images.labels[i])
+            yield RawImage(f"{i:08d}", label, image, self._images.place(i), self._captions[i])
+
+
 class WebDatasetSource(ImageSource):
-    """Shards with an image (jpg, png, ...) and `cls` (the label in ASCII) for each key; a unit is one of them.
+    """Shards with an image (jpg, png, ...) and `cls` (the label in ASCII) for each key; a unit is one of them. With
+    captions there need be no label: it is 0 then.
 
     Args:
         urls: local paths or URLs, with braces; tars may be compressed by gzip, bzip2 or xz.
         class_index: labels by name, if there are names.
         allow_pipe: run the commands of `pipe:` URLs.
+        captions: ending of texts, such as txt, or json:caption for a key of a JSON file; None: no captions.
 
     Raises:
         ValueError: for a URL that may not or cannot be opened.
@@ -136,9 +188,14 @@ class WebDatasetSource(ImageSource):
     whole_units = False
 
     def __init__(
-        self, urls: Sequence[str], class_index: dict[str, int] | None = None, allow_pipe: bool = False
+        self,
+        urls: Sequence[str],
+        class_index: dict[str, int] | None = None,
+        allow_pipe: bool = False,
+        captions: str | None = None,
     ) -> None:
         super().__init__()
+        self._texts = None if captions is None else Fields("", caption=captions)
         self.urls = [url for text in urls for url in expand(text)]
         self.class_to_idx, self.allow_pipe, self.units = class_index, allow_pipe, len(self.urls)
         for url in self.urls:
@@ -185,16 +242,21 @@ class WebDatasetSource(ImageSource):
         where = f"sample {sample['__key__']!r} of {url}"
         fields = [name for name in sample if not name.startswith("__")]
         images = [name for name in fields if f".{name}" in image_endings()]
-        if len(images) != 1 or "cls" not in sample:
+        if len(images) != 1 or ("cls" not in sample and self._texts is None):
             hint = "; all that follows the first dot of a name is its ending" if any("." in f for f in fields) else ""
             raise InputError(
                 f"{where} has {', '.join(fields)}: expected one image (jpg, png, ...) and cls, next to each other{hint}"
             )
+        try:
+            caption = "" if self._texts is None else self._texts.caption_of(sample)
+        except ValueError as error:
+            raise InputError(f"{error} (--captions)") from error
+        endings = [] if self._texts is None else str(self._texts.caption).partition(":")[0].split(";")
         for name in fields:
-            if name not in ("cls", images[0]):
+            if name not in ("cls", images[0], *endings):
                 self.left_out.add_file(f"{sample['__key__']}.{name}", url)
         try:
-            label = int(sample["cls"])
+            label = int(sample.get("cls", b"0"))
         except ValueError as error:
             raise InputError(f"{where}: cls is {sample['cls']!r}, not a label in ASCII") from error
         limit = MOST_CLASSES if self.class_to_idx is None else len(self.class_to_idx)
@@ -202,17 +264,31 @@ class WebDatasetSource(ImageSource):
             raise InputError(f"{where}: label {label} is outside 0..{limit - 1}")
         key = f"{unit:06d}/{str(sample['__key__']).replace('.', '_')}"  # input shards may number alike
         check_key(key)
-        return RawImage(key, label, sample[images[0]], f"{url}:{sample['__key__']}.{images[0]}")
+        place = f"{url}:{sample['__key__']}.{images[0]}"
+        return RawImage(key, label, sample[images[0]], place, caption)
 
 
 def find_source(
-    inputs: Sequence[str], shard_size: int, seed: int = 0, class_index: Path | None = None, allow_pipe: bool = False
+    inputs: Sequence[str],
+    shard_size: int,
+    seed: int = 0,
+    class_index: Path | None = None,
+    allow_pipe: bool = False,
+    captions: str | None = None,
+    allow_download: bool = False,
 ) -> ImageSource:
-    """A folder of class folders, a folder of tars, or URLs of shards.
+    """A folder of class folders, a folder of tars, or URLs of shards. With captions also a folder of images and their
+    texts (`CaptionedFolder`), or a data set of Hugging Face: a folder of parquet files, or dataset:ID.
+
+    Args:
+        captions: "auto", or where they are, in the words of the source: an ending, json:KEY, a column, a list; for a
+            folder of class folders a text with {class} in it.
 
     Raises:
         FileNotFoundError, ValueError: as the sources.
     """
+    if captions is not None and (found := _captioned(inputs, captions, class_index, allow_download)) is not None:
+        return CaptionedSource(found, shard_size, seed)
     paths = {i: path for i in inputs if (path := local_path(i)) is not None}
     folders = [path for path in paths.values() if path.is_dir()]
     if folders and len(inputs) > 1:
@@ -229,9 +305,33 @@ def find_source(
                 f"no input at {given}, which {what}: expected a folder of class folders, or WebDataset tars "
                 f"({', '.join(TARS)})"
             )
-    source = WebDatasetSource(tars or inputs, names, allow_pipe)
+    source = WebDatasetSource(tars or inputs, names, allow_pipe, "txt" if captions == AUTO else captions)
     source.left_out = left_out
     return source
+
+
+def _captioned(
+    inputs: Sequence[str], captions: str, class_index: Path | None, allow_download: bool
+) -> LabelledImages | None:
+    """Images with captions that are not in shards; None for those."""
+    given = None if captions == AUTO else captions
+    if len(inputs) != 1:
+        return None
+    if inputs[0].startswith(DATASET):
+        name = inputs[0].removeprefix(DATASET)
+        return HuggingFaceImages(name, label=None, caption=given or CAPTION_COLUMNS, download=allow_download)
+    folder = local_path(inputs[0])
+    if folder is None or not folder.is_dir() or _tars_in(folder)[0]:
+        return None
+    if "{class}" in captions:
+        return CaptionedImages(ImageFolder(str(folder), None if class_index is None else str(class_index)), captions)
+    if class_index is not None:
+        raise InputError(
+            f"--class-index {class_index} is of class folders: leave it out, or give captions with {{class}}"
+        )
+    if any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet")):
+        return HuggingFaceImages(str(folder), label=None, caption=given or CAPTION_COLUMNS)
+    return CaptionedFolder(str(folder), given)
 
 
 def _tars_in(folder: Path) -> tuple[list[str], LeftOut]:

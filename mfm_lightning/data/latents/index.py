@@ -1,8 +1,9 @@
 """What a folder of latent shards holds: its index, and the layout of a shard.
 
 A shard is a tar that webdataset reads: of each sample `KEY.cls` (the label in ASCII) and `KEY.npy`, float16
-`(2, 2, C, H, W)`: [of the image, of its mirror image] x [mean, standard deviation] of the VAE's posterior. All samples
-of a folder have the same size, so that in a shard sample i begins at byte i * stride.
+`(2, 2, C, H, W)`: [of the image, of its mirror image] x [mean, standard deviation] of the VAE's posterior; of captioned
+ones also `KEY.safetensors`, the caption's embedding, and `KEY.txt`, the caption. All samples of a folder have the same
+size, so that in a shard sample i begins at byte i * stride.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from mfm_lightning.backbones.embeddings import Embedding
+from mfm_lightning.data.latents.text_form import TextForm, as_rows
 from mfm_lightning.data.latents.urls import check_url, join, local_path, open_url
 
 log = logging.getLogger(__name__)
-INDEX, CLASSES = "index.json", "classes.json"
-VERSION = 1
+INDEX, CLASSES, NULL = "index.json", "classes.json", "null.safetensors"
+VERSION, WITH_MORE = (
+    1,
+    2,
+)  # of the index; the latter where there is a shift, or captions, which older readers do not know
 _BLOCK = 512  # of a tar: headers and contents take whole ones
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # no folder, no URL: an index cannot point outside
 
@@ -38,9 +44,11 @@ class Layout:
 
     Args:
         state_shape: `(C, H, W)` of a latent.
+        text: of captions and their embeddings, where there are any.
     """
 
     state_shape: tuple[int, ...]
+    text: TextForm | None = None
 
     @property
     def moments_shape(self) -> tuple[int, ...]:
@@ -70,15 +78,34 @@ class Layout:
         return 2 * prod(self.moments_shape)
 
     @property
-    def header_at(self) -> tuple[int, int]:
-        """Of the two tar headers."""
-        return 0, 2 * _BLOCK
+    def _npy_end(self) -> int:
+        return self.npy_at + _whole(len(self.npy_header) + self.moments_bytes)
+
+    @property
+    def embedding_at(self) -> int:
+        """Of a caption's embedding, where there is one."""
+        return self._npy_end + _BLOCK
+
+    @property
+    def caption_at(self) -> int:
+        """Of a caption, where there is one."""
+        return self.embedding_at + _whole(self.text.file_bytes if self.text else 0) + _BLOCK
+
+    @property
+    def header_at(self) -> tuple[int, ...]:
+        """Of the tar headers."""
+        more = () if self.text is None else (self.embedding_at - _BLOCK, self.caption_at - _BLOCK)
+        return 0, 2 * _BLOCK, *more
 
     @property
     def stride(self) -> int:
         """Bytes of a sample in its shard."""
-        content = len(self.npy_header) + self.moments_bytes
-        return self.npy_at + -(-content // _BLOCK) * _BLOCK
+        return self._npy_end if self.text is None else self.caption_at + _whole(self.text.caption_bytes)
+
+
+def _whole(content: int) -> int:
+    """Bytes that a content takes in a tar."""
+    return -(-content // _BLOCK) * _BLOCK
 
 
 @dataclass(frozen=True)
@@ -121,6 +148,9 @@ class LatentIndex:
         shards: in the order of their names.
         made_with: image size, VAE and so on.
         broken: keys of the input that were left out, for they could not be read.
+        shift: the VAE's shift of latents (0 for SD's): a state is (z - shift) scale.
+        captions: form of captions and their embeddings, where there are any.
+        flow: that they are for, where a flow was given: its name, revision, and `TextToImageFlow.parts`.
     """
 
     state_shape: tuple[int, ...]
@@ -129,10 +159,13 @@ class LatentIndex:
     shards: Sequence[Shard]
     made_with: dict[str, Any] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    shift: float = 0.0
+    captions: TextForm | None = None
+    flow: dict[str, Any] | None = None
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.state_shape)
+        return Layout(self.state_shape, self.captions)
 
     @property
     def samples(self) -> int:
@@ -140,10 +173,14 @@ class LatentIndex:
 
     def text(self) -> str:
         """As JSON, one line a shard."""
+        more = {} if self.flow is None else {"flow": self.flow}
+        more |= {} if self.captions is None else {"captions": self.captions.as_dict()}
+        more |= {"shift": self.shift} if self.shift else {}
+        version = WITH_MORE if self.captions or self.shift else VERSION
         head = {
-            "format": "mfm-latents", "version": VERSION, "state_shape": list(self.state_shape),
+            "format": "mfm-latents", "version": version, "state_shape": list(self.state_shape),
             "num_classes": self.num_classes, "samples": self.samples, "scale": self.scale,
-            "made_with": self.made_with, "broken": self.broken,
+            "made_with": self.made_with, "broken": self.broken, **more,
         }  # fmt: skip
         shards = ",\n".join(json.dumps(shard.as_dict(), separators=(",", ":")) for shard in self.shards)
         return f'{json.dumps(head, indent=1)[:-2]},\n "shards": [\n{shards}\n]}}\n'
@@ -165,8 +202,10 @@ class LatentIndex:
         try:
             with open_url(url, allow_pipe) as stream:
                 found = json.loads(stream.read())
-            if (found["format"], found["version"]) != ("mfm-latents", VERSION):
-                raise LatentIndexError(f"format {found['format']} {found['version']}, not mfm-latents {VERSION}")
+            if found["format"] != "mfm-latents" or found["version"] not in (VERSION, WITH_MORE):
+                raise LatentIndexError(
+                    f"format {found['format']} {found['version']}, not mfm-latents {VERSION} or {WITH_MORE}"
+                )
             _check_head(found)
             shards = [Shard.from_dict(shard) for shard in found["shards"]]
             if len({shard.name for shard in shards}) < len(shards):
@@ -179,7 +218,8 @@ class LatentIndex:
                 raise LatentIndexError(f"samples {stated}, and its shards have {sum(s.samples for s in shards)}")
             index = cls(
                 tuple(found["state_shape"]), found["num_classes"], found["scale"], shards, found["made_with"],
-                found["broken"],
+                found["broken"], float(found.get("shift", 0.0)),
+                TextForm.from_dict(found["captions"]) if "captions" in found else None, found.get("flow"),
             )  # fmt: skip
         except OSError as error:
             raise FileNotFoundError(f"{url} cannot be read: {error}") from error
@@ -200,6 +240,26 @@ class LatentIndex:
                     f"labels {shard.labels.min()}..{shard.labels.max()} in {shard.name}, outside "
                     f"0..{num_classes - 1} of {num_classes} classes"
                 )
+
+
+def read_null(folder: str | Path, allow_pipe: bool = False) -> Embedding:
+    """The empty prompt's embedding, of a folder with captions, as rows of one.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        LatentIndexError: if it is something else.
+    """
+    url = join(str(folder), NULL)
+    path = local_path(url)
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(
+            f"no {NULL} in {folder}: run its mfm prepare-latents again, which makes what is missing"
+        )
+    try:
+        with open_url(url, allow_pipe) as stream:
+            return as_rows(stream.read())
+    except Exception as error:  # safetensors has an error of its own
+        raise LatentIndexError(f"{url} is no file of the empty prompt's embedding: {error}") from error
 
 
 def read_classes(folder: str | Path, allow_pipe: bool = False) -> dict[str, int] | None:

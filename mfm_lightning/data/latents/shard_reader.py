@@ -121,6 +121,10 @@ def check_samples(samples: np.ndarray, labels: np.ndarray, layout: Any) -> dict[
     expected = np.frombuffer(layout.npy_header, np.uint8)
     at = layout.npy_at
     _note(wrong, (samples[:, at : at + len(expected)] != expected).any(axis=1), "it is no array of the index's shape")
+    if layout.text is not None:
+        expected, at = np.frombuffer(layout.text.header, np.uint8), layout.embedding_at
+        bad = (samples[:, at : at + len(expected)] != expected).any(axis=1)
+        _note(wrong, bad, "its caption's embedding is of another form than the index's")
     for at in layout.header_at:
         _note(wrong, ~_checksums_hold(samples[:, at : at + 512]), "its tar header is damaged")
     return wrong

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mfm_lightning.data.latents.batch_ring import BatchRing, as_it_is
+from mfm_lightning.conditions import Batch
+from mfm_lightning.data.latents.batch_ring import BatchRing, Place, Rows, as_it_is
 from mfm_lightning.data.latents.epoch_plan import EpochPlan
 from mfm_lightning.data.latents.index import LatentIndex
 from mfm_lightning.data.latents.shard_reader import CorruptSampleError, ShardReader
@@ -35,10 +36,11 @@ class Reading:
 
     Args:
         flip: take the mirror image's moments for half of the samples.
-        scale: factor of the latents.
+        scale: factor of the latents z: states are (z - shift) scale.
         shuffle_buffer: samples in memory that are shuffled with each other, in each worker.
         corrupt: "raise", or "skip" a corrupt sample and count it; the next good one of the buffer takes its place.
         allow_pipe: run the command of a `pipe:` folder.
+        shift: of the latents.
     """
 
     flip: bool = True
@@ -46,14 +48,17 @@ class Reading:
     shuffle_buffer: int = 2048
     corrupt: Corrupt = "raise"
     allow_pipe: bool = False
+    shift: float = 0.0
 
 
 @dataclass
 class _Block:
-    """Samples in memory: moments `(n, 2, 2, D)` float16, labels and places `(n,)`, and what is wrong with some."""
+    """Samples in memory: their bytes `(n, stride)`, moments `(n, 2, 2, D)` float16 among them, labels and places
+    `(n,)`, and what is wrong with some."""
 
     which: tuple[int, int, int]
     order: np.ndarray
+    samples: np.ndarray
     moments: np.ndarray
     labels: np.ndarray
     shards: np.ndarray
@@ -62,7 +67,8 @@ class _Block:
 
 
 class LatentStream(IterableDataset):
-    """Batches `start..length-1` as `(x1 float32 (B, C, H, W), label (B,) long)`, shared out to workers in turn.
+    """Batches `start..length-1` as `(x1 float32 (B, C, H, W), label (B,) long)`, shared out to workers in turn; of
+    shards with captions `(x1, {label, prompts, text, ...})`, the embeddings in the type they are kept in.
 
     `batch(step)` depends on nothing but the step (and what the constructor was given), so that it can begin anywhere.
     It keeps the block of samples that a batch came from, hence is fast for steps in a worker's order.
@@ -95,7 +101,7 @@ class LatentStream(IterableDataset):
         self.ring: BatchRing | None = None
         self._buffer = np.empty((0, index.layout.stride), dtype=np.uint8)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | tuple[int, int, int]]:
+    def __iter__(self) -> Iterator[Batch | Place]:
         """Batches; in a worker, places of its ring, where the batches are."""
         worker = get_worker_info()
         if worker is None or self.ring is None:
@@ -103,8 +109,7 @@ class LatentStream(IterableDataset):
             return
         for number, step in enumerate(range(self.start + worker.id, self.length, worker.num_workers)):
             place = worker.id, number, self.plan.batch_sizes[step % self.plan.batches]
-            self.batch(step, self.ring.slot(*place))
-            yield place
+            yield *place, self._fill(step, self.ring.slot(*place))
 
     def shards_of(self, step: int) -> list[str]:
         """Names of the shards that a step's batch is drawn from."""
@@ -117,22 +122,32 @@ class LatentStream(IterableDataset):
         per_block = max(1, self.reading.shuffle_buffer // self.plan.batch_size)
         return (epoch, p % self.plan.lanes, p // self.plan.lanes // per_block), per_block * self.plan.batch_size
 
-    def batch(self, step: int, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The batch of a step, in the memory of `out` where that is given.
+    def batch(self, step: int) -> Batch:
+        """The batch of a step.
 
         Raises:
             CorruptSampleError: for a corrupt sample with "raise"; with "skip" if a whole block is corrupt.
         """
+        size = self.plan.batch_sizes[step % self.plan.batches]
+        rows = Rows.empty(size, self.index.state_shape, self.index.captions)
+        return rows.batch(self._fill(step, rows))
+
+    def _fill(self, step: int, out: Rows) -> list[str] | None:
+        """Put the batch of a step where it belongs, and return its captions."""
         epoch, p = divmod(step, self.plan.batches)
         which, per_block = self._place(step)
         if self._block is None or self._block.which != which:
             self._block = self._load(which, per_block)
         at, size = p // self.plan.lanes * self.plan.batch_size % per_block, self.plan.batch_sizes[p]
-        if out is None:
-            out = torch.empty(size, *self.index.state_shape), torch.empty(size, dtype=torch.long)
         seed = np.random.SeedSequence([self.plan.seed, 1, epoch, self.plan.rank, p])
-        self._draw(self._block, self._block.order[at : at + size], seed, *out)
-        return out
+        picked = self._draw(self._block, self._block.order[at : at + size], seed, out.x1)
+        out.label.copy_(torch.from_numpy(self._block.labels[picked]))
+        layout = self.index.layout
+        if (form := layout.text) is None:
+            return None
+        samples, at = self._block.samples, layout.embedding_at
+        form.read(samples[picked, at : at + form.file_bytes], out.text)
+        return form.captions(samples[picked, layout.caption_at : layout.caption_at + form.caption_bytes])
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -167,11 +182,12 @@ class LatentStream(IterableDataset):
         order = np.arange(n)
         if self.plan.train:
             np.random.default_rng([self.plan.seed, 2, epoch, self.plan.rank, lane, number]).shuffle(order)
-        return _Block(which, order, moments, labels, shards, rows, wrong)
+        return _Block(which, order, samples, moments, labels, shards, rows, wrong)
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
-    def _draw(self, block: _Block, picked: np.ndarray, seed: np.random.SeedSequence, x1: Tensor, label: Tensor) -> None:
+    def _draw(self, block: _Block, picked: np.ndarray, seed: np.random.SeedSequence, x1: Tensor) -> np.ndarray:
+        """Fill x1, and return which samples of the block it is from: corrupt ones are replaced."""
         x1, (draw, mirror) = x1.flatten(1), seed.generate_state(2).tolist()
         flip = self.plan.train and self.reading.flip
         flips = np.random.default_rng(mirror).integers(2, size=len(x1)) if flip else np.zeros(len(x1), np.int64)
@@ -182,20 +198,22 @@ class LatentStream(IterableDataset):
             x1.normal_(generator=torch.Generator().manual_seed(draw))
             self._sample(block, picked, flips, x1)
             if torch.isfinite(x1.sum()):
-                label.copy_(torch.from_numpy(block.labels[picked]))
-                return
+                return picked
             bad = (~torch.isfinite(x1).all(dim=1)).nonzero().flatten().tolist()
         raise CorruptSampleError(
             f"{self._name(block, int(picked[bad[0]]))}: all that were read with it are corrupt too"
         )
 
     def _sample(self, block: _Block, picked: np.ndarray, flips: np.ndarray, x1: Tensor) -> None:
-        """Noise `(B, D)` to latents, mean + std * noise, scaled; a few rows at a time, which stay in the processor's
-        cache."""
+        """Noise `(B, D)` to latents, mean + std * noise, shifted and scaled; a few rows at a time, which stay in the
+        processor's cache."""
         for i in range(0, len(picked), _ROWS):
             rows = slice(i, i + _ROWS)
             mean, std = torch.from_numpy(block.moments[picked[rows], flips[rows]]).unbind(dim=1)
-            torch.addcmul(mean, std, x1[rows], out=x1[rows]).mul_(self.reading.scale)
+            latents = torch.addcmul(mean, std, x1[rows], out=x1[rows])
+            if self.reading.shift:
+                latents.sub_(self.reading.shift)
+            latents.mul_(self.reading.scale)
 
     def _replace(self, block: _Block, picked: np.ndarray, i: int) -> np.ndarray:
         """`picked` with the next good sample in place of its i-th, which is corrupt: counted, or raised."""
@@ -239,13 +257,15 @@ class LatentLoader(StepLoader):
         super().__init__(stream.length, stream.start, where or first)
         self.stream, self.num_workers, self.prefetch_factor = stream, num_workers, prefetch_factor
 
-    def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
         if not self.num_workers:
             yield from map(self.stream.batch, range(first, last))
             return
         stream, plan = copy(self.stream), self.stream.plan
         stream.start, stream.length = first, last
-        stream.ring = BatchRing(self.num_workers, self.prefetch_factor, plan.batch_size, stream.index.state_shape)
+        stream.ring = BatchRing(
+            self.num_workers, self.prefetch_factor, plan.batch_size, stream.index.state_shape, stream.index.captions
+        )
         loader = DataLoader(
             stream,
             batch_size=None,

@@ -8,9 +8,20 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import load
 
-from mfm_lightning.data.latents.index import CLASSES, LatentIndex, LatentIndexError, Layout, Shard, read_classes
+from mfm_lightning.data.latents.index import (
+    CLASSES,
+    LatentIndex,
+    LatentIndexError,
+    Layout,
+    Shard,
+    read_classes,
+    read_null,
+)
 from mfm_lightning.data.latents.shard_reader import check_samples
+from mfm_lightning.data.latents.text_form import TextForm
 from mfm_lightning.data.latents.urls import from_webdataset, join, local_path, open_url
 from mfm_lightning.utils.console import progress_bar
 
@@ -37,6 +48,11 @@ def verify(folder: str, allow_pipe: bool = False) -> LatentIndex:
     classes = read_classes(folder, allow_pipe)
     if classes is not None and sorted(classes.values()) != list(range(index.num_classes)):
         problems.append(f"{CLASSES} has {len(classes)} classes, the index {index.num_classes}")
+    if index.captions is not None:
+        try:
+            index.captions.file(read_null(folder, allow_pipe))
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise LatentIndexError(f"{folder}: {len(problems)} problems: {'; '.join(problems[:_SHOWN])}{more}")
@@ -91,4 +107,18 @@ def _wrong(sample: dict, label: int, layout: Layout) -> list[str]:
         return [f"{moments.dtype} {moments.shape} instead of float16 {layout.moments_shape}"]
     if not np.isfinite(moments).all():
         return ["moments that are not finite"]
-    return ["a standard deviation below 0"] if (moments[:, 1] < 0).any() else []
+    if (moments[:, 1] < 0).any():
+        return ["a standard deviation below 0"]
+    return [] if layout.text is None else _wrong_text(sample, layout.text)
+
+
+def _wrong_text(sample: dict, form: TextForm) -> list[str]:
+    try:
+        found = load(sample["safetensors"])
+        sample["txt"].decode()
+    except Exception as error:
+        return [f"its caption cannot be read ({type(error).__name__}: {error})"]
+    if {name: (value.dtype, tuple(value.shape)) for name, value in found.items()} != form.shapes:
+        return ["an embedding of another form than the index's"]
+    finite = all(torch.isfinite(value.float()).all() for value in found.values())
+    return [] if finite else ["an embedding that is not finite"]
