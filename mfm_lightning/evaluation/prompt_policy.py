@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from torch import Tensor
 from mfm_lightning.backbones import LoRANetwork, TextToImageFlow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import EvaluatedModule, Evaluation
-from mfm_lightning.interpolant import diffusion, sample_generators
+from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.metrics.measured import Measured, mean_of_groups
-from mfm_lightning.objectives.finetuning import control_cost
 from mfm_lightning.sampling.prompts import as_prompts
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.figures import image_grid
@@ -34,7 +32,7 @@ class PromptPolicyModule(EvaluatedModule, Protocol):
     @property
     def flow(self) -> TextToImageFlow: ...
 
-    def embedded(self, conditions: Conditions, device: torch.device) -> Conditions: ...
+    def control_cost(self, noise: Tensor, conditions: Conditions, steps: int) -> Tensor: ...
 
     def sample_base(self, noise: Tensor, conditions: Conditions | None, steps: int) -> Tensor: ...
 
@@ -160,20 +158,8 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
                 values[other] = evaluate(reward.to(images.device), images, given.prompts)
             if name == "policy":
                 before = module.flow.decoder(module.sample_base(noise, given, self.steps))
-                values["control cost"] = self._control_cost(module, noise, given)
+                values["control cost"] = module.control_cost(noise, given, self.steps)
                 values["RMS difference of images"] = (images - before).flatten(1).square().mean(dim=1).sqrt()
             for key, value in values.items():
                 found.setdefault(key, []).append(value.float().cpu())
         return {key: torch.cat(values) for key, values in found.items()}
-
-    def _control_cost(self, module: PromptPolicyModule, noise: Tensor, given: Conditions) -> Tensor:
-        """Its integral over t along the policy's ODE, `(B,)`."""
-        given = module.embedded(given, noise.device).expand(len(noise), noise.device)
-        times, x = module.flow.time_grid(self.steps), noise
-        total = torch.zeros(len(x), device=x.device)
-        for t, after in itertools.pairwise(times):
-            policy = module.policy.drift(t, x, given)
-            half = diffusion(torch.full((len(x),), (t + after) / 2, device=x.device), 25.0)
-            total += (after - t) * control_cost(module.flow.drift(t, x, given), policy, half)
-            x = x + (after - t) * policy
-        return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.tilting import DiffusionSchedule, TiltedTraining
 from mfm_lightning.objectives import ConditionTimes, Pair
+from mfm_lightning.objectives.finetuning import control_cost
 from mfm_lightning.samplers import integrate
 from mfm_lightning.utils.atomic import save_tensors
 from mfm_rewards import RewardError, build
@@ -191,6 +193,18 @@ class PromptFinetuning(TiltedTraining):
     ) -> Tensor:
         given = self.embedded(conditions or Conditions(), noise.device).expand(len(noise), noise.device)
         return integrate(lambda t, x: model.drift(t, x, given), noise, self.flow.time_grid(steps))
+
+    @torch.no_grad()
+    def control_cost(self, noise: Tensor, conditions: Conditions, steps: int = 28) -> Tensor:
+        """The integral over t of |b_theta - b|^2 / (sigma^2/2) along the policy's ODE from noise, `(B,)`: once the
+        policy is near its optimum, its mean is KL(policy || base)."""
+        given = self.embedded(conditions, noise.device).expand(len(noise), noise.device)
+        x, total = noise, torch.zeros(len(noise), device=noise.device)
+        for t, after in itertools.pairwise(self.flow.time_grid(steps)):
+            policy, half = self.policy.drift(t, x, given), self.half_diffusion(torch.full_like(total, (t + after) / 2))
+            total += (after - t) * control_cost(self.flow.drift(t, x, given), policy, half)
+            x = x + (after - t) * policy
+        return total
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         """Write latents of base and policy for a batch's prompts, from the same noise, each sample's own, to

@@ -1,5 +1,6 @@
 """A flow's adapter trained on shards of latents and embeddings: no text encoder is needed, and others are refused."""
 
+import csv
 import json
 import logging
 import re
@@ -271,3 +272,38 @@ def test_a_resumed_training_sees_the_batches_that_it_would_have_seen(made):
         assert torch.equal(given["text"], other["text"])
     ranks: list[Any] = [next(iter(data.loader(rank=rank, world_size=2))) for rank in (0, 1)]
     assert ranks[0][1]["prompts"] != ranks[1][1]["prompts"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_configs_fine_tune_to_a_lora_in_bfloat16(made, family, tmp_path, monkeypatch):
+    """From shards to a Meta Flow Map to a LoRA, by the shipped configs, the base in bfloat16 as they say; its draws are
+    paid about as those of a base in float32, and diffusers loads the LoRA."""
+    monkeypatch.chdir(tmp_path)
+    run(["fit", *settings(made, family), "--model.init_args.network.init_args.torch_dtype=bfloat16"])
+    Path("prompts.txt").write_text("a red cat\nthe dog\n")
+    flow, data = "--model.init_args.flow.init_args", "--data.init_args"
+    options = [
+        "--config", f"text_to_image/{family}/finetune", f"{flow}.name={made / family}", "--trainer.max_steps=2",
+        f"{flow}.image_size={SIZES[family]}", f"{flow}.max_sequence_length={TOKENS}", "--model.init_args.rank=2",
+        "--model.init_args.reward=brightness", f"{data}.data.init_args.folder={made / f'latents_{family}'}",
+        f"{data}.data.init_args.num_workers=0", f"{data}.data.init_args.batch_size=2", f"{data}.buffer_size=4",
+        f"{data}.ode_steps=2", "--trainer.accelerator=cpu", "--trainer.val_check_interval=2",
+        "--trainer.accumulate_grad_batches=1", "--trainer.log_every_n_steps=1",
+        "--model.init_args.optimization.warmup_steps=0",
+        "--model.init_args.evaluation.init_args.steps=2", "--model.init_args.evaluation.init_args.batch_size=2",
+    ]  # fmt: skip
+    rewards = {}
+    for dtype in ("bfloat16", "float32"):
+        where = f"--trainer.default_root_dir={dtype}"
+        trained = run(["fit", *options, f"{flow}.torch_dtype={dtype}", where])
+        assert {p.dtype for p in trained.model.policy.parameters()} == {torch.float32}
+        with open(f"{dtype}/logs/csv/metrics.csv") as file:
+            rewards[dtype] = [float(row["train/reward"]) for row in csv.DictReader(file) if row["train/reward"]]
+    assert len(rewards["bfloat16"]) == 2
+    assert rewards["bfloat16"] == pytest.approx(rewards["float32"], rel=0.05)  # of draws of the same noise
+    assert trained.model.flow.given  # the shards' null embedding was met
+    pipe = pipeline(made, family)
+    pipe.load_lora_weights("bfloat16/lora")
+    assert any("lora_B" in name and p.abs().sum() > 0 for name, p in pipe.transformer.named_parameters())
+    assert Path("bfloat16/pictures/step_0000002/before_after.png").is_file()
