@@ -21,8 +21,8 @@ class Training:
     Args:
         evaluations: of networks and reward, after which it ends; a backward counts as one more of each.
         checkpoints: shares of them, increasing, at which the policy is measured; before training it is, too.
-        warmup: steps over which the learning rate rises to its value: AdamW's first steps are as long as any, whatever
-            the gradient, and alone take a policy nats away.
+        warmup: share of the evaluations over which the learning rate rises to its value: AdamW's first steps are as
+            long as any, whatever the gradient, and alone take a policy nats away.
         betas: of AdamW.
         gradient_clip: largest norm of a gradient.
         average: decay of the average of the weights by steps, which is measured; 0: the weights themselves. Bounded
@@ -32,9 +32,9 @@ class Training:
         ValueError: for numbers out of range.
     """
 
-    evaluations: int = 60_000
+    evaluations: int = 40_000
     checkpoints: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0])
-    warmup: int = 10
+    warmup: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
     average: float = 0.9
@@ -43,10 +43,10 @@ class Training:
         marks = self.checkpoints
         if not marks or sorted(set(marks)) != marks or marks[0] <= 0 or marks[-1] > 1:
             raise ValueError(f"training.checkpoints {marks} must increase, in (0, 1]")
-        if min(self.evaluations, self.warmup) < 1 or self.gradient_clip <= 0 or not 0 <= self.average < 1:
+        if self.evaluations < 1 or self.gradient_clip <= 0 or not (0 <= self.warmup < 1 and 0 <= self.average < 1):
             raise ValueError(
-                f"training: evaluations {self.evaluations} and warmup {self.warmup} must be at least 1, gradient_clip "
-                f"{self.gradient_clip} above 0 and average {self.average} in [0, 1)"
+                f"training: evaluations {self.evaluations} must be at least 1, gradient_clip {self.gradient_clip} "
+                f"above 0, warmup {self.warmup} and average {self.average} in [0, 1)"
             )
 
 
@@ -99,7 +99,8 @@ def train(
                     f"{type(method).__name__}: the loss is {loss.item()} at step {step} with learning rate "
                     f"{learning_rate:g}: lower the learning rate or the reward's scale"
                 )
-            optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (step + 1) / settings.warmup)
+            risen = meter.total / max(1.0, settings.warmup * settings.evaluations)
+            optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, risen)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)

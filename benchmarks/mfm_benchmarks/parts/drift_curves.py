@@ -39,9 +39,9 @@ class Run:
         return cls(costs, values)
 
     def score(self, scale: float) -> float:
-        """The largest scale x reward - drift of a checkpoint: what the tilted distribution has the largest of."""
-        pairs = zip(self.values["rewards"], self.values["drift"], strict=True)
-        return max(scale * reward.value - drift.value for reward, drift in pairs)
+        """The largest scale x reward - drift of a trained checkpoint: the tilted distribution has the largest of all."""
+        pairs = list(zip(self.values["rewards"], self.values["drift"], strict=True))
+        return max(scale * reward.value - drift.value for reward, drift in pairs[1:])
 
     def crossing(self, level: float) -> int | None:
         """The first checkpoint whose mean drift reaches the level; None if none does."""
