@@ -229,6 +229,30 @@ def test_mfm_ft_reaches_the_tilted_flow(gradient):
     torch.testing.assert_close(trained(method, given), 0.5 * VARIANCE * REWARD, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["reward", "free"])
+def test_mfm_fts_gradient_away_from_the_base_flow_is_that_of_eq_43(kind):
+    """By draws of the closed posterior, written out: with w = e^r / E e^r, a policy b + tanh(x) has the gradient
+    2 E w tanh(x) . (tanh(x) - (sigma^2/2) grad r), grad r = scale c t / k REWARD."""
+    scale, N, generator = 0.5, 400_000, torch.Generator().manual_seed(0)
+    t, mean = torch.rand(N, 1, generator=generator), torch.tensor(MEAN)
+    x1, x0, noise = torch.randn(3, N, 2, generator=generator)
+    x = (1 - t) * x0 + t * (mean + VARIANCE**0.5 * x1)
+    k = (1 - t) ** 2 + VARIANCE * t**2
+    draw = (mean * (1 - t) ** 2 + VARIANCE * t * x + VARIANCE**0.5 * (1 - t) * k.sqrt() * noise) / k
+    r = scale * linear(draw)
+    w = (r - r.logsumexp(0) + math.log(N)).exp()
+    aim = scale * VARIANCE * (1 - t) / k * REWARD
+    expected = 2 * w * (x.tanh() * (x.tanh() - aim)).sum(dim=1)
+    without = expected + 2 * (1 - w) * x.tanh().square().sum(dim=1)  # w = 1 on the policy's own change
+
+    given = problem(Shifted(bend=1.0), scale, trained=("bend",))
+    method = MFMFineTuning(kind, batch_size=4000, policy_share=0.0)
+    found = torch.cat([gradient(method, given, seed) for seed in range(25)])
+    error = math.hypot(float(found.std()) / 5, float(expected.std()) / N**0.5)
+    assert abs(float(found.mean() - expected.mean())) < 4 * error
+    assert abs(float(without.mean() - expected.mean())) > 10 * error
+
+
 def test_flow_grpo_reaches_the_tilted_flow_where_its_sde_forgets_its_start():
     method = FlowGRPO(20, math.sqrt(2), 64, 64, kl_weight=1.0, normalised=False)
     found = trained(method, problem(Shifted(), scale=0.5), 250_000, average=0.95)

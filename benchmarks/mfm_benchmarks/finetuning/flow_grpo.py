@@ -40,7 +40,7 @@ class FlowGRPO(FineTuning):
     b + sigma^2/2 score (their Eq. 8). It ends where they do, at the value of the first step's end, in place of infinity
     at t = 0. The step to data has no noise, so no probability, and is left out of the objective. Probabilities are
     those of a whole state, summed over its entries; their code takes means over entries, which is another scale of
-    `kl_weight` and `clip`.
+    `kl_weight` and `clip`. All steps of a rollout are differentiated at once, so memory grows with their number.
 
     Args:
         steps: of a rollout (theirs: 10 in training).

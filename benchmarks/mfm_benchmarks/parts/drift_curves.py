@@ -39,7 +39,7 @@ class Run:
         return cls(costs, values)
 
     def score(self, scale: float) -> float:
-        """The largest scale x reward - drift of a trained checkpoint: the tilted distribution has the largest of all."""
+        """The largest scale x reward - drift after training began: the tilted distribution has the largest of all."""
         pairs = list(zip(self.values["rewards"], self.values["drift"], strict=True))
         return max(scale * reward.value - drift.value for reward, drift in pairs[1:])
 

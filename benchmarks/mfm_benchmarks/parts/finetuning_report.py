@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class FinetuningReport:
                 found.append(Picture(f"samples_{reward}", f"Samples: {reward}", plots.gallery(rows), caption))
         return found
 
-    def _lines(self, across, label: str) -> Figure:
+    def _lines(self, across: Callable[[Curve], list[float]], label: str) -> Figure:
         panels: dict[str, dict[str, Any]] = {}
         for reward, curves in self.curves.items():
             panels[reward] = {"base flow": _before(curves)["rewards"]}
