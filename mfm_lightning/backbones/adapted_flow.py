@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from mfm_lightning.backbones.adapter import FlowAdapter
 from mfm_lightning.backbones.base import TextToImageFlow
@@ -57,7 +58,9 @@ class AdaptedFlow(MetaFlowMap):
         if not self.flow.transformer.config.get("guidance_embeds"):
             return super().check(conditions)
         usual, given = self.flow.usual_guidance, conditions.guidance
-        if given is not None and given.device.type == "cpu" and not torch.allclose(given.float(), torch.tensor(usual)):
+        if given is None or given.device.type != "cpu" or isinstance(given, FakeTensor):
+            return conditions  # as MetaFlowMap.check
+        if not torch.allclose(given.float(), torch.tensor(usual)):
             raise ValueError(f"guidance {float(given[0]):g}: the adapter of this flow keeps its usual one, {usual:g}")
         return conditions
 

@@ -280,8 +280,11 @@ class LoRANetwork(AdaptedNetwork):
 
 def mark_of(transformer: nn.Module) -> str:
     """What tells a transformer's weights from others': a hash of the first values of each tensor, in bfloat16, so that
-    it is the same in all floating types that hold them; adapters do not count."""
+    it is the same in all floating types that hold them; adapters do not count. Empty where tensors have no content, as
+    in `mfm plan`."""
     found = hashlib.sha256()
+    if any(p.is_meta for p in transformer.parameters()):
+        return ""
     for name, value in sorted((n.replace(".base_layer.", "."), p) for n, p in transformer.named_parameters()):
         if ".lora_" not in name:
             first = value.detach().flatten()[:MARKED].to(torch.bfloat16)

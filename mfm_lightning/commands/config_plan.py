@@ -38,7 +38,8 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
     model, trainer = config.get("model") or {}, default_settings()["trainer"] | (config.get("trainer") or {})
     if model.get("class_path") != MODULE:
         raise ValueError(
-            f"{path} trains {model.get('class_path')}: mfm plan knows jobs of {MODULE}, and of PromptAlignment"
+            f"{path} trains {model.get('class_path')}: mfm plan knows jobs of {MODULE}, PromptAlignment and "
+            "PromptFinetuning"
         )
     arguments = model.get("init_args") or {}
     if "network" not in arguments:

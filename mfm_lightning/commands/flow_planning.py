@@ -100,6 +100,43 @@ def plan_flow(
         ValueError: for another family, or settings that do not fit.
         ImportError: without diffusers or transformers.
     """
+    rows = rows_of(method, batch_size)
+    options: dict[str, Any] = {"max_sequence_length": max_sequence_length}
+    options |= {} if true_guidance is None else {"true_guidance": true_guidance}
+    options |= {"image_size": image_size, "max_rows": max_rows, "attention": attention, "tiled": tiled}
+    source, made, flow, fake = flow_of_sizes(name, torch_dtype, vae, **options)
+    given = conditions_of_sizes(flow, guidance, fake)
+    found = FlowPlan(source, flow.image_size, rows, max_rows)
+    for part, network in made.items():
+        found.parameters[part] = sum(p.numel() for p in network.parameters())
+        found.weights[part] = _bytes(network)
+    gradient = _gradient(method)
+    work: dict[str, Callable[[Tensor], object]] = {
+        DRIFT: torch.no_grad()(lambda x: flow.drift(0.5, x, given)),
+        DECODING: torch.no_grad()(flow.decoder),
+        GRADIENT: lambda x: gradient(MeasuredTarget(flow, _mean, flow.decoder, given), 0.5, x),
+    }
+    for what, step in work.items():
+        found.peaks[what] = _peak(step, flow, rows, fake)
+    flow.enable_checkpointing()
+    found.peaks[CHECKPOINTED] = _peak(work[GRADIENT], flow, rows, fake)
+    return found
+
+
+def flow_of_sizes(
+    name: str,
+    torch_dtype: str,
+    vae: str | None,
+    begin: Callable[[TextToImageFlow], None] | None = None,
+    **options: Any,
+) -> tuple[str, dict[str, nn.Module], TextToImageFlow, FakeTensorMode]:
+    """A flow on tensors without content: where its sizes are from, its parts, the flow, and the mode it runs in.
+
+    Args:
+        name, torch_dtype, vae: as `plan_flow`; raises as that.
+        begin: called with the flow while its tensors have no memory either, to add modules to it.
+        options: of the flow.
+    """
     if torch_dtype not in DTYPES:
         raise ValueError(f"torch_dtype {torch_dtype!r}: expected one of {', '.join(DTYPES)}")
     source, pipeline, parts = components(name)
@@ -115,28 +152,14 @@ def plan_flow(
             raise ValueError(f"{source} has no {part}: expected the folder of a {pipeline}")
     pipe = _pipeline(pipeline, made)
     kind = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
-    options: dict[str, Any] = {"max_sequence_length": max_sequence_length}
-    options |= {} if true_guidance is None else {"true_guidance": true_guidance}
-    rows = rows_of(method, batch_size)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        flow = kind(pipe, image_size=image_size, max_rows=max_rows, attention=attention, tiled=tiled, **options)
+        flow = kind(pipe, **options)
+    if begin is not None:
+        with torch.device("meta"):
+            begin(flow)
+    with fake:
         flow.to_empty(device="cpu")
-    given = _conditions(flow, guidance, fake)
-    found = FlowPlan(source, flow.image_size, rows, max_rows)
-    for part, network in made.items():
-        found.parameters[part] = sum(p.numel() for p in network.parameters())
-        found.weights[part] = _bytes(network)
-    gradient = _gradient(method)
-    work: dict[str, Callable[[Tensor], object]] = {
-        DRIFT: torch.no_grad()(lambda x: flow.drift(0.5, x, given)),
-        DECODING: torch.no_grad()(flow.decoder),
-        GRADIENT: lambda x: gradient(_Measured(flow, _mean, flow.decoder, given), 0.5, x),
-    }
-    for what, step in work.items():
-        found.peaks[what] = _peak(step, flow, rows, fake)
-    flow.enable_checkpointing()
-    found.peaks[CHECKPOINTED] = _peak(work[GRADIENT], flow, rows, fake)
-    return found
+    return source, made, flow, fake
 
 
 def components(name: str) -> tuple[str, str, dict[str, Part]]:
@@ -225,7 +248,7 @@ def _pipeline(name: str, parts: Mapping[str, nn.Module]) -> Any:
     return kind(**{**empty, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), **own})
 
 
-def _conditions(flow: TextToImageFlow, guidance: float | None, fake: FakeTensorMode) -> Conditions:
+def conditions_of_sizes(flow: TextToImageFlow, guidance: float | None, fake: FakeTensorMode) -> Conditions:
     """Of one prompt, of the pipeline's number of tokens; guidance by two evaluations where the flow has it."""
     config, dtype = flow.transformer.config, flow.transformer.dtype
     length = flow.max_sequence_length
@@ -245,7 +268,7 @@ def _conditions(flow: TextToImageFlow, guidance: float | None, fake: FakeTensorM
         return Conditions(guidance=scale, prompts=None, **{**text, **negative})
 
 
-class _Measured(Target):
+class MeasuredTarget(Target):
     """A target whose rewards are taken as they are: values without content can be checked for nothing."""
 
     def rewards(self, x: Tensor) -> Tensor:
@@ -256,6 +279,7 @@ class _Measured(Target):
 
 
 def _mean(images: Tensor) -> Tensor:
+    """What stands for a reward."""
     return images.flatten(1).mean(dim=1)
 
 
@@ -268,13 +292,13 @@ def _peak(step: Callable[[Tensor], object], flow: TextToImageFlow, rows: int, fa
 
 
 def _allocated(step: Callable[[Tensor], object], flow: TextToImageFlow, rows: int, fake: FakeTensorMode) -> int:
-    with fake, _readable(), Allocations(flow) as allocations:
+    with fake, readable(), Allocations(flow) as allocations:
         step(torch.empty(rows, *flow.state_shape))
     return allocations.peak
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
+def readable() -> Iterator[None]:
     try:
         yield
     except DataDependentOutputException as error:

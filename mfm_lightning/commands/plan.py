@@ -18,13 +18,13 @@ def plan(
     max_rows: int | None = None,
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> None:
-    """Tell parameters, operations and memory of a training step, or memory of text-to-image alignment, on each GPU.
+    """Tell parameters, operations and memory of a training step, or memory of a text-to-image job, on each GPU.
 
     Computed without the config's files, data or devices; of the data only the sizes that the network leaves to them, of
     a text-to-image flow only the configs of its folder, where that is there. Training is planned under DDP and FSDP.
 
     Args:
-        config: YAML of mfm fit, or one of text-to-image alignment: its path, or the name of a packaged one, such as
+        config: YAML of mfm fit, or one of a text-to-image job: its path, or the name of a packaged one, such as
             imagenet256/mfm_b2 or text_to_image/sd3/steer.
         devices: GPUs in all, of training; the config's where left out.
         batch_size: samples on each GPU; the config's where left out.
@@ -36,7 +36,8 @@ def plan(
     Raises:
         CommandLineError: for an option of the other kind of config.
         FileNotFoundError: if there is no such config, or no sizes of a flow.
-        ValueError: if it is not one of `MFMPretraining` or `PromptAlignment`, or a setting is unknown.
+        ValueError: if it is of another module than `MFMPretraining`, `PromptAlignment` and `PromptFinetuning`, or a
+            setting is unknown.
     """
     from mfm_lightning.commands import flow_plan
     from mfm_lightning.utils.configs import find_config, read_config
@@ -50,6 +51,13 @@ def plan(
         if devices is not None:
             raise CommandLineError("--devices is for training: each device of a text-to-image job has the whole flow")
         flow_plan.show(*flow_plan.plan_prompts(file, settings, batch_size=batch_size, **of_flow), memory)
+        return
+    from mfm_lightning.commands import adapter_plan
+
+    if adapter_plan.trains_adapter(settings):
+        if devices is not None:
+            raise CommandLineError("--devices changes nothing for an adapter: each device has the whole flow under ddp")
+        adapter_plan.show(adapter_plan.plan_adapter(file, settings, batch_size, **of_flow), memory)
         return
     if given := [name for name, value in of_flow.items() if value is not None]:
         raise CommandLineError(f"--{given[0]} is for text-to-image configs: {file} is none")

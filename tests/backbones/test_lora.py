@@ -74,6 +74,11 @@ def test_diffusers_makes_the_policys_images_of_the_written_file(folders, family,
     again = integrate(lambda t, x: merged.drift(t, x, conditions), x0, merged.time_grid(3))
     assert (again - theirs).abs().max() < 1e-5 * theirs.abs().max()
     assert mark_of(merged.transformer) != mark
+    place = next(iter(network.lora)).replace("/", ".")
+    layer = flow.transformer.get_submodule(place)
+    change = merged.transformer.get_submodule(place).weight - layer.base_layer.weight
+    scale = {5.0: 5 / 2, None: 1 if layer.r["policy"] == 2 else 2 / 3}[options.get("alpha")]  # alpha / rank
+    assert torch.allclose(change, scale * layer.lora_B["policy"].weight @ layer.lora_A["policy"].weight, atol=1e-5)
     assert "base_model: " in (tmp_path / "lora/README.md").read_text()
 
 
