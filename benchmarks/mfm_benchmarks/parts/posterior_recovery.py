@@ -37,11 +37,14 @@ class PosteriorRecovery(DrawSettings):
         self.glass_steps = [k for k in self.glass_steps if k <= 16]
         self.rollout_steps = min(self.rollout_steps, 50)
 
-    def cells(self, target: Target, x1: Tensor, identity: dict[str, Any]) -> list[Cell]:
+    def cells(
+        self, target: Target, x1: Tensor, identity: dict[str, Any], of_map: dict[str, Any] | None = None
+    ) -> list[Cell]:
         """
         Args:
             target: with conditions for each state, or one row for all.
             x1: clean states to noise, at least `num_states`.
+            of_map: what draws of the Meta Flow Map alone depend on besides, where its base drift is of other weights.
         """
         x1 = x1[: self.num_states]
         target = target.take(slice(0, len(x1)))
@@ -62,7 +65,7 @@ class PosteriorRecovery(DrawSettings):
                 made = self._draw(target, t, x_t, source, 2)
                 cell = Cell(
                     f"posterior, t = {t:g}, {name}",
-                    rollouts,
+                    rollouts | ((of_map or {}) if source.needs_meta_flow_map else {}),
                     lambda other, made=made: _compare(made(), other),
                     (reference,),
                 )

@@ -79,18 +79,19 @@ class PromptDraws:
         model, conditions, found = source.adapted, source.encoded(captions), []
         if model is None:
             raise ValueError("draws and values need the adapter's Meta Flow Map: give mfm")
-        identity = {**source.flow.identity, "mfm": source.mfm}
-        identity |= {"guidance": source.guidance, "negative": source.negative}
+        # rollouts and GLASS are of the flow alone: another adapter leaves them as they are
+        identity, of_map = {**source.flow.identity, "guidance": source.guidance}, {"mfm": source.mfm}
+        identity |= {"negative": source.negative}
 
         def target(name: str) -> Target:
             return Target(model, rewards[name], source.flow.decoder, conditions, reward_scale=scales[name])
 
         if self.posterior is not None:
             mine = {**identity, "captions": captions[: self.posterior.num_states]}
-            found += self.posterior.cells(target(next(iter(scales))), x1, mine)
+            found += self.posterior.cells(target(next(iter(scales))), x1, mine, of_map)
         for name, part in self._values_of(scales).items():
             mine = {**identity, "captions": captions[: part.num_states], "reward": [*identities[name], scales[name]]}
-            found += part.cells(target(name), x1, mine, name)
+            found += part.cells(target(name), x1, mine, name, of_map)
         return found
 
     def _values_of(self, names: Iterable[str]) -> dict[str, ValueComparison]:

@@ -34,12 +34,20 @@ class ValueComparison(DrawSettings):
         self.glass_steps = [k for k in self.glass_steps if k <= 8]
         self.rollout_steps = min(self.rollout_steps, 50)
 
-    def cells(self, target: Target, x1: Tensor, identity: dict[str, Any], subject: str = "") -> list[Cell]:
+    def cells(
+        self,
+        target: Target,
+        x1: Tensor,
+        identity: dict[str, Any],
+        subject: str = "",
+        of_map: dict[str, Any] | None = None,
+    ) -> list[Cell]:
         """
         Args:
             target: with conditions for each state, or one row for all.
             x1: clean states to noise, at least `num_states`.
             subject: the reward's name, where there are several.
+            of_map: what draws of the Meta Flow Map alone depend on besides, where its base drift is of other weights.
         """
         x1, found = x1[: self.num_states], []
         target, self._of = target.take(slice(0, len(x1))), f", {subject}" if subject else ""
@@ -55,8 +63,9 @@ class ValueComparison(DrawSettings):
             )  # fmt: skip
             found.append(self._reference[t])
             for name, estimator in {**self.value_estimators(), POINT: DenoisedValue()}.items():
+                more = (of_map or {}) if estimator.needs_meta_flow_map else {}
                 self._cells[t, name] = Cell(
-                    f"value{self._of}, t = {t:g}, {name}", settings, self._estimate(target, t, x_t, estimator)
+                    f"value{self._of}, t = {t:g}, {name}", settings | more, self._estimate(target, t, x_t, estimator)
                 )
                 found.append(self._cells[t, name])
         return found
