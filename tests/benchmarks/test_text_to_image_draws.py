@@ -13,10 +13,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from mfm_benchmarks.command import load_suite
 from mfm_benchmarks.parts.captioned_states import captioned_states
+from mfm_benchmarks.parts.prompt_images import PromptFlow
+from mfm_benchmarks.suites.text_to_image import TextToImageSuite
 from mfm_lightning.alignment import DrawGradient, Steering, Target, TimeGrid
 from mfm_lightning.alignment.posteriors import further_noise
-from mfm_lightning.backbones import FlowAdapter, load_flow
+from mfm_lightning.backbones import AdaptedFlow, FlowAdapter, load_flow
 from mfm_lightning.commands.main import main
 from mfm_lightning.data import ImageDataModule
 from mfm_lightning.data.images import CaptionedImages, EncodedImages
@@ -315,6 +318,31 @@ def test_states_are_in_one_random_order_whatever_the_batches(place):
             captioned_states(data, flow, 1, 0)
     with pytest.raises(ValueError, match="EncodedImages with 24 test states, and 25 are wanted: lower num_states"):
         captioned_states(data_of(place), flow, 25, 0)
+
+
+def test_packaged_methods_run_on_a_flow_with_an_adapter(place, tmp_path, monkeypatch):
+    """Each setting of each sweep, in two steps; those called MFM need the adapter, and no other does."""
+    monkeypatch.chdir(tmp_path)
+    suite, given, _ = load_suite("text-to-image", ["--config", "text-to-image-small"])
+    assert isinstance(suite, TextToImageSuite)
+    assert suite.missing()[0].startswith("rewards, CLIP score")  # which is to be trained first
+    captions = [
+        c for s in given["data"]["init_args"]["source"]["init_args"]["sources"] for c in s["init_args"]["captions"]
+    ]
+    assert given["prompts"] == captions
+    flow = load_flow(place / "pipe", 8, "float32").eval().requires_grad_(False)
+    adapted = AdaptedFlow.load(place / "mfm.safetensors", flow)
+    source = PromptFlow(flow, [], 1, "flat", 0, 1.0, None, 1, torch.device("cpu"), adapted)
+    conditions, made = flow.encode("a red cat", guidance=1.0), []
+    for point in suite._points:
+        one, made = point.build(), [*made, point.name]
+        model = source.model_for(one, build("brightness"))
+        assert (model is adapted) == point.method.startswith("MFM")
+        setattr(getattr(one, "grid", one), "steps", 2)  # noqa: B010 # search has its own
+        target = Target(model, build("brightness"), flow.decoder, conditions)
+        result = one(target, torch.randn(1, *flow.state_shape), [torch.Generator().manual_seed(0)])
+        assert torch.isfinite(result.images).all()
+    assert len(made) == len(set(made)) == 11
 
 
 @pytest.mark.parametrize(
