@@ -323,13 +323,11 @@ def test_states_are_in_one_random_order_whatever_the_batches(place):
 def test_packaged_methods_run_on_a_flow_with_an_adapter(place, tmp_path, monkeypatch):
     """Each setting of each sweep, in two steps; those called MFM need the adapter, and no other does."""
     monkeypatch.chdir(tmp_path)
-    suite, given, _ = load_suite("text-to-image", ["--config", "text-to-image-small"])
+    suite, given, _ = load_suite("text-to-image", ["--config", "benchmarks/text-to-image-small"])
     assert isinstance(suite, TextToImageSuite)
     assert suite.missing()[0].startswith("rewards, CLIP score")  # which is to be trained first
-    captions = [
-        c for s in given["data"]["init_args"]["source"]["init_args"]["sources"] for c in s["init_args"]["captions"]
-    ]
-    assert given["prompts"] == captions
+    sources = given["data"]["init_args"]["source"]["init_args"]["sources"]
+    assert given["prompts"] == [caption for source in sources for caption in source["init_args"]["captions"]]
     flow = load_flow(place / "pipe", 8, "float32").eval().requires_grad_(False)
     adapted = AdaptedFlow.load(place / "mfm.safetensors", flow)
     source = PromptFlow(flow, [], 1, "flat", 0, 1.0, None, 1, torch.device("cpu"), adapted)
