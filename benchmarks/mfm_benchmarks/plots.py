@@ -234,6 +234,7 @@ def by_steps(
     found: Mapping[tuple[float, str], Measured],
     times: Sequence[float],
     kinds: Mapping[str, Sequence[int]],
+    cost: Mapping[tuple[float, str], float],
     ylabel: str,
     extra: Callable[[Measured], Measured | Sequence[tuple[float, Measured]]],
     extra_name: str,
@@ -244,12 +245,13 @@ def by_steps(
     Args:
         found: by time and name, such as "MFM 4".
         kinds: names and their steps.
+        cost: evaluations of a draw, by time and name.
         extra: how the further number `extra_name` is drawn, as a value of `lines`.
     """
     panels = {}
     for t in times:
         panel: dict[str, Any] = {
-            kind: [(k, found[t, f"{kind} {k}"]) for k in steps if (t, f"{kind} {k}") in found]
+            kind: [(cost[t, name], found[t, name]) for k in steps if (t, name := f"{kind} {k}") in found]
             for kind, steps in kinds.items()
         }
         if (t, extra_name) in found:

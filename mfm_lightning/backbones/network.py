@@ -104,14 +104,14 @@ class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
         """
         embedded: Embedded | None = getattr(data, "embedded", None)
         if embedded is not None:
-            _check_same(embedded, self.flow)
+            check_same_parts(embedded, self.flow)
             self.flow.given["", False] = dict(embedded.null)
             self._null = None
         elif captions := getattr(data, "captions", None):
             self.flow.keep_embeddings(["", *captions], guidance=self.flow.no_guidance)
 
 
-def _check_same(embedded: Embedded, flow: TextToImageFlow) -> None:
+def check_same_parts(embedded: Embedded, flow: TextToImageFlow) -> None:
     """Raise ValueError unless data were made with this flow's parts."""
     ours, theirs = flow.parts, embedded.flow
     names = {"family": "flow", "vae": "VAE", "text_encoders": "text encoders", "max_sequence_length": "tokens"}

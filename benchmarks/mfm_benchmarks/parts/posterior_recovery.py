@@ -15,6 +15,7 @@ from mfm_benchmarks.blocks import Block, Claims, Picture, Table
 from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.measure import states_digest
 from mfm_benchmarks.suite import Cell, Outcome, Results
+from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.posteriors import Posterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.evaluation.draws import DrawSettings, draw, draw_distance, noisy_states, posteriors
@@ -36,9 +37,17 @@ class PosteriorRecovery(DrawSettings):
         self.glass_steps = [k for k in self.glass_steps if k <= 16]
         self.rollout_steps = min(self.rollout_steps, 50)
 
-    def cells(self, target: Target, x1: Tensor, identity: dict[str, Any]) -> list[Cell]:
-        """`x1`: clean states to noise, at least `num_states`."""
+    def cells(
+        self, target: Target, x1: Tensor, identity: dict[str, Any], of_map: dict[str, Any] | None = None
+    ) -> list[Cell]:
+        """
+        Args:
+            target: with conditions for each state, or one row for all.
+            x1: clean states to noise, at least `num_states`.
+            of_map: what draws of the Meta Flow Map alone depend on besides, where its base drift is of other weights.
+        """
         x1 = x1[: self.num_states]
+        target = target.take(slice(0, len(x1)))
         settings = {**identity, "states": states_digest(x1), "draws": self.num_draws}
         self._cells: dict[tuple[float, str], Cell] = {}
         found = []
@@ -56,7 +65,7 @@ class PosteriorRecovery(DrawSettings):
                 made = self._draw(target, t, x_t, source, 2)
                 cell = Cell(
                     f"posterior, t = {t:g}, {name}",
-                    rollouts,
+                    rollouts | ((of_map or {}) if source.needs_meta_flow_map else {}),
                     lambda other, made=made: _compare(made(), other),
                     (reference,),
                 )
@@ -69,18 +78,24 @@ class PosteriorRecovery(DrawSettings):
             noise = torch.randn(
                 len(x_t), self.num_draws, *x_t.shape[1:], generator=torch.Generator().manual_seed(seed)
             ).to(x_t)
-            return Outcome({}, {"draws": draw(source, target, t, x_t, noise, self.max_rows)})
+            target.meter = Meter()
+            found = draw(source, target, t, x_t, noise, self.max_rows)
+            return Outcome({"evaluations": target.meter.network / len(found.flatten(0, 1))}, {"draws": found})
 
         return compute
 
     def blocks(self, results: Results) -> list[Block]:
-        rows, found = [], {}
+        rows, found, cost = [], {}, {}
         for (t, name), cell in self._cells.items():
             if cell in results:
                 found[t, name] = mean_of(results[cell].tensors["distance"])
                 kind, _, steps = name.partition(" ")
                 steps = int(steps) if kind in ("MFM", "GLASS") else self.rollout_steps
-                rows.append({"t": t, "draws": name, "evaluations": steps, "sliced W2": found[t, name]})
+                # results of earlier code have no such number: one evaluation a step
+                cost[t, name] = results[cell].numbers.get("evaluations", steps)
+                rows.append({
+                    "t": t, "draws": name, "evaluations": round(cost[t, name]), "sliced W2": found[t, name],
+                })  # fmt: skip
         if not rows:
             return []
         caption = (
@@ -88,15 +103,18 @@ class PosteriorRecovery(DrawSettings):
         )
         return [
             Picture(
-                "posterior_recovery", "Posterior recovery", self._plot(found), caption + " 95 % intervals over states."
+                "posterior_recovery",
+                "Posterior recovery",
+                self._plot(found, cost),
+                caption + " 95 % intervals over states.",
             ),
             self._claims(found),
             Table("posterior_recovery", "Posterior recovery", rows, caption, folded=True),
         ]
 
-    def _plot(self, found: dict[tuple[float, str], Measured]) -> Figure:
+    def _plot(self, found: dict[tuple[float, str], Measured], cost: dict[tuple[float, str], float]) -> Figure:
         kinds, words = {"MFM": self.model_steps, "GLASS": self.glass_steps}, "sliced W2 to SDE rollouts"
-        return plots.by_steps(found, self.times, kinds, words, lambda floor: floor, FLOOR, "log")
+        return plots.by_steps(found, self.times, kinds, cost, words, lambda floor: floor, FLOOR, "log")
 
     def _claims(self, found: dict[tuple[float, str], Measured]) -> Claims:
         lines = []

@@ -95,7 +95,10 @@ class PromptCells:
 
     def aligned(self, point: Point, method: AlignmentMethod, reward: str) -> list[Cell]:
         """A method in one of its settings, for one reward."""
-        setting = self._setting(point.method, point.label, reward, {"settings": point.settings})
+        depends = {"settings": point.settings}
+        if self.source.model_for(method, self.measured[reward]) is not self.source.flow:
+            depends["mfm"] = self.source.mfm
+        setting = self._setting(point.method, point.label, reward, depends)
         for block in self.blocks:
 
             def compute(block: Sequence[PromptImage] = block) -> Outcome:

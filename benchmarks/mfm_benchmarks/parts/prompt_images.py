@@ -17,7 +17,8 @@ from mfm_benchmarks.suite import Outcome
 from mfm_lightning.alignment import AlignmentMethod
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.backbones import TextToImageFlow
+from mfm_lightning.backbones import AdaptedFlow, TextToImageFlow
+from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data.prompts import PromptNoise
 from mfm_lightning.sampling.prompt_folder import PromptFolder, PromptImage
@@ -39,6 +40,8 @@ class PromptFlow:
         seed: of noise, x0's and the methods'; a prompt with a seed of its own has that.
         guidance, negative: as `TextToImageFlow.encode` takes them.
         batch_size: images of a method at once.
+        adapted: the flow with its adapter, for methods that need more than a drift; None where there is no adapter.
+        mfm: a fingerprint of the adapter's file.
     """
 
     flow: TextToImageFlow
@@ -50,13 +53,35 @@ class PromptFlow:
     negative: str | None
     batch_size: int
     device: torch.device
+    adapted: AdaptedFlow | None = None
+    mfm: str = ""
     _warm: bool = False
 
-    def prepare(self) -> None:
-        """Encode all prompts, which text encoders are loaded for and dropped again, before the transformer runs."""
-        texts = list(dict.fromkeys(prompt.text for prompt in self.prompts))
+    def prepare(self, captions: Sequence[str] = ()) -> None:
+        """Encode all prompts and captions, which text encoders are loaded for and dropped again, before the transformer
+        runs."""
+        texts = list(dict.fromkeys([*(prompt.text for prompt in self.prompts), *captions]))
         self.flow.keep_embeddings(texts, self.negative, self.guidance)
         self.flow.eval().requires_grad_(False).to(self.device)
+        if self.adapted is not None:
+            self.adapted.to(self.device)
+
+    def model_for(self, method: AlignmentMethod, reward: Reward) -> TextToImageFlow | AdaptedFlow:
+        """The flow alone where the method needs no more, so that its images are the same with and without an adapter;
+        else the flow with its adapter.
+
+        Raises:
+            RewardError: for a reward without a gradient that the method needs.
+            CheckpointError: for a method that needs an adapter, where there is none.
+        """
+        try:
+            method.check(reward, self.flow)
+            return self.flow
+        except CheckpointError:
+            if self.adapted is None:
+                raise
+        method.check(reward, self.adapted)
+        return self.adapted
 
     @property
     def images(self) -> list[PromptImage]:
@@ -92,7 +117,10 @@ class PromptFlow:
 
     def conditions(self, images: Sequence[PromptImage]) -> Conditions:
         """Of the images' prompts."""
-        texts = [image.prompt.text for image in images]
+        return self.encoded([image.prompt.text for image in images])
+
+    def encoded(self, texts: Sequence[str]) -> Conditions:
+        """Of texts."""
         return self.flow.encode(texts, self.negative, self.guidance).to(self.device)
 
     def warm(self, images: Sequence[PromptImage]) -> None:
@@ -131,11 +159,11 @@ def make(
         tensors `(B,)`: `network` and `reward` evaluations, and `seconds`; numbers: `best`, whether there are best
         look-aheads beside the images.
     """
-    costs, best = [], False
+    costs, best, model = [], False, source.model_for(method, reward)
     for part in source.batches(images, source.batch_size):
         source.warm(part)
         x0, generators = source.noise(part), [image.method_generator(source.seed) for image in part]
-        target = Target(source.flow, reward, source.flow.decoder, source.conditions(part), reward_scale=scale)
+        target = Target(model, reward, source.flow.decoder, source.conditions(part), reward_scale=scale)
         target.meter = Meter()
         began = finished(source.device)
         with torch.enable_grad():

@@ -34,9 +34,23 @@ class ValueComparison(DrawSettings):
         self.glass_steps = [k for k in self.glass_steps if k <= 8]
         self.rollout_steps = min(self.rollout_steps, 50)
 
-    def cells(self, target: Target, x1: Tensor, identity: dict[str, Any]) -> list[Cell]:
-        """`x1`: clean states to noise, at least `num_states`."""
+    def cells(
+        self,
+        target: Target,
+        x1: Tensor,
+        identity: dict[str, Any],
+        subject: str = "",
+        of_map: dict[str, Any] | None = None,
+    ) -> list[Cell]:
+        """
+        Args:
+            target: with conditions for each state, or one row for all.
+            x1: clean states to noise, at least `num_states`.
+            subject: the reward's name, where there are several.
+            of_map: what draws of the Meta Flow Map alone depend on besides, where its base drift is of other weights.
+        """
         x1, found = x1[: self.num_states], []
+        target, self._of = target.take(slice(0, len(x1))), f", {subject}" if subject else ""
         self._cells: dict[tuple[float, str], Cell] = {}
         self._reference: dict[float, Cell] = {}
         for t in self.times:
@@ -44,13 +58,14 @@ class ValueComparison(DrawSettings):
             x_t = noisy_states(x1, t, torch.Generator().manual_seed(1))
             rollouts = DrawValue(self.num_draws, RolloutPosterior(self.rollout_steps), max_rows=self.max_rows)
             self._reference[t] = Cell(
-                f"value, t = {t:g}, reference", {**settings, "rollouts": self.rollout_steps},
+                f"value{self._of}, t = {t:g}, reference", {**settings, "rollouts": self.rollout_steps},
                 self._estimate(target, t, x_t, rollouts),
             )  # fmt: skip
             found.append(self._reference[t])
             for name, estimator in {**self.value_estimators(), POINT: DenoisedValue()}.items():
+                more = (of_map or {}) if estimator.needs_meta_flow_map else {}
                 self._cells[t, name] = Cell(
-                    f"value, t = {t:g}, {name}", settings, self._estimate(target, t, x_t, estimator)
+                    f"value{self._of}, t = {t:g}, {name}", settings | more, self._estimate(target, t, x_t, estimator)
                 )
                 found.append(self._cells[t, name])
         return found
@@ -63,13 +78,15 @@ class ValueComparison(DrawSettings):
         return compute
 
     def blocks(self, results: Results) -> list[Block]:
-        rows, r, squares = [], {}, {}
+        rows, r, squares, cost = [], {}, {}, {}
         for (t, name), cell in self._cells.items():
             if cell not in results or self._reference[t] not in results:
                 continue
             values, reference = results[cell].tensors["values"], results[self._reference[t]].tensors["values"]
             errors = ValueErrors.of(values[None], reference)
             r[t, name], squares[t, name] = errors.r, errors.squared
+            # of a draw: those of a value without the rewards, one a draw
+            cost[t, name] = results[cell].numbers["nfe"] / (1 if name == POINT else self.num_draws) - 1
             rows.append({
                 "t": t, "estimator": name, "NFE": round(results[cell].numbers["nfe"]), "Pearson r": errors.r,
                 "bias": errors.bias, "mean squared error": errors.squared,
@@ -80,19 +97,20 @@ class ValueComparison(DrawSettings):
             f"{self.num_states} states, V from {self.num_draws} draws against V from {self.num_draws} SDE rollouts of "
             f"{self.rollout_steps} steps, which has an error of its own; 95 % intervals over states."
         )
-        correlation = self._plot(r, "Pearson r with the reference")
-        error = self._plot(squares, "mean squared error", "log")
+        correlation = self._plot(r, cost, "Pearson r with the reference")
+        error = self._plot(squares, cost, "mean squared error", "log")
         said = [*self._claims(r, "r"), *self._claims(squares, "squared error")]
         return [
-            Picture("value_r_nfe", "Value estimates: correlation", correlation, caption),
-            Picture("value_error_nfe", "Value estimates: error", error, caption),
-            Claims("Value estimates from one-step draws", said),
-            Table("value_estimates", "Value estimates", rows, caption, folded=True),
+            Picture("value_r_nfe", f"Value estimates{self._of}: correlation", correlation, caption),
+            Picture("value_error_nfe", f"Value estimates{self._of}: error", error, caption),
+            Claims(f"Value estimates from one-step draws{self._of}", said),
+            Table("value_estimates", f"Value estimates{self._of}", rows, caption, folded=True),
         ]
 
-    def _plot(self, found: Found, words: str, yscale: str = "linear") -> Figure:
+    def _plot(self, found: Found, cost: dict[tuple[float, str], float], words: str, yscale: str = "linear") -> Figure:
         kinds = {"MFM": self.model_steps, "GLASS": self.glass_steps}
-        return plots.by_steps(found, self.times, kinds, words, lambda point: [(1, point)], POINT, yscale)
+        point = next((value for (_, name), value in cost.items() if name == POINT), 1.0)
+        return plots.by_steps(found, self.times, kinds, cost, words, lambda value: [(point, value)], POINT, yscale)
 
     def _claims(self, found: Found, what: str) -> list[str]:
         lines, ours = [], f"MFM {self.model_steps[0]}"

@@ -10,18 +10,23 @@ import torch
 
 from mfm_benchmarks.blocks import Block, Text
 from mfm_benchmarks.methods import MethodSettings, Point, points
+from mfm_benchmarks.parts.posterior_recovery import PosteriorRecovery
 from mfm_benchmarks.parts.prompt_cells import PromptCells
+from mfm_benchmarks.parts.prompt_draws import PromptDraws
 from mfm_benchmarks.parts.prompt_entries import PromptEntry, entry_of, evaluated
 from mfm_benchmarks.parts.prompt_images import PromptFlow
 from mfm_benchmarks.parts.prompt_pool import PromptPool
 from mfm_benchmarks.parts.prompt_report import COLUMNS, PromptReport
 from mfm_benchmarks.parts.reward_report import BASE, BEST
+from mfm_benchmarks.parts.value_estimation import ValueComparison
 from mfm_benchmarks.spec import Spec, build, plain
 from mfm_benchmarks.suite import Cell, Results, Suite
 from mfm_benchmarks.suites.alignment import RewardSettings
 from mfm_lightning.alignment import BestOfN, TimeGrid
-from mfm_lightning.backbones import TextToImageFlow
-from mfm_lightning.checkpoints import CheckpointError
+from mfm_lightning.backbones import AdaptedFlow, TextToImageFlow
+from mfm_lightning.checkpoints import CheckpointError, fingerprint
+from mfm_lightning.conditions import Conditions
+from mfm_lightning.data import StepDataModule
 from mfm_lightning.metrics.diversity import find_diversity
 from mfm_lightning.sampling.prompt_folder import PromptFolder
 from mfm_lightning.sampling.prompts import Prompt, as_prompts
@@ -36,6 +41,12 @@ class TextToImageSuite(Suite):
     Args:
         flow: a folder of diffusers or a Hugging Face id; or, with options,
             `{class_path: mfm_lightning.backbones.load_flow, init_args: {name: ..., ...}}`.
+        mfm: a `model.safetensors` of a `FlowAdapter` of this flow, for methods that draw posteriors in one step or
+            need a flow map, and for `posterior` and `value`. The others run on the flow alone, with or without it.
+        data: captioned latents of the flow (EncodedImages, LatentShards), whose test states are noised for `posterior`
+            and `value`; their captions are the conditions, with `guidance`.
+        posterior: the part on posterior draws; left out where None.
+        value: the part on value estimates, for each reward; left out where None.
         prompts: a file (`mfm_lightning.sampling.prompts.read_prompts`), or texts.
         rewards: what is optimised, by the names of the report.
         methods: by the names of the report.
@@ -58,7 +69,8 @@ class TextToImageSuite(Suite):
         quick_prompts: prompts of --quick, which has the cheapest setting of each method.
 
     Raises:
-        ValueError: for numbers below 1, names that stand twice, or a method that is trained first.
+        ValueError: for numbers below 1, names that stand twice, or a method that is trained first; for `posterior` or
+            `value` without `mfm` and `data`.
     """
 
     name = "text-to-image"
@@ -95,6 +107,10 @@ class TextToImageSuite(Suite):
         diversity: str = "auto",
         shown: int = 4,
         quick_prompts: int = 2,
+        mfm: str | None = None,
+        data: StepDataModule | None = None,
+        posterior: PosteriorRecovery | None = None,
+        value: ValueComparison | None = None,
     ) -> None:
         self.flow, self.prompts, self.column = flow, prompts, column
         self.rewards, self.methods, self.held_out = dict(rewards), dict(methods), dict(held_out or {})
@@ -103,10 +119,15 @@ class TextToImageSuite(Suite):
         self.batch_size, self.block, self.layout = batch_size, block, layout
         self.evaluations, self.diversity, self.shown = dict(evaluations or {}), diversity, shown
         self.quick_prompts, self._limit, self._skipped = quick_prompts, None, {}
+        self.mfm, self._draws = mfm, None
+        if data is not None or posterior is not None or value is not None:
+            if data is None or mfm is None:
+                raise ValueError("posterior and value need both data (captioned latents) and mfm (the adapter's file)")
+            self._draws = PromptDraws(data, posterior, value)
         numbers = {"images_per_prompt": images_per_prompt, "batch_size": batch_size, "block": block, "shown": shown}
-        for key, value in {**numbers, "quick_prompts": quick_prompts}.items():
-            if value < 1:
-                raise ValueError(f"{key} {value} must be at least 1")
+        for key, number in {**numbers, "quick_prompts": quick_prompts}.items():
+            if number < 1:
+                raise ValueError(f"{key} {number} must be at least 1")
         if not self.rewards or any(r.scale <= 0 or r.shares for r in self.rewards.values()):
             raise ValueError("rewards: give at least one, with a scale above 0 and no shares of classes")
         columns = [*self.rewards, *self.held_out, *self.evaluations, *(["alignment"] if alignment else [])]
@@ -135,6 +156,8 @@ class TextToImageSuite(Suite):
         self._limit, self.images_per_prompt = self.quick_prompts, min(2, self.images_per_prompt)
         self.rewards = dict(itertools.islice(self.rewards.items(), 2))
         self.best_of_n.shrink()
+        if self._draws is not None:
+            self._draws.shrink()
         kept: dict[str, Point] = {}
         for point in self._points:
             if self.methods[point.method].quick:
@@ -186,6 +209,17 @@ class TextToImageSuite(Suite):
             flow, prompts, self.images_per_prompt, self.layout, self.seed, self.guidance, self.negative,
             self.batch_size, self.device,
         )  # fmt: skip
+        try:
+            if self.mfm is not None:
+                self._source.adapted = adapted = AdaptedFlow.load(self.mfm, flow)
+                self._source.mfm = fingerprint(self.mfm)
+                adapted.check(Conditions(guidance=flow.usual_guidance if self.guidance is None else self.guidance))
+        except (FileNotFoundError, ImportError, CheckpointError, ValueError) as error:
+            return [f"mfm: {error}"]
+        try:
+            self._captions = [] if self._draws is None else self._draws.read(self._source)
+        except (FileNotFoundError, ImportError, CheckpointError, ValueError) as error:
+            return [f"data: {error}"]
         return []
 
     def _specs(self) -> dict[str, Any]:
@@ -195,7 +229,7 @@ class TextToImageSuite(Suite):
         return found | ({"alignment": plain(self.alignment)} if self.alignment else {})
 
     def prepare(self) -> None:
-        self._source.prepare()
+        self._source.prepare(self._captions)
         if self._diversity is not None:
             self._diversity.to(self.device)
         else:
@@ -228,17 +262,20 @@ class TextToImageSuite(Suite):
             wanted = self.methods[point.method].rewards
             if (wanted is None or reward in wanted) and self._suits(point, reward):
                 found += self._cells.aligned(point, self._methods[point], reward)
+        if self._draws is not None:
+            found += self._draws.cells(self._source, self._measured, scales, identities)
         return found
 
     def _suits(self, point: Point, reward: str) -> bool:
         method = self._methods[point]
         try:
-            method.check(self._measured[reward], self._source.flow)
+            self._source.model_for(method, self._measured[reward])
         except RewardError as error:
             self._skipped[f"{point.method}, {reward}"] = str(error)
             return False
         except CheckpointError as error:  # whatever the reward is
-            self._skipped[point.method] = str(error)
+            more = "; or give an adapter's file (mfm)" if self.mfm is None else ""
+            self._skipped[point.method] = f"{error}{more}"
             return False
         if isinstance(method, BestOfN):
             self._skipped[point.method] = "is there already: see best_of_n, whose candidates all rewards share"
@@ -256,17 +293,22 @@ class TextToImageSuite(Suite):
                 if setting.aim in (None, reward):
                     entry = entry_of(setting, reward, results, scores[setting.name], self.output, self.shown)
                     entries.setdefault(reward, []).extend([] if entry is None else [entry])
+        draws = [] if self._draws is None else self._draws.blocks(results)
         if not any(entries.values()):
-            return [Text("No result", ["Every run failed; the messages are above."])]
+            return draws or [Text("No result", ["Every run failed; the messages are above."])]
         if gone := [e.folder for found in entries.values() for e in found if not len(e.images)]:
             notes.append(f"Images are gone from {', '.join(dict.fromkeys(gone))}: they are in no picture.")
         shown = [prompt.text for prompt in self._source.prompts[: self.shown]]
         report = PromptReport(entries, [*self._measured, *self.evaluations], shown)
-        return [*report.blocks(), Text("How it was measured", [*self._how(), *notes])]
+        return [*report.blocks(), *draws, Text("How it was measured", [*self._how(), *notes])]
 
     def _how(self) -> list[str]:
         number, K = len(self._source.prompts), self.images_per_prompt
         found = [f"{number} prompts with {K} images each, on a {type(self._source.flow).__name__}."]
+        if self.mfm is not None:
+            found.append(f"Draws in one step and flow maps are those of the adapter {self.mfm}; its base is the flow.")
+        if self._draws is not None:
+            found.append(self._draws.how)
         if self._diversity is not None:
             found.append(f"Diversity is the mean distance of two images of one prompt: {self._diversity.about}.")
         if self.alignment:
