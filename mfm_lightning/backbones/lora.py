@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +34,11 @@ class LoRA(nn.ModuleDict):
 
     Args:
         flow: of the transformer.
-        name: among the transformer's adapters.
+        name: among the transformer's adapters; where one has it already, with a number.
         rank: at least 1.
         alpha: the product of both matrices is scaled by alpha / rank; the rank where None.
-        ranks: others by module, a regular expression to a rank: {"^transformer_blocks.0": 64}.
+        ranks: others by module, a regular expression to a rank, of all layers in it: {"^transformer_blocks.0": 64}. It
+            is of whole names of modules, or of their ends after a dot ("to_q"); the first that fits counts.
         targets: regular expression of whole names of linear layers; those of attention and MLP in all blocks where
             None.
 
@@ -62,13 +64,16 @@ class LoRA(nn.ModuleDict):
             from peft.tuners.lora import LoraLayer
         except ImportError as error:
             raise ImportError("a LoRA needs peft: pip install 'mfm-lightning[text-to-image]'") from error
+        targets, transformer = targets or LINEAR, cast(Any, flow.transformer)
+        there = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer)]
+        while any(name in layer.lora_A for layer in there):  # peft would put the new weights in place of those
+            head, _, number = name.partition("_")
+            name = f"{head}_{int(number or 1) + 1}"
         self.name, self._flow = name, [flow]  # in a list: it is no part of this module
-        targets = targets or LINEAR
         config = LoraConfig(
-            r=rank, lora_alpha=cast(int, alpha or rank), target_modules=targets, rank_pattern=ranks or {},
-            init_lora_weights=True,
+            r=rank, lora_alpha=cast(int, alpha or rank), target_modules=targets,
+            rank_pattern=_by_layer(ranks or {}, targets, transformer), init_lora_weights=True,
         )  # fmt: skip
-        transformer: Any = flow.transformer
         trained = {id(p) for p in transformer.parameters() if p.requires_grad}  # of LoRAs that are there
         try:
             inject_adapter_in_model(config, transformer, name)
@@ -276,6 +281,26 @@ class LoRANetwork(AdaptedNetwork):
             f"```python\nimport diffusers\n\npipe = diffusers.{kind}.from_pretrained({name!r})\n"
             "pipe.load_lora_weights(FOLDER)  # of this file\n```\n"
         )
+
+
+def _by_layer(ranks: dict[str, int], targets: str, transformer: nn.Module) -> dict[str, int]:
+    """The rank of each layer that has one of its own, by a pattern of that name alone, as peft takes them: patterns of
+    modules that hold layers would have no effect there, and not be missed.
+
+    Raises:
+        ValueError: for a pattern that fits no layer of the targets.
+    """
+    layers = [name for name, _ in transformer.named_modules() if re.fullmatch(targets, name)] if ranks else []
+    found: dict[str, int] = {}
+    for pattern, rank in ranks.items():
+        inside = [name for name in layers if re.match(rf"(.*\.)?({pattern})(\..*)?$", name)]
+        if not inside:
+            raise ValueError(
+                f"ranks: no layer with a LoRA is, or is in, a module {pattern!r}: expected a part of names such as "
+                f"{layers[0] if layers else 'those of targets'}"
+            )
+        found = {f"^{re.escape(name)}": rank for name in inside} | found  # of several patterns the first counts
+    return found
 
 
 def mark_of(transformer: nn.Module) -> str:

@@ -104,6 +104,34 @@ def test_two_adapters_are_on_one_transformer_and_each_is_itself(folders, tmp_pat
             assert torch.allclose(p.grad, q.grad, atol=1e-6 + 1e-5 * q.grad.abs().max()), name
 
 
+def test_two_networks_of_one_kind_on_one_flow_keep_their_weights(folders, tmp_path):  # noqa: F811
+    conditions, files, alone = given(2, "sd3"), [], []
+    for i in range(2):
+        alone.append(stirred(FlowAdapter(str(folders["sd3"]), rank=2, image_size=8), 0.3 + i))
+        files.append(save_network(alone[i], tmp_path / f"{i}.safetensors"))
+    flow = opened(folders, "sd3")
+    both = [FlowAdapter.of_file(file, flow) for file in files]
+    policies = [stirred(LoRANetwork.on_flow(flow, rank=2), 0.3 + i) for i in range(3)]
+    x, t = torch.randn(2, *flow.state_shape), torch.full((2,), 0.4)
+    with torch.no_grad():
+        for ours, theirs in zip(both, alone, strict=True):
+            assert torch.allclose(ours(t, t, x, t, x, conditions), theirs(t, t, x, t, x, conditions), atol=1e-5)
+        for policy in policies:
+            lone = LoRANetwork(str(folders["sd3"]), image_size=8, rank=2)
+            lone.load_state_dict(policy.state_dict())  # a name on the transformer is in no file
+            assert torch.allclose(policy.drift(0.4, x, conditions), lone.drift(0.4, x, conditions), atol=1e-5)
+
+
+def test_ranks_of_a_module_are_of_all_layers_in_it_and_of_none_is_an_error(folders):  # noqa: F811
+    ranks = {"^transformer_blocks.0.attn": 3, "to_q": 4, "^transformer_blocks.0": 5}
+    network = LoRANetwork(str(folders["sd3"]), image_size=8, rank=2, ranks=ranks)
+    for place, (a, b) in network.lora.items():
+        expected = 3 if "blocks/0/attn" in place else 4 if place.endswith("to_q") else 5 if "blocks/0" in place else 2
+        assert a.out_features == b.in_features == expected, place
+    with pytest.raises(ValueError, match=r"ranks: no layer .* is in, a module 'blocks.7': expected a part of names su"):
+        LoRANetwork(str(folders["sd3"]), image_size=8, rank=2, ranks={"blocks.7": 3})
+
+
 def test_files_of_another_flow_are_refused(folders, tmp_path):  # noqa: F811
     network = LoRANetwork(str(folders["sd3"]), image_size=8, rank=2)
     file = save_network(network, tmp_path / "model.safetensors")
