@@ -161,9 +161,11 @@ class AdaptedNetwork(PromptedNetwork):
     def _begin(self, flow: TextToImageFlow, base: str | None, options: dict[str, Any]) -> None:
         mark = mark_of(flow.transformer)
         if base not in (None, mark):
+            name, lora = (flow.opened_by[key] for key in ("name", "lora"))
             raise CheckpointError(
-                f"this {type(self).__name__} was trained on other weights than those of {flow.opened_by['name']}: give "
-                "the flow that it was trained on"
+                f"this {type(self).__name__} was trained on other weights than those of {name}"
+                f"{'' if lora is None else f' with the LoRA {lora}'}: give the flow that it was trained on"
+                f"{_type_of_marks(flow)}"
             )
         super().__init__(flow, {**flow.opened_by, "base": mark, **options})
         self.add_to(flow, **options)
@@ -272,14 +274,17 @@ class LoRANetwork(AdaptedNetwork):
         return folder / FOLDER
 
     def _card(self) -> str:
-        name, kind = self.config["name"], type(self.flow.pipe).__name__
+        name, kind, first = self.config["name"], type(self.flow.pipe).__name__, ""
+        if (lora := self.config["lora"]) is not None:  # it was trained on top of it
+            first = f"pipe.load_lora_weights({lora!r})  # what it was trained on top of\npipe.fuse_lora()\n"
+            first += "pipe.unload_lora_weights()\n"
         return (
             f"---\nlibrary_name: diffusers\nbase_model: {name}\ntags: [lora, text-to-image]\n---\n\n"
             f"# LoRA of {name}\n\nrank {self.config['rank']}, alpha {self.config['alpha'] or self.config['rank']}, "
             f"{sum(p.numel() for p in self.parameters()):,} parameters in {len(self.lora)} layers. Written by "
             "mfm-lightning; the run's config says how it was trained.\n\n"
             f"```python\nimport diffusers\n\npipe = diffusers.{kind}.from_pretrained({name!r})\n"
-            "pipe.load_lora_weights(FOLDER)  # of this file\n```\n"
+            f"{first}pipe.load_lora_weights(FOLDER)  # of this file\n```\n"
         )
 
 
@@ -305,13 +310,22 @@ def _by_layer(ranks: dict[str, int], targets: str, transformer: nn.Module) -> di
 
 def mark_of(transformer: nn.Module) -> str:
     """What tells a transformer's weights from others': a hash of the first values of each tensor, in bfloat16, so that
-    it is the same in all floating types that hold them; adapters do not count."""
+    it is the same in float32 and bfloat16. Weights of more precision that were made float16, or into which a LoRA was
+    merged in another type, are rounded twice, and have another mark. Adapters do not count."""
     found = hashlib.sha256()
     for name, value in sorted((n.replace(".base_layer.", "."), p) for n, p in transformer.named_parameters()):
         if ".lora_" not in name:
             first = value.detach().flatten()[:MARKED].to(torch.bfloat16)
             found.update(f"{name} {tuple(value.shape)}".encode() + first.cpu().view(torch.int16).numpy().tobytes())
     return found.hexdigest()[:32]
+
+
+def _type_of_marks(flow: TextToImageFlow) -> str:
+    """What more to say where weights were perhaps rounded otherwise."""
+    kind = flow.opened_by["torch_dtype"]
+    if kind == "float16":
+        return ". In float16 weights are rounded otherwise: open it in bfloat16 or float32"
+    return "" if flow.opened_by["lora"] is None else f", and in the type ({kind} here) in which the LoRA was merged"
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from mfm_lightning.backbones import FlowAdapter, LoRANetwork, load_flow
+from mfm_lightning.backbones import FlowAdapter, LoRANetwork, SD3Flow, load_flow
 from mfm_lightning.backbones.lora import mark_of
 from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.networks.files import save_network
@@ -154,6 +154,34 @@ def test_files_of_another_flow_are_refused(folders, tmp_path):  # noqa: F811
         LoRANetwork.on_flow(flow, rank=0)
     with pytest.raises(ValueError, match=r"targets 'nothing': .*"):
         LoRANetwork.on_flow(flow, rank=1, targets="nothing")
+
+
+def test_a_lora_on_top_of_another_says_so_in_its_card_and_where_it_does_not_fit(folders, tmp_path):  # noqa: F811
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first = stirred(LoRANetwork.on_flow(opened(folders, "sd3"), rank=2), 0.5).write_beside(tmp_path / "first")
+    network = stirred(LoRANetwork.on_flow(opened(folders, "sd3", lora=str(first)), rank=2), 0.5)
+    file = save_network(network, tmp_path / "model.safetensors")
+    second, x = network.write_beside(tmp_path / "second"), torch.randn(2, *network.state_shape)
+    # the card's lines, run as they are, give the policy's velocity
+    code = (second / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    absent = dict.fromkeys([k for k in network.flow.pipe.components if k.startswith(("text_encoder", "tokenizer"))])
+    found = {"FOLDER": str(second), "absent": absent}
+    exec(code.replace(f"({str(folders['sd3'])!r})", f"({str(folders['sd3'])!r}, **absent)"), found)
+    theirs = SD3Flow(found["pipe"], 8)
+    conditions = guided("sd3")
+    ours = network.drift(0.3, x, conditions).detach()
+    assert (theirs.drift(0.3, x, conditions) - ours).abs().max() < 1e-5 * ours.abs().max()
+    for flow, said in (
+        (opened(folders, "sd3"), "give the flow that it was trained on$"),
+        (load_flow(str(folders["sd3"]), 8, torch_dtype="float16"), "rounded otherwise: open it in bfloat16 or float32"),
+        (
+            opened(folders, "sd3", lora=str(second)),
+            r"sd3\d* with the LoRA .*second.*the type \(float32 here\) in which",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            LoRANetwork.of_file(file, flow)
 
 
 def test_a_mark_is_of_the_weights_in_any_type(folders):  # noqa: F811
