@@ -52,7 +52,7 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
         images_per_prompt: of each prompt.
         steps: of Euler, on the flow's own times.
         held_out: rewards that are not optimised, by name.
-        pictures: pairs in the picture.
+        pictures: pairs in the picture; 0 for none.
         batch_size: images at once.
         seed: of the noise.
 
@@ -71,9 +71,10 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
-        if min(images_per_prompt, steps, batch_size) < 1:
+        if min(images_per_prompt, steps, batch_size) < 1 or pictures < 0:
             raise ValueError(
-                f"images_per_prompt {images_per_prompt}, steps {steps} and batch_size {batch_size} must be at least 1"
+                f"images_per_prompt {images_per_prompt}, steps {steps} and batch_size {batch_size} must be at least 1, "
+                f"pictures {pictures} at least 0"
             )
         self.prompts = [prompt.text for prompt in as_prompts(prompts)]
         self.images_per_prompt, self.steps, self.pictures = images_per_prompt, steps, pictures
@@ -116,6 +117,8 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
     @torch.no_grad()
     def draw(self, module: PromptPolicyModule, folder: Path) -> None:
         chosen = [k * self.images_per_prompt for k in range(min(self.pictures, len(self.prompts)))]
+        if not chosen:
+            return
         self._embed(module)
         noise, prompts = self._noise(module, chosen), [self.prompts[i // self.images_per_prompt] for i in chosen]
         pairs = []

@@ -235,6 +235,10 @@ def test_prompts_of_a_report_load_text_encoders_once_and_drop_them(places, tmp_p
     assert (tmp_path / "before_after.png").is_file()
     assert loaded == [1]
     assert not module.flow.keep_encoders
+    PromptPolicyEvaluation(["a cat"], pictures=0).draw(module, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="pictures -1 at least 0"):
+        PromptPolicyEvaluation(["a cat"], pictures=-1)
 
 
 def config(places, images, steps, folder="run", **more):
