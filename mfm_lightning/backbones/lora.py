@@ -150,11 +150,13 @@ class AdaptedNetwork(PromptedNetwork):
         max_sequence_length: int | None = None,
         lora: str | None = None,
         base: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
         **options: Any,
     ) -> None:
         flow = opened(
             name, image_size, torch_dtype=torch_dtype, checkpointing=checkpointing, allow_download=allow_download,
-            vae=vae, max_sequence_length=max_sequence_length, lora=lora,
+            vae=vae, max_sequence_length=max_sequence_length, lora=lora, revision=revision, variant=variant,
         )  # fmt: skip
         self._begin(flow, base, options)
 
@@ -225,7 +227,8 @@ class LoRANetwork(AdaptedNetwork):
     Args:
         name: a folder of diffusers with `model_index.json`, or a Hugging Face id.
         rank, alpha, ranks, targets: of the LoRA (`mfm_lightning.backbones.LoRA`).
-        vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora: as `load_flow`.
+        vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, revision, variant: as
+            `load_flow`.
         base: a mark of the weights that it must be on, as files have it; any where None.
 
     Raises:
@@ -248,10 +251,12 @@ class LoRANetwork(AdaptedNetwork):
         max_sequence_length: int | None = None,
         lora: str | None = None,
         base: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
     ) -> None:
         super().__init__(
             name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, base,
-            rank=rank, alpha=alpha, ranks=ranks, targets=targets,
+            revision, variant, rank=rank, alpha=alpha, ranks=ranks, targets=targets,
         )  # fmt: skip
 
     def add_to(self, flow: TextToImageFlow, **options: Any) -> None:

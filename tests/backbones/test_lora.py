@@ -184,6 +184,17 @@ def test_a_lora_on_top_of_another_says_so_in_its_card_and_where_it_does_not_fit(
             LoRANetwork.of_file(file, flow)
 
 
+@pytest.mark.parametrize("kind", [LoRANetwork, FlowAdapter])
+def test_a_file_opens_the_variant_of_the_weights_that_it_was_trained_on(kind, tmp_path):
+    tiny.sd3().save_pretrained(tmp_path / "sd3", variant="fp16")  # the only weights that are there
+    network = kind.on_flow(load_flow(tmp_path / "sd3", 8, torch_dtype="float32", variant="fp16"), rank=2)
+    again = load_model(save_network(stirred(network), tmp_path / "model.safetensors")).network
+    assert (again.config["variant"], again.config["revision"]) == ("fp16", None)
+    conditions, x, t = given(2, "sd3"), torch.randn(2, *network.state_shape), torch.full((2,), 0.4)
+    with torch.no_grad():
+        assert torch.equal(again(t, t, x, t, x, conditions), network(t, t, x, t, x, conditions))
+
+
 def test_a_mark_is_of_the_weights_in_any_type(folders):  # noqa: F811
     full, half = (load_flow(str(folders["sd3"]), 8, torch_dtype=kind).transformer for kind in ("float32", "bfloat16"))
     assert mark_of(full) == mark_of(half)
