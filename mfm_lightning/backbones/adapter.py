@@ -41,7 +41,7 @@ class FlowAdapter(AdaptedNetwork):
             all blocks where None.
         guidance_scales: scales of guidance, above 1, that it learns as an input (`pairs.guidance_scale` says which one
             is trained). None for a transformer that has guidance as an input (FLUX.1-dev): it keeps its usual one.
-        vae, image_size, checkpointing, allow_download, max_sequence_length, lora: as `load_flow`.
+        vae, image_size, checkpointing, allow_download, max_sequence_length, lora, revision, variant: as `load_flow`.
         torch_dtype: of the base's weights; what is trained is float32.
         base: a mark of the weights that it must be on, as files have it; any where None.
 
@@ -69,13 +69,15 @@ class FlowAdapter(AdaptedNetwork):
         max_sequence_length: int | None = None,
         lora: str | None = None,
         base: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
     ) -> None:
         if rank < 0:
             raise ValueError(f"rank {rank} must be at least 0")
         check_guidance_scales(guidance_scales)
         super().__init__(
             name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, base,
-            rank=rank, ranks=ranks, targets=targets, guidance_scales=list(guidance_scales),
+            revision, variant, rank=rank, ranks=ranks, targets=targets, guidance_scales=list(guidance_scales),
         )  # fmt: skip
 
     def add_to(self, flow: TextToImageFlow, **options: Any) -> None:

@@ -170,7 +170,7 @@ def load_flow(
     )
     flow.opened_by = {
         "name": str(name), "vae": vae, "image_size": image_size, "torch_dtype": str(dtype).removeprefix("torch."),
-        "max_sequence_length": max_sequence_length, "lora": lora,
+        "max_sequence_length": max_sequence_length, "lora": lora, "revision": revision, "variant": variant,
     }  # fmt: skip
     return flow
 

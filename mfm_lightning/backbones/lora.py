@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +34,11 @@ class LoRA(nn.ModuleDict):
 
     Args:
         flow: of the transformer.
-        name: among the transformer's adapters.
+        name: among the transformer's adapters; where one has it already, with a number.
         rank: at least 1.
         alpha: the product of both matrices is scaled by alpha / rank; the rank where None.
-        ranks: others by module, a regular expression to a rank: {"^transformer_blocks.0": 64}.
+        ranks: others by module, a regular expression to a rank, of all layers in it: {"^transformer_blocks.0": 64}. It
+            is of whole names of modules, or of their ends after a dot ("to_q"); the first that fits counts.
         targets: regular expression of whole names of linear layers; those of attention and MLP in all blocks where
             None.
 
@@ -62,13 +64,16 @@ class LoRA(nn.ModuleDict):
             from peft.tuners.lora import LoraLayer
         except ImportError as error:
             raise ImportError("a LoRA needs peft: pip install 'mfm-lightning[text-to-image]'") from error
+        targets, transformer = targets or LINEAR, cast(Any, flow.transformer)
+        there = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer)]
+        while any(name in layer.lora_A for layer in there):  # peft would put the new weights in place of those
+            head, _, number = name.partition("_")
+            name = f"{head}_{int(number or 1) + 1}"
         self.name, self._flow = name, [flow]  # in a list: it is no part of this module
-        targets = targets or LINEAR
         config = LoraConfig(
-            r=rank, lora_alpha=cast(int, alpha or rank), target_modules=targets, rank_pattern=ranks or {},
-            init_lora_weights=True,
+            r=rank, lora_alpha=cast(int, alpha or rank), target_modules=targets,
+            rank_pattern=_by_layer(ranks or {}, targets, transformer), init_lora_weights=True,
         )  # fmt: skip
-        transformer: Any = flow.transformer
         trained = {id(p) for p in transformer.parameters() if p.requires_grad}  # of LoRAs that are there
         try:
             inject_adapter_in_model(config, transformer, name)
@@ -145,20 +150,24 @@ class AdaptedNetwork(PromptedNetwork):
         max_sequence_length: int | None = None,
         lora: str | None = None,
         base: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
         **options: Any,
     ) -> None:
         flow = opened(
             name, image_size, torch_dtype=torch_dtype, checkpointing=checkpointing, allow_download=allow_download,
-            vae=vae, max_sequence_length=max_sequence_length, lora=lora,
+            vae=vae, max_sequence_length=max_sequence_length, lora=lora, revision=revision, variant=variant,
         )  # fmt: skip
         self._begin(flow, base, options)
 
     def _begin(self, flow: TextToImageFlow, base: str | None, options: dict[str, Any]) -> None:
         mark = mark_of(flow.transformer)
         if base not in (None, mark):
+            name, lora = (flow.opened_by[key] for key in ("name", "lora"))
             raise CheckpointError(
-                f"this {type(self).__name__} was trained on other weights than those of {flow.opened_by['name']}: give "
-                "the flow that it was trained on"
+                f"this {type(self).__name__} was trained on other weights than those of {name}"
+                f"{'' if lora is None else f' with the LoRA {lora}'}: give the flow that it was trained on"
+                f"{_type_of_marks(flow)}"
             )
         super().__init__(flow, {**flow.opened_by, "base": mark, **options})
         self.add_to(flow, **options)
@@ -218,7 +227,8 @@ class LoRANetwork(AdaptedNetwork):
     Args:
         name: a folder of diffusers with `model_index.json`, or a Hugging Face id.
         rank, alpha, ranks, targets: of the LoRA (`mfm_lightning.backbones.LoRA`).
-        vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora: as `load_flow`.
+        vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, revision, variant: as
+            `load_flow`.
         base: a mark of the weights that it must be on, as files have it; any where None.
 
     Raises:
@@ -241,10 +251,12 @@ class LoRANetwork(AdaptedNetwork):
         max_sequence_length: int | None = None,
         lora: str | None = None,
         base: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
     ) -> None:
         super().__init__(
             name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, base,
-            rank=rank, alpha=alpha, ranks=ranks, targets=targets,
+            revision, variant, rank=rank, alpha=alpha, ranks=ranks, targets=targets,
         )  # fmt: skip
 
     def add_to(self, flow: TextToImageFlow, **options: Any) -> None:
@@ -267,21 +279,45 @@ class LoRANetwork(AdaptedNetwork):
         return folder / FOLDER
 
     def _card(self) -> str:
-        name, kind = self.config["name"], type(self.flow.pipe).__name__
+        name, kind, first = self.config["name"], type(self.flow.pipe).__name__, ""
+        if (lora := self.config["lora"]) is not None:  # it was trained on top of it
+            first = f"pipe.load_lora_weights({lora!r})  # what it was trained on top of\npipe.fuse_lora()\n"
+            first += "pipe.unload_lora_weights()\n"
         return (
             f"---\nlibrary_name: diffusers\nbase_model: {name}\ntags: [lora, text-to-image]\n---\n\n"
             f"# LoRA of {name}\n\nrank {self.config['rank']}, alpha {self.config['alpha'] or self.config['rank']}, "
             f"{sum(p.numel() for p in self.parameters()):,} parameters in {len(self.lora)} layers. Written by "
             "mfm-lightning; the run's config says how it was trained.\n\n"
             f"```python\nimport diffusers\n\npipe = diffusers.{kind}.from_pretrained({name!r})\n"
-            "pipe.load_lora_weights(FOLDER)  # of this file\n```\n"
+            f"{first}pipe.load_lora_weights(FOLDER)  # of this file\n```\n"
         )
+
+
+def _by_layer(ranks: dict[str, int], targets: str, transformer: nn.Module) -> dict[str, int]:
+    """The rank of each layer that has one of its own, by a pattern of that name alone, as peft takes them: patterns of
+    modules that hold layers would have no effect there, and not be missed.
+
+    Raises:
+        ValueError: for a pattern that fits no layer of the targets.
+    """
+    layers = [name for name, _ in transformer.named_modules() if re.fullmatch(targets, name)] if ranks else []
+    found: dict[str, int] = {}
+    for pattern, rank in ranks.items():
+        inside = [name for name in layers if re.match(rf"(.*\.)?({pattern})(\..*)?$", name)]
+        if not inside:
+            raise ValueError(
+                f"ranks: no layer with a LoRA is, or is in, a module {pattern!r}: expected a part of names such as "
+                f"{layers[0] if layers else 'those of targets'}"
+            )
+        found = {f"^{re.escape(name)}": rank for name in inside} | found  # of several patterns the first counts
+    return found
 
 
 def mark_of(transformer: nn.Module) -> str:
     """What tells a transformer's weights from others': a hash of the first values of each tensor, in bfloat16, so that
-    it is the same in all floating types that hold them; adapters do not count. Empty where tensors have no content, as
-    in `mfm plan`."""
+    it is the same in float32 and bfloat16. Weights of more precision that were made float16, or into which a LoRA was
+    merged in another type, are rounded twice, and have another mark. Adapters do not count. Empty where tensors have no
+    content, as in `mfm plan`."""
     found = hashlib.sha256()
     if any(p.is_meta for p in transformer.parameters()):
         return ""
@@ -290,6 +326,14 @@ def mark_of(transformer: nn.Module) -> str:
             first = value.detach().flatten()[:MARKED].to(torch.bfloat16)
             found.update(f"{name} {tuple(value.shape)}".encode() + first.cpu().view(torch.int16).numpy().tobytes())
     return found.hexdigest()[:32]
+
+
+def _type_of_marks(flow: TextToImageFlow) -> str:
+    """What more to say where weights were perhaps rounded otherwise."""
+    kind = flow.opened_by["torch_dtype"]
+    if kind == "float16":
+        return ". In float16 weights are rounded otherwise: open it in bfloat16 or float32"
+    return "" if flow.opened_by["lora"] is None else f", and in the type ({kind} here) in which the LoRA was merged"
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def _planned(
     def begin(flow: TextToImageFlow) -> None:
         parts = {"transformer": flow.transformer, "vae": flow.decoder.vae}
         sizes.update({name: sum(t.nbytes for t in part.state_dict().values()) for name, part in parts.items()})
-        names = ("vae", "image_size", "torch_dtype", "max_sequence_length", "lora")
+        names = ("vae", "image_size", "torch_dtype", "max_sequence_length", "lora", "revision", "variant")
         flow.opened_by = {"name": options["name"], **dict.fromkeys(names)}
         adapters.extend(added(flow))
 

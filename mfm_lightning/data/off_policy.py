@@ -48,7 +48,6 @@ class OffPolicyDataModule(L.LightningDataModule):
             )
         self.data, self.policy_share, self.buffer_size = data, policy_share, buffer_size
         self.refresh_every, self.ode_steps = refresh_every, ode_steps
-        self.state_shape, self.num_classes = tuple(data.state_shape), data.num_classes
         self._buffer: tuple[Tensor, Conditions] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -56,6 +55,16 @@ class OffPolicyDataModule(L.LightningDataModule):
         if name in ("splits", "decode", "oracle", "origin", "captions", "embedded"):
             return getattr(self.data, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The other DataModule's, which may know it from its setup on."""
+        return tuple(self.data.state_shape)
+
+    @property
+    def num_classes(self) -> int:
+        """The other DataModule's."""
+        return self.data.num_classes
 
     @property
     def latents(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class PromptSamplesDataModule(LatentShards):
         prompts: a file (`mfm_lightning.sampling.prompts.read_prompts`), the name of a set such as geneval, or texts.
         folder: that keeps the samples; one of other settings is refused.
         num_samples: in all.
-        flow: whose samples; that of the network in training, without its adapter, where None.
+        flow: whose samples; that of the network in training, without its adapter or LoRA, where None.
         guidance: its scale, as the pipeline takes it; the pipeline's usual one where None, 1 for none.
         steps: of Euler.
         batch_size: training batch on each device.
@@ -117,10 +117,12 @@ class PromptSamplesDataModule(LatentShards):
         flow = self._flow[0]
         if flow is None:
             module: Any = None if self.trainer is None else self.trainer.lightning_module
-            flow = getattr(getattr(getattr(module, "model", None), "network", None), "flow", None)
-            if flow is None:
+            network = getattr(getattr(module, "model", None), "network", None)
+            flow = getattr(network, "flow", None) or getattr(module, "flow", None)
+            if not isinstance(flow, TextToImageFlow):
                 raise ValueError(
-                    f"{self.folder}: no flow to sample: set data.flow, or train a FlowAdapter with this data"
+                    f"{self.folder}: no flow to sample: set data.flow, or train a FlowAdapter or by PromptFinetuning "
+                    "with this data"
                 )
         if self.trainer is not None:
             flow.transformer.to(self.trainer.strategy.root_device)

@@ -27,7 +27,9 @@ class PromptPolicyModule(EvaluatedModule, Protocol):
     """With a LoRA that is trained on a base flow to a reward of prompts."""
 
     policy: LoRANetwork
-    reward: Reward
+
+    @property
+    def reward(self) -> Reward: ...
 
     @property
     def flow(self) -> TextToImageFlow: ...
@@ -50,7 +52,7 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
         images_per_prompt: of each prompt.
         steps: of Euler, on the flow's own times.
         held_out: rewards that are not optimised, by name.
-        pictures: pairs in the picture.
+        pictures: pairs in the picture; 0 for none.
         batch_size: images at once.
         seed: of the noise.
 
@@ -69,9 +71,10 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
-        if min(images_per_prompt, steps, batch_size) < 1:
+        if min(images_per_prompt, steps, batch_size) < 1 or pictures < 0:
             raise ValueError(
-                f"images_per_prompt {images_per_prompt}, steps {steps} and batch_size {batch_size} must be at least 1"
+                f"images_per_prompt {images_per_prompt}, steps {steps} and batch_size {batch_size} must be at least 1, "
+                f"pictures {pictures} at least 0"
             )
         self.prompts = [prompt.text for prompt in as_prompts(prompts)]
         self.images_per_prompt, self.steps, self.pictures = images_per_prompt, steps, pictures
@@ -88,6 +91,7 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
 
     @torch.no_grad()
     def measure(self, module: PromptPolicyModule, folder: Path) -> None:
+        self._embed(module)
         if self._base is None:  # the base flow and its noise stay as they are
             self._base = self._rewards(module, module.sample_base, "base flow")
         after, group = self._rewards(module, module.sample_policy, "policy"), self._prompt_of()
@@ -107,11 +111,15 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
                 module.log(f"{stage}/policy/{name}", number.value, rank_zero_only=True)
             rows.append({"measure": name, "images": len(values), **texts})
         title = f"{len(self.prompts)} prompts, {self.steps} steps, the same noise for both"
-        write_table(rows, title, folder, "policy", show=module.trainer.testing)
+        # of ranks that compute in step each is here
+        write_table(rows, title, folder, "policy", show=module.trainer.testing and module.trainer.is_global_zero)
 
     @torch.no_grad()
     def draw(self, module: PromptPolicyModule, folder: Path) -> None:
         chosen = [k * self.images_per_prompt for k in range(min(self.pictures, len(self.prompts)))]
+        if not chosen:
+            return
+        self._embed(module)
         noise, prompts = self._noise(module, chosen), [self.prompts[i // self.images_per_prompt] for i in chosen]
         pairs = []
         for rows in torch.arange(len(chosen)).split(self.batch_size):
@@ -125,6 +133,10 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
         names = [[textwrap.shorten(text, 34, placeholder="..."), "policy"] for text in prompts[: len(images)]]
         captions = [[text for pair in names[row : row + width] for text in pair] for row in range(0, len(names), width)]
         image_grid(grid, folder / "before_after.png", "base flow and policy, the same noise", (), captions, size=1.5)
+
+    def _embed(self, module: PromptPolicyModule) -> None:
+        """All prompts at once, for text encoders are large: batch by batch they would be loaded for each."""
+        module.flow.keep_embeddings(self.prompts, guidance=module.flow.no_guidance)
 
     def _prompt_of(self) -> Tensor:
         return torch.arange(len(self.prompts)).repeat_interleave(self.images_per_prompt)

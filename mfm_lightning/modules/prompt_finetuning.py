@@ -28,7 +28,7 @@ from mfm_lightning.objectives import ConditionTimes, Pair
 from mfm_lightning.objectives.finetuning import control_cost
 from mfm_lightning.samplers import integrate
 from mfm_lightning.utils.atomic import save_tensors
-from mfm_rewards import RewardError, build
+from mfm_rewards import Reward, RewardError, build
 from mfm_rewards.protocol import name_of
 
 SLOTS = 4096  # of the normaliser: prompts that share one are normalised together, which is as right
@@ -89,7 +89,7 @@ class PromptFinetuning(TiltedTraining):
     ) -> None:
         normaliser = LogNormaliser(SLOTS, normaliser_rate)
         super().__init__(gradient, times, half_diffusion, num_draws, posterior, normaliser, optimization, evaluation)
-        self.reward = build(reward).eval().requires_grad_(False)
+        self._reward = [build(reward).eval().requires_grad_(False)]  # in a list, as the flow
         for needed in ("labels", "groups"):
             if needed in self.reward.needs:
                 raise RewardError(f"reward {name_of(self.reward)!r} needs {needed}, and prompts have none here")
@@ -119,6 +119,11 @@ class PromptFinetuning(TiltedTraining):
     def flow(self) -> TextToImageFlow:
         """The base flow, of the same weights as the policy."""
         return self._flow[0]
+
+    @property
+    def reward(self) -> Reward:
+        """The frozen reward."""
+        return self._reward[0]
 
     @property
     def trained(self) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mfm_lightning.alignment import Target
-from mfm_lightning.backbones import FlowAdapter, load_flow
+from mfm_lightning.backbones import FlowAdapter, FlowNetwork, load_flow
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
@@ -153,8 +153,10 @@ def test_ranks_differ_by_module_and_wrong_settings_are_refused(folders):
         made(folders["sd3"], targets="nothing")
     with pytest.raises(ValueError, match=r"has guidance as an input, at its usual 3\.5 here"):
         made(folders["flux"], guidance_scales=[2.0])
-    with pytest.raises(ValueError, match=r"a FlowAdapter cannot be trained in shards.*strategy ddp"):
-        shard(MetaFlowMap(network), mesh=cast(Any, None))  # before anything is sharded
+    with pytest.raises(ValueError, match=r"a FlowNetwork cannot be trained in shards.*strategy ddp"):
+        shard(
+            MetaFlowMap(FlowNetwork(str(folders["sd3"]), image_size=8)), mesh=cast(Any, None)
+        )  # before anything is sharded
     with pytest.raises(ValueError, match="rank -1 must be at least 0"):
         FlowAdapter(str(folders["sd3"]), rank=-1)
 

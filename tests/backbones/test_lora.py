@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from mfm_lightning.backbones import FlowAdapter, LoRANetwork, load_flow
+from mfm_lightning.backbones import FlowAdapter, LoRANetwork, SD3Flow, load_flow
 from mfm_lightning.backbones.lora import mark_of
 from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.networks.files import save_network
@@ -109,6 +109,34 @@ def test_two_adapters_are_on_one_transformer_and_each_is_itself(folders, tmp_pat
             assert torch.allclose(p.grad, q.grad, atol=1e-6 + 1e-5 * q.grad.abs().max()), name
 
 
+def test_two_networks_of_one_kind_on_one_flow_keep_their_weights(folders, tmp_path):  # noqa: F811
+    conditions, files, alone = given(2, "sd3"), [], []
+    for i in range(2):
+        alone.append(stirred(FlowAdapter(str(folders["sd3"]), rank=2, image_size=8), 0.3 + i))
+        files.append(save_network(alone[i], tmp_path / f"{i}.safetensors"))
+    flow = opened(folders, "sd3")
+    both = [FlowAdapter.of_file(file, flow) for file in files]
+    policies = [stirred(LoRANetwork.on_flow(flow, rank=2), 0.3 + i) for i in range(3)]
+    x, t = torch.randn(2, *flow.state_shape), torch.full((2,), 0.4)
+    with torch.no_grad():
+        for ours, theirs in zip(both, alone, strict=True):
+            assert torch.allclose(ours(t, t, x, t, x, conditions), theirs(t, t, x, t, x, conditions), atol=1e-5)
+        for policy in policies:
+            lone = LoRANetwork(str(folders["sd3"]), image_size=8, rank=2)
+            lone.load_state_dict(policy.state_dict())  # a name on the transformer is in no file
+            assert torch.allclose(policy.drift(0.4, x, conditions), lone.drift(0.4, x, conditions), atol=1e-5)
+
+
+def test_ranks_of_a_module_are_of_all_layers_in_it_and_of_none_is_an_error(folders):  # noqa: F811
+    ranks = {"^transformer_blocks.0.attn": 3, "to_q": 4, "^transformer_blocks.0": 5}
+    network = LoRANetwork(str(folders["sd3"]), image_size=8, rank=2, ranks=ranks)
+    for place, (a, b) in network.lora.items():
+        expected = 3 if "blocks/0/attn" in place else 4 if place.endswith("to_q") else 5 if "blocks/0" in place else 2
+        assert a.out_features == b.in_features == expected, place
+    with pytest.raises(ValueError, match=r"ranks: no layer .* is in, a module 'blocks.7': expected a part of names su"):
+        LoRANetwork(str(folders["sd3"]), image_size=8, rank=2, ranks={"blocks.7": 3})
+
+
 def test_files_of_another_flow_are_refused(folders, tmp_path):  # noqa: F811
     network = LoRANetwork(str(folders["sd3"]), image_size=8, rank=2)
     file = save_network(network, tmp_path / "model.safetensors")
@@ -131,6 +159,45 @@ def test_files_of_another_flow_are_refused(folders, tmp_path):  # noqa: F811
         LoRANetwork.on_flow(flow, rank=0)
     with pytest.raises(ValueError, match=r"targets 'nothing': .*"):
         LoRANetwork.on_flow(flow, rank=1, targets="nothing")
+
+
+def test_a_lora_on_top_of_another_says_so_in_its_card_and_where_it_does_not_fit(folders, tmp_path):  # noqa: F811
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first = stirred(LoRANetwork.on_flow(opened(folders, "sd3"), rank=2), 0.5).write_beside(tmp_path / "first")
+    network = stirred(LoRANetwork.on_flow(opened(folders, "sd3", lora=str(first)), rank=2), 0.5)
+    file = save_network(network, tmp_path / "model.safetensors")
+    second, x = network.write_beside(tmp_path / "second"), torch.randn(2, *network.state_shape)
+    # the card's lines, run as they are, give the policy's velocity
+    code = (second / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    absent = dict.fromkeys([k for k in network.flow.pipe.components if k.startswith(("text_encoder", "tokenizer"))])
+    found = {"FOLDER": str(second), "absent": absent}
+    exec(code.replace(f"({str(folders['sd3'])!r})", f"({str(folders['sd3'])!r}, **absent)"), found)
+    theirs = SD3Flow(found["pipe"], 8)
+    conditions = guided("sd3")
+    ours = network.drift(0.3, x, conditions).detach()
+    assert (theirs.drift(0.3, x, conditions) - ours).abs().max() < 1e-5 * ours.abs().max()
+    for flow, said in (
+        (opened(folders, "sd3"), "give the flow that it was trained on$"),
+        (load_flow(str(folders["sd3"]), 8, torch_dtype="float16"), "rounded otherwise: open it in bfloat16 or float32"),
+        (
+            opened(folders, "sd3", lora=str(second)),
+            r"sd3\d* with the LoRA .*second.*the type \(float32 here\) in which",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            LoRANetwork.of_file(file, flow)
+
+
+@pytest.mark.parametrize("kind", [LoRANetwork, FlowAdapter])
+def test_a_file_opens_the_variant_of_the_weights_that_it_was_trained_on(kind, tmp_path):
+    tiny.sd3().save_pretrained(tmp_path / "sd3", variant="fp16")  # the only weights that are there
+    network = kind.on_flow(load_flow(tmp_path / "sd3", 8, torch_dtype="float32", variant="fp16"), rank=2)
+    again = load_model(save_network(stirred(network), tmp_path / "model.safetensors")).network
+    assert (again.config["variant"], again.config["revision"]) == ("fp16", None)
+    conditions, x, t = given(2, "sd3"), torch.randn(2, *network.state_shape), torch.full((2,), 0.4)
+    with torch.no_grad():
+        assert torch.equal(again(t, t, x, t, x, conditions), network(t, t, x, t, x, conditions))
 
 
 def test_a_mark_is_of_the_weights_in_any_type(folders):  # noqa: F811

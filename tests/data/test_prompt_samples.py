@@ -3,14 +3,17 @@
 import csv
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
+from mfm_lightning.alignment import GlassPosterior
 from mfm_lightning.backbones import TextToImageFlow, load_flow
 from mfm_lightning.commands.main import run
-from mfm_lightning.data import PromptSamplesDataModule
+from mfm_lightning.data import OffPolicyDataModule, PromptSamplesDataModule
 from mfm_lightning.data.latents.verify import verify
 from mfm_lightning.interpolant import sample_generators
+from mfm_lightning.modules import Optimization, PromptFinetuning
 from tests.backbones import encoders, tiny
 from tests.backbones.fast import frozen  # noqa: F401
 
@@ -125,6 +128,29 @@ def test_they_are_drawn_once_and_the_same_by_any_ranks(sd3, tmp_path, monkeypatc
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match=r"no flow to sample: set data\.flow"):
         data(tmp_path / "x", None).setup()
+
+
+def test_a_policy_is_trained_on_its_bases_samples_and_its_own(sd3, tmp_path, monkeypatch):
+    """The data that are there only once they are drawn, within an OffPolicyDataModule; the base draws them."""
+    module = PromptFinetuning(
+        flow_of(sd3), "brightness", posterior=GlassPosterior(1), rank=2, guidance=1.0,
+        optimization=Optimization("adamw", 0.01, warmup_steps=0),
+    )  # fmt: skip
+    settings = {"guidance": 2.5, "batch_size": 4, "val_shards": 1, "shard_size": 4, "num_samples": 12}
+    own = data(tmp_path / "own", None, **settings)
+    mixed = OffPolicyDataModule(own, policy_share=0.5, buffer_size=4, refresh_every=1, ode_steps=1)
+    trainer = L.Trainer(
+        max_steps=2, max_epochs=1, default_root_dir=tmp_path, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, accelerator="cpu", limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, mixed)
+    assert trainer.global_step == 2
+    assert mixed.state_shape == (tiny.CHANNELS, 8, 8)
+    assert own.embedded is not None
+    data(tmp_path / "theirs", flow_of(sd3), **settings).setup()
+    files = [{path.name: path.read_bytes() for path in (tmp_path / n).glob("*.tar")} for n in ("own", "theirs")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 3
 
 
 def test_an_adapter_is_trained_on_its_own_flows_samples(sd3, tmp_path, monkeypatch):

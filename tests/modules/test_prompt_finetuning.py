@@ -2,6 +2,8 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from mfm_lightning.backbones import FlowAdapter, load_flow
 from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.commands.main import run
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.evaluation import PromptPolicyEvaluation
 from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import PromptFinetuning
 from mfm_lightning.networks.files import save_network
 from mfm_lightning.samplers import integrate
-from mfm_rewards import RewardError, build
+from mfm_rewards import Reward, RewardError, build
 from tests.backbones import encoders, tiny
 from tests.backbones.fast import frozen  # noqa: F401
 from tests.backbones.test_adapter import stirred
@@ -194,6 +197,48 @@ def images(tmp_path_factory):
         pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / "ab"[i % 2] / f"{i}.png")
     return folder
+
+
+class Net(Reward):
+    """With weights."""
+
+    name = "net"
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(3, 1)
+
+    def forward(self, images):
+        return self.net(images.mean(dim=(2, 3)))[:, 0]
+
+
+def test_the_rewards_weights_are_in_no_checkpoint(places):
+    reward: Any = {"name": "sum", "rewards": [Net(), "brightness"]}
+    module = module_of(places, reward=reward, mfm=str(places / "sd3.safetensors"), guidance=1.0)
+    assert not [name for name in module.state_dict() if "policy.lora" not in name and "normaliser" not in name]
+    module.to_device(torch.device("meta"))  # though it moves with the rest
+    assert {p.device.type for p in module.reward.parameters()} == {"meta"}
+
+
+def test_prompts_of_a_report_load_text_encoders_once_and_drop_them(places, tmp_path, monkeypatch):
+    module = module_of(places, mfm=str(places / "sd3.safetensors"), guidance=1.0)
+    loaded, load = [], module.flow.whole_pipeline
+    monkeypatch.setattr(module.flow, "whole_pipeline", lambda: loaded.append(1) or load())
+    module.embedded(Conditions(prompts=["a mat"]), torch.device("cpu"))  # of training
+    loaded.clear()
+    trainer = SimpleNamespace(testing=False, is_global_zero=True)
+    monkeypatch.setattr(PromptFinetuning, "trainer", trainer)
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    report = PromptPolicyEvaluation(["a cat", "a dog", "on the mat"], images_per_prompt=1, steps=1, batch_size=1)
+    report.measure(module, tmp_path)
+    report.draw(module, tmp_path)
+    assert (tmp_path / "before_after.png").is_file()
+    assert loaded == [1]
+    assert not module.flow.keep_encoders
+    PromptPolicyEvaluation(["a cat"], pictures=0).draw(module, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="pictures -1 at least 0"):
+        PromptPolicyEvaluation(["a cat"], pictures=-1)
 
 
 def config(places, images, steps, folder="run", **more):
