@@ -220,7 +220,7 @@ def test_the_rewards_weights_are_in_no_checkpoint(places):
     assert {p.device.type for p in module.reward.parameters()} == {"meta"}
 
 
-def test_prompts_of_a_report_load_text_encoders_once_and_drop_them(places, tmp_path, monkeypatch):
+def test_prompts_of_a_report_load_text_encoders_once_and_drop_them(places, tmp_path, monkeypatch, capsys):
     module = module_of(places, mfm=str(places / "sd3.safetensors"), guidance=1.0)
     loaded, load = [], module.flow.whole_pipeline
     monkeypatch.setattr(module.flow, "whole_pipeline", lambda: loaded.append(1) or load())
@@ -235,6 +235,10 @@ def test_prompts_of_a_report_load_text_encoders_once_and_drop_them(places, tmp_p
     assert (tmp_path / "before_after.png").is_file()
     assert loaded == [1]
     assert not module.flow.keep_encoders
+    for rank, shown in ((1, False), (0, True)):  # where all ranks compute in step, one prints the table
+        monkeypatch.setattr(PromptFinetuning, "trainer", SimpleNamespace(testing=True, is_global_zero=rank == 0))
+        report.measure(module, tmp_path)
+        assert ("the same noise for both" in " ".join(capsys.readouterr().out.split())) is shown
     PromptPolicyEvaluation(["a cat"], pictures=0).draw(module, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="pictures -1 at least 0"):
