@@ -17,7 +17,7 @@ from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.metrics.measured import Measured, mean_of_groups
 from mfm_lightning.sampling.prompts import as_prompts
 from mfm_lightning.utils.console import track, write_table
-from mfm_lightning.utils.figures import image_grid
+from mfm_lightning.utils.figures import pairs_in_rows
 from mfm_rewards import Reward, build, evaluate
 from mfm_rewards.composition import parts_of_rewards
 from mfm_rewards.protocol import name_of
@@ -126,13 +126,9 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
             given = Conditions(prompts=[prompts[i] for i in rows.tolist()])
             both = [sample(noise[rows], given, self.steps) for sample in (module.sample_base, module.sample_policy)]
             pairs.append(torch.stack([module.flow.decoder(x) for x in both], dim=1).cpu())
-        images = torch.cat(pairs)
-        width = min(4, len(images))
-        images = images[: len(images) // width * width]
-        grid = images.reshape(len(images) // width, 2 * width, *images.shape[2:])
-        names = [[textwrap.shorten(text, 34, placeholder="..."), "policy"] for text in prompts[: len(images)]]
-        captions = [[text for pair in names[row : row + width] for text in pair] for row in range(0, len(names), width)]
-        image_grid(grid, folder / "before_after.png", "base flow and policy, the same noise", (), captions, size=1.5)
+        names = [[textwrap.shorten(text, 34, placeholder="..."), "policy"] for text in prompts]
+        title = "base flow and policy, the same noise"
+        pairs_in_rows(torch.cat(pairs), names, folder / "before_after.png", title)
 
     def _embed(self, module: PromptPolicyModule) -> None:
         """All prompts at once, for text encoders are large: batch by batch they would be loaded for each."""

@@ -32,7 +32,7 @@ from mfm_lightning.utils.console import write_table
 from mfm_lightning.utils.decoding import load_image
 from mfm_lightning.utils.devices import finished
 from mfm_lightning.utils.distributed import gather_ranks
-from mfm_lightning.utils.figures import image_grid
+from mfm_lightning.utils.figures import pairs_in_rows
 from mfm_rewards import Reward, RewardError, build
 from mfm_rewards.protocol import name_of
 
@@ -260,13 +260,8 @@ class PromptAlignment(L.LightningModule):
             ]
             for line in lines
         ]
-        columns = 4  # pairs beside each other
-        full = len(images) // columns * columns or len(images)
-        width = min(columns, len(images))
-        grid = images[:full].reshape(full // width, 2 * width, *images.shape[2:])
-        text = [[caption for pair in captions[row : row + width] for caption in pair] for row in range(0, full, width)]
         title = "base flow, and aligned from the same noise"
-        image_grid(grid, path / "before_after.png", title, captions=text, size=1.5)
+        pairs_in_rows(images, captions, path / "before_after.png", title)
 
 
 def _check_groups(name: str, data: PromptsDataModule) -> None:

@@ -53,6 +53,20 @@ def image_grid(
     figure.savefig(path, dpi=130)
 
 
+def pairs_in_rows(
+    pairs: Tensor, captions: Sequence[Sequence[str]], path: str | Path, title: str, columns: int = 4
+) -> None:
+    """Pairs of images `(B, 2, C, H, W)`, so many beside each other, with a caption above each image; the last row may
+    have fewer."""
+    width = min(columns, len(pairs))
+    missing = -len(pairs) % width
+    pairs = torch.cat([pairs, pairs.new_ones(missing, *pairs.shape[1:])])
+    captions = [*captions, *[["", ""]] * missing]
+    grid = pairs.reshape(len(pairs) // width, 2 * width, *pairs.shape[2:])
+    text = [[one for pair in captions[k : k + width] for one in pair] for k in range(0, len(pairs), width)]
+    image_grid(grid, path, title, captions=text, size=1.5)
+
+
 def before_after(
     before: Tensor, after: Tensor, scores: tuple[Tensor, Tensor], path: str | Path, title: str, columns: int = 8
 ) -> None:
