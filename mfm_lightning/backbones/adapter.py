@@ -41,7 +41,14 @@ class FlowAdapter(AdaptedNetwork):
             all blocks where None.
         guidance_scales: scales of guidance, above 1, that it learns as an input (`pairs.guidance_scale` says which one
             is trained). None for a transformer that has guidance as an input (FLUX.1-dev): it keeps its usual one.
-        vae, image_size, checkpointing, allow_download, max_sequence_length, lora, revision, variant: as `load_flow`.
+        vae: folder of another VAE for the flow.
+        image_size: of the images in pixels; the pipeline's own where None.
+        checkpointing: keep only the input of each block of the transformer, and compute the rest again.
+        allow_download: fetch what is not in Hugging Face's cache on this machine.
+        max_sequence_length: tokens of a prompt, as `load_flow`.
+        lora: a LoRA that is merged into the flow first, as `load_flow`.
+        revision: branch, tag or commit of a Hugging Face repository.
+        variant: of the weights' files, such as "fp16".
         torch_dtype: of the base's weights; what is trained is float32.
         base: a mark of the weights that it must be on, as files have it; any where None.
 

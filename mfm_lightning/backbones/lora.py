@@ -226,9 +226,19 @@ class LoRANetwork(AdaptedNetwork):
 
     Args:
         name: a folder of diffusers with `model_index.json`, or a Hugging Face id.
-        rank, alpha, ranks, targets: of the LoRA (`mfm_lightning.backbones.LoRA`).
-        vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, revision, variant: as
-            `load_flow`.
+        rank: of the LoRA (`mfm_lightning.backbones.LoRA`).
+        alpha: its scale is alpha / rank; the rank where None.
+        ranks: others by module, a regular expression to a rank.
+        targets: regular expression of whole names of linear layers that have one; those of attention and MLP where None.
+        vae: folder of another VAE for the flow.
+        image_size: of the images in pixels; the pipeline's own where None.
+        torch_dtype: of the base's weights; what is trained is float32.
+        checkpointing: keep only the input of each block of the transformer, and compute the rest again.
+        allow_download: fetch what is not in Hugging Face's cache on this machine.
+        max_sequence_length: tokens of a prompt, as `load_flow`.
+        lora: a LoRA that is merged into the flow first, as `load_flow`.
+        revision: branch, tag or commit of a Hugging Face repository.
+        variant: of the weights' files, such as "fp16".
         base: a mark of the weights that it must be on, as files have it; any where None.
 
     Raises:

@@ -52,7 +52,10 @@ class PromptFinetuning(TiltedTraining):
         reward_scale: the reward is multiplied by it (the paper's lambda).
         guidance: scale of the flow's guidance; the pipeline's usual one where None, 1 for none.
         negative: negative prompt; the pipeline's usual one where None.
-        rank, alpha, ranks, targets: of the LoRA (`mfm_lightning.backbones.LoRA`).
+        rank: of the LoRA (`mfm_lightning.backbones.LoRA`).
+        alpha: its scale is alpha / rank; the rank where None.
+        ranks: others by module, a regular expression to a rank.
+        targets: regular expression of whole names of linear layers that have one; those of attention and MLP where None.
         gradient, times, half_diffusion, num_draws, posterior: as `TiltedTraining`.
         normaliser_rate: of the running log E[e^r] by prompt.
         optimization: the optimiser and its learning rate.
