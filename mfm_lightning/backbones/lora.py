@@ -229,7 +229,7 @@ class LoRANetwork(AdaptedNetwork):
         rank: of the LoRA (`mfm_lightning.backbones.LoRA`).
         alpha: its scale is alpha / rank; the rank where None.
         ranks: others by module, a regular expression to a rank.
-        targets: regular expression of whole names of linear layers that have one; those of attention and MLP where None.
+        targets: regular expression of whole names of linear layers that have one; all of attention and MLP where None.
         vae: folder of another VAE for the flow.
         image_size: of the images in pixels; the pipeline's own where None.
         torch_dtype: of the base's weights; what is trained is float32.

@@ -55,7 +55,7 @@ class PromptFinetuning(TiltedTraining):
         rank: of the LoRA (`mfm_lightning.backbones.LoRA`).
         alpha: its scale is alpha / rank; the rank where None.
         ranks: others by module, a regular expression to a rank.
-        targets: regular expression of whole names of linear layers that have one; those of attention and MLP where None.
+        targets: regular expression of whole names of linear layers that have one; all of attention and MLP where None.
         gradient, times, half_diffusion, num_draws, posterior: as `TiltedTraining`.
         normaliser_rate: of the running log E[e^r] by prompt.
         optimization: the optimiser and its learning rate.
