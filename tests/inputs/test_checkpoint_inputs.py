@@ -205,6 +205,6 @@ def test_a_lost_worker_is_named(tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
 
     loader = data.loader()
-    loader.stream.batch = killed
+    loader.stream._fill = killed
     with pytest.raises(LostWorkerError, match=r"shards: a data worker has died .*lower data\.num_workers"):
         list(loader)
