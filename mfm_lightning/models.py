@@ -82,10 +82,7 @@ class MetaFlowMap(nn.Module):
         Raises:
             ValueError: for a label outside 0..num_classes, or an unknown guidance scale.
         """
-        label, guidance = (
-            None if value is None or value.device.type != "cpu" or isinstance(value, FakeTensor) else value
-            for value in (conditions.label, conditions.guidance)
-        )
+        label, guidance = readable(conditions.label), readable(conditions.guidance)
         if label is not None and len(label) and not 0 <= int(label.min()) <= int(label.max()) <= self.num_classes:
             raise ValueError(
                 f"labels in {int(label.min())}..{int(label.max())} must lie in 0..{self.num_classes} "
@@ -309,6 +306,11 @@ class MetaFlowMap(nn.Module):
     ) -> Conditions:
         """Those of a call, checked."""
         return self.check(Conditions.of(conditions, label=label, guidance=guidance))
+
+
+def readable(values: Tensor | None) -> Tensor | None:
+    """Values that can be looked at for nothing; None for others: elsewhere than on the CPU, or without content."""
+    return None if values is None or values.device.type != "cpu" or isinstance(values, FakeTensor) else values
 
 
 def posterior_steps(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from mfm_lightning.backbones.adapter import FlowAdapter
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times
-from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.models import MetaFlowMap, readable
 
 
 class AdaptedFlow(MetaFlowMap):
@@ -28,7 +27,6 @@ class AdaptedFlow(MetaFlowMap):
 
     def __init__(self, network: FlowAdapter) -> None:
         super().__init__(network)
-        self.adapter = network
 
     @classmethod
     def load(cls, path: str | Path, flow: TextToImageFlow) -> Self:
@@ -39,6 +37,11 @@ class AdaptedFlow(MetaFlowMap):
             CheckpointError: for a file of another class, or of another flow.
         """
         return cls(FlowAdapter.of_file(path, flow).eval().requires_grad_(False))
+
+    @property
+    def adapter(self) -> FlowAdapter:
+        """The network."""
+        return cast(FlowAdapter, self.network)
 
     @property
     def flow(self) -> TextToImageFlow:
@@ -57,10 +60,8 @@ class AdaptedFlow(MetaFlowMap):
         """
         if not self.flow.transformer.config.get("guidance_embeds"):
             return super().check(conditions)
-        usual, given = self.flow.usual_guidance, conditions.guidance
-        if given is None or given.device.type != "cpu" or isinstance(given, FakeTensor):
-            return conditions  # as MetaFlowMap.check
-        if not torch.allclose(given.float(), torch.tensor(usual)):
+        usual, given = self.flow.usual_guidance, readable(conditions.guidance)
+        if given is not None and not torch.allclose(given.float(), torch.tensor(usual)):
             raise ValueError(f"guidance {float(given[0]):g}: the adapter of this flow keeps its usual one, {usual:g}")
         return conditions
 

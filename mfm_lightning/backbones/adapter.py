@@ -82,10 +82,12 @@ class FlowAdapter(AdaptedNetwork):
         if rank < 0:
             raise ValueError(f"rank {rank} must be at least 0")
         check_guidance_scales(guidance_scales)
-        super().__init__(
-            name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, base,
-            revision, variant, rank=rank, ranks=ranks, targets=targets, guidance_scales=list(guidance_scales),
-        )  # fmt: skip
+        opening = {
+            "name": name, "vae": vae, "image_size": image_size, "torch_dtype": torch_dtype,
+            "checkpointing": checkpointing, "allow_download": allow_download,
+            "max_sequence_length": max_sequence_length, "lora": lora, "revision": revision, "variant": variant,
+        }  # fmt: skip
+        super().__init__(opening, base, rank=rank, ranks=ranks, targets=targets, guidance_scales=list(guidance_scales))
 
     def add_to(self, flow: TextToImageFlow, **options: Any) -> None:
         guidance_scales, rank = options["guidance_scales"], options["rank"]

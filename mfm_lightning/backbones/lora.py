@@ -135,30 +135,17 @@ class AdaptedNetwork(PromptedNetwork):
     has what is trained alone, and a mark of the flow's weights.
 
     A subclass adds in `add_to`, with its own options.
+
+    Args:
+        opening: arguments of `load_flow`.
+        base: a mark of the weights that it must be on; any where None.
+        options: of the subclass.
     """
 
     shardable = True
 
-    def __init__(
-        self,
-        name: str,
-        vae: str | None = None,
-        image_size: int | None = None,
-        torch_dtype: str = "float32",
-        checkpointing: bool = False,
-        allow_download: bool = False,
-        max_sequence_length: int | None = None,
-        lora: str | None = None,
-        base: str | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-        **options: Any,
-    ) -> None:
-        flow = opened(
-            name, image_size, torch_dtype=torch_dtype, checkpointing=checkpointing, allow_download=allow_download,
-            vae=vae, max_sequence_length=max_sequence_length, lora=lora, revision=revision, variant=variant,
-        )  # fmt: skip
-        self._begin(flow, base, options)
+    def __init__(self, opening: dict[str, Any], base: str | None, **options: Any) -> None:
+        self._begin(opened(**opening), base, options)
 
     def _begin(self, flow: TextToImageFlow, base: str | None, options: dict[str, Any]) -> None:
         mark = mark_of(flow.transformer)
@@ -264,10 +251,12 @@ class LoRANetwork(AdaptedNetwork):
         revision: str | None = None,
         variant: str | None = None,
     ) -> None:
-        super().__init__(
-            name, vae, image_size, torch_dtype, checkpointing, allow_download, max_sequence_length, lora, base,
-            revision, variant, rank=rank, alpha=alpha, ranks=ranks, targets=targets,
-        )  # fmt: skip
+        opening = {
+            "name": name, "vae": vae, "image_size": image_size, "torch_dtype": torch_dtype,
+            "checkpointing": checkpointing, "allow_download": allow_download,
+            "max_sequence_length": max_sequence_length, "lora": lora, "revision": revision, "variant": variant,
+        }  # fmt: skip
+        super().__init__(opening, base, rank=rank, alpha=alpha, ranks=ranks, targets=targets)
 
     def add_to(self, flow: TextToImageFlow, **options: Any) -> None:
         self.lora = LoRA(flow, "policy", **options)

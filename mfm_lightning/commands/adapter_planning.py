@@ -15,10 +15,11 @@ from mfm_lightning.backbones import AdaptedFlow, FlowAdapter, LoRANetwork, TextT
 from mfm_lightning.commands.flow_planning import MeasuredTarget, conditions_of_sizes, flow_of_sizes, readable
 from mfm_lightning.commands.planning import FLOAT, Allocations
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.interpolant import Times, as_times, diffusion
+from mfm_lightning.interpolant import Times, as_times
 from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.modules import DiffusionSchedule
 from mfm_lightning.objectives import Objective
-from mfm_lightning.objectives.finetuning import finetuning_target, tilt_by_reward_gradient, tilt_without_gradient
+from mfm_lightning.objectives.finetuning import regress
 from mfm_lightning.objectives.teachers import Teacher
 
 Step = Callable[[], Tensor]  # gives a loss
@@ -115,19 +116,19 @@ def plan_finetuning(
 
     def begun(flow: TextToImageFlow, given: Conditions, policy: Any, adapter: Any) -> Step:
         model, source = AdaptedFlow(adapter), posterior or FlowMapPosterior()
-        many, tilted = given.expand(batch_size), tilt_by_reward_gradient
-        if gradient == "free":
-            tilted = tilt_without_gradient
+        many = given.expand(batch_size)
 
         def loss() -> Tensor:
             t, x = torch.rand(batch_size), torch.empty(batch_size, *flow.state_shape)
-            noise = torch.empty(batch_size, num_draws, *flow.state_shape)
             with torch.no_grad():
                 base = flow.drift(t, x, many)
             target = MeasuredTarget(model, lambda images: images.flatten(1).mean(dim=1), flow.decoder, many)
-            tilt = tilted(target, t, x, noise, source, lambda r: r.mean(dim=1), base)
-            drift = policy.drift(t, x, many)
-            return (drift - sum(finetuning_target(base, drift, tilt, diffusion(t)))).square().sum()
+            half = DiffusionSchedule()
+            found = regress(
+                target, t, x, base, lambda: policy.drift(t, x, many), half(t), half.clamped(t), source, num_draws,
+                lambda rewards: rewards.mean(dim=1), gradient,
+            )  # fmt: skip
+            return found.errors.mean()
 
         return loss
 

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from mfm_lightning.alignment.posteriors import Posterior
 from mfm_lightning.alignment.target import Target, TargetSettings
 from mfm_lightning.checkpoints import find_weights, fingerprint, load_model
-from mfm_lightning.conditions import INDEX, Batch, Conditions
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import randn, sample_generators
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import batch_number
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.tilting import DiffusionSchedule, TiltedTraining
@@ -25,7 +23,6 @@ from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.training.sharding import plain_class
-from mfm_lightning.utils.atomic import save_tensors
 
 
 @dataclass
@@ -102,8 +99,8 @@ class RewardFinetuning(TiltedTraining):
             raise ValueError(f"class_dropout {class_dropout} must lie in [0, 1]")
         self.state_shape, self.num_classes = model.state_shape, model.num_classes
         self._base = [flow]  # in a list: frozen, and no part of this module's state
-        self._identity = {**self.target.identity, "base": self.base_path, "base_sha256": fingerprint(file)}
-        self._identity["adapters"] = repr(adapters)
+        self.identity = {**self.target.identity, "base": self.base_path, "base_sha256": fingerprint(file)}
+        self.identity["adapters"] = repr(adapters)
         self.policy = load_model(file)
         if adapters is not None:
             _add_adapters(self.policy, adapters)
@@ -117,19 +114,11 @@ class RewardFinetuning(TiltedTraining):
         return self._base[0]
 
     @property
-    def trained(self) -> nn.Module:
-        return self.policy
-
-    @property
     def exported(self) -> nn.Module:
         if self.adapters is None:
             return self.policy.network
         adapted = cast(Any, copy.deepcopy(self.policy.network))  # a peft model
         return adapted.merge_and_unload()
-
-    @property
-    def frozen(self) -> dict[str, Any]:
-        return self._identity
 
     def exported_metadata(self) -> dict[str, str]:
         said = self.base.metadata  # the data may be samples of a model, which do not say it
@@ -158,21 +147,6 @@ class RewardFinetuning(TiltedTraining):
     def _sample(self, flow: MetaFlowMap, noise: Tensor, conditions: Conditions | None, steps: int) -> Tensor:
         target = self.target(conditions, flow).expand(noise)
         return sample_ode(target.drift, noise, steps)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Write samples of base and policy for a batch's conditions, from the same noise, each sample's own, to
-        `predict/`."""
-        x1, given = self.sample_numbers(batch, batch_idx, self.trainer)
-        number, conditions, index = batch_number(batch_idx, self.trainer), Conditions.of_batch(given), given[INDEX]
-        noise = randn(x1.shape, x1, sample_generators(0, index.tolist()))
-        samples = {
-            "index": index,
-            "base": self.sample_base(noise, conditions),
-            "policy": self.sample_policy(noise, conditions),
-        }
-        if conditions.label is not None:
-            samples["label"] = conditions.label
-        save_tensors(samples, self.folder / "predict" / f"batch_{number:04d}.safetensors")
 
     def noised(self, x1: Tensor, conditions: Conditions) -> Pair:
         return noised(x1, conditions, self.times, self.class_dropout, self.target.model.null_conditions)

@@ -7,27 +7,24 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfm_lightning.alignment.posteriors import Posterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.backbones import AdaptedFlow, LoRANetwork, TextToImageFlow
 from mfm_lightning.checkpoints import CheckpointError, fingerprint
-from mfm_lightning.conditions import INDEX, Batch, Conditions
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
-from mfm_lightning.interpolant import interpolate, randn, sample_generators
-from mfm_lightning.modules.base import batch_number
+from mfm_lightning.interpolant import interpolate
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.tilting import DiffusionSchedule, TiltedTraining
 from mfm_lightning.objectives import ConditionTimes, Pair
 from mfm_lightning.objectives.finetuning import control_cost
 from mfm_lightning.samplers import integrate
-from mfm_lightning.utils.atomic import save_tensors
 from mfm_rewards import Reward, RewardError, build
 from mfm_rewards.protocol import name_of
 
@@ -112,7 +109,7 @@ class PromptFinetuning(TiltedTraining):
         self.policy = LoRANetwork.on_flow(flow, rank=rank, alpha=alpha, ranks=ranks, targets=targets)
         said = {"reward": reward, "scale": reward_scale, "guidance": guidance, "negative": negative}
         said |= {"rank": rank, "alpha": alpha, "ranks": ranks, "targets": targets}
-        self._identity = {
+        self.identity = {
             "flow": self.policy.config["base"],
             "mfm": None if mfm is None else fingerprint(mfm),
             "settings": json.dumps(said, sort_keys=True, default=str),
@@ -127,14 +124,6 @@ class PromptFinetuning(TiltedTraining):
     def reward(self) -> Reward:
         """The frozen reward."""
         return self._reward[0]
-
-    @property
-    def trained(self) -> nn.Module:
-        return self.policy
-
-    @property
-    def frozen(self) -> dict[str, Any]:
-        return self._identity
 
     def to_device(self, device: torch.device) -> None:
         self.reward.to(device)
@@ -213,13 +202,3 @@ class PromptFinetuning(TiltedTraining):
             total += (after - t) * control_cost(self.flow.drift(t, x, given), policy, half)
             x = x + (after - t) * policy
         return total
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Write latents of base and policy for a batch's prompts, from the same noise, each sample's own, to
-        `predict/`."""
-        x1, given = self.sample_numbers(batch, batch_idx, self.trainer)
-        number, conditions, index = batch_number(batch_idx, self.trainer), Conditions.of_batch(given), given[INDEX]
-        noise = randn(x1.shape, x1, sample_generators(0, index.tolist()))
-        samples = {"index": index}
-        samples |= {"base": self.sample_base(noise, conditions), "policy": self.sample_policy(noise, conditions)}
-        save_tensors(samples, Path(self.folder) / "predict" / f"batch_{number:04d}.safetensors")

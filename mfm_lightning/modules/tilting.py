@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import Target, require_gradient
 from mfm_lightning.alignment.values import effective_sample_size
-from mfm_lightning.conditions import Conditions
+from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.interpolant import diffusion, randn
-from mfm_lightning.modules.base import TrainingModule
+from mfm_lightning.interpolant import diffusion, randn, sample_generators
+from mfm_lightning.modules.base import TrainingModule, batch_number
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import ConditionTimes, Pair
-from mfm_lightning.objectives.finetuning import (
-    GRADIENTS,
-    Tilt,
-    control_cost,
-    finetuning_target,
-    tilt_by_reward_gradient,
-    tilt_without_gradient,
-)
+from mfm_lightning.objectives.finetuning import GRADIENTS, Regression, control_cost, regress
+from mfm_lightning.utils.atomic import save_tensors
 from mfm_rewards import Reward
 from mfm_rewards.composition import parts_of_rewards
 
@@ -83,6 +77,7 @@ class TiltedTraining(TrainingModule):
 
     exported_kind = "base_flow"
     measures_at_validation = True
+    identity: dict[str, Any]  # of what is frozen
 
     def __init__(
         self,
@@ -134,10 +129,26 @@ class TiltedTraining(TrainingModule):
     def classes(self, pair: Pair) -> Tensor:
         """What the normaliser tells samples apart by, `(B,)`."""
 
+    @abstractmethod
+    def sample_base(self, noise: Tensor, conditions: Conditions | None = None, steps: int = ...) -> Tensor:
+        """Euler samples of the base flow's ODE from noise `(B, *shape)`."""
+
+    @abstractmethod
+    def sample_policy(self, noise: Tensor, conditions: Conditions | None = None, steps: int = ...) -> Tensor:
+        """The same of the policy's."""
+
     def check_reward(self, reward: Reward) -> None:
         """Raise RewardError if the gradient is the reward's, and it has none."""
         if self.gradient == "reward":
             require_gradient(reward, "fine-tuning with gradient 'reward'")
+
+    @property
+    def trained(self) -> nn.Module:
+        return cast(nn.Module, self.policy)  # which a subclass sets
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        return self.identity
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -154,39 +165,24 @@ class TiltedTraining(TrainingModule):
             base = self.base_drift(pair)
         target, parts = self.drawing(pair.conditions), {}
         with parts_of_rewards(parts):
-            tilt = self._tilt(pair, target, classes, base)
+            found = regress(
+                target, pair.t, pair.x_t, base, lambda: self.policy_drift(pair), half,
+                self.half_diffusion.clamped(pair.t), self.posterior, self.num_draws,
+                lambda rewards: self.normaliser(rewards, classes), self.gradient,
+            )  # fmt: skip
         if training:
-            both = tilt.rewards, classes[:, None].expand_as(tilt.rewards).contiguous()
+            both = found.tilt.rewards, classes[:, None].expand_as(found.tilt.rewards).contiguous()
             rewards, every = self.all_gather(both)
             self._seen.append((rewards.flatten(), every.flatten()))
-        policy = self.policy_drift(pair)
-        terms = finetuning_target(base, policy, tilt, half, self.half_diffusion.clamped(pair.t))
-        error = (policy - sum(terms)).float().flatten(1).square().sum(dim=1)
-        found = {f"reward/{name}": values.float().mean() for name, values in parts.items()}
-        account = self._account(target.reward_scale, classes, half, base, policy.detach(), tilt, terms)
-        return {"loss": error.mean(), **account, **found}
-
-    def _tilt(self, pair: Pair, target: Target, classes: Tensor, base: Tensor) -> Tilt:
-        def log_normaliser(rewards: Tensor) -> Tensor:
-            return self.normaliser(rewards, classes)
-
-        t, x = pair.t, pair.x_t
-        noise = randn((len(x), self.num_draws, *x.shape[1:]), x)
-        if self.gradient == "reward":
-            return tilt_by_reward_gradient(target, t, x, noise, self.posterior, log_normaliser, base)
-        return tilt_without_gradient(target, t, x, noise, self.posterior, log_normaliser, base)
+        each = {f"reward/{name}": values.float().mean() for name, values in parts.items()}
+        account = self._account(target.reward_scale, classes, half, base, found)
+        return {"loss": found.errors.mean(), **account, **each}
 
     @torch.no_grad()
     def _account(
-        self,
-        scale: float,
-        classes: Tensor,
-        half: Tensor,
-        base: Tensor,
-        policy: Tensor,
-        tilt: Tilt,
-        terms: tuple[Tensor, ...],
+        self, scale: float, classes: Tensor, half: Tensor, base: Tensor, found: Regression
     ) -> dict[str, Tensor]:
+        policy, tilt, terms = found.policy.detach(), found.tilt, found.terms
         norms = torch.stack([term.flatten(1).norm(dim=1).mean() for term in terms])
         change = (policy - base).flatten(1).square().sum(dim=1)
         normaliser = self.normaliser(tilt.rewards, classes)
@@ -199,3 +195,20 @@ class TiltedTraining(TrainingModule):
             "ess": effective_sample_size(log_weights, dim=0) / len(log_weights),
             "log_normaliser": normaliser.mean(),
         }
+
+    # -- samples -------------------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        """Write samples of base and policy for a batch's conditions, from the same noise, each sample's own, to
+        `predict/`."""
+        x1, given = self.sample_numbers(batch, batch_idx, self.trainer)
+        number, conditions, index = batch_number(batch_idx, self.trainer), Conditions.of_batch(given), given[INDEX]
+        noise = randn(x1.shape, x1, sample_generators(0, index.tolist()))
+        samples = {
+            "index": index,
+            "base": self.sample_base(noise, conditions),
+            "policy": self.sample_policy(noise, conditions),
+        }
+        if conditions.label is not None:
+            samples["label"] = conditions.label
+        save_tensors(samples, self.folder / "predict" / f"batch_{number:04d}.safetensors")

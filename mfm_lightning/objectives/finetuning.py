@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mfm_lightning.alignment.posteriors import Posterior
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.interpolant import expand
+from mfm_lightning.interpolant import expand, randn
 
 GRADIENTS = ("reward", "free")
 MAX_LOG_WEIGHT = 12.0  # e^{r-c} ends here; reached only while the normaliser c is still far too low
@@ -89,6 +89,49 @@ def _product(t: Tensor, x: Tensor, base: Tensor, x1: Tensor, log_weights: Tensor
     centred = x1 - (x + expand(1 - t, x) * base)[:, None]
     mean = torch.einsum("bn,bn...->b...", log_weights.expm1().to(x.dtype), centred) / x1.shape[1]
     return mean / expand((1 - t).clamp_min(1e-3), x)
+
+
+class Regression(NamedTuple):
+    """errors: squared, `(B,)`, whose mean is the loss; policy: b_theta, with its graph, `(B, *shape)`; tilt, terms: of
+    the target."""
+
+    errors: Tensor
+    policy: Tensor
+    tilt: Tilt
+    terms: tuple[Tensor, ...]
+
+
+def regress(
+    target: Target,
+    t: Tensor,
+    x: Tensor,
+    base: Tensor,
+    policy: Callable[[], Tensor],
+    half_diffusion: Tensor,
+    clamped: Tensor,
+    posterior: Posterior,
+    num_draws: int,
+    log_normaliser: Callable[[Tensor], Tensor],
+    gradient: str,
+) -> Regression:
+    """Eq. 43 at training states: b_theta's squared distance to its target, summed over a state's coordinates.
+
+    Args:
+        target: what draws come from, and the reward.
+        t, x: outer times `(B,)` and states `(B, *shape)`.
+        base: b_t(x), `(B, *shape)`.
+        policy: gives b_theta(t, x), with a graph; called after the draws.
+        half_diffusion, clamped: as of `finetuning_target`.
+        posterior, num_draws: of the draws.
+        log_normaliser: as of `tilt_by_reward_gradient`.
+        gradient: one of `GRADIENTS`.
+    """
+    noise = randn((len(x), num_draws, *x.shape[1:]), x)
+    tilted = tilt_by_reward_gradient if gradient == "reward" else tilt_without_gradient
+    tilt = tilted(target, t, x, noise, posterior, log_normaliser, base)
+    drift = policy()
+    terms = finetuning_target(base, drift, tilt, half_diffusion, clamped)
+    return Regression((drift - sum(terms)).float().flatten(1).square().sum(dim=1), drift, tilt, terms)
 
 
 def control_cost(base: Tensor, policy: Tensor, half_diffusion: Tensor) -> Tensor:

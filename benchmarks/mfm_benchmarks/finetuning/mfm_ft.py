@@ -13,16 +13,11 @@ from mfm_benchmarks.finetuning.problem import Problem
 from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.interpolant import interpolate, randn
+from mfm_lightning.interpolant import interpolate
 from mfm_lightning.modules.finetuning import DiffusionSchedule
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.objectives import ConditionTimes
-from mfm_lightning.objectives.finetuning import (
-    GRADIENTS,
-    finetuning_target,
-    tilt_by_reward_gradient,
-    tilt_without_gradient,
-)
+from mfm_lightning.objectives.finetuning import GRADIENTS, regress
 
 
 @dataclass
@@ -77,7 +72,6 @@ class MFMFineTuning(FineTuning):
     def losses(self, problem: Problem) -> Iterator[Tensor]:
         times = self.times or ConditionTimes(power=1.0, zero_rate=0.0)
         posterior = self.posterior or FlowMapPosterior()
-        tilt_by = tilt_by_reward_gradient if self.gradient == "reward" else tilt_without_gradient
         classes = getattr(problem.policy, "num_classes", 0)
         normaliser = LogNormaliser(classes, self.normaliser_rate).to(problem.device)
         for x1, conditions in self._states(problem):
@@ -87,12 +81,13 @@ class MFMFineTuning(FineTuning):
             target, half = problem.target(conditions), self.half_diffusion(t)
             with torch.no_grad():
                 base = target.drift(t, x)
-            noise = randn((len(x), self.num_draws, *x.shape[1:]), x)
-            tilt = tilt_by(target, t, x, noise, posterior, lambda r, label=label: normaliser(r, label), base)
-            policy = problem.on_policy(conditions).drift(t, x)
-            aim = sum(finetuning_target(base, policy, tilt, half, self.half_diffusion.clamped(t)))
-            yield (policy - aim).flatten(1).square().sum(dim=1).mean()
-            normaliser.update(tilt.rewards.flatten(), label.repeat_interleave(self.num_draws))
+            found = regress(
+                target, t, x, base, lambda given=conditions, t=t, x=x: problem.on_policy(given).drift(t, x), half,
+                self.half_diffusion.clamped(t), posterior, self.num_draws,
+                lambda r, label=label: normaliser(r, label), self.gradient,
+            )  # fmt: skip
+            yield found.errors.mean()
+            normaliser.update(found.tilt.rewards.flatten(), label.repeat_interleave(self.num_draws))
 
     def _states(self, problem: Problem) -> Iterator[tuple[Tensor, Conditions]]:
         """Clean states and their conditions, a batch each: data, and samples of the policy from a buffer."""
