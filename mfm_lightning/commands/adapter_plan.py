@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from rich.table import Table
 
 from mfm_lightning.alignment.posteriors import Posterior
 from mfm_lightning.commands.adapter_planning import AdapterPlan, plan_finetuning, plan_pretraining
-from mfm_lightning.commands.errors import explain
+from mfm_lightning.commands.flow_plan import part_of
 from mfm_lightning.objectives import Objective
 from mfm_lightning.utils.console import console
 
 FINETUNING = "mfm_lightning.modules.PromptFinetuning"
 ADAPTER = "mfm_lightning.backbones.FlowAdapter"
-OF_FLOW = ("image_size", "max_rows", "torch_dtype")
 
 
 def trains_adapter(config: dict[str, Any]) -> bool:
@@ -48,7 +45,7 @@ def plan_adapter(path: Path, config: dict[str, Any], batch_size: int | None = No
     changed = {name: value for name, value in changed.items() if value is not None}
     if config["model"]["class_path"] != FINETUNING:
         network = {**(arguments["network"].get("init_args") or {}), **changed}
-        made = _instantiate(path, "objective", Objective, arguments.get("objective") or {})
+        made = part_of(path, "objective", Objective, arguments.get("objective") or {})
         return plan_pretraining(_named(path, network), made, int(samples))
     flow = {**((arguments.get("flow") or {}).get("init_args") or {}), **changed}
     posterior = arguments.get("posterior")
@@ -56,7 +53,7 @@ def plan_adapter(path: Path, config: dict[str, Any], batch_size: int | None = No
         _named(path, flow),
         {name: arguments[name] for name in ("rank", "alpha", "ranks", "targets") if arguments.get(name) is not None},
         arguments.get("mfm") is not None,
-        None if posterior is None else _instantiate(path, "posterior", Posterior, posterior),
+        None if posterior is None else part_of(path, "posterior", Posterior, posterior),
         arguments.get("gradient", "reward"),
         int(arguments.get("num_draws", 1)),
         arguments.get("guidance"),
@@ -89,12 +86,3 @@ def _named(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if "name" not in settings:
         raise ValueError(f"{path}: the flow has no name")
     return settings
-
-
-def _instantiate(path: Path, name: str, kind: type, described: Any) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument(f"--{name}", type=kind)
-    try:
-        return parser.instantiate(parser.parse_object({name: described}))[name]
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {explain(str(error))}") from error

@@ -52,7 +52,8 @@ def plan_prompts(path: Path, config: dict[str, Any], **changed: Any) -> tuple[Fl
         raise ValueError(f"{path}: mfm plan knows no flow_map: leave it out, and add the size of its file")
     of_flow = {**usual, **given} | {k: v for k, v in changed.items() if v is not None and k in usual}
     batch_size = changed.get("batch_size") or (config.get("data", {}).get("init_args") or {}).get("batch_size", 8)
-    method = _method(path, arguments.get("method"))
+    described = arguments.get("method")
+    method: AlignmentMethod | None = described and part_of(path, "method", AlignmentMethod, described)
     found = plan_flow(
         **{name: of_flow[name] for name in PASSED},
         guidance=arguments.get("guidance"),
@@ -100,12 +101,20 @@ def show(plan: FlowPlan, about: dict[str, Any], memory: float) -> None:
     )
 
 
-def _method(path: Path, described: Any) -> AlignmentMethod | None:
-    if described is None:
-        return None
+def part_of(path: Path, name: str, kind: Any, described: Any) -> Any:
+    """An object that a config describes.
+
+    Args:
+        path: of the config, for messages.
+        name: of the part, likewise.
+        kind: its class.
+
+    Raises:
+        ValueError: for settings that do not fit.
+    """
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--method", type=AlignmentMethod)
+    parser.add_argument(f"--{name}", type=kind)
     try:
-        return parser.instantiate(parser.parse_object({"method": described})).method
+        return parser.instantiate(parser.parse_object({name: described}))[name]
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {explain(str(error))}") from error

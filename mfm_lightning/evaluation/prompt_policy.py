@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class PromptPolicyModule(EvaluatedModule, Protocol):
     @property
     def flow(self) -> TextToImageFlow: ...
 
-    def control_cost(self, noise: Tensor, conditions: Conditions, steps: int) -> Tensor: ...
+    def policy_path(self, noise: Tensor, conditions: Conditions, steps: int) -> tuple[Tensor, Tensor]: ...
 
     def sample_base(self, noise: Tensor, conditions: Conditions | None, steps: int) -> Tensor: ...
 
@@ -80,7 +80,8 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
         self.images_per_prompt, self.steps, self.pictures = images_per_prompt, steps, pictures
         self.held_out = {name: build(reward).eval() for name, reward in (held_out or {}).items()}
         self.batch_size, self.seed = batch_size, seed
-        self._base: dict[str, Tensor] | None = None
+        self._base: dict[str, Tensor] = {}  # of its images, `(M,)` each: flow and noise stay as they are
+        self._base_states = torch.empty(0)
 
     def check(self, module: PromptPolicyModule) -> None:
         for name, reward in self.held_out.items():
@@ -92,9 +93,9 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
     @torch.no_grad()
     def measure(self, module: PromptPolicyModule, folder: Path) -> None:
         self._embed(module)
-        if self._base is None:  # the base flow and its noise stay as they are
-            self._base = self._rewards(module, module.sample_base, "base flow")
-        after, group = self._rewards(module, module.sample_policy, "policy"), self._prompt_of()
+        if not self._base:
+            self._measure_base(module)
+        after, group = self._measure_policy(module), self._prompt_of()
         stage, rows = "test" if module.trainer.testing else "val", []
         for name, values in after.items():
             texts: dict[str, str]
@@ -148,26 +149,36 @@ class PromptPolicyEvaluation(Evaluation[PromptPolicyModule]):
             index = list(range(k, min(k + self.batch_size, total)))
             yield index, Conditions(prompts=[self.prompts[i // self.images_per_prompt] for i in index])
 
-    def _rewards(
-        self, module: PromptPolicyModule, sample: Callable[[Tensor, Conditions, int], Tensor], name: str
-    ) -> dict[str, Tensor]:
-        """By name, one value an image `(M,)`; of the policy also how far it is from the base."""
-        found: dict[str, list[Tensor]] = {}
+    def _measure_base(self, module: PromptPolicyModule) -> None:
+        states, values = [], []
+        for index, given in self._batches("base flow"):
+            states.append(module.sample_base(self._noise(module, index), given, self.steps))
+            values.append(self._rewards(module, module.flow.decoder(states[-1]), given))
+        self._base, self._base_states = _joined(values), torch.cat([x.cpu() for x in states])
+
+    def _measure_policy(self, module: PromptPolicyModule) -> dict[str, Tensor]:
+        """With how far it is from the base."""
+        found = []
+        for index, given in self._batches("policy"):
+            states, cost = module.policy_path(self._noise(module, index), given, self.steps)
+            images, before = (module.flow.decoder(x) for x in (states, self._base_states[index].to(states)))
+            values = self._rewards(module, images, given)
+            values["control cost"] = cost
+            values["RMS difference of images"] = (images - before).flatten(1).square().mean(dim=1).sqrt()
+            found.append(values)
+        return _joined(found)
+
+    def _rewards(self, module: PromptPolicyModule, images: Tensor, given: Conditions) -> dict[str, Tensor]:
+        """By name, one value an image `(B,)`."""
+        parts: dict[str, Tensor] = {}
         own = name_of(module.reward)
-        for index, given in self._batches(name):
-            noise = self._noise(module, index)
-            states = sample(noise, given, self.steps)
-            images = module.flow.decoder(states)
-            parts: dict[str, Tensor] = {}
-            with parts_of_rewards(parts):
-                total = evaluate(module.reward, images, given.prompts)
-            values = {own: total, **{f"{own}: {part}": value for part, value in parts.items()}}
-            for other, reward in self.held_out.items():
-                values[other] = evaluate(reward.to(images.device), images, given.prompts)
-            if name == "policy":
-                before = module.flow.decoder(module.sample_base(noise, given, self.steps))
-                values["control cost"] = module.control_cost(noise, given, self.steps)
-                values["RMS difference of images"] = (images - before).flatten(1).square().mean(dim=1).sqrt()
-            for key, value in values.items():
-                found.setdefault(key, []).append(value.float().cpu())
-        return {key: torch.cat(values) for key, values in found.items()}
+        with parts_of_rewards(parts):
+            total = evaluate(module.reward, images, given.prompts)
+        values = {own: total, **{f"{own}: {part}": value for part, value in parts.items()}}
+        for other, reward in self.held_out.items():
+            values[other] = evaluate(reward.to(images.device), images, given.prompts)
+        return values
+
+
+def _joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([values[key].float().cpu() for values in batches]) for key in batches[0]}

@@ -192,13 +192,13 @@ class PromptFinetuning(TiltedTraining):
         return integrate(lambda t, x: model.drift(t, x, given), noise, self.flow.time_grid(steps))
 
     @torch.no_grad()
-    def control_cost(self, noise: Tensor, conditions: Conditions, steps: int = 28) -> Tensor:
-        """The integral over t of |b_theta - b|^2 / (sigma^2/2) along the policy's ODE from noise, `(B,)`: once the
-        policy is near its optimum, its mean is KL(policy || base)."""
+    def policy_path(self, noise: Tensor, conditions: Conditions, steps: int = 28) -> tuple[Tensor, Tensor]:
+        """`sample_policy`, and the integral over t of |b_theta - b|^2 / (sigma^2/2) on the way, `(B,)`: once the policy
+        is near its optimum, its mean is KL(policy || base)."""
         given = self.embedded(conditions, noise.device).expand(len(noise), noise.device)
         x, total = noise, torch.zeros(len(noise), device=noise.device)
         for t, after in itertools.pairwise(self.flow.time_grid(steps)):
             policy, half = self.policy.drift(t, x, given), self.half_diffusion(torch.full_like(total, (t + after) / 2))
             total += (after - t) * control_cost(self.flow.drift(t, x, given), policy, half)
             x = x + (after - t) * policy
-        return total
+        return x, total

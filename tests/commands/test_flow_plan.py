@@ -79,15 +79,6 @@ def work(flow: TextToImageFlow, family: str, rows: int) -> dict[str, Callable[[]
 BELOW = {("sana", DECODING): 0.2}  # the CPU's convolutions have a buffer of the size of their input's windows
 
 
-@pytest.fixture
-def one_thread():
-    """Each thread of a CPU's kernels takes scratch memory of its own, which a plan of tensors does not count."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", ["sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "sana"))])
 def test_peaks_are_those_of_real_runs(tmp_path, family):
