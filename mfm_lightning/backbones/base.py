@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from mfm_lightning.backbones.decoder import LatentDecoder
-from mfm_lightning.backbones.embeddings import Embedding, EmbeddingCache, stacked
+from mfm_lightning.backbones.prompted_pipeline import PromptedPipeline
 from mfm_lightning.backbones.schedulers import require_flow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand
@@ -28,7 +26,7 @@ from mfm_lightning.utils.devices import out_of_memory
 log = logging.getLogger(__name__)
 
 
-class TextToImageFlow(nn.Module, ABC):
+class TextToImageFlow(PromptedPipeline):
     """The base flow of a diffusers pipeline, in the conventions of this package: noise at t = 0, data at t = 1, and
     states that are scaled latents `(B, C, h, w)` in float32, whatever type the transformer computes in.
 
@@ -60,14 +58,9 @@ class TextToImageFlow(nn.Module, ABC):
         ValueError: for a pipeline of another class, one that is no flow, or sizes that do not fit.
     """
 
-    pipeline: ClassVar[str]  # name of the diffusers class
-    usual_negative: ClassVar[str | None] = ""  # what the pipeline leads away from where no negative prompt is given
-    guidance_argument: ClassVar[str] = "guidance_scale"  # of the pipeline, for two evaluations or as an input
-    counting_tokenizer: ClassVar[str] = "tokenizer"  # the one whose tokens max_sequence_length bounds
     patch_size: ClassVar[int] = 1  # latents must be multiples of it
     # modules of the transformer whose output is the tokens `(B, T, D)`, and the embedding of the time `(B, D)`
     adapter_places: ClassVar[dict[str, str]] = {}
-    no_guidance: float | None = 1.0  # the scale at which the transformer is evaluated once
 
     def __init__(
         self,
@@ -85,12 +78,10 @@ class TextToImageFlow(nn.Module, ABC):
         max_sequence_length: int | None = None,
         fingerprint: Callable[[str], str] | None = None,
     ) -> None:
-        super().__init__()
-        if (found := type(pipe).__name__) != self.pipeline:
-            raise ValueError(f"{type(self).__name__} takes a {self.pipeline}, got a {found}")
+        super().__init__(pipe, cache, load_encoders, encoders, encoder_device, max_sequence_length)
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows} must be at least 1")
-        require_flow(pipe.scheduler, found)
+        require_flow(pipe.scheduler, found := type(pipe).__name__)
         if not type(pipe.scheduler).__name__.startswith("FlowMatchEuler"):
             log.warning(
                 "%s: its %s takes steps of its own; here its times have Euler's steps, which give other images",
@@ -98,19 +89,7 @@ class TextToImageFlow(nn.Module, ABC):
             )  # fmt: skip
         self.transformer = pipe.transformer.eval().requires_grad_(False)
         self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled)
-        self._pipe = [pipe]  # in a list, so that its text encoders are not moved with the rest
-        self.max_rows, self.encoder_device = max_rows, torch.device(encoder_device or "cpu")
-        if max_sequence_length is not None and max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length {max_sequence_length} must be at least 1")
-        self.max_sequence_length: int = max_sequence_length or self._of_call("max_sequence_length")
-        self.embeddings = EmbeddingCache(cache)
-        self._load_encoders, self._encoders, self._weights = load_encoders, encoders, weights
-        self.fingerprint = fingerprint
-        self.given: dict[tuple[str, bool], Embedding] = {}  # of prompts (negative ones: True), whatever the cache has
-        self.keep_encoders = False  # in memory after use, for further prompts
-        self._with_encoders: list[Any] = []
-        if cache is not None and not encoders:
-            raise ValueError("a cache of embeddings needs encoders, a name of what made them: load_flow gives it")
+        self.max_rows, self._weights, self.fingerprint = max_rows, weights, fingerprint
         # what a block is computed again in, for a gradient: an adapter that is on in this call is on again
         self.recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._opened_by: dict[str, Any] | None = None
@@ -150,11 +129,6 @@ class TextToImageFlow(nn.Module, ABC):
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
     @property
-    def pipe(self) -> Any:
-        """The pipeline."""
-        return self._pipe[0]
-
-    @property
     def opened_by(self) -> dict[str, Any]:
         """What opens it again, for files of networks on it: arguments of `load_flow`, which sets them.
 
@@ -168,10 +142,6 @@ class TextToImageFlow(nn.Module, ABC):
     @opened_by.setter
     def opened_by(self, settings: dict[str, Any]) -> None:
         self._opened_by = settings
-
-    def whole_pipeline(self) -> Any:
-        """The pipeline with its text encoders, which are loaded where they are not there."""
-        return self.pipe if self._load_encoders is None else self._load_encoders()
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -295,160 +265,6 @@ class TextToImageFlow(nn.Module, ABC):
             )
         if given is None or given.text is None:
             raise ValueError(f"a {name} needs conditions with text: give flow.encode(prompts)")
-
-    # -- prompts -------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def encode(
-        self,
-        prompts: Sequence[str] | str,
-        negative: Sequence[str] | str | None = None,
-        guidance: float | None = None,
-    ) -> Conditions:
-        """Conditions of prompts, on the CPU: embeddings, guidance scale, and the prompts for rewards.
-
-        Args:
-            prompts: B of them, or one.
-            negative: what guidance by two evaluations leads away from, one for all or B; what the pipeline takes where
-                None.
-            guidance: its scale, as the pipeline takes it; the pipeline's usual one where None, 1 for none.
-
-        Raises:
-            ValueError: if a prompt is no text, the numbers do not match, the pipeline has no text encoders, or there is
-                guidance and no negative prompt.
-        """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        scale = self.usual_guidance if guidance is None else float(guidance)
-        negatives = self._negatives(prompts, negative, guidance)
-        wanted = self._wanted(prompts, negatives)
-        rows = {key: self.given[key] for key in wanted if key in self.given}
-        kept = {key: self.embeddings.find(settings) for key, settings in wanted.items() if key not in rows}
-        rows |= {key: row for key, row in kept.items() if row is not None}
-        rows |= dict(self._made({key: settings for key, settings in wanted.items() if key not in rows}))
-        given = Conditions(
-            prompts=prompts,
-            guidance=scale if self._takes_guidance(negatives) else None,
-            **stacked([rows[text, False] for text in prompts]),
-        )
-        if negatives is None:
-            return given
-        others = stacked([rows[text, True] for text in negatives])
-        return replace(given, **{f"negative_{name}": value for name, value in others.items()})
-
-    @torch.no_grad()
-    def keep_embeddings(
-        self, prompts: Sequence[str], negative: str | None = None, guidance: float | None = None
-    ) -> None:
-        """Encode prompts that are not in the cache yet, so that `encode` needs no text encoder for them; raises as
-        `encode`."""
-        wanted = self._wanted(prompts, self._negatives(prompts, negative, guidance))
-        for _ in self._made({k: settings for k, settings in wanted.items() if not self._has(k, settings)}):
-            pass
-
-    def has_embeddings(self, prompts: Sequence[str]) -> bool:
-        """Whether `encode` needs no text encoder for these prompts, without guidance by two evaluations."""
-        return all(self._has(key, settings) for key, settings in self._wanted(prompts, None).items())
-
-    def _has(self, key: tuple[str, bool], settings: dict[str, Any]) -> bool:
-        return key in self.given or self.embeddings.has(settings)
-
-    def is_cut(self, prompt: str) -> bool:
-        """Whether a prompt has more tokens than `max_sequence_length`, so that its end is left out. It needs the
-        tokenizers, which are there while text encoders are kept (`keep_encoders`)."""
-        pipe = self._with_encoders[0] if self._with_encoders else self.whole_pipeline()
-        tokenizer = getattr(pipe, self.counting_tokenizer, None) or pipe.tokenizer
-        most = self._most_tokens if getattr(pipe, self.counting_tokenizer, None) else tokenizer.model_max_length
-        return len(tokenizer(self._as_tokenized(prompt), truncation=False, verbose=False).input_ids) > most
-
-    def _as_tokenized(self, prompt: str) -> str:
-        """A prompt as the pipeline gives it to the tokenizer."""
-        return prompt
-
-    @property
-    def _most_tokens(self) -> int:
-        """Of a prompt, with those that the tokenizer adds."""
-        return self.max_sequence_length
-
-    @property
-    def usual_guidance(self) -> float:
-        """The guidance scale that the pipeline takes where none is given."""
-        return float(self._of_call(self.guidance_argument))
-
-    def _takes_guidance(self, negatives: Sequence[str] | None) -> bool:
-        """Whether the scale is any use."""
-        return negatives is not None
-
-    def _asked(self, guidance: float | None) -> float | None:
-        """The scale of guidance by two evaluations that is asked for; None for the pipeline's usual one."""
-        return guidance
-
-    def _negatives(
-        self, prompts: Sequence[str], negative: Sequence[str] | str | None, guidance: float | None
-    ) -> list[str] | None:
-        """One for each prompt, or None where there is no guidance by two evaluations."""
-        asked, given = self._asked(guidance), negative is not None
-        negative = self.usual_negative if negative is None else negative
-        if negative is None:
-            if asked not in (None, 1):
-                raise ValueError(f"guidance {asked:g} needs a negative prompt, even if it is a blank: negative=' '")
-            return None
-        if (self.usual_guidance if asked is None else asked) == 1:
-            if given:
-                raise ValueError("a negative prompt is no use with guidance 1: give a scale, or leave the prompt out")
-            return None
-        found = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-        if len(found) != len(prompts):
-            raise ValueError(f"{len(found)} negative prompts for {len(prompts)} prompts: expected one, or as many")
-        return found
-
-    def _wanted(
-        self, prompts: Sequence[str], negatives: Sequence[str] | None
-    ) -> dict[tuple[str, bool], dict[str, Any]]:
-        """Each text, as a prompt (False) and as a negative one (True), with what its embedding depends on."""
-        for i, text in enumerate(prompts):
-            if not isinstance(text, str):
-                raise ValueError(f"prompt {i} is {text!r}: expected a text")
-        tokens = self.max_sequence_length
-        common = {"encoders": self._encoders, "pipeline": self.pipeline, "tokens": tokens}
-        texts = [*((text, False) for text in prompts), *((text, True) for text in negatives or ())]
-        return {key: {**common, "negative": key[1], "prompt": key[0]} for key in dict.fromkeys(texts)}
-
-    def _made(self, wanted: dict[tuple[str, bool], dict[str, Any]]) -> Iterator[tuple[tuple[str, bool], Embedding]]:
-        """The embeddings of texts, one after the other, which are kept; the text encoders are there until the last."""
-        if not wanted:
-            return
-        pipe = self._with_encoders[0] if self._with_encoders else self.whole_pipeline()
-        if getattr(pipe, "text_encoder", None) is None:
-            raise ValueError(f"the {self.pipeline} has no text encoder: load it whole, or give Conditions of your own")
-        self._to(pipe, self.encoder_device)
-        self._with_encoders = [pipe] if self.keep_encoders else []
-        for (text, negative), settings in wanted.items():
-            row = {name: value.cpu() for name, value in self._embed(pipe, text, negative).items()}
-            self.embeddings.keep(settings, row)
-            yield (text, negative), row
-        if not self.keep_encoders:
-            self._to(pipe, torch.device("cpu"))
-
-    def release_encoders(self) -> None:
-        """Drop text encoders that were kept; a later prompt that is new loads them again."""
-        self.keep_encoders = False
-        for pipe in self._with_encoders:
-            self._to(pipe, torch.device("cpu"))
-        self._with_encoders = []
-
-    @abstractmethod
-    def _embed(self, pipe: Any, prompt: str, negative: bool) -> Embedding:
-        """One row of `text`, and of `mask` and `pooled` where the family has them."""
-
-    @staticmethod
-    def _to(pipe: Any, device: torch.device) -> None:
-        for name, part in pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to(device)
-
-    def _of_call(self, name: str) -> Any:
-        """What the pipeline takes for an argument that is not given."""
-        return inspect.signature(type(self.pipe).__call__).parameters[name].default
 
     # -- times and images ----------------------------------------------------------------------------------------------
 
