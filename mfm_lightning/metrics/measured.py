@@ -48,7 +48,7 @@ class Measured:
         if self.parts is not None:
             n = len(self.parts)
             return float(self.parts.std()) / math.sqrt(n) if n > 1 else math.nan
-        if len(self.replicates) < 2:
+        if len(self.replicates) < 2 or self.samples == 1:
             return math.nan
         n = self.samples  # resampling n samples varies by (n - 1) / n of what n new samples would
         return float(self.replicates.std()) * (1.0 if n is None else math.sqrt(n / (n - 1)))
@@ -309,7 +309,10 @@ def of_parts(value: float, parts: Tensor, scale: Scale = "plain", least: float =
 
 
 def _independent(value: float, numbers: Sequence[Measured]) -> Measured:
-    """A sum or difference of independent numbers: Welch and Satterthwaite's degrees of freedom, normal replicates."""
+    """A sum or difference of independent numbers: Welch and Satterthwaite's degrees of freedom, normal replicates; one
+    of them without a standard error, such as of a single run, leaves the result without one."""
+    if any(math.isnan(number.error) for number in numbers):
+        return Measured(value, torch.empty(0, dtype=torch.float64))
     squares = [number.error**2 for number in numbers]
     degrees = [(number.samples or math.inf) - 1 for number in numbers]
     total, rest = sum(squares), sum(s * s / d for s, d in zip(squares, degrees, strict=True))

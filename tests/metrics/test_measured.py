@@ -121,6 +121,16 @@ def test_differences_of_runs_are_paired_t_intervals_or_welchs():
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), rel=1e-6)
 
 
+def test_a_single_run_leaves_a_difference_without_an_interval():
+    # as `mfm benchmark gmm --quick` has: one run of particles, which has no spread, against resampled samples
+    single, many = of_runs([1.5]), mean_of(torch.arange(12.0, dtype=torch.float64))
+    for difference, value in ((single - many, 1.5 - 5.5), (many - single, 5.5 - 1.5)):
+        assert difference.value == value
+        assert math.isnan(difference.error) and math.isnan(difference.low)
+        assert difference.sign == 0
+    assert math.isnan(Measured(1.0, torch.tensor([0.9, 1.1]), samples=1).error)
+
+
 def test_differences_are_paired_and_claims_follow_them():
     base = samples(100)
     a, b = mean_of(base + 0.1), mean_of(base)
