@@ -1,5 +1,6 @@
 # make demo: set up everything and run the main job on real data.   make test: set up everything and pass the tests.
 # make quick: the tests that together take under two minutes.   make lint, make types: what else a change must pass.
+# make long: the tests that take minutes each, such as whole suites by several processes; before an issue is resolved.
 # The tests run in two processes; make test WORKERS=8 where there are more cores, WORKERS=0 for one process.
 # make mutations: one-line errors, each of which a test must catch; before a release. PART=smc for some of them.
 # make test COVERAGE=--cov also reports which lines ran; before Python 3.12 that takes about 40 % longer.
@@ -8,7 +9,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: setup demo test quick mutations lint types format clean
+.PHONY: setup demo test quick long mutations lint types format clean
 
 setup: .venv/.installed
 
@@ -26,7 +27,10 @@ test: setup
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(COVERAGE)
 
 quick: setup
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow and not long"
+
+long: setup
+	$(BIN)/python -m pytest -q -m long
 
 mutations: setup
 	$(BIN)/python -m tests.mutations -j $(WORKERS) $(PART)

@@ -103,3 +103,4 @@ class Page:
     environment: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     intervals: str = ""
+    missing: list[str] = field(default_factory=list)

@@ -8,10 +8,11 @@ import inspect
 import itertools
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mfm_lightning.commands.errors import CommandLineError, explain
 from mfm_lightning.commands.options import add_options, help_only, strict_yaml
@@ -38,26 +39,89 @@ def benchmark(args: Sequence[str]) -> None:
             raise CommandLineError(f"the suite comes first, as in mfm benchmark alignment --quick; got {others[0]}")
         print(_listing())
         return
-    from mfm_benchmarks.runner import Settings, run_suite
     from mfm_lightning.utils.console import console
-    from mfm_lightning.utils.devices import find_device
+    from mfm_lightning.utils.stopping import stoppable
 
     suite, settings, how = load_suite(name, args[1:])
-    suite.device = find_device(how["device"])
     stem = how["config"].stem if how["config"] else suite.name or type(suite).__name__
     suite.output = how["output"] or OUTPUT / (f"{stem}_quick" if how["quick"] else stem)
+    _check(how)
+    results = suite.output / "results"
+    if how["status"]:
+        from mfm_benchmarks.progress import read_status
+
+        print("\n".join(read_status(results, how["lease"]).lines()))
+        return
+    terminal = console()
+    try:
+        with stoppable(f"what is done is in {results}, and the same command goes on from there"):
+            path = _launch(suite, args, how) if how["launcher"] else _run(suite, args, settings, how)
+    except KeyboardInterrupt:  # of a training within, which hears signals itself
+        terminal.print(f"Stopped; what is done is in {results}, and the same command goes on from there.")
+        raise SystemExit(130) from None
+    terminal.print(f"Report: {path}")
+
+
+def _run(suite: Suite, args: Sequence[str], settings: dict[str, Any], how: dict[str, Any]) -> Path:
+    """The report, once this process, and others where there are any, have computed all."""
+    from mfm_benchmarks.runner import Settings, run_suite
+    from mfm_lightning.utils.devices import find_device
+    from mfm_lightning.utils.distributed import Process
+
+    suite.device = find_device(how["device"], Process.from_environment().local_rank)
     if how["quick"]:
         suite.shrink()
         settings = {"quick": "a small version of these settings", **settings}
-    terminal = console()
-    try:
-        path = run_suite(suite, Settings(how["fresh"], shlex.join(["mfm", "benchmark", *args]), settings))
-    except KeyboardInterrupt:
-        terminal.print(
-            f"Stopped; what is done is in {suite.output / 'results'}, and the same command goes on from there."
+    command = shlex.join(["mfm", "benchmark", *args])
+    return run_suite(suite, Settings(how["fresh"], command, settings, how["report"], how["lease"]))
+
+
+def _launch(suite: Suite, args: Sequence[str], how: dict[str, Any]) -> Path:
+    """The report that workers have made."""
+    from mfm_benchmarks.launchers import check_options, find_launcher, logs
+    from mfm_benchmarks.suite import MissingInput
+
+    launch, options = find_launcher(how["launcher"]), how["launcher_options"] or {}
+    check_options(how["launcher"], launch, options)
+    if missing := suite.missing():
+        raise MissingInput(suite.name, missing)
+    failed = launch(["benchmark", *_without_launcher(args)], how["workers"], logs(suite.output), **options)
+    path = suite.output / "report" / "index.html"
+    for worker, what in failed.items():
+        print(f"{worker}: {what}", file=sys.stderr)
+    if len(failed) == how["workers"] or not path.is_file():
+        raise CommandLineError(f"no worker of {how['workers']} got to the end: see {logs(suite.output)}")
+    return path
+
+
+def _check(how: dict[str, Any]) -> None:
+    """Refuse ways of running that do not go together."""
+    from mfm_lightning.utils.distributed import Process
+
+    if how["workers"] < 1 or not how["lease"] > 0:
+        raise CommandLineError(f"--workers {how['workers']} and --lease {how['lease']:g} must be above 0")
+    if how["launcher"] is None and (how["workers"] != 1 or how["launcher_options"]):
+        raise CommandLineError("--workers and --launcher_options are of a --launcher: local, submitit or ray")
+    if how["fresh"] and (how["launcher"] or Process.from_environment().world_size > 1):
+        raise CommandLineError(
+            "--fresh, which forgets results, by one of several processes would forget those of the others: give "
+            "another --output, or remove the old one first"
         )
-        raise SystemExit(130) from None
-    terminal.print(f"Report: {path}")
+    if how["report"] and (how["fresh"] or how["launcher"]):
+        raise CommandLineError("--report computes nothing: leave out --fresh and --launcher")
+
+
+def _without_launcher(args: Sequence[str]) -> list[str]:
+    """The arguments for a worker."""
+    found, skip = [], False
+    for arg in args:
+        if skip:
+            skip = False
+        elif arg.partition("=")[0] in ("--launcher", "--workers", "--launcher_options"):
+            skip = "=" not in arg
+        else:
+            found.append(arg)
+    return found
 
 
 def _how(
@@ -67,6 +131,12 @@ def _how(
     output: Path | None = None,
     fresh: bool = False,
     device: str = "auto",
+    report: bool = False,
+    status: bool = False,
+    launcher: Literal["local", "submitit", "ray"] | None = None,
+    workers: int = 1,
+    launcher_options: dict[str, Any] | None = None,
+    lease: float = 120.0,
 ) -> None:
     """How a suite is run.
 
@@ -76,6 +146,14 @@ def _how(
         output: folder of results and report; outputs/benchmarks/SUITE if left out.
         fresh: compute all again.
         device: auto, cpu, cuda, cuda:1, ...
+        report: compute nothing, and write the report of what is there so far.
+        status: compute nothing, and say who computes what, the rate and the time left.
+        launcher: start processes that share the work, on this machine, on SLURM or on a ray cluster; more may be
+            started at any time, by the same command on any machine that sees the folder.
+        workers: how many.
+        launcher_options: of the launcher, such as {slurm_partition: gpu, gpus_per_node: 1}.
+        lease: seconds after which the work of a process that gives no sign is another's; of processes that run on
+            the same machine and are gone at once.
     """
 
 

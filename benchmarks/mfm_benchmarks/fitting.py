@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mfm_benchmarks.spec import Spec
 from mfm_lightning.checkpoints import fingerprint
 from mfm_lightning.utils.configs import DEFAULTS, find_config
+from mfm_lightning.utils.distributed import Process
 
 
 @dataclass
@@ -84,33 +90,75 @@ class Fit:
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
-    def run(self) -> None:
-        """Fit, in this process; a training of this file that was stopped goes on from its `last.ckpt`.
+    def forget(self) -> None:
+        """Have it run again, where what it was made of is noted."""
+        self._note.unlink(missing_ok=True)
+
+    def run(self, device: torch.device | None = None) -> None:
+        """Fit; a training of this file that was stopped goes on from its `last.ckpt`.
+
+        In this process; where it is one of several, or could see several GPUs, in one of its own, which knows of no
+        others and of one GPU.
+
+        Args:
+            device: that it may take; the first of its kind where None.
 
         Raises:
             FileNotFoundError: if the config is not there, or does not write the file.
             ValueError: if the options do not fit the config.
         """
-        from mfm_lightning.commands.errors import CommandLineError
-        from mfm_lightning.commands.main import run
-
         options = [part for key, value in self.options.items() for part in (f"--{key}", _as_argument(value))]
         checkpoint = Path(self.file).with_name("last.ckpt")
         if not self.remember and checkpoint.is_file() and not Path(self.file).is_file():
             options += ["--ckpt_path", str(checkpoint)]
+        job = ["fit", "--config", self.config, "--overwrite", *options]
+        if Process.from_environment().world_size > 1 or torch.cuda.device_count() > 1:
+            self._run_apart(job, device)
+        else:
+            self._run_here(job)
+        if not Path(self.file).is_file():
+            raise FileNotFoundError(f"{self.config} did not write {self.file}: is it stopped, or of another folder?")
+        if self.remember:
+            note = {"identity": self.identity(), "sha256": fingerprint(self.file)}
+            self._note.write_text(json.dumps(note, indent=1))
+
+    def _run_here(self, job: list[str]) -> None:
+        from mfm_lightning.commands.errors import CommandLineError
+        from mfm_lightning.commands.main import run
+
         try:
-            run(["fit", "--config", self.config, "--overwrite", *options])
+            run(job)
         except SystemExit as error:
             if error.code not in (1, 128 + signal.SIGINT):  # else Ctrl-C, also by Lightning's own status
                 raise
             raise KeyboardInterrupt from error
         except CommandLineError as error:
             raise ValueError(f"mfm fit --config {self.config} refuses the options {self.options}: {error}") from error
-        if not Path(self.file).is_file():
-            raise FileNotFoundError(f"{self.config} did not write {self.file}: is it stopped, or of another folder?")
-        if self.remember:
-            note = {"identity": self.identity(), "sha256": fingerprint(self.file)}
-            self._note.write_text(json.dumps(note, indent=1))
+
+    def _run_apart(self, job: list[str], device: torch.device | None) -> None:
+        command = [sys.executable, "-m", "mfm_lightning.commands.main", *job]
+        process = subprocess.Popen(command, env=_of_one_process(device))
+        try:
+            code = process.wait()
+        except BaseException:  # a stop: it writes its checkpoint
+            process.terminate()
+            process.wait()
+            raise
+        if code in (-signal.SIGINT, 128 + signal.SIGINT):
+            raise KeyboardInterrupt
+        if code:
+            raise RuntimeError(f"mfm {' '.join(job[:3])} ended with status {code}: its words are above")
+
+
+def _of_one_process(device: torch.device | None) -> dict[str, str]:
+    """The environment without what torchrun, SLURM and our launcher say of other processes, and with one GPU."""
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    others = ("TORCHELASTIC_", "SLURM_", "GROUP_", "ROLE_", "PMI_", "OMPI_")
+    kept = {key: value for key, value in os.environ.items() if key not in names and not key.startswith(others)}
+    if device is not None and device.type == "cuda":
+        visible = [part for part in kept.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+        kept["CUDA_VISIBLE_DEVICES"] = visible[device.index or 0] if visible else str(device.index or 0)
+    return kept
 
 
 def _as_argument(value: Any) -> str:

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from mfm_benchmarks.blocks import Block, Page, Picture, Table
+from mfm_lightning.utils.atomic import whole_file
 
 
 def write_report(page: Page, folder: Path) -> Path:
@@ -33,9 +34,8 @@ def write_report(page: Page, folder: Path) -> Path:
         elif isinstance(block, Table) and block.rows:
             _write_table(block, folder / block.name)
     record = {"environment": page.environment, "settings": page.settings}
-    (folder / "environment.json").write_text(
-        json.dumps({**record, "failures": page.failures, "skipped": page.skipped}, indent=1, default=str)
-    )
+    record |= {"failures": page.failures, "skipped": page.skipped, "missing": page.missing}
+    (folder / "environment.json").write_text(json.dumps(record, indent=1, default=str))
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -46,7 +46,8 @@ def write_report(page: Page, folder: Path) -> Path:
         settings=json.dumps(page.settings, indent=1, default=str),
     )
     path = folder / "index.html"
-    path.write_text(html)
+    with whole_file(path) as partial:
+        partial.write_text(html)
     return path
 
 

@@ -1,24 +1,26 @@
-"""Runs a suite: fits what is missing, computes cells that are not stored, goes on after failures, writes the report."""
+"""Runs a suite, alone or beside other processes: fits what is missing, has its cells computed, writes the report."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import mfm_lightning
 from mfm_benchmarks.blocks import Page
+from mfm_benchmarks.cells import collect, compute, key_of_fit, leases_of
 from mfm_benchmarks.environment import commit, describe, device_name
 from mfm_benchmarks.report import write_report
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import MissingInput, Results, Suite
-from mfm_lightning.utils.console import console, progress_bar
+from mfm_lightning.utils.console import console
+from mfm_lightning.utils.leases import Leases, alone
 
 log = logging.getLogger(__name__)
+PREPARED = "prepared"  # a file beside the results, with the settings' digest after its name
 
 
 @dataclass
@@ -29,30 +31,95 @@ class Settings:
         fresh: compute all results again, with the trainings of methods; models that are there stay.
         command: what was typed, for the report.
         settings: the suite's parameters, as the report shows them.
+        report_only: compute nothing: write the report of what is there.
+        lease: seconds after which the work of a process that gives no sign is another's.
     """
 
     fresh: bool = False
     command: str = ""
     settings: dict[str, Any] | None = None
+    report_only: bool = False
+    lease: float = 120.0
 
 
 def run_suite(suite: Suite, how: Settings) -> Path:
     """The path of the report's page.
 
+    Any number of processes may run the same suite with the same settings in the same folder; all return when all is
+    done, and one of them writes the report.
+
     Raises:
         MissingInput: before any work, if something that the suite must be given is not there.
+        FileNotFoundError: with `report_only`, if a model is not trained yet.
+        ValueError: with `fresh`, while another process computes there.
     """
-    terminal = console()
     if missing := suite.missing():
         raise MissingInput(suite.name, missing)
+    store = Store(
+        store_folder(suite), {"device": device_name(suite.device), "version": mfm_lightning.__version__}, commit()
+    )
+    leases = leases_of(store, how.lease)
     for fit in suite.fits():
-        if not fit.is_done():
-            terminal.rule(f"fit {fit.config} for {fit.file}")
-            fit.run()
+        if how.report_only and not fit.is_done():
+            raise FileNotFoundError(f"nothing to report yet: {fit.file} is not there, run without --report")
+        for _ in alone(leases, key_of_fit(fit), fit.is_done):
+            console().rule(f"fit {fit.config} for {fit.file}")
+            fit.run(suite.device)
+    if how.report_only:
+        suite.prepare()
+        results = collect(list(suite.cells()), store)
+        return write_report(_page(suite, results, how), report_folder(suite))
+    _prepare(suite, leases, how)
+    began = newest(store.folder)
+    results, _ = compute(suite, store, how.fresh, leases, how.command)
+    return _write(suite, results, how, store, leases, began)
+
+
+def store_folder(suite: Suite) -> Path:
+    """Where a suite's results are."""
+    return suite.output / "results"
+
+
+def report_folder(suite: Suite) -> Path:
+    """Where its report is."""
+    return suite.output / "report"
+
+
+def _prepare(suite: Suite, leases: Leases, how: Settings) -> None:
+    """Load models; one process first, for features that are fitted then are kept in files, which the others read."""
+    settings = json.dumps([suite.name, how.settings], sort_keys=True, default=str)
+    mark = leases.folder.with_name(f"{PREPARED}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}")
+    for _ in alone(leases, mark.name, mark.is_file):
+        suite.prepare()
+        mark.touch()
+        return
     suite.prepare()
-    where = {"device": device_name(suite.device), "version": mfm_lightning.__version__}
-    results, seconds = compute(suite, Store(suite.output / "results", where, commit()), how.fresh)
-    page = Page(
+
+
+def _write(suite: Suite, results: Results, how: Settings, store: Store, leases: Leases, began: float) -> Path:
+    """The report, written by one of the processes that end together."""
+    path = report_folder(suite) / "index.html"
+
+    def written_by_another() -> bool:
+        # by who saw all results, after this process began
+        return path.is_file() and path.stat().st_mtime > max(began, newest(store.folder))
+
+    if results.stored == len(results) and not how.fresh and began == newest(store.folder):
+        return write_report(_page(suite, results, how), path.parent)  # nothing was computed meanwhile: as asked for
+    for _ in alone(leases, "report", written_by_another):
+        return write_report(_page(suite, results, how), path.parent)
+    log.info("the report is another process's")
+    return path
+
+
+def newest(folder: Path) -> float:
+    """When the last result was written, in seconds since 1970; 0 for none."""
+    return max((path.stat().st_mtime for path in folder.glob("*-*.json")), default=0.0)
+
+
+def _page(suite: Suite, results: Results, how: Settings) -> Page:
+    stored, number = results.stored, len(results)
+    return Page(
         suite.title,
         suite.about,
         list(suite.report(results)),
@@ -62,61 +129,10 @@ def run_suite(suite: Suite, how: Settings) -> Path:
             "command": how.command,
             **describe(suite.device),
             "commit": ", ".join(results.commits) or "not in a repository",
-            "computing": f"{seconds:.0f} s for all results of this page",
-            "from the store": f"{results.stored} of {len(results)} results, of earlier runs",
+            "computing": f"{results.seconds:.0f} s for all results of this page",
+            "from the store": f"{stored} of {number} results, of earlier runs or other processes",
         },
         how.settings or {},
         suite.intervals,
+        results.missing,
     )
-    return write_report(page, suite.output / "report")
-
-
-def compute(suite: Suite, store: Store, fresh: bool = False) -> tuple[Results, float]:
-    """Outcomes of all cells, and the seconds that they took when they were computed.
-
-    A cell that fails is noted, and so are those that need it; the others go on. What is done is kept when the run is
-    interrupted.
-    """
-    results, total, fitted = Results(), 0.0, set()
-    cells = list(suite.cells())
-    if len({cell.name for cell in cells}) < len(cells):
-        names = [cell.name for cell in cells]
-        raise ValueError(f"cells of one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
-    with progress_bar() as progress:
-        task = progress.add_task("", total=len(cells))
-        for cell in cells:
-            progress.update(task, description=cell.name)
-            outcome = None if fresh else store.load(cell)
-            if outcome is not None:
-                results.stored += 1
-            elif lost := [need.name for need in cell.needs if need not in results]:
-                results.failures[cell.name] = f"needs {', '.join(lost)}, which failed"
-            else:
-                begin = time.monotonic()
-                try:
-                    if cell.fit is not None and (not cell.fit.is_done() or (fresh and cell.fit.file not in fitted)):
-                        fitted.add(cell.fit.file)
-                        progress.stop()  # the training has a bar of its own
-                        cell.fit.run()
-                    outcome = cell.compute(*[results[need] for need in cell.needs])
-                except Exception as error:  # whatever a method or reward of the user's does, the others go on
-                    results.failures[cell.name] = f"{type(error).__name__}: {error}"
-                    log.warning("%s failed, the others go on: %s: %s", cell.name, type(error).__name__, error)
-                    if isinstance(error, torch.cuda.OutOfMemoryError):
-                        torch.cuda.empty_cache()
-                else:
-                    outcome.commit = store.commit
-                    outcome.numbers["cell_seconds"] = time.monotonic() - begin
-                    outcome.tensors = {name: tensor.detach().cpu() for name, tensor in outcome.tensors.items()}
-                    store.save(cell, outcome)
-                if cell.fit is not None:
-                    progress.start()
-            if outcome is not None:
-                total += outcome.numbers.get("cell_seconds", 0.0)
-                results.add(cell, outcome)
-            progress.advance(task)
-    where = f"{results.stored} of {len(cells)} results were there already, in {store.folder}"
-    log.info("%s%s", where, " (--fresh computes them again)" if results.stored else "")
-    if results.failures:
-        log.warning("%d results failed", len(results.failures))
-    return results, total

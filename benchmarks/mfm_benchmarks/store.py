@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import socket
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,9 +29,13 @@ class Store:
 
     def path(self, cell: Cell) -> Path:
         """Where the cell's JSON is."""
+        return self.folder / f"{self.key(cell)}.json"
+
+    def key(self, cell: Cell) -> str:
+        """The name of the cell's files, without their endings: of its name and identity."""
         identity = json.dumps({**self.shared, **cell.identity}, sort_keys=True, default=str)
         digest = hashlib.sha256(f"{cell.name}\n{identity}".encode()).hexdigest()[:12]
-        return self.folder / f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', cell.name)[:100]}-{digest}.json"
+        return f"{re.sub(r'[^A-Za-z0-9.=_-]+', '_', cell.name)[:100]}-{digest}"
 
     def load(self, cell: Cell) -> Outcome | None:
         """The stored outcome; None if there is none, or only a part of one."""
@@ -51,8 +57,14 @@ class Store:
             "cell": cell.name,
             "identity": {**self.shared, **cell.identity},
             "commit": self.commit,
+            "by": f"process {os.getpid()} on {socket.gethostname()}",
             "numbers": outcome.numbers,
             "tensors": sorted(outcome.tensors),
         }
         with whole_file(path) as partial:
             partial.write_text(json.dumps(content, indent=1, default=str))
+
+    def remove(self, cell: Cell) -> None:
+        """Forget the cell's outcome; no effect where there is none."""
+        self.path(cell).unlink(missing_ok=True)
+        self.path(cell).with_suffix(".safetensors").unlink(missing_ok=True)

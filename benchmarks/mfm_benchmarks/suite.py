@@ -51,13 +51,20 @@ class Cell:
 
 
 class Results:
-    """Outcomes of the cells that succeeded, how many of them are `stored`, of earlier runs, and `failures`: what went
-    wrong with the others, by the cell's name."""
+    """Outcomes of the cells that succeeded.
+
+    Attributes:
+        failures: what went wrong with others, by the cell's name.
+        missing: names of those that are not computed yet.
+        stored: how many outcomes another run or process has computed.
+        seconds: that all took.
+    """
 
     def __init__(self) -> None:
         self._outcomes: dict[str, Outcome] = {}
         self.failures: dict[str, str] = {}
-        self.stored = 0
+        self.missing: list[str] = []
+        self.stored, self.seconds = 0, 0.0
 
     def __len__(self) -> int:
         return len(self._outcomes)
@@ -101,6 +108,7 @@ class Suite(ABC):
         title, about, intervals: of the report's page; the last says what its intervals are.
         device, output: set before any method is called; `output` is the folder of results and report.
         skipped: what was left out on purpose, and why, for the report.
+        measures_time: cells of such a suite are computed one at a time on a machine, however many processes there are.
     """
 
     name: ClassVar[str] = ""
@@ -111,6 +119,7 @@ class Suite(ABC):
         "“Higher” or “lower” is said only where the interval of the paired difference leaves out zero. Intervals are "
         "of one comparison each; what has the fewest evaluations is decided for all settings at once."
     )
+    measures_time: ClassVar[bool] = False
     device: torch.device = torch.device("cpu")
     output: Path = Path("outputs/benchmarks")
 

@@ -12,12 +12,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from mfm_benchmarks.cells import compute
 from mfm_benchmarks.command import load_suite
 from mfm_benchmarks.measure import measure
 from mfm_benchmarks.methods import MethodSettings, points
 from mfm_benchmarks.models import ModelSettings, compute_in
 from mfm_benchmarks.quality import Quality
-from mfm_benchmarks.runner import compute
 from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import Cell, Outcome, Suite, suites

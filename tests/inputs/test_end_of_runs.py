@@ -218,3 +218,23 @@ def test_a_benchmarks_fit_that_was_hit_in_its_export_is_finished(tmp_path, monke
     job.run()
     assert job.is_done()
     assert last("run")["global_step"] == 3
+
+
+@pytest.mark.slow
+def test_a_benchmarks_fit_by_a_rank_is_of_one_process_and_its_failure_is_said(tmp_path, monkeypatch):
+    from mfm_benchmarks.fitting import Fit, _of_one_process
+
+    monkeypatch.chdir(tmp_path)
+    fit("other", 1)  # writes the config
+    # the second rank of torchrun: Lightning would wait for the first, or write nothing, being no rank 0
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**ranks, "TORCHELASTIC_RUN_ID": "x", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x"}.items():
+        monkeypatch.setenv(name, value)
+    job = Fit("tiny.yaml", "run/model.safetensors", {"trainer.default_root_dir": "run", "trainer.logger": False})
+    job.run()
+    assert job.is_done()
+    with pytest.raises(RuntimeError, match=r"mfm fit --config tiny.yaml ended with status 2"):
+        Fit("tiny.yaml", "run2/model.safetensors", {"trainer.no_such": 1}).run()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert _of_one_process(torch.device("cuda:1"))["CUDA_VISIBLE_DEVICES"] == "6"
+    assert not set(ranks) & _of_one_process(None).keys()

@@ -126,7 +126,8 @@ def test_a_single_run_leaves_a_difference_without_an_interval():
     single, many = of_runs([1.5]), mean_of(torch.arange(12.0, dtype=torch.float64))
     for difference, value in ((single - many, 1.5 - 5.5), (many - single, 5.5 - 1.5)):
         assert difference.value == value
-        assert math.isnan(difference.error) and math.isnan(difference.low)
+        assert math.isnan(difference.error)
+        assert math.isnan(difference.low)
         assert difference.sign == 0
     assert math.isnan(Measured(1.0, torch.tensor([0.9, 1.1]), samples=1).error)
 

@@ -43,6 +43,7 @@ class DataThroughputSuite(Suite):
     """
 
     name = "data-throughput"
+    measures_time = True
     title = "Reading sharded latents"
     about = (
         "Samples a second of LatentShards (shuffled, flipped, drawn from the moments, in batches) by number of "

@@ -37,6 +37,7 @@ class TrainingSpeedSuite(Suite):
     """
 
     name = "training-speed"
+    measures_time = True
     title = "Speed of training steps"
     about = (
         "Time and memory of a training step by how the tangent is computed and what the terms share, each against the "

@@ -1,0 +1,262 @@
+"""Leases: which of many processes does which piece of work, told by files in a folder that all of them see.
+
+A piece is claimed by making a file that must not be there yet, which is one step on every file system (NFS, too). Its
+owner touches the file again and again. When it does no more, being dead or cut off, the lease lapses, and another
+process takes the piece over by making the file of the next generation: of several that try, one succeeds. No clocks of
+different machines are compared: a lease has lapsed for who has watched it for its whole length, by a clock of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+SUFFIX = ".lease"
+BEATS = 8  # signs in the length of a lease: NFS may show one up to a minute late
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a lease.
+
+    Attributes:
+        token: of this lease alone.
+        host, process: where it runs, and its number there.
+        machine: tells hosts, containers and boots apart; empty where the system does not.
+        birth: tells the process from a later one of the same number; empty where the system does not.
+        device: that it computes on.
+        begun: seconds since 1970, by its clock.
+        seen: the same, of its last sign, by the file system's clock.
+        generation: how many had the piece before and gave no sign any more.
+    """
+
+    token: str = ""
+    host: str = "?"
+    process: int = 0
+    machine: str = ""
+    birth: str = ""
+    device: str = ""
+    begun: float = 0.0
+    seen: float = 0.0
+    generation: int = 0
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it ran on this machine, and does no more."""
+        return bool(self.birth) and self.machine == machine() and birth(self.process) != self.birth
+
+
+def machine() -> str:
+    """What tells this host, container and boot from others; empty where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def birth(process: int) -> str:
+    """What tells a process of this machine from a later one of the same number; empty if there is none."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]  # a zombie is dead; the time it began, in ticks since the boot
+
+
+class Lease:
+    """A piece of work that is this process's, until `release`, the end of the `with` block, or a lapse."""
+
+    def __init__(self, leases: Leases, name: str, holder: Holder) -> None:
+        self._leases, self.name, self.token, self.generation = leases, name, holder.token, holder.generation
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nobody has taken the piece over, which may be after a stop of this process for the lease's length."""
+        return self._leases.has(self) and not self._leases.path(self.name, self.generation + 1).exists()
+
+    def release(self) -> None:
+        """Give it back; no effect where it was taken over."""
+        self._leases.drop(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Leases:
+    """The leases of a folder.
+
+    Args:
+        folder: that all processes see; made where it is missing.
+        seconds: after which a lease without a sign lapses; at once where its process ran on this machine and is gone.
+        device: that this process computes on, for the others to read.
+        clock: that the length is measured by, in seconds.
+
+    Raises:
+        ValueError: for a length that is not above 0.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        seconds: float = 120.0,
+        device: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not seconds > 0:
+            raise ValueError(f"a lease of {seconds} s: it must be above 0, and longer than files take to be seen")
+        self.folder, self.seconds, self.device = Path(folder), seconds, device
+        self._clock, self._watched = clock, {}
+        self._held: dict[Path, Lease] = {}
+        self._guard, self._beat = threading.Lock(), threading.Event()
+        self._heart: threading.Thread | None = None
+
+    def path(self, name: str, generation: int = 0) -> Path:
+        """The file of a piece's lease."""
+        return self.folder / f"{name}~{generation}{SUFFIX}"
+
+    def claim(self, name: str, take_over: bool = True) -> Lease | None:
+        """The lease of a piece, which must be fit for the name of a file; None if another process has it.
+
+        Who claims looks afterwards whether the piece is done: it may have been finished, and given back, just before.
+
+        Args:
+            take_over: also one that has lapsed; that costs a look at who has it.
+        """
+        generation = 0
+        while True:
+            holder = Holder(
+                uuid.uuid4().hex, socket.gethostname(), os.getpid(), machine(), birth(os.getpid()), self.device,
+                time.time(), generation=generation,
+            )  # fmt: skip
+            if self._make(self.path(name, generation), holder):
+                lease = Lease(self, name, holder)
+                with self._guard:
+                    self._held[self.path(name, generation)] = lease
+                self._start()
+                return lease
+            if not take_over or not self._has_lapsed(name, generation):
+                return None
+            generation += 1
+
+    def _make(self, path: Path, holder: Holder) -> bool:
+        while True:
+            try:
+                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+                break
+            except FileExistsError:
+                return False
+            except FileNotFoundError:
+                self.folder.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(file, "w") as opened:
+            json.dump(asdict(holder), opened)
+        return True
+
+    def holder(self, name: str, generation: int) -> Holder | None:
+        """Who has, or had, the lease of this generation; None if there is none."""
+        path = self.path(name, generation)
+        try:
+            seen, text = path.stat().st_mtime, path.read_text()
+        except FileNotFoundError:
+            return None
+        try:
+            return Holder(**{**json.loads(text), "seen": seen})
+        except (ValueError, TypeError):  # its owner was killed while it wrote, or is about to
+            return Holder(seen=seen, generation=generation)
+
+    def _has_lapsed(self, name: str, generation: int) -> bool:
+        path, holder = self.path(name, generation), self.holder(name, generation)
+        if holder is None:
+            return False  # given back just now: the next look finds it free, or done
+        if holder.is_gone:
+            return True
+        sign, now = (holder.token, holder.seen), self._clock()
+        if self._watched.get(path, (None, 0.0))[0] != sign:
+            self._watched[path] = (sign, now)
+        return now - self._watched[path][1] > self.seconds
+
+    def holders(self) -> dict[str, Holder]:
+        """Who has which piece now: of each the newest generation."""
+        found: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self.folder):
+                name, mark, rest = entry.name.rpartition("~")
+                if mark and rest.endswith(SUFFIX) and rest.removesuffix(SUFFIX).isdecimal():
+                    found[name] = max(found.get(name, 0), int(rest.removesuffix(SUFFIX)))
+        holders = {name: self.holder(name, generation) for name, generation in sorted(found.items())}
+        return {name: holder for name, holder in holders.items() if holder is not None}
+
+    def claimed(self) -> set[str]:
+        """Names of pieces that some process has, or had when it died, by one look at the folder."""
+        try:
+            return {name.rpartition("~")[0] for name in os.listdir(self.folder) if name.endswith(SUFFIX)}
+        except FileNotFoundError:
+            return set()
+
+    def has(self, lease: Lease) -> bool:
+        """Whether the file of the lease is there."""
+        try:
+            return lease.token in self.path(lease.name, lease.generation).read_text()
+        except FileNotFoundError:
+            return False
+
+    def drop(self, lease: Lease) -> None:
+        """Give a lease back; no effect where it was taken over."""
+        with self._guard:
+            self._held.pop(self.path(lease.name, lease.generation), None)
+        if not lease.is_held:  # who took it over removes our file with its own: without ours the piece would look free
+            return
+        # the oldest first: the newest says, until the end, that somebody is there
+        for generation in range(lease.generation + 1):
+            self._watched.pop(self.path(lease.name, generation), None)
+            self.path(lease.name, generation).unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        with self._guard:
+            if self._heart is None or not self._heart.is_alive():
+                self._heart = threading.Thread(target=self._signs, name="leases", daemon=True)
+                self._heart.start()
+
+    def _signs(self) -> None:
+        while not self._beat.wait(self.seconds / BEATS):
+            with self._guard:
+                held = list(self._held)
+                if not held:
+                    self._heart = None
+                    return
+            for path in held:
+                with contextlib.suppress(OSError):  # taken over, or a file system that is away for a moment
+                    os.utime(path)
+
+
+def alone(leases: Leases, name: str, is_done: Callable[[], bool], wait: float = 1.0) -> Iterator[Lease]:
+    """Yields a lease to do what others wait for, once, and nothing where it is done: `for _ in alone(...): do()`.
+
+    Who finds that another process does it waits, and takes it over where that one's lease lapses.
+
+    Args:
+        wait: seconds between looks.
+    """
+    while not is_done():
+        lease = leases.claim(name)
+        if lease is None:
+            time.sleep(wait)
+            continue
+        with lease:
+            if not is_done():
+                yield lease
+                return

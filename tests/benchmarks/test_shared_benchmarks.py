@@ -1,0 +1,188 @@
+"""Benchmarks that many processes compute: the same results as one, launchers, the state of a run, parts of a report."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mfm_benchmarks.progress import read_status
+from mfm_lightning.commands.main import main
+from mfm_lightning.utils.leases import Leases
+
+SUITE = '''
+"""A suite of the user's own: cells that take from the global generator, one that needs the others, one that fails."""
+import torch
+from mfm_benchmarks.blocks import Text
+from mfm_benchmarks.suite import Cell, Outcome, Suite
+
+
+class Numbers(Suite):
+    name, title, about = "numbers", "Numbers", "Sums of noise."
+
+    def __init__(self, cells: int = 6, fail: bool = False) -> None:
+        self.number, self.fail = cells, fail
+
+    def prepare(self) -> None:
+        pass
+
+    def cells(self):
+        def work(k):
+            def compute():
+                if self.fail and k == 1:
+                    raise ValueError("no luck")
+                x = torch.randn(1000)
+                return Outcome({"sum": float(x.sum())}, {"x": x})
+            return compute
+
+        parts = [Cell(f"part {k}", {"k": k}, work(k)) for k in range(self.number)]
+        total = Cell("total", {}, lambda *all: Outcome({"sum": sum(o.numbers["sum"] for o in all)}), tuple(parts))
+        return [*parts, total]
+
+    def report(self, results):
+        return [Text("Sums", [f"{len(results)} results"])]
+'''
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    (tmp_path / "my_suites.py").write_text(SUITE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delitem(sys.modules, "my_suites", raising=False)
+    return tmp_path
+
+
+def benchmark(*args):
+    main(["benchmark", "my_suites.Numbers", *map(str, args)])
+
+
+def stored(folder):
+    """What the results are, without what says who found them and how long it took."""
+    found = {}
+    for path in Path(folder, "results").glob("*-*.json"):
+        content = json.loads(path.read_text())
+        numbers = {key: value for key, value in content["numbers"].items() if "seconds" not in key}
+        tensors = path.with_suffix(".safetensors")
+        found[path.stem] = (numbers, tensors.read_bytes() if tensors.is_file() else b"")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ("local", {"threads": 1}),
+        pytest.param("submitit", {"cluster": "local", "timeout_min": 5}, marks=pytest.mark.long),
+        pytest.param("ray", {"init": {"num_cpus": 2}}, marks=pytest.mark.long),
+    ],
+)
+def test_processes_of_a_launcher_find_what_one_process_finds(workplace, capsys, launcher, options):
+    benchmark("--output", "one")
+    given = ("--launcher", launcher, "--workers", 2, "--launcher-options", json.dumps(options))
+    benchmark("--output", "many", *given)
+    assert "Report: many/report/index.html" in capsys.readouterr().out
+    assert len(stored("one")) == 7
+    assert stored("many") == stored("one")
+    assert not list(Path("many/results/claims").iterdir())
+    assert "7 results" in Path("many/report/index.html").read_text()
+
+
+def test_a_run_says_where_it_is_and_reports_the_part_that_is_there(workplace, capsys):
+    benchmark("--output", "out", "--fail", "true")
+    status = read_status(Path("out/results"))
+    assert (status.suite, status.total, status.done) == ("numbers", 7, 5)
+    assert status.failed == {"part 1": "ValueError: no luck"}
+    benchmark("--output", "out", "--fail", "true", "--status")
+    said = capsys.readouterr().out
+    assert "numbers: 5 of 7 results, 1 failed" in said
+    assert "failed: part 1: ValueError: no luck" in said
+    assert "nobody is at work; to go on: mfm benchmark my_suites.Numbers --output out" in said
+    # another process is at a cell: who, and since when
+    key = next(Path("out/results").glob("part_3-*.json"))
+    key.unlink()
+    with Leases("out/results/claims", device="cuda:1").claim(key.stem):
+        benchmark("--output", "out", "--status")
+        said = capsys.readouterr().out
+        assert re.search(
+            rf"computing: part 3  \[\S+, process {os.getpid()}, cuda:1; for \d s, last sign \d s ago\]", said
+        )
+        benchmark("--output", "out", "--report")
+        page = Path("out/report/index.html").read_text()
+    assert "1 result is not there yet: this page is of a part" in page
+    assert "<li>part 3</li>" in page
+    assert "4 results" in page
+    assert json.loads(Path("out/report/environment.json").read_text())["missing"] == [
+        "part 3"
+    ]  # the total needs part 1, which failed
+    assert not key.is_file()  # a report computes nothing
+    benchmark("--output", "out")
+    assert "not there yet" not in Path("out/report/index.html").read_text()
+    assert len(stored("out")) == 7
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_share_the_work_and_one_reports(workplace):
+    # the second process begins while the first is at work, as ranks and jobs of an array do
+    command = [sys.executable, "-m", "mfm_lightning.commands.main", "benchmark", "my_suites.Numbers", "--cells", "30"]
+    ranks = [
+        subprocess.Popen(
+            [*command, "--output", "two"],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    benchmark("--output", "one", "--cells", 30)
+    assert len(stored("two")) == 31
+    assert stored("two") == stored("one")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--workers", 2), "--workers and --launcher_options are of a --launcher"),
+        (("--workers", 0, "--launcher", "local"), "--workers 0 and --lease 120 must be above 0"),
+        (("--fresh", "--launcher", "local"), "--fresh, which forgets results, by one of several processes"),
+        (("--fresh", "--report"), "--report computes nothing"),
+        (("--launcher", "loca"), "launcher"),
+        (("--launcher", "local", "--launcher-options", '{"thread": 1}'), "the launcher local takes threads"),
+        (("--status",), "no run has begun in"),
+    ],
+)
+def test_ways_of_running_that_do_not_fit_are_refused(workplace, capsys, args, message):
+    with pytest.raises(SystemExit) as stop:
+        benchmark(*args)
+    assert stop.value.code
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
+    assert not Path("outputs").exists()
+
+
+def test_fresh_takes_nothing_from_a_process_at_work(workplace, capsys):
+    benchmark("--output", "out")
+    before = stored("out")
+    with Leases("out/results/claims").claim("part"), pytest.raises(SystemExit) as stop:
+        benchmark("--output", "out", "--fresh")
+    assert f"from process {os.getpid()} on" in f"{stop.value.code}"
+    assert stored("out") == before
+    benchmark("--output", "out", "--fresh")
+
+
+def test_a_damaged_result_is_made_anew_and_said(workplace, caplog):
+    benchmark("--output", "out")
+    before = stored("out")
+    path = next(Path("out/results").glob("part_2-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:20])
+    with caplog.at_level("WARNING"):
+        benchmark("--output", "out")
+    assert "part_2" in caplog.text
+    assert "is damaged, and made anew" in caplog.text
+    assert stored("out") == before

@@ -1,0 +1,121 @@
+"""Leases: one owner at a time, and the end of dead ones."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from mfm_lightning.utils.leases import BEATS, Leases, alone
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_one_has_a_piece_until_it_gives_it_back(tmp_path):
+    ours, theirs = Leases(tmp_path / "claims", device="cuda:3"), Leases(tmp_path / "claims")
+    with ours.claim("a") as lease:
+        assert lease.is_held
+        assert theirs.claim("a") is None
+        assert theirs.claim("b") is not None
+        holder = theirs.holders()["a"]
+        assert (holder.process, holder.device, holder.generation) == (os.getpid(), "cuda:3", 0)
+        assert not holder.is_gone
+        assert theirs.claimed() == {"a", "b"}
+    assert not lease.is_held
+    assert theirs.claim("a").generation == 0
+    assert ours.claim("a") is None
+
+
+def test_a_lease_lapses_for_who_watched_it_for_its_length(tmp_path):
+    clock = Clock()
+    ours, theirs, third = (Leases(tmp_path, 100.0, clock=clock) for _ in range(3))
+    lease = ours.claim("a")
+    # another machine's: whether the process is there cannot be told from here
+    path = ours.path("a")
+    path.write_text(
+        path.read_text().replace(f'"process": {os.getpid()}', '"process": 1').replace('"birth"', '"birth_"')
+    )
+    assert theirs.claim("a") is None  # from here on it is watched
+    clock.now = 99.0
+    assert theirs.claim("a") is None
+    assert third.claim("a") is None  # begins to watch late
+    os.utime(path, (5, 5))  # a sign
+    clock.now = 101.0
+    assert theirs.claim("a") is None
+    clock.now = 205.0
+    taken = theirs.claim("a")
+    assert taken.generation == 1
+    assert taken.is_held
+    assert not lease.is_held
+    assert third.claim("a") is None
+    lease.release()  # by the one that had it: the taker keeps it
+    assert taken.is_held
+    assert ours.claim("a") is None
+    taken.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_its_owner_was_killed_writing_lapses_too(tmp_path):
+    clock = Clock()
+    leases = Leases(tmp_path, 100.0, clock=clock)
+    leases.path("a").touch()
+    assert leases.claim("a") is None
+    clock.now = 101.0
+    assert leases.claim("a").generation == 1
+
+
+def _hold(folder, held, end):
+    with Leases(folder).claim("a"):
+        held.set()
+        end.wait()
+
+
+@pytest.mark.parametrize("collected", [False, True])  # a zombie, which nobody has waited for, is dead, too
+def test_of_a_process_of_this_machine_that_was_killed_it_lapses_at_once(tmp_path, collected):
+    context = multiprocessing.get_context("fork")
+    held, end = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, held, end))
+    process.start()
+    assert held.wait(30)
+    leases = Leases(tmp_path)
+    assert leases.claim("a") is None
+    os.kill(process.pid, signal.SIGKILL)
+    if collected:
+        process.join()
+    deadline = time.monotonic() + 30
+    while (lease := leases.claim("a")) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert lease.generation == 1
+    process.join()
+
+
+def test_what_is_held_gives_signs(tmp_path):
+    leases = Leases(tmp_path, seconds=0.4)
+    with leases.claim("a"):
+        os.utime(leases.path("a"), (5, 5))
+        deadline = time.monotonic() + 30
+        while leases.holders()["a"].seen == 5 and time.monotonic() < deadline:
+            time.sleep(0.4 / BEATS)
+        assert leases.holders()["a"].seen > 5
+
+
+def test_what_one_does_the_others_wait_for(tmp_path):
+    mark, begun = tmp_path / "done", []
+    for _ in alone(Leases(tmp_path / "claims"), "fit", mark.exists):
+        begun.append(1)
+        mark.touch()
+    for _ in alone(Leases(tmp_path / "claims"), "fit", mark.exists):
+        begun.append(2)
+    assert begun == [1]
+
+
+def test_a_length_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="above 0"):
+        Leases(tmp_path, 0.0)
