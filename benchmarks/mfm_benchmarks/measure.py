@@ -44,6 +44,7 @@ def measure(
     batch_size: int | None = None,
     quality: Quality | None = None,
     each: int = 1,
+    rows: range | None = None,
 ) -> Outcome:
     """Samples of a method, with what they cost and what they are worth.
 
@@ -56,6 +57,7 @@ def measure(
         batch_size: samples at once; all where None. The samples do not depend on it, but for the rounding of sums.
         quality: features to keep.
         each: samples that the method makes of each noise.
+        rows: of x0, that samples are made of; all where None. They are the same whichever others are made.
 
     Returns:
         numbers: `network` and `reward` evaluations a sample, `nfe` their sum; tensors: `rewards` `(B,)`, `states`,
@@ -63,15 +65,16 @@ def measure(
         look-aheads, where the method has them.
     """
     meter, states, best, method = Meter(), [], [], looking_ahead(method)
-    for rows in torch.arange(len(x0)).split(batch_size or len(x0)):
-        part = target.take(rows)
+    chosen = torch.arange(len(x0)) if rows is None else torch.tensor(rows)
+    for batch in chosen.split(batch_size or len(chosen)):
+        part = target.take(batch)
         part.meter = meter
-        result = method(part, x0[rows], sample_generators((seed, 1), rows.tolist()))
-        if len(result.states) != each * len(rows):
-            raise ValueError(f"{len(result.states)} samples for {len(rows)}: a suite compares {each} for each noise")
+        result = method(part, x0[batch], sample_generators((seed, 1), batch.tolist()))
+        if len(result.states) != each * len(batch):
+            raise ValueError(f"{len(result.states)} samples for {len(batch)}: a suite compares {each} for each noise")
         states.append(result.states)
         best += [] if result.best_states is None else [result.best_states]
-    found = torch.cat(states)
+    found, target = torch.cat(states), target.take(chosen)
     outcome = judge(target.expand(found), found, quality)
     network, reward = meter.network / len(found), meter.reward / len(found)
     outcome.numbers = {"network": network, "reward": reward, "nfe": network + reward}

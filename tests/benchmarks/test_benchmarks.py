@@ -22,10 +22,11 @@ from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import Cell, Outcome, Suite, suites
 from mfm_benchmarks.suites.alignment import AlignmentSuite, RewardSettings
-from mfm_lightning.alignment import DrawGradient, Steering, Target, TimeGrid
+from mfm_lightning.alignment import DrawGradient, FeynmanKac, Search, Steering, Target, TimeGrid
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.checkpoints import save_model
 from mfm_lightning.commands.main import main
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
@@ -365,16 +366,8 @@ class TinyQuality(Quality):
         return {"tiny": 1}
 
 
-@pytest.mark.slow
-def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("diffusers")
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    with pytest.raises(SystemExit, match="imagenet256 cannot run") as error:
-        benchmark("imagenet256")
-    files = ["model.file", "decoder.path", "quality.weights", "quality.reference", "fid.weights", "fid.reference"]
-    for what in (*files, "rewards, HPSv2", "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"):
-        assert what in str(error.value)
+def tiny_imagenet(tmp_path):
+    """The packaged config in `small.yaml`, with weights of a tiny size where it looks for them; its settings."""
     small_vae(tmp_path / "checkpoints/sd-vae-ft-mse", blocks=2)
     network = DiT(8, 4, 4, 16, 2, 2, 1, num_classes=1000, guidance_scales=(2.5,))
     save_model(model(network), _folder(tmp_path / "checkpoints/imagenet256") / "mfm_xl2.safetensors")
@@ -383,7 +376,7 @@ def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path,
     zoo = tiny_rewards(tmp_path / "rewards")
     for reward in settings["rewards"].values():  # the config's own, but for their size
         reward["reward"] = {"name": reward["reward"], **zoo[reward["reward"]]}
-    settings |= {"num_samples": 4, "scales": [1.0], "best_of_n": {"numbers": [1, 3], "steps": 2}}
+    settings |= {"num_samples": 4, "block": 3, "scales": [1.0], "best_of_n": {"numbers": [1, 3], "steps": 2}}
     settings["samples"] = {"num_samples": 20, "steps": [1, 2], "batch_size": 8, "chunk": 12}
     for name, method in settings["methods"].items():
         arguments = method["method"]["init_args"]
@@ -394,6 +387,20 @@ def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path,
         method["sweep"] = {key: values[:1] for key, values in method.get("sweep", {}).items()}
         assert name
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
+    return settings
+
+
+@pytest.mark.slow
+def test_imagenet_suite_says_what_is_missing_and_runs_when_it_is_there(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    with pytest.raises(SystemExit, match="imagenet256 cannot run") as error:
+        benchmark("imagenet256")
+    files = ["model.file", "decoder.path", "quality.weights", "quality.reference", "fid.weights", "fid.reference"]
+    for what in (*files, "rewards, HPSv2", "hf download xswu/HPSv2 HPS_v2.1_compressed.pt"):
+        assert what in str(error.value)
+    settings = tiny_imagenet(tmp_path)
     benchmark("imagenet256", "--config", "small.yaml", "--output", "out")
     quality = rows(tmp_path / "out", "sample_quality")
     assert [(r["samples"], r["number"]) for r in quality] == [("MFM, 1 step", "20"), ("MFM, 2 steps", "20")]
@@ -490,3 +497,17 @@ def test_the_best_look_aheads_stand_beside_the_samples_at_no_further_cost():
     assert torch.allclose(found.tensors["best_rewards"], -((by_hand.best_states - 1) ** 2).sum(dim=1))
     assert found.numbers["nfe"] == by_hand.nfe.total / 4 == 3 * (1 + 4 * 2)
     assert "best_rewards" not in measure(Steering(strength=0.0, grid=TimeGrid(3)), target, x0, seed=0).tensors
+
+
+@pytest.mark.parametrize(
+    "method", [Steering(DrawGradient(2), TimeGrid(3), clip=1.0), Search(2, 2, 3), FeynmanKac(num_particles=3, grid=TimeGrid(3))]
+)
+def test_samples_are_the_same_whichever_others_a_cell_computes(method):
+    one, x0 = model(MLP(2, 8, 1, num_classes=5)), torch.randn(5, 2)
+    target = Target(one, lambda x: -((x - 1) ** 2).sum(dim=1), conditions=Conditions(label=torch.arange(5)))
+    whole = measure(method, target, x0, seed=3)
+    parts = [measure(method, target, x0, seed=3, rows=rows) for rows in (range(2), range(2, 5))]
+    for name in ("states", "rewards"):
+        together = torch.cat([part.tensors[name] for part in parts])
+        torch.testing.assert_close(together, whole.tensors[name], rtol=1e-5, atol=1e-6)
+    assert parts[0].numbers["nfe"] == parts[1].numbers["nfe"] == whole.numbers["nfe"]

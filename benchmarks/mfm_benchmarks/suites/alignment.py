@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfm_benchmarks.blocks import Block, Text
 from mfm_benchmarks.fitting import Fit
-from mfm_benchmarks.measure import measure, noise
+from mfm_benchmarks.measure import SHOWN, measure, noise
 from mfm_benchmarks.methods import MethodSettings, Point, job, points
 from mfm_benchmarks.models import ModelSettings, Subject
 from mfm_benchmarks.parts.best_of_n import BestOfNPool
@@ -64,6 +64,7 @@ class AlignmentSuite(Suite):
         quality: features for the Fréchet distance; without, there is none.
         frechet_limit: the headline takes settings whose Fréchet distance is at most so many times Best-of-N's.
         batch_size: samples of a method at once.
+        block: samples of a method's run in a cell: what a process that dies may lose; all of them where None.
         quick_samples: num_samples of --quick, which compares with a smaller pool and has few settings.
     """
 
@@ -87,12 +88,16 @@ class AlignmentSuite(Suite):
         frechet_limit: float = 1.5,
         batch_size: int | None = None,
         quick_samples: int = 128,
+        block: int | None = None,
     ) -> None:
         self.model, self.rewards, self.methods = model, dict(rewards), dict(methods)
         self.best_of_n, self.scales = best_of_n or BestOfNPool(), list(scales)
         self.num_samples, self.seeds, self.quality = num_samples, list(seeds), quality
         self.frechet_limit, self.batch_size, self.quick_samples = frechet_limit, batch_size, quick_samples
+        self.block = block
         self._skipped: dict[str, str] = {}
+        if block is not None and block < 1:
+            raise ValueError(f"block {block} must be at least 1")
         if not self.rewards or not self.scales or not self.seeds or min(num_samples, quick_samples) < 2:
             raise ValueError("a comparison needs at least one reward, one scale, one seed and two samples")
         if any(reward.scale <= 0 for reward in self.rewards.values()) or any(scale <= 0 for scale in self.scales):
@@ -187,10 +192,20 @@ class AlignmentSuite(Suite):
             method = self._methods.get(point)
             scales = self.scales if method is None or method.uses_reward_scale else [None]
             for scale in scales:
-                cells = [self._run_cell(seed, reward, scale, point) for seed in self.seeds]
+                cells = [
+                    self._run_cell(seed, reward, scale, point, rows) for seed in self.seeds for rows in self._blocks()
+                ]
                 self._runs[point, reward, scale] = cells
                 found += cells
         return found
+
+    def _blocks(self) -> list[range | None]:
+        """The samples of each cell of a run; None for all."""
+        if self.block is None or self.block >= self.num_samples:
+            return [None]
+        return [
+            range(begin, min(begin + self.block, self.num_samples)) for begin in range(0, self.num_samples, self.block)
+        ]
 
     def _suits(self, point: Point, reward: str) -> bool:
         try:
@@ -215,7 +230,7 @@ class AlignmentSuite(Suite):
 
         return Cell(f"{BEST}, {reward}, seed {seed}", identity, compute, pool)
 
-    def _run_cell(self, seed: int, reward: str, scale: float | None, point: Point) -> Cell:
+    def _run_cell(self, seed: int, reward: str, scale: float | None, point: Point, rows: range | None) -> Cell:
         words = "" if scale is None else f", λ = {scale:g}"
         factor = self.rewards[reward].scale * (1.0 if scale is None else scale)
         fit = self._job(point, reward, factor)
@@ -225,9 +240,12 @@ class AlignmentSuite(Suite):
             "fit": fit and fit.identity(),
         }  # fmt: skip
         name = f"{point.name}, {reward}{words}, seed {seed}"
-        return Cell(name, identity, lambda: self._run(seed, reward, factor, point, fit), fit=fit)
+        if rows is not None:
+            identity["rows"] = [rows.start, rows.stop]
+            name = f"{name}, samples {rows.start + 1} to {rows.stop}"
+        return Cell(name, identity, lambda: self._run(seed, reward, factor, point, fit, rows), fit=fit)
 
-    def _run(self, seed: int, reward: str, factor: float, point: Point, fit: Fit | None) -> Outcome:
+    def _run(self, seed: int, reward: str, factor: float, point: Point, fit: Fit | None, rows: range | None) -> Outcome:
         if fit is None:
             method = self._methods[point]
         else:
@@ -235,7 +253,7 @@ class AlignmentSuite(Suite):
             method.check(self._loaded[reward].reward)
         target = self._subject.target(self._loaded[reward], self.num_samples, factor)
         x0 = noise(self.num_samples, self._subject.state_shape, seed, self.device)
-        return measure(method, target, x0, seed, self.batch_size, self.quality)
+        return measure(method, target, x0, seed, self.batch_size, self.quality, rows=rows)
 
     def _job(self, point: Point, reward: str, factor: float) -> Fit | None:
         if point.fit is None:
@@ -264,7 +282,8 @@ class AlignmentSuite(Suite):
         for (point, name, scale), cells in self._runs.items():
             if name != reward or (outcomes := results.all(cells)) is None:
                 continue
-            nfe = sum(o.numbers["nfe"] for o in outcomes) / len(outcomes)
+            sizes = [len(o.tensors["rewards"]) for o in outcomes]
+            nfe = sum(size * o.numbers["nfe"] for size, o in zip(sizes, outcomes, strict=True)) / sum(sizes)
             entry = self._entry(reward, point.method, point.label, scale, nfe, [o.tensors for o in outcomes])
             entry.trained = point.fit is not None
             yield entry
@@ -287,7 +306,7 @@ class AlignmentSuite(Suite):
         frechet = None
         if self._real is not None:
             frechet = resampled(frechet_of_features, together("features"), self._real)
-        entry = Entry(method, label, scale, nfe, reward, frechet, diversity, parts[0]["images"])
+        entry = Entry(method, label, scale, nfe, reward, frechet, diversity, together("images")[:SHOWN])
         if all("best_rewards" in part for part in parts):
             entry.best = mean_of(together("best_rewards"))
         if (wanted := self.rewards[aim].shares) and isinstance(self.quality, ClassifierQuality):

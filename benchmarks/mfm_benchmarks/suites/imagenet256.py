@@ -43,9 +43,20 @@ class ImageNetSuite(AlignmentSuite):
         seeds: Sequence[int] = (0,),
         frechet_limit: float = 1.5,
         batch_size: int | None = None,
+        block: int | None = None,
     ) -> None:
         super().__init__(
-            model, rewards, methods, best_of_n, scales, num_samples, seeds, quality, frechet_limit, batch_size
+            model,
+            rewards,
+            methods,
+            best_of_n,
+            scales,
+            num_samples,
+            seeds,
+            quality,
+            frechet_limit,
+            batch_size,
+            block=block,
         )
         if model.decoder is None:
             raise ValueError("model.decoder: give one, for rewards look at images")
