@@ -49,7 +49,7 @@ class Operations:
 
 
 def worker(folder: Path, pieces: list[Piece], seconds: float, lease: float) -> dict[str, Any]:
-    """One process's part: how many cells it did, how long it ran, and its operations on files."""
+    """One process's part: how many cells it did, seconds to the last one, of its processor, and operations on files."""
     operations, done, begin = Operations(folder), 0, time.monotonic()
     last = begin
 
@@ -62,7 +62,7 @@ def worker(folder: Path, pieces: list[Piece], seconds: float, lease: float) -> d
             done, last = done + 1, time.monotonic()
 
     share(pieces, Board(folder), Leases(folder / "claims", lease), do)
-    return {"done": done, "seconds": last - begin, "operations": operations.counts}
+    return {"done": done, "seconds": last - begin, "cpu": time.process_time(), "operations": operations.counts}
 
 
 def simulate(folder: Path, processes: int, cells: int, seconds: float, lease: float = 120.0) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def simulate(folder: Path, processes: int, cells: int, seconds: float, lease: fl
     return {
         "processes": processes, "cells": len(list(folder.glob("cell-*.json"))), "done": done, "failed": failed,
         "wall": took, "overhead": busy / (done * seconds) - 1 if done else float("nan"),
-        "left": len(list((folder / "claims").glob("*"))),
+        "cpu": sum(one["cpu"] for one in found) / cells, "left": len(list((folder / "claims").glob("*.lease"))),
         "operations": {kind: round(number / cells, 2) for kind, number in counts.most_common()},
     }  # fmt: skip
 
@@ -103,14 +103,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="that a cell takes")
     parser.add_argument("--folder", type=Path, default=None, help="on the file system that is asked about")
     given = parser.parse_args()
-    print("processes  cells  twice  wall [s]  overhead  operations on files a cell")
+    print("processes  cells  twice  wall [s]  overhead  CPU a cell  operations on files a cell")
     for processes in given.processes:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             found = simulate(Path(folder) / "results", processes, given.cells or 4 * processes, given.seconds)
         kinds = ", ".join(f"{kind} {number:g}" for kind, number in found["operations"].items())
         print(
             f"{processes:9d}  {found['cells']:5d}  {found['done'] - found['cells']:5d}  {found['wall']:8.1f}  "
-            f"{found['overhead']:8.2%}  {kinds}",
+            f"{found['overhead']:8.2%}  {found['cpu'] * 1e3:7.2f} ms  {kinds}",
             flush=True,
         )
 

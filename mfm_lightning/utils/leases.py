@@ -1,9 +1,10 @@
 """Leases: which of many processes does which piece of work, told by files in a folder that all of them see.
 
-A piece is claimed by making a file that must not be there yet, which is one step on every file system (NFS, too). Its
-owner touches the file again and again. When it does no more, being dead or cut off, the lease lapses, and another
-process takes the piece over by making the file of the next generation: of several that try, one succeeds. No clocks of
-different machines are compared: a lease has lapsed for who has watched it for its whole length, by a clock of its own.
+A piece is claimed by giving a file of the process's own a second name, which must not be there yet: one step, on NFS,
+too, after which the file says who has the piece. Its owner touches the file again and again. When it does no more,
+being dead or cut off, the lease lapses, and another process takes the piece over by the name of the next generation: of
+several that try, one succeeds. No clocks of different machines are compared: a lease has lapsed for who has watched it
+for its whole length, by a clock of its own.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import socket
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-SUFFIX = ".lease"
+SUFFIX, PROCESS = ".lease", ".process"
+SIZE = 1024  # bytes of a process's file, which is written over in one go
 BEATS = 8  # signs in the length of a lease: NFS may show one up to a minute late
 
 
@@ -29,12 +32,12 @@ class Holder:
     """Who has a lease.
 
     Attributes:
-        token: of this lease alone.
+        token: of this process and folder alone.
         host, process: where it runs, and its number there.
         machine: tells hosts, containers and boots apart; empty where the system does not.
         birth: tells the process from a later one of the same number; empty where the system does not.
         device: that it computes on.
-        begun: seconds since 1970, by its clock.
+        begun: when, in seconds since 1970, by its clock.
         seen: the same, of its last sign, by the file system's clock.
         generation: how many had the piece before and gave no sign any more.
     """
@@ -76,8 +79,8 @@ def birth(process: int) -> str:
 class Lease:
     """A piece of work that is this process's, until `release`, the end of the `with` block, or a lapse."""
 
-    def __init__(self, leases: Leases, name: str, holder: Holder) -> None:
-        self._leases, self.name, self.token, self.generation = leases, name, holder.token, holder.generation
+    def __init__(self, leases: Leases, name: str, token: str, generation: int) -> None:
+        self._leases, self.name, self.token, self.generation = leases, name, token, generation
 
     @property
     def is_held(self) -> bool:
@@ -122,6 +125,7 @@ class Leases:
         self.folder, self.seconds, self.device = Path(folder), seconds, device
         self._clock, self._watched = clock, {}
         self._held: dict[Path, Lease] = {}
+        self._own: _ProcessFile | None = None
         self._guard, self._beat = threading.Lock(), threading.Event()
         self._heart: threading.Thread | None = None
 
@@ -137,34 +141,28 @@ class Leases:
         Args:
             take_over: also one that has lapsed; that costs a look at who has it.
         """
-        generation = 0
-        while True:
-            holder = Holder(
-                uuid.uuid4().hex, socket.gethostname(), os.getpid(), machine(), birth(os.getpid()), self.device,
-                time.time(), generation=generation,
-            )  # fmt: skip
-            if self._make(self.path(name, generation), holder):
-                lease = Lease(self, name, holder)
-                with self._guard:
-                    self._held[self.path(name, generation)] = lease
-                self._start()
-                return lease
+        generation, own, dead = 0, self._process(), ""
+        if not self._held:
+            own.write(self.device)
+        while not own.name_also(self.path(name, generation)):
             if not take_over or not self._has_lapsed(name, generation):
                 return None
-            generation += 1
+            holder = self.holder(name, generation)
+            generation, dead = generation + 1, "" if holder is None else holder.token
+        lease = Lease(self, name, own.token, generation)
+        with self._guard:
+            self._held[self.path(name, generation)] = lease
+        self._start()
+        if dead:
+            (self.folder / f"{dead}{PROCESS}").unlink(missing_ok=True)
+        return lease
 
-    def _make(self, path: Path, holder: Holder) -> bool:
-        while True:
-            try:
-                file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-                break
-            except FileExistsError:
-                return False
-            except FileNotFoundError:
-                self.folder.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(file, "w") as opened:
-            json.dump(asdict(holder), opened)
-        return True
+    def _process(self) -> _ProcessFile:
+        # after a fork the file is the parent's; it is gone where others took us for dead
+        if self._own is None or self._own.process != os.getpid() or not self._own.is_there:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._own = _ProcessFile(self.folder, self.device)
+        return self._own
 
     def holder(self, name: str, generation: int) -> Holder | None:
         """Who has, or had, the lease of this generation; None if there is none."""
@@ -174,8 +172,8 @@ class Leases:
         except FileNotFoundError:
             return None
         try:
-            return Holder(**{**json.loads(text), "seen": seen})
-        except (ValueError, TypeError):  # its owner was killed while it wrote, or is about to
+            return Holder(**{**json.loads(text), "seen": seen, "generation": generation})
+        except (ValueError, TypeError):  # it is being written, by who has no links
             return Holder(seen=seen, generation=generation)
 
     def _has_lapsed(self, name: str, generation: int) -> bool:
@@ -228,19 +226,74 @@ class Leases:
     def _start(self) -> None:
         with self._guard:
             if self._heart is None or not self._heart.is_alive():
-                self._heart = threading.Thread(target=self._signs, name="leases", daemon=True)
+                given = (weakref.ref(self), self._beat, self.seconds / BEATS)
+                self._heart = threading.Thread(target=_signs, args=given, name="leases", daemon=True)
                 self._heart.start()
 
-    def _signs(self) -> None:
-        while not self._beat.wait(self.seconds / BEATS):
-            with self._guard:
-                held = list(self._held)
-                if not held:
-                    self._heart = None
-                    return
-            for path in held:
-                with contextlib.suppress(OSError):  # taken over, or a file system that is away for a moment
-                    os.utime(path)
+    def sign(self) -> bool:
+        """Give a sign of all that is held; False where that is nothing."""
+        with self._guard:
+            held = list(self._held)
+            if not held:
+                self._heart = None
+        for path in held:
+            with contextlib.suppress(OSError):  # taken over, or a file system that is away for a moment
+                os.utime(path)
+        return bool(held)
+
+
+def _signs(leases: weakref.ref[Leases], end: threading.Event, every: float) -> None:
+    while not end.wait(every):
+        if (one := leases()) is None or not one.sign():
+            return
+        del one
+
+
+class _ProcessFile:
+    """What this process says of itself, in a file that gets a second name for each piece that it has."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.token, self.process = uuid.uuid4().hex, os.getpid()
+        self._path, self._links = folder / f"{self.token}{PROCESS}", True
+        self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        self._text = self.write(device)
+        weakref.finalize(self, _forget, self._path, self._file, self.process)
+
+    @property
+    def is_there(self) -> bool:
+        return self._path.exists()
+
+    def write(self, device: str) -> bytes:
+        """That it begins something now."""
+        own = os.getpid()
+        holder = Holder(self.token, socket.gethostname(), own, machine(), birth(own), device, time.time())
+        self._text = json.dumps(asdict(holder)).encode().ljust(SIZE)
+        os.pwrite(self._file, self._text, 0)
+        return self._text
+
+    def name_also(self, path: Path) -> bool:
+        """Give the file another name; False where there is a file of that name."""
+        try:
+            if self._links:
+                try:
+                    os.link(self._path, path)
+                    return True
+                except (NotImplementedError, OSError) as error:
+                    if isinstance(error, FileExistsError | FileNotFoundError):
+                        raise
+                    self._links = False  # a file system without them: a file of its own, made and then written
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as file:
+                file.write(self._text)
+            return True
+        except FileExistsError:
+            return False
+
+
+def _forget(path: Path, file: int, process: int) -> None:
+    if os.getpid() == process:
+        os.close(file)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def alone(leases: Leases, name: str, is_done: Callable[[], bool], wait: float = 1.0) -> Iterator[Lease]:

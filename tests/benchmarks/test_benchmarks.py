@@ -500,7 +500,8 @@ def test_the_best_look_aheads_stand_beside_the_samples_at_no_further_cost():
 
 
 @pytest.mark.parametrize(
-    "method", [Steering(DrawGradient(2), TimeGrid(3), clip=1.0), Search(2, 2, 3), FeynmanKac(num_particles=3, grid=TimeGrid(3))]
+    "method",
+    [Steering(DrawGradient(2), TimeGrid(3), clip=1.0), Search(2, 2, 3), FeynmanKac(num_particles=3, grid=TimeGrid(3))],
 )
 def test_samples_are_the_same_whichever_others_a_cell_computes(method):
     one, x0 = model(MLP(2, 8, 1, num_classes=5)), torch.randn(5, 2)

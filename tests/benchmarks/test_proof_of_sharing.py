@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mfm_benchmarks.progress import read_status
 from mfm_lightning.checkpoints import save_model
+from mfm_lightning.metrics.classifier import SmallClassifier
 from mfm_lightning.networks import DiT
 from tests.benchmarks.test_benchmarks import ROOT, model, tiny_imagenet
 from tests.benchmarks.test_mnist_suite import tiny_settings
@@ -32,8 +34,20 @@ def digits(folder):
     return ["alignment", "--quick", "--num_samples", "16"]
 
 
+class SameClassifier(SmallClassifier):
+    """The same weights in each process."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            super().__init__(1, 28, 10)
+
+
 def mnist(folder):
     tiny_settings(folder)
+    settings = yaml.safe_load((folder / "mnist.yaml").read_text())
+    settings["reward"]["classifier"] = {"class_path": f"{__name__}.SameClassifier"}
+    (folder / "mnist.yaml").write_text(yaml.safe_dump(settings))
     return ["mnist", "--config", "mnist.yaml"]
 
 

@@ -1,5 +1,7 @@
 """Leases: one owner at a time, and the end of dead ones."""
 
+import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -7,7 +9,7 @@ import time
 
 import pytest
 
-from mfm_lightning.utils.leases import BEATS, Leases, alone
+from mfm_lightning.utils.leases import BEATS, Leases, alone, machine
 
 
 class Clock:
@@ -39,9 +41,7 @@ def test_a_lease_lapses_for_who_watched_it_for_its_length(tmp_path):
     lease = ours.claim("a")
     # another machine's: whether the process is there cannot be told from here
     path = ours.path("a")
-    path.write_text(
-        path.read_text().replace(f'"process": {os.getpid()}', '"process": 1').replace('"birth"', '"birth_"')
-    )
+    path.write_text(path.read_text().replace(f'"machine": "{machine()}"', '"machine": "another"'))
     assert theirs.claim("a") is None  # from here on it is watched
     clock.now = 99.0
     assert theirs.claim("a") is None
@@ -59,7 +59,23 @@ def test_a_lease_lapses_for_who_watched_it_for_its_length(tmp_path):
     assert taken.is_held
     assert ours.claim("a") is None
     taken.release()
+    assert not list(tmp_path.glob("*.lease"))
+    del ours, theirs, third, lease, taken
+    gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_without_links_a_file_is_made_for_each_claim(tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    monkeypatch.setattr(os, "link", none)
+    ours, theirs = Leases(tmp_path), Leases(tmp_path)
+    with ours.claim("a") as lease:
+        assert theirs.claim("a") is None
+        assert lease.is_held
+        assert theirs.holders()["a"].process == os.getpid()
+    assert theirs.claim("a") is not None
 
 
 def test_a_file_that_its_owner_was_killed_writing_lapses_too(tmp_path):
