@@ -152,7 +152,7 @@ class _Work:
         needed = [store.load(need) for need in cell.needs]
         if lost := [need.name for need, outcome in zip(cell.needs, needed, strict=True) if outcome is None]:
             raise ValueError(f"the stored result of {lost[0]} cannot be read: run again, which makes it anew")
-        with self._alone_on_the_machine():
+        with self._alone_on_the_machine(cell):
             # whatever a cell takes from the global generator is its own, whoever computes it and in which order
             torch.manual_seed(int(hashlib.sha256(piece.key.encode()).hexdigest()[:15], 16))
             try:
@@ -179,9 +179,9 @@ class _Work:
             self._bar.start()
 
     @contextmanager
-    def _alone_on_the_machine(self) -> Iterator[None]:
-        """Suites that measure time: one cell at a time on a machine."""
-        if not self.suite.measures_time:
+    def _alone_on_the_machine(self, cell: Cell) -> Iterator[None]:
+        """Where a cell measures time: one of them at a time on a machine."""
+        if not cell.alone:
             yield
             return
         for _ in alone(self.leases, f"timing-on-{os.uname().nodename}", lambda: False, wait=0.2):

@@ -41,6 +41,7 @@ class Cell:
         compute: called with the outcomes of `needs`, in their order.
         needs: cells that must be there first.
         fit: a job that is run first, unless its file is there.
+        alone: it measures time: of such cells one is computed at a time on a machine, however many processes there are.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Cell:
     compute: Callable[..., Outcome]
     needs: tuple[Cell, ...] = ()
     fit: Fit | None = None
+    alone: bool = False
 
 
 class Results:
@@ -108,7 +110,6 @@ class Suite(ABC):
         title, about, intervals: of the report's page; the last says what its intervals are.
         device, output: set before any method is called; `output` is the folder of results and report.
         skipped: what was left out on purpose, and why, for the report.
-        measures_time: cells of such a suite are computed one at a time on a machine, however many processes there are.
     """
 
     name: ClassVar[str] = ""
@@ -119,7 +120,6 @@ class Suite(ABC):
         "“Higher” or “lower” is said only where the interval of the paired difference leaves out zero. Intervals are "
         "of one comparison each; what has the fewest evaluations is decided for all settings at once."
     )
-    measures_time: ClassVar[bool] = False
     device: torch.device = torch.device("cpu")
     output: Path = Path("outputs/benchmarks")
 

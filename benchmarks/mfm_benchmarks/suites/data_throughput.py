@@ -43,7 +43,6 @@ class DataThroughputSuite(Suite):
     """
 
     name = "data-throughput"
-    measures_time = True
     title = "Reading sharded latents"
     about = (
         "Samples a second of LatentShards (shuffled, flipped, drawn from the moments, in batches) by number of "
@@ -86,8 +85,8 @@ class DataThroughputSuite(Suite):
             "torch": torch.__version__,
         }  # fmt: skip
         self._cells = {
-            **({DISK: Cell(DISK, {**identity, "from": "disk"}, self._from_disk)} if can_drop() else {}),
-            CACHED: Cell(CACHED, identity, self._cached),
+            **({DISK: Cell(DISK, {**identity, "from": "disk"}, self._from_disk, alone=True)} if can_drop() else {}),
+            CACHED: Cell(CACHED, identity, self._cached, alone=True),
         }
         return list(self._cells.values())
 

@@ -37,7 +37,6 @@ class TrainingSpeedSuite(Suite):
     """
 
     name = "training-speed"
-    measures_time = True
     title = "Speed of training steps"
     about = (
         "Time and memory of a training step by how the tangent is computed and what the terms share, each against the "
@@ -89,6 +88,7 @@ class TrainingSpeedSuite(Suite):
                 f"{size} {precision} batch {batch}",
                 {**self._shared(size), "batch": batch, "precision": precision, "variants": repr(self._variants)},
                 partial(self._compute, size, batch, precision),
+                alone=True,
             )
             for size, batch, precision in self._chosen
         }
