@@ -18,7 +18,10 @@ from mfm_lightning.utils.configs import check_keys
 
 
 def load_yaml(text: str) -> Any:
-    """As jsonargparse reads YAML, refusing what would lose a part (`check_keys`)."""
+    """As jsonargparse reads YAML, refusing what would lose a part (`check_keys`); `None` is null, for so jsonargparse
+    writes it when it hands `--model.optimization.final_learning_rate null` on to the class inside."""
+    if text.strip() == "None":
+        return None
     check_keys(text)
     return yaml_load(text)
 

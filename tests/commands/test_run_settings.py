@@ -186,3 +186,14 @@ def test_help_of_the_demo_runs_nothing(tmp_path, monkeypatch, capsys):
     run(["demo", "--help"])
     assert "Usage: mfm demo" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("null", ["null", "None"])
+def test_null_reaches_a_setting_inside_of_the_models_settings(tmp_path, monkeypatch, null):
+    """jsonargparse hands it on to the class inside as the text None."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MFMCLI, "_run_subcommand", lambda self, subcommand: None)
+    config = str(ROOT / "configs/gmm/mfm.yaml")
+    made = run(["fit", "--config", config, "--model.optimization.final_learning_rate", null])
+    assert made.model.optimization.final_learning_rate is None
+    assert run(["fit", "--config", config]).model.optimization.final_learning_rate == 1e-5

@@ -1,0 +1,259 @@
+"""Training recipes by the time until draws are good: distance to reference draws against wall time and samples seen."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from mfm_benchmarks import plots
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
+from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.parts.reference_draws import ReferenceDraws
+from mfm_benchmarks.spec import Spec
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_lightning.checkpoints import is_there, load_model
+from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs
+
+WARM_UP, TIMED_STEPS = 20, 120  # steps of a run that times steps
+
+
+@dataclass
+class Recipe:
+    """A way to train, as changes of the suite's config.
+
+    Args:
+        options: dotted keys of the config and their values.
+        quick: whether --quick has it.
+        about: a word on it for the table.
+    """
+
+    options: Spec = field(default_factory=lambda: Spec({}))
+    quick: bool = False
+    about: str = ""
+
+
+class TrainingRecipesSuite(Suite):
+    """Each recipe is trained anew for each number of steps and seed, so that its schedule ends there, and judged by the
+    sliced W2 of one-step posterior draws to reference draws. Steps are timed apart, in turns, in one process.
+
+    Args:
+        config: of `mfm fit`; the recipes change it.
+        recipes: by the names of the report; the first is the reference.
+        draws: what draws are compared with.
+        steps: numbers of optimiser steps of the reference; other recipes take as many.
+        seeds: of the trainings.
+        fits: jobs that make what the config needs, by the file that each writes.
+        rounds: how often the steps of each recipe are timed, all in turns.
+    """
+
+    name = "training-recipes"
+    title = "Training recipes: time until draws are good"
+    about = (
+        "Recipes of training a Meta Flow Map: the distance of one-step posterior draws to reference draws, against the "
+        "samples that training saw and the wall time that it took, all in turns on one machine."
+    )
+    intervals = (
+        "Intervals are of 95 %, Student's t over trainings (seeds), paired by the seed in ratios; times are of steps "
+        "that were measured in turns. Of one seed there is no interval, and nothing is called faster."
+    )
+
+    def __init__(
+        self,
+        config: str,
+        recipes: dict[str, Recipe],
+        draws: ReferenceDraws,
+        steps: Sequence[int] = (1500, 3000, 6000),
+        seeds: Sequence[int] = (0, 1, 2),
+        fits: dict[str, str] | None = None,
+        rounds: int = 3,
+    ) -> None:
+        self.config, self.recipes, self.draws = config, dict(recipes), draws
+        self.steps, self.seeds, self.files, self.rounds = sorted(steps), list(seeds), dict(fits or {}), rounds
+        if not self.recipes or not self.seeds or not self.steps or min(self.steps) <= WARM_UP or rounds < 1:
+            raise ValueError(f"a comparison needs a recipe, a seed, a round, and more than {WARM_UP} steps")
+        self._skipped: dict[str, str] = {}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return self._skipped
+
+    def shrink(self) -> None:
+        self.steps, self.seeds, self.rounds = (
+            [max(WARM_UP + 1, step // 8) for step in self.steps[:2]],
+            self.seeds[:1],
+            1,
+        )
+        self.draws.shrink()
+        first = next(iter(self.recipes))
+        for name in [name for name, recipe in self.recipes.items() if not recipe.quick and name != first]:
+            self._skipped[name] = "is left out of --quick, for its time"
+            del self.recipes[name]
+
+    def missing(self) -> list[str]:
+        return self.draws.missing(made=list(self.files))
+
+    def fits(self) -> list[Fit]:
+        return [Fit(config, file) for file, config in self.files.items() if not is_there(file)]
+
+    def prepare(self) -> None:
+        self.draws.prepare(self.device)
+
+    def cells(self) -> Sequence[Cell]:
+        references = tuple(self.draws.cells())
+        self._timing = Cell("seconds a step", self._of_all(), self._time, alone=True)
+        self._trained: dict[tuple[str, int, int], Cell] = {}
+        for seed, steps, name in itertools.product(self.seeds, self.steps, self.recipes):
+            job = self._job(name, steps, seed)
+            identity = {**self.draws.identity, "fit": job.identity()}
+            compute = partial(self._judge, job.file)
+            self._trained[name, steps, seed] = Cell(
+                f"{name}, {steps} steps, seed {seed}", identity, compute, references, job
+            )
+        return [*references, self._timing, *self._trained.values()]
+
+    def _of_all(self) -> dict[str, Any]:
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 0
+        jobs = [self._job(name, TIMED_STEPS, 0).identity() for name in self.recipes]
+        return {"recipes": json.loads(json.dumps(jobs)), "rounds": self.rounds, "threads": threads}
+
+    def _job(self, name: str, steps: int, seed: int, kind: str = "models") -> Fit:
+        folder = self.output / kind / f"{name.replace(' ', '_').replace('/', '_')}_{steps}_{seed}"
+        options = {
+            "trainer.default_root_dir": str(folder), "trainer.logger": False, "seed_everything": seed,
+            "trainer.max_steps": steps, "trainer.val_check_interval": steps, "trainer.limit_val_batches": 0,
+            **self.recipes[name].options.value,
+        }  # fmt: skip
+        return Fit(self.config, str(folder / "model.safetensors"), options, list(self.files), remember=True)
+
+    def _judge(self, file: str, *references: Outcome) -> Outcome:
+        model = load_model(file).requires_grad_(False).to(self.device).eval()
+        return self.draws.judge(model, references)
+
+    def _time(self) -> Outcome:
+        """Seconds a step and samples of a step, by recipe and round."""
+        seconds: dict[str, list[float]] = {name: [] for name in self.recipes}
+        samples = {}
+        for _ in range(self.rounds):
+            for name in self.recipes:
+                job = self._job(name, TIMED_STEPS, 0, "timing")
+                file = Path(job.file).with_name("step.json")
+                timer = {
+                    "class_path": "mfm_benchmarks.parts.step_timer.StepTimer",
+                    "init_args": {"file": str(file), "first": WARM_UP},
+                }
+                job.options |= {"trainer.callbacks": [timer], "checkpoint.every_n_steps": TIMED_STEPS}
+                job.run(self.device)
+                found = json.loads(file.read_text())
+                seconds[name].append(found["seconds"])
+                samples[name] = found["samples"]
+        return Outcome({"seconds": seconds, "samples": samples})
+
+    # what is made of it
+
+    def report(self, results: Results) -> Sequence[Block]:
+        if self._timing not in results:
+            return [Text("No result", ["Steps were not timed; the messages are above."])]
+        seconds, samples = (results[self._timing].numbers[key] for key in ("seconds", "samples"))
+        first = next(iter(self.recipes))
+        a_step = {name: of_runs(values).value for name, values in seconds.items()}
+        found = {
+            (name, steps): [results[self._trained[name, steps, seed]].numbers["distance"] for seed in self.seeds]
+            for name in self.recipes
+            for steps in self.steps
+            if all(self._trained[name, steps, seed] in results for seed in self.seeds)
+        }
+        if not any(name == first for name, _ in found):
+            return [Text("No result", [f"No training of {first}, which the others are compared with, succeeded."])]
+        rows, gains = [], {}
+        for name in self.recipes:
+            gains[name] = self._time_ratio(name, first, found, a_step)
+            row: dict[str, Any] = {"recipe": name, "what": self.recipes[name].about}
+            row["time of a step"] = ratio_of_runs(seconds[name], seconds[first])
+            for steps in self.steps:
+                if (name, steps) in found:
+                    row[f"distance, {steps} steps"] = of_runs(found[name, steps])
+            row[f"time to the last of {first}"] = gains[name]
+            rows.append(row)
+        caption = (
+            f"{self.draws.words}; {len(self.seeds)} training(s) of each. Time of a step over {first}'s, of "
+            f"{self.rounds} rounds in turns. Time until the distance is what {first} has after {self.steps[-1]} steps, "
+            "over the time of those: by the line through a recipe's own trainings on logarithmic scales, where they "
+            "reach it."
+        )
+        times = self._plot(found, lambda name, steps: steps * a_step[name], "seconds of training steps")
+        seen = self._plot(found, lambda name, steps: steps * samples[name], "samples seen")
+        return [
+            self._headline(gains, first),
+            Picture("time", "Distance by wall time", times, caption),
+            Picture("samples", "Distance by samples seen", seen, caption),
+            self._claims(gains, first),
+            Table("recipes", "All recipes", rows, caption),
+        ]
+
+    def _headline(self, gains: dict[str, Measured | None], first: str) -> Headline:
+        there = {name: gain for name, gain in gains.items() if gain is not None and gain.value < math.inf}
+        if not there:
+            return Headline([("none", f"comes to the distance of {first}")])
+        name = min(there, key=lambda name: there[name].value)
+        return Headline([(f"{there[name].value:.2f} x", f"the time of {first} to the same distance: {name}")])
+
+    def _time_ratio(
+        self, name: str, first: str, found: dict[tuple[str, int], list[float]], a_step: dict[str, float]
+    ) -> Measured | None:
+        """Time to the reference's last distance over the time that it took, by seed; None where a training is lacking,
+        infinite where a recipe does not come to it."""
+        if any((name, steps) not in found for steps in self.steps) or (first, self.steps[-1]) not in found:
+            return None
+        ratios = []
+        for k in range(len(self.seeds)):
+            goal = found[first, self.steps[-1]][k]
+            steps = steps_to(goal, self.steps, [found[name, steps][k] for steps in self.steps])
+            ratios.append(steps * a_step[name] / (self.steps[-1] * a_step[first]))
+        if math.inf in ratios:
+            return Measured(math.inf, torch.empty(0))
+        return ratio_of_runs(ratios, [1.0] * len(ratios))
+
+    def _claims(self, gains: dict[str, Measured | None], first: str) -> Claims:
+        words: dict[str, list[str]] = {"Faster": [], "Slower": [], "Not decided": [], "Does not get there": []}
+        for name, gain in gains.items():
+            if name == first or gain is None:
+                continue
+            if gain.value == math.inf:
+                words["Does not get there"].append(name)
+            else:
+                kind = {-1: "Faster", 1: "Slower", 0: "Not decided"}[gain.side(1.0)]
+                words[kind].append(f"{name} ({gain.text()})")
+        said = [f"{kind}: {', '.join(names)}." for kind, names in words.items() if names]
+        return Claims(f"Time to the last distance of {first}, over its own", said)
+
+    def _plot(self, found: dict[tuple[str, int], list[float]], place: Any, label: str) -> Figure:
+        lines = {
+            name: [(place(name, steps), of_runs(found[name, steps])) for steps in self.steps if (name, steps) in found]
+            for name in self.recipes
+        }
+        return plots.lines({"": lines}, label, self.draws.words.partition(",")[0], yscale="log", size=(9.0, 5.6))
+
+
+def steps_to(goal: float, steps: Sequence[int], distances: Sequence[float]) -> float:
+    """Steps after which a recipe has the distance `goal`, between its trainings by a line on logarithmic scales; beyond
+    the shortest one by the line of the first two, at most to half of it; infinite where it is not reached."""
+    pairs = [(math.log(s), math.log(d)) for s, d in zip(steps, distances, strict=True)]
+    aim = math.log(goal)
+    if pairs[0][1] <= aim:  # at once: how much sooner, the slope of the first two tells
+        if len(pairs) > 1 and pairs[1][1] < pairs[0][1]:
+            slope = (pairs[1][1] - pairs[0][1]) / (pairs[1][0] - pairs[0][0])
+            return max(math.exp(pairs[0][0] + (aim - pairs[0][1]) / slope), steps[0] / 2)
+        return float(steps[0])
+    for (s0, d0), (s1, d1) in itertools.pairwise(pairs):
+        if d1 <= aim:
+            return math.exp(s0 + (s1 - s0) * (aim - d0) / (d1 - d0))
+    return math.inf

@@ -1,0 +1,86 @@
+"""The suite of training recipes: the time to a distance in closed form, step times, and the suite on the mixture."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mfm_benchmarks.parts import reference_draws
+from mfm_benchmarks.parts.reference_draws import ReferenceDraws
+from mfm_benchmarks.spec import Spec
+from mfm_benchmarks.suites.training_recipes import steps_to
+from mfm_lightning.commands.main import main
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks import MLP
+from mfm_lightning.oracles import GaussianMixture
+
+ROOT = Path(__file__).parents[2]
+MODES = {"means": [[-3.0, 0.0], [3.0, 0.0]], "covariances": 0.5}
+ORACLE = Spec({"class_path": "mfm_lightning.oracles.GaussianMixture", "init_args": MODES})
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_the_time_to_a_distance_is_exact_for_a_power_law(power):
+    steps = [100, 200, 400]
+    distances = [s**-power for s in steps]
+    for wanted in (100, 150, 300, 400):
+        assert steps_to(wanted**-power, steps, distances) == pytest.approx(wanted)
+    assert steps_to(80**-power, steps, distances) == pytest.approx(80)  # before the first training
+    assert steps_to(1e6, steps, distances) == 50  # at most half of it: further the line is not trusted
+    assert steps_to(500**-power, steps, distances) == math.inf
+
+
+def test_exact_draws_are_at_the_floor_and_others_are_not(monkeypatch):
+    draws = ReferenceDraws(oracle=ORACLE, times=[0.2, 0.6], num_states=4, num_draws=2000)
+    draws.prepare(torch.device("cpu"))
+    references = [cell.compute() for cell in draws.cells()]
+    oracle, other = GaussianMixture(**MODES), draws.judge(MetaFlowMap(MLP(2, 4, 1)), references)
+
+    def own(source, target, t, x_t, noise, max_rows):
+        """Draws that are the posterior's own."""
+        return oracle.sample_posterior(x_t, t, noise.shape[1], generator=torch.Generator().manual_seed(7))
+
+    monkeypatch.setattr(reference_draws, "draw", own)
+    exact = draws.judge(MetaFlowMap(MLP(2, 4, 1)), references)
+    assert exact.numbers["distance"] < 0.2 < 1 < other.numbers["distance"]
+    assert {name: len(d) for name, d in exact.tensors.items()} == {"t=0.2": 4, "t=0.6": 4}
+    with pytest.raises(ValueError, match="give an oracle, or a base flow and the data"):
+        ReferenceDraws(base="mnist/flow")
+    with pytest.raises(ValueError, match="give an oracle, or a base flow and the data"):
+        ReferenceDraws()
+
+
+@pytest.mark.slow
+def test_recipes_are_trained_timed_and_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = yaml.safe_load((ROOT / "configs/benchmarks/training-recipes.yaml").read_text())
+    names = ["released", "together", "semigroup"]
+    settings |= {"steps": [30, 60], "seeds": [1], "rounds": 1}
+    settings["recipes"] = {name: settings["recipes"][name] for name in names}
+    settings["draws"] |= {"num_states": 4, "num_draws": 64, "times": [0.5]}
+    Path("small.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    args = ["benchmark", "training-recipes", "--config", "small.yaml", "--output", "out"]
+    main(args)
+    with open("out/report/recipes.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["recipe"] for row in rows] == names
+    assert not json.loads(Path("out/report/environment.json").read_text())["failures"]
+    assert float(rows[0]["time of a step"]) == 1
+    assert float(rows[0]["time to the last of released"]) == pytest.approx(
+        1
+    )  # its own last distance is after its last step
+    assert float(rows[2]["time of a step"]) < 1  # no tangent, which torch.func takes long for: a third here
+    config = yaml.safe_load(Path("out/models/together_60_1/config.yaml").read_text())
+    optimization = config["model"]["init_args"]["optimization"]
+    assert (config["seed_everything"], config["trainer"]["max_steps"]) == (1, 60)
+    assert optimization["final_learning_rate"] == 1e-5
+    config = yaml.safe_load(Path("out/models/released_30_1/config.yaml").read_text())
+    assert config["model"]["init_args"]["optimization"]["final_learning_rate"] is None
+    assert config["model"]["init_args"]["objective"]["backend"] == "functorch"
+    before = {path.name: path.stat().st_mtime_ns for path in Path("out/models").glob("*/model.safetensors")}
+    main(args)  # nothing is trained again
+    assert {path.name: path.stat().st_mtime_ns for path in Path("out/models").glob("*/model.safetensors")} == before
