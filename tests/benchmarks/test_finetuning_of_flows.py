@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,7 +178,8 @@ def test_mfm_ft_normalises_by_prompt(tuned):
         def forward(self, images, prompts):
             return 0 * images.mean(dim=(1, 2, 3)) + torch.tensor([float(len(text)) for text in prompts])
 
-    given = Problem(*tuned.policy(), tuned.load({}, OfPrompt()), tuned.draw)
+    policy, parameters = tuned.policy()
+    given = Problem(policy, parameters, tuned.load({}, OfPrompt()), tuned.draw)
     losses = MFMFineTuning("free", batch_size=24, buffer_size=24, ode_steps=1).losses(given)
     torch.manual_seed(0)
     found = [float(next(losses).detach()) for _ in range(8)]
@@ -306,7 +308,8 @@ def test_bad_settings_are_refused_before_any_training(settings, place, tmp_path,
 def test_the_config_that_is_there_fits_the_suite_and_its_quick_version(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", "configs")
-    suite, _, _ = load_suite("finetuning", ["--config", "configs/benchmarks/finetuning-text-to-image-small.yaml"])
+    found, _, _ = load_suite("finetuning", ["--config", "configs/benchmarks/finetuning-text-to-image-small.yaml"])
+    suite: Any = found
     assert suite.model is None
     assert len(suite.flow.prompts) == 20
     assert suite.num_samples % 20 == suite.quick_samples % 20 == 0
