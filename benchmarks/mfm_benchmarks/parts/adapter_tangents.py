@@ -60,7 +60,10 @@ class AdapterTangents:
         training = AdapterTraining(size, precision, self.device)
         steps = training.steps()
         seconds, failures = interleaved(steps, self.rounds, self.device)
-        memory = {name: peak_bytes(steps[name], self.device) for name in seconds}
+        memory = {}
+        for name in seconds:
+            training.model.zero_grad(set_to_none=True)  # so that new gradients count, and old ones do not
+            memory[name] = peak_bytes(steps[name], self.device)
         error = {name: value for name, value in training.errors().items() if name in seconds}
         return Outcome({"seconds": seconds, "failures": failures, "memory": memory, "error": error})
 
