@@ -111,7 +111,7 @@ class FinetuningSuite(Suite):
         data: a DataModule, `{class_path: ..., init_args: ...}`, for methods that take clean states of the data.
         training: how all of them are trained.
         learning_rates: for each setting the one is taken with the largest scale x reward - drift of a checkpoint, in a
-            run of `tuning_seed`.
+            run of `tuning_seed`. There are no such runs where there is one rate, and one setting of the method.
         tuning_seed: of that run, of its noise and samples.
         seeds: of the runs that are reported.
         drifts: at which methods are compared, in nats.
@@ -256,6 +256,8 @@ class FinetuningSuite(Suite):
                     self._skipped[f"{setting.method}, {reward}"] = str(error)
                     continue
                 tuning = [self._tuning_cell(reward, setting, rate) for rate in self.learning_rates]
+                if len(settings) == len(tuning) == 1:  # there is nothing to choose
+                    tuning = []
                 final = [self._cell(reward, setting, seed, tuple(tuning)) for seed in self.seeds]
                 self._cells[reward, setting] = tuning, final
                 found += [*tuning, *final]
@@ -284,8 +286,10 @@ class FinetuningSuite(Suite):
         identity = {**self._of(reward, setting), "learning_rates": rates, "seed": seed}
 
         def compute(*outcomes: Outcome) -> Outcome:
-            best = self._best(reward, setting, outcomes)
-            return self._run(reward, setting, best.numbers["learning_rate"], seed)
+            best = (
+                self._best(reward, setting, outcomes).numbers["learning_rate"] if outcomes else self.learning_rates[0]
+            )
+            return self._run(reward, setting, best, seed)
 
         return Cell(f"{_named(setting)}, {reward}, seed {seed}", identity, compute, tuning)
 
@@ -342,7 +346,7 @@ class FinetuningSuite(Suite):
             tuned, runs = results.all(tuning), results.all(final)
             if tuned is None or runs is None:
                 continue
-            best = self._best(reward, setting, tuned)
+            best = self._best(reward, setting, tuned) if tuned else runs[0]
             curves.setdefault(reward, []).append(
                 Curve(
                     setting.method,
