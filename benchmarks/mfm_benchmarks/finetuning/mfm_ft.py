@@ -86,7 +86,7 @@ class MFMFineTuning(FineTuning):
         times = self.times or ConditionTimes(power=1.0, zero_rate=0.0)
         posterior = self.posterior or FlowMapPosterior()
         # by class, or by prompt; one for all where there is neither
-        classes = getattr(problem.policy, "num_classes", 0) or SLOTS
+        classes = max(getattr(problem.policy, "num_classes", 0), SLOTS)
         normaliser = LogNormaliser(classes, self.normaliser_rate).to(problem.device)
         for x1, conditions in self._states(problem):
             t = times.sample(len(x1), x1.device)
