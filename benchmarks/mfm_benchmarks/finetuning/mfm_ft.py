@@ -72,9 +72,9 @@ class MFMFineTuning(FineTuning):
     def differentiates(self) -> bool:
         return self.gradient == "reward"
 
-    def check(self, reward: Reward, data: bool, model: object) -> None:
+    def check(self, reward: Reward, data: bool, model: object = None) -> None:
         super().check(reward, data, model)
-        posterior, is_map = self.posterior or FlowMapPosterior(), isinstance(model, MetaFlowMap)
+        posterior, is_map = self.posterior or FlowMapPosterior(), model is None or isinstance(model, MetaFlowMap)
         has_map = is_map or hasattr(model, "base_flow_map")
         if (posterior.needs_meta_flow_map and not is_map) or (posterior.needs_flow_map and not has_map):
             raise CheckpointError(
