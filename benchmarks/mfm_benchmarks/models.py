@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -143,17 +144,9 @@ class Subject:
         target.reward_scale = scale
         return target
 
-    @torch.no_grad()
     def probe(self, loaded: LoadedTarget) -> list[str]:
-        """The reward at a few states, rounded: results of a reward whose code has changed since are not taken.
-
-        A reward that fails here fails again in each of its runs, and is reported there.
-        """
-        states = noise(4, self.state_shape, 12345, self.device)
-        try:
-            return [f"{value:.4g}" for value in self.target(loaded, 4).plain_rewards(states).tolist()]
-        except (RewardError, RuntimeError) as error:
-            return [str(error)]
+        """Of the reward, as `probe`."""
+        return probe(lambda num: self.target(loaded, num), self.device)
 
     def conditions(self, num: int) -> Conditions:
         """The classes of `num` samples, in turn."""
@@ -161,3 +154,20 @@ class Subject:
             return Conditions()
         labels = torch.tensor(self.settings.labels, device=self.device)
         return Conditions(label=labels.repeat(-(-num // len(labels)))[:num])
+
+
+@torch.no_grad()
+def probe(make_target: Callable[[int], Target], device: torch.device) -> list[str]:
+    """The reward at a few states, rounded: results of a reward whose code has changed since are not taken.
+
+    A reward that fails here fails again in each of its runs, and is reported there.
+
+    Args:
+        make_target: for so many samples.
+    """
+    try:
+        target = make_target(4)
+        values = target.plain_rewards(noise(4, target.state_shape, 12345, device))
+        return [f"{value:.4g}" for value in values.tolist()]
+    except (RewardError, RuntimeError) as error:
+        return [str(error)]

@@ -98,8 +98,7 @@ def load_flow(
     pipeline = str(index.get("_class_name"))
     if pipeline not in FAMILIES:
         raise CheckpointError(_unknown(folder, pipeline))
-    module, family = FAMILIES[pipeline]
-    kind: type[TextToImageFlow] = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
+    kind, family = family_of(pipeline), FAMILIES[pipeline][1]
     two_times = None
     if flow_map is not None:
         if family != "FluxFlow":
@@ -168,11 +167,23 @@ def load_flow(
         fingerprint=fingerprint,
         **options,
     )
-    flow.opened_by = {
-        "name": str(name), "vae": vae, "image_size": image_size, "torch_dtype": str(dtype).removeprefix("torch."),
-        "max_sequence_length": max_sequence_length, "lora": lora, "revision": revision, "variant": variant,
-    }  # fmt: skip
+    flow.opened_by = opening(
+        str(name), vae=vae, image_size=image_size, torch_dtype=str(dtype).removeprefix("torch."),
+        max_sequence_length=max_sequence_length, lora=lora, revision=revision, variant=variant,
+    )  # fmt: skip
     return flow
+
+
+def family_of(pipeline: str) -> type[TextToImageFlow]:
+    """The flow's class for a pipeline's, which is one of `FAMILIES`."""
+    module, family = FAMILIES[pipeline]
+    return getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
+
+
+def opening(name: str, **given: Any) -> dict[str, Any]:
+    """What opens a flow again, for `TextToImageFlow.opened_by`: arguments of `load_flow`, None where not given."""
+    names = ("vae", "image_size", "torch_dtype", "max_sequence_length", "lora", "revision", "variant")
+    return {"name": name, **dict.fromkeys(names), **given}
 
 
 def _dtype(name: str, given: str | torch.dtype) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.network import PromptedNetwork, opened
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.interpolant import Times
 from mfm_lightning.networks.files import fill_network, read_header
 from mfm_rewards.weights import CheckpointError
 
@@ -265,7 +266,7 @@ class LoRANetwork(AdaptedNetwork):
         with self.lora.on():
             return self.flow.velocity(s, x, conditions)
 
-    def drift(self, t: Tensor | float, x: Tensor, conditions: Conditions) -> Tensor:
+    def drift(self, t: Times, x: Tensor, conditions: Conditions | None = None) -> Tensor:
         """b_t(x) `(B, C, h, w)` with the flow's guidance; raises as `TextToImageFlow.drift`."""
         with self.lora.on():
             return self.flow.drift(t, x, conditions)

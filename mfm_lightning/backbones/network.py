@@ -48,6 +48,7 @@ class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
         self._flow = [flow]  # in a list: it is no part of this module
         self.config, self.state_shape = config, flow.state_shape
         self._null: Conditions | None = None
+        self._guides: dict[tuple[str | None, float | None], Conditions] = {}  # scale and negative prompt, one row
         self._asked = False  # for captions that were not embedded yet
 
     @property
@@ -94,6 +95,14 @@ class PromptedNetwork(VelocityNetwork, EmbedsPrompts):
             self._asked = True
         found = self._encoded(conditions.prompts)
         return replace(conditions, text=found.text, mask=found.mask, pooled=found.pooled).to(device)
+
+    def guided(self, conditions: Conditions, negative: str | None = None, guidance: float | None = None) -> Conditions:
+        """`embed`, with guidance and a negative prompt as `TextToImageFlow.encode` takes them; raises as both."""
+        given, key = self.embed(conditions), (negative, guidance)
+        if key not in self._guides:
+            self._guides[key] = self.flow.encode([""], negative, guidance)
+        guide = replace(self._guides[key], text=given.text, mask=given.mask, pooled=given.pooled, prompts=given.prompts)
+        return guide.to(next(self.flow.transformer.parameters()).device)
 
     def meet(self, data: Any) -> None:
         """Take the empty prompt's embedding from data that bring embeddings, if those are of this flow's text encoders

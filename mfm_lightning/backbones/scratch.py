@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
 import zlib
@@ -78,6 +79,15 @@ def new_pipeline(
     options = {name: value for name, value in index.items() if not name.startswith("_") and not _is_part(value)}
     pipe = pipeline(**made, **options)
     return pipe if dtype == torch.float32 else pipe.to(dtype)
+
+
+def bare_pipeline(name: str, **parts: Any) -> Any:
+    """A pipeline of that class with these parts, such as transformer and VAE, a scheduler, and nothing else."""
+    diffusers: Any = importlib.import_module("diffusers")
+    kind = getattr(diffusers, name)
+    needed = inspect.signature(kind.__init__).parameters.values()
+    empty = {p.name: None for p in needed if p.default is p.empty and p.name != "self"}
+    return kind(**{**empty, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), **parts})
 
 
 def _random(kind: Any, place: Path, seed: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.backbones import AdaptedFlow, FlowAdapter, LoRANetwork, TextToImageFlow
+from mfm_lightning.backbones.loading import opening
 from mfm_lightning.commands.flow_planning import MeasuredTarget, conditions_of_sizes, flow_of_sizes, readable
 from mfm_lightning.commands.planning import FLOAT, Allocations
 from mfm_lightning.conditions import Conditions
@@ -177,8 +178,7 @@ def _planned(
     def begin(flow: TextToImageFlow) -> None:
         parts = {"transformer": flow.transformer, "vae": flow.decoder.vae}
         sizes.update({name: sum(t.nbytes for t in part.state_dict().values()) for name, part in parts.items()})
-        names = ("vae", "image_size", "torch_dtype", "max_sequence_length", "lora", "revision", "variant")
-        flow.opened_by = {"name": options["name"], **dict.fromkeys(names)}
+        flow.opened_by = opening(options["name"])
         adapters.extend(added(flow))
 
     source, _, flow, fake = flow_of_sizes(

@@ -7,7 +7,6 @@ counted.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +21,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from mfm_lightning.alignment import AlignmentMethod, BestOfN, DPSGradient, Search, Target
 from mfm_lightning.alignment.values import Draws, GradientEstimator, PointGradient, ValueEstimator
 from mfm_lightning.backbones import FAMILIES, TextToImageFlow
-from mfm_lightning.backbones.loading import DTYPES, INDEX
+from mfm_lightning.backbones.loading import DTYPES, INDEX, family_of
 from mfm_lightning.backbones.published import PUBLISHED, Part
+from mfm_lightning.backbones.scratch import bare_pipeline
 from mfm_lightning.commands.planning import Allocations
 from mfm_lightning.conditions import Conditions
 from mfm_rewards.hub import find_folder
@@ -143,17 +143,16 @@ def flow_of_sizes(
     if vae is not None:
         config = _read(Path(vae) / "config.json")
         parts["vae"] = ("diffusers", str(config.get("_class_name")), config)
-    module, family = FAMILIES.get(pipeline, ("", ""))
-    if family not in PLANNED:
+    if FAMILIES.get(pipeline, ("", ""))[1] not in PLANNED:
         raise ValueError(f"{name} is a {pipeline}: mfm plan knows the memory of {', '.join(PLANNED)}")
     made = {part: _on_meta(*described, DTYPES[torch_dtype]) for part, described in parts.items()}
     for part in ("transformer", "vae"):
         if part not in made:
             raise ValueError(f"{source} has no {part}: expected the folder of a {pipeline}")
-    pipe = _pipeline(pipeline, made)
-    kind = getattr(importlib.import_module(f"mfm_lightning.backbones.{module}"), family)
+    # of any scheduler: what is planned does not depend on times
+    pipe = bare_pipeline(pipeline, transformer=made["transformer"], vae=made["vae"])
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        flow = kind(pipe, **options)
+        flow = family_of(pipeline)(pipe, **options)
     if begin is not None:
         with torch.device("meta"):
             begin(flow)
@@ -236,16 +235,6 @@ def _on_meta(library: str, kind: str, config: Mapping[str, Any], dtype: torch.dt
 def _bytes(network: nn.Module) -> int:
     """Of parameters and stored buffers; what two parts share counts once."""
     return sum({id(tensor): tensor.nbytes for tensor in network.state_dict(keep_vars=True).values()}.values())
-
-
-def _pipeline(name: str, parts: Mapping[str, nn.Module]) -> Any:
-    diffusers: Any = importlib.import_module("diffusers")
-    kind = getattr(diffusers, name)
-    needed = inspect.signature(kind.__init__).parameters.values()
-    empty = {p.name: None for p in needed if p.default is p.empty and p.name != "self"}
-    # what is planned does not depend on times
-    own = {part: parts[part] for part in ("transformer", "vae")}
-    return kind(**{**empty, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), **own})
 
 
 def conditions_of_sizes(flow: TextToImageFlow, guidance: float | None, fake: FakeTensorMode) -> Conditions:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 PRIOR = 4  # batches for which the level of all classes counts in a class's own
+SLOTS = 4096  # of prompts: those that share one are normalised together, which is as right
 
 
 class LogNormaliser(nn.Module):
@@ -110,3 +112,8 @@ class LogNormaliser(nn.Module):
         weights = (rewards - shift[label]).exp()  # 1 for the largest of each class
         sums = torch.where(seen, total(weights), 1.0)
         return shift + (sums / count).log(), total(weights**2) / sums**2, total(rewards) / count, seen
+
+
+def prompt_slots(prompts: Sequence[str]) -> Tensor:
+    """A class of `LogNormaliser(SLOTS)` for each prompt, `(B,)`, the same in all processes and runs."""
+    return torch.tensor([zlib.crc32(text.encode()) % SLOTS for text in prompts], dtype=torch.long)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import zlib
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from mfm_lightning.checkpoints import CheckpointError, fingerprint
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.interpolant import interpolate
-from mfm_lightning.modules.normaliser import LogNormaliser
+from mfm_lightning.modules.normaliser import SLOTS, LogNormaliser, prompt_slots
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.tilting import DiffusionSchedule, TiltedTraining
 from mfm_lightning.objectives import ConditionTimes, Pair
@@ -27,8 +24,6 @@ from mfm_lightning.objectives.finetuning import control_cost
 from mfm_lightning.samplers import integrate
 from mfm_rewards import Reward, RewardError, build
 from mfm_rewards.protocol import name_of
-
-SLOTS = 4096  # of the normaliser: prompts that share one are normalised together, which is as right
 
 
 class PromptFinetuning(TiltedTraining):
@@ -102,7 +97,6 @@ class PromptFinetuning(TiltedTraining):
         self._flow = [flow.eval().requires_grad_(False)]  # in a list: frozen, and no part of this module's state
         self.state_shape = flow.state_shape
         self.guidance, self.negative, self.reward_scale = guidance, negative, reward_scale
-        self._guided: Conditions | None = None
         self._drawn = [flow if mfm is None else AdaptedFlow.load(mfm, flow)]  # before the LoRA, of the same transformer
         if isinstance(model := self._drawn[0], AdaptedFlow):
             model.check(Conditions(guidance=flow.usual_guidance if guidance is None else guidance))
@@ -147,11 +141,7 @@ class PromptFinetuning(TiltedTraining):
                 "a text-to-image flow is fine-tuned for prompts: give the data captions (CaptionedImages, or shards of "
                 "mfm prepare-latents --flow --captions)"
             )
-        given = self.policy.embed(conditions)
-        if self._guided is None:  # the scale and the negative prompt, one row
-            self._guided = self.flow.encode([""], self.negative, self.guidance)
-        guided = replace(self._guided, text=given.text, mask=given.mask, pooled=given.pooled, prompts=given.prompts)
-        return guided.to(device)
+        return self.policy.guided(conditions, self.negative, self.guidance).to(device)
 
     def noised(self, x1: Tensor, conditions: Conditions) -> Pair:
         given = self.embedded(conditions, x1.device).expand(len(x1), x1.device)
@@ -169,10 +159,8 @@ class PromptFinetuning(TiltedTraining):
         return self.policy.drift(pair.t, pair.x_t, pair.conditions)
 
     def classes(self, pair: Pair) -> Tensor:
-        """A slot for each prompt, the same in all processes and runs."""
-        prompts: Sequence[str] = pair.conditions.prompts or ()
-        slots = [zlib.crc32(text.encode()) % SLOTS for text in prompts]
-        return torch.tensor(slots, device=pair.t.device).expand(len(pair.t))
+        """A slot for each prompt."""
+        return prompt_slots(pair.conditions.prompts or ()).to(pair.t.device).expand(len(pair.t))
 
     # -- samples -------------------------------------------------------------------------------------------------------
 

@@ -110,6 +110,16 @@ def test_the_reported_runs_take_the_learning_rate_that_was_best_in_the_other_run
         assert taken == {max(scores, key=scores.get)}
 
 
+def test_without_a_choice_there_are_no_runs_to_choose_by(workplace):
+    benchmark(learning_rates=[1e-3], seeds=[1, 2])
+    cells = [json.loads(text) for text in stored().values()]
+    assert sorted(c["cell"] for c in cells) == [
+        f"{m}, brightness, seed {seed}" for m in sorted(METHODS) for seed in (1, 2)
+    ]
+    assert {c["numbers"]["learning_rate"] for c in cells} == {1e-3}
+    assert {row["method"] for row in table("equal_drift")} == {"base flow", *METHODS}
+
+
 def _tensors(cell):
     from safetensors.torch import load_file
 

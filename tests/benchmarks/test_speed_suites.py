@@ -3,8 +3,10 @@
 import csv
 
 import pytest
+import yaml
 
 from mfm_lightning.commands.main import main as mfm
+from tests.backbones.fast import frozen  # noqa: F401
 
 
 def table(folder, name):
@@ -31,6 +33,66 @@ def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     )
     parts = {row["part"] for row in table(folder, "parts")}
     assert {"forward, no graph", "EMA", "optimiser (RAdam)", "tangent and backward: functorch"} <= parts
+
+
+TINY = {
+    "SD3": {
+        "published": "stabilityai/stable-diffusion-3-medium-diffusers",
+        "transformer": {"num_layers": 1, "num_attention_heads": 1, "caption_projection_dim": 64,
+                        "joint_attention_dim": 32, "pooled_projection_dim": 16, "pos_embed_max_size": 16},
+        "vae": {"block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1},
+    },
+    "FLUX.1": {
+        "published": "black-forest-labs/FLUX.1-dev",
+        "transformer": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 32,
+                        "pooled_projection_dim": 16},
+        "vae": {"block_out_channels": [8] * 4, "norm_num_groups": 4, "layers_per_block": 1},
+    },
+    "SANA": {
+        "published": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+        "transformer": {"num_layers": 1, "num_attention_heads": 1, "num_cross_attention_heads": 1,
+                        "cross_attention_head_dim": 32, "cross_attention_dim": 32, "caption_channels": 32},
+        "vae": {f"{which}_{what}": value for which in ("encoder", "decoder") for what, value in
+                (("block_out_channels", [8] * 6), ("layers_per_block", [1] * 6))} | {"attention_head_dim": 8},
+    },
+}  # fmt: skip
+
+
+def test_tangents_of_adapters_are_measured_for_each_family(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapters = {name: {**size, "image_size": 64, "tokens": 4, "batch": 2, "rank": 2} for name, size in TINY.items()}
+    settings = {"sizes": {}, "rounds": 2, "precisions": ["fp32"]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**settings, "adapters": adapters}, sort_keys=False))
+    mfm(["benchmark", "training-speed", "--config", "mine.yaml", "--device", "cpu", "--output", "out"])
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in table(tmp_path / "out", "adapters"):
+        found.setdefault(row["transformer"], {})[row["tangent"]] = row
+    assert list(found) == list(TINY)
+    for rows in found.values():
+        assert set(rows) == {"no tangent", "torch.func.jvp", "finite differences"}  # none has rules of its own
+        jvp, differences = rows["torch.func.jvp"], rows["finite differences"]
+        assert float(jvp["error"]) == 0
+        assert 0 < float(differences["error"]) < 1e-2
+        assert min(float(row["times the fastest tangent's"]) for row in (jvp, differences)) == 1
+        assert min(float(row["times the least"]) for row in (jvp, differences)) == 1
+        # of both the value has a graph; the derivative of torch's is computed with one, of differences without
+        assert float(rows["no tangent"]["peak memory, MB"]) <= float(differences["peak memory, MB"])
+        assert float(differences["peak memory, MB"]) < float(jvp["peak memory, MB"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"published": "nobody/nothing"}, "no sizes of 'nobody/nothing' are known: expected one of"),
+        ({"batch": 0}, "adapters: batch 0 must be at least 1"),
+    ],
+)
+def test_bad_adapters_are_refused_in_one_line(tmp_path, monkeypatch, capsys, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"adapters": {"SD3": {**TINY["SD3"], **changes}}}))
+    with pytest.raises(SystemExit):
+        mfm(["benchmark", "training-speed", "--config", "mine.yaml"])
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_precision_is_refused(tmp_path, monkeypatch, capsys):

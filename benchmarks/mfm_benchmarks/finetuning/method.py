@@ -31,12 +31,13 @@ class FineTuning(ABC):
     def losses(self, problem: Problem) -> Iterator[Tensor]:
         """Losses `()` without end. Each is differentiated, and the parameters stepped, before the next is asked for."""
 
-    def check(self, reward: Reward, data: bool) -> None:
-        """Raise, before any work, if reward or problem lack what the method needs.
+    def check(self, reward: Reward, data: bool, model: object = None) -> None:
+        """Raise, before any work, if reward, problem or model lack what the method needs.
 
         Raises:
             RewardError: for a reward without the gradient that the method takes.
             ValueError: without the data that it takes.
+            CheckpointError: for a `model` that does not draw what the method needs.
         """
         name = type(self).__name__
         if self.differentiates:

@@ -12,12 +12,15 @@ from mfm_benchmarks.finetuning.method import FineTuning
 from mfm_benchmarks.finetuning.problem import Problem
 from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
+from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import interpolate
+from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.finetuning import DiffusionSchedule
-from mfm_lightning.modules.normaliser import LogNormaliser
+from mfm_lightning.modules.normaliser import SLOTS, LogNormaliser, prompt_slots
 from mfm_lightning.objectives import ConditionTimes
 from mfm_lightning.objectives.finetuning import GRADIENTS, regress
+from mfm_rewards import Reward
 
 
 @dataclass
@@ -37,7 +40,7 @@ class MFMFineTuning(FineTuning):
         times: outer times of the states; uniform where None.
         half_diffusion: sigma^2/2 by t.
         posterior: source of draws; one step of the flow map where None.
-        normaliser_rate: of the running log E[e^r].
+        normaliser_rate: of the running log E[e^r], by class or prompt.
 
     Raises:
         ValueError: for an unknown gradient or a number out of range.
@@ -69,15 +72,26 @@ class MFMFineTuning(FineTuning):
     def differentiates(self) -> bool:
         return self.gradient == "reward"
 
+    def check(self, reward: Reward, data: bool, model: object = None) -> None:
+        super().check(reward, data, model)
+        posterior, is_map = self.posterior or FlowMapPosterior(), model is None or isinstance(model, MetaFlowMap)
+        has_map = is_map or hasattr(model, "base_flow_map")
+        if (posterior.needs_meta_flow_map and not is_map) or (posterior.needs_flow_map and not has_map):
+            raise CheckpointError(
+                f"a {type(posterior).__name__} draws from a Meta Flow Map, and a {type(model).__name__} is none: give "
+                "an adapter's file (flow.mfm), or the method a GlassPosterior"
+            )
+
     def losses(self, problem: Problem) -> Iterator[Tensor]:
         times = self.times or ConditionTimes(power=1.0, zero_rate=0.0)
         posterior = self.posterior or FlowMapPosterior()
-        classes = getattr(problem.policy, "num_classes", 0)
+        # by class, or by prompt; one for all where there is neither
+        classes = max(getattr(problem.policy, "num_classes", 0), SLOTS)
         normaliser = LogNormaliser(classes, self.normaliser_rate).to(problem.device)
         for x1, conditions in self._states(problem):
             t = times.sample(len(x1), x1.device)
             x = interpolate(t, torch.randn_like(x1), x1)
-            label = torch.zeros_like(t, dtype=torch.long) if conditions.label is None else conditions.label
+            label = _classes(conditions, t)
             target, half = problem.target(conditions), self.half_diffusion(t)
             with torch.no_grad():
                 base = target.drift(t, x)
@@ -110,3 +124,12 @@ class MFMFineTuning(FineTuning):
             for x, given in more:
                 x1, conditions = torch.cat([x1, x]), conditions.cat(given)
             yield x1, conditions
+
+
+def _classes(conditions: Conditions, t: Tensor) -> Tensor:
+    """What the normaliser tells samples apart by, `(B,)`."""
+    if conditions.label is not None:
+        return conditions.label
+    if conditions.prompts is not None:
+        return prompt_slots(conditions.prompts).to(t.device).expand(len(t))
+    return torch.zeros_like(t, dtype=torch.long)

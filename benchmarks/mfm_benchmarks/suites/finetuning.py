@@ -16,17 +16,17 @@ from mfm_benchmarks.finetuning import Checkpoint, FineTuning, Problem, Training,
 from mfm_benchmarks.finetuning.evaluation import worth
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import noise
-from mfm_benchmarks.models import ModelSettings, Subject, compute_in
+from mfm_benchmarks.models import ModelSettings
 from mfm_benchmarks.parts.drift_curves import Curve, Run
 from mfm_benchmarks.parts.finetuning_report import FinetuningReport
+from mfm_benchmarks.parts.tuned_models import FlowSettings, Rewarded, TunedFlow, TunedMap, TunedModel
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec, build, plain
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
-from mfm_lightning.alignment.target import LoadedTarget, Target
-from mfm_lightning.checkpoints import find_weights, load_model
-from mfm_lightning.conditions import Conditions, unlabelled
+from mfm_lightning.alignment.target import Target
+from mfm_lightning.checkpoints import CheckpointError
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.data.base import StepDataModule
-from mfm_lightning.models import MetaFlowMap
 from mfm_rewards import RewardError
 from mfm_rewards import build as build_reward
 
@@ -104,13 +104,14 @@ class FinetuningSuite(Suite):
     to spend, noise and measures.
 
     Args:
-        model: the Meta Flow Map, and the base flow that it contains.
         rewards: by the names of the report.
         methods: by the names of the report; the first is compared with the others.
+        model: the Meta Flow Map, and the base flow that it contains, whose network is trained; or else `flow`.
+        flow: a pretrained text-to-image flow, of which a LoRA is trained.
         data: a DataModule, `{class_path: ..., init_args: ...}`, for methods that take clean states of the data.
         training: how all of them are trained.
         learning_rates: for each setting the one is taken with the largest scale x reward - drift of a checkpoint, in a
-            run of `tuning_seed`.
+            run of `tuning_seed`. There are no such runs where there is one rate, and one setting of the method.
         tuning_seed: of that run, of its noise and samples.
         seeds: of the runs that are reported.
         drifts: at which methods are compared, in nats.
@@ -118,6 +119,10 @@ class FinetuningSuite(Suite):
         ode_steps: steps of samples that are measured.
         quality: features for the Fréchet distance; without, there is none.
         quick_evaluations: evaluations of a training with --quick.
+        quick_samples: samples of a measurement with --quick.
+
+    Raises:
+        ValueError: unless there is one of model and flow; for numbers out of range, or methods that cannot be built.
     """
 
     name = "finetuning"
@@ -135,9 +140,10 @@ class FinetuningSuite(Suite):
 
     def __init__(
         self,
-        model: ModelSettings,
         rewards: dict[str, TunedReward],
         methods: dict[str, TunedMethod],
+        model: ModelSettings | None = None,
+        flow: FlowSettings | None = None,
         data: Spec | None = None,
         training: Training | None = None,
         learning_rates: Sequence[float] = (3e-5, 1e-4, 3e-4),
@@ -148,21 +154,27 @@ class FinetuningSuite(Suite):
         ode_steps: int = 20,
         quality: Quality | None = None,
         quick_evaluations: int = 12_000,
+        quick_samples: int = 64,
     ) -> None:
-        self.model, self.rewards, self.methods, self.data = model, dict(rewards), dict(methods), data
+        self.model, self.flow, self.data = model, flow, data
+        self.rewards, self.methods = dict(rewards), dict(methods)
         self.training, self.learning_rates = training or Training(), list(learning_rates)
         self.tuning_seed, self.seeds, self.drifts = tuning_seed, list(seeds), sorted(drifts)
         self.num_samples, self.ode_steps, self.quality = num_samples, ode_steps, quality
-        self.quick_evaluations = quick_evaluations
+        self.quick_evaluations, self.quick_samples = quick_evaluations, quick_samples
         self._skipped: dict[str, str] = {}
+        if (model is None) == (flow is None):
+            raise ValueError(
+                "policies begin as one base flow: give model, a Meta Flow Map, or flow, a text-to-image flow"
+            )
         if not all((self.rewards, self.methods, self.learning_rates, self.seeds, self.drifts)):
             raise ValueError("a comparison needs a reward, a method, a learning rate, a seed and a drift at least")
         if tuning_seed in self.seeds:
             raise ValueError(f"tuning_seed {tuning_seed} is among the seeds {self.seeds}: what is chosen and what is")
-        if num_samples < 2 or ode_steps < 2 or min(self.drifts) <= 0 or min(self.learning_rates) <= 0:
+        if min(num_samples, quick_samples, ode_steps) < 2 or min(self.drifts) <= 0 or min(self.learning_rates) <= 0:
             raise ValueError(
-                f"num_samples {num_samples} and ode_steps {ode_steps} must be at least 2, drifts {self.drifts} and "
-                f"learning_rates {self.learning_rates} above 0"
+                f"num_samples {num_samples}, quick_samples {quick_samples} and ode_steps {ode_steps} must be at least "
+                f"2, drifts {self.drifts} and learning_rates {self.learning_rates} above 0"
             )
         if any(reward.scale <= 0 for reward in self.rewards.values()):
             raise ValueError("scales must be above 0; the registered reward `negate` turns a reward round")
@@ -174,7 +186,7 @@ class FinetuningSuite(Suite):
 
     def shrink(self) -> None:
         self.rewards = dict(itertools.islice(self.rewards.items(), 1))
-        self.seeds, self.num_samples = self.seeds[:1], min(64, self.num_samples)
+        self.seeds, self.num_samples = self.seeds[:1], min(self.quick_samples, self.num_samples)
         self.learning_rates = [sorted(self.learning_rates)[len(self.learning_rates) // 2]]
         self.training.evaluations = min(self.training.evaluations, self.quick_evaluations)
         self.training.checkpoints = [0.3, 1.0]
@@ -187,7 +199,7 @@ class FinetuningSuite(Suite):
                 del self._settings[name]
 
     def missing(self) -> list[str]:
-        found = [*self.model.missing(), *(self.quality.missing() if self.quality else ())]
+        found = [*(self.model.missing() if self.model else ()), *(self.quality.missing() if self.quality else ())]
         self._built = {}
         for name, settings in self.rewards.items():
             for key, reward in {"": settings.reward, **settings.held_out}.items():
@@ -195,14 +207,21 @@ class FinetuningSuite(Suite):
                     self._built[name, key] = build_reward(plain(reward))
                 except RewardError as error:
                     found.append(f"rewards, {name}{key and f', held_out, {key}'}: {error}")
+        if self.flow is not None and not found:  # last, for it takes the longest
+            try:
+                self._subject: TunedModel = TunedFlow(self.flow, self.device)
+            except (FileNotFoundError, ImportError, CheckpointError, ValueError) as error:
+                found.append(f"flow: {error}")
         return found
 
     def fits(self) -> list[Fit]:
-        return self.model.jobs()
+        return self.model.jobs() if self.model else []
 
     def prepare(self) -> None:
-        self._subject = Subject(self.model, self.device)
-        self._loaded: dict[tuple[str, str], LoadedTarget] = {}
+        if self.model is not None:
+            self._subject = TunedMap(self.model, self.device)
+        self._loaded: dict[tuple[str, str], Rewarded] = {}
+        self._begins: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._rewards: dict[str, list[Any]] = {}  # what results depend on
         for name, settings in self.rewards.items():
             for key, reward in {"": settings.reward, **settings.held_out}.items():
@@ -216,6 +235,8 @@ class FinetuningSuite(Suite):
                 raise ValueError(
                     f"data of shape {tuple(self._data.state_shape)} for a model of {tuple(self._subject.state_shape)}"
                 )
+            self._subject.meet(self._data)
+            self._subject.of_data(self._data.train_batch(0))  # which raises where its conditions are others
         if self.quality is not None:
             self.quality.prepare(self.device)
         self._identity = {
@@ -230,11 +251,13 @@ class FinetuningSuite(Suite):
         for reward, settings in itertools.product(self.rewards, self._settings.values()):
             for setting in settings:
                 try:
-                    setting.build().check(self._loaded[reward, ""].reward, self._data is not None)
-                except RewardError as error:
+                    setting.build().check(self._loaded[reward, ""].reward, self._data is not None, self._subject.model)
+                except (RewardError, CheckpointError) as error:
                     self._skipped[f"{setting.method}, {reward}"] = str(error)
                     continue
                 tuning = [self._tuning_cell(reward, setting, rate) for rate in self.learning_rates]
+                if len(settings) == len(tuning) == 1:  # there is nothing to choose
+                    tuning = []
                 final = [self._cell(reward, setting, seed, tuple(tuning)) for seed in self.seeds]
                 self._cells[reward, setting] = tuning, final
                 found += [*tuning, *final]
@@ -263,8 +286,10 @@ class FinetuningSuite(Suite):
         identity = {**self._of(reward, setting), "learning_rates": rates, "seed": seed}
 
         def compute(*outcomes: Outcome) -> Outcome:
-            best = self._best(reward, setting, outcomes)
-            return self._run(reward, setting, best.numbers["learning_rate"], seed)
+            best = (
+                self._best(reward, setting, outcomes).numbers["learning_rate"] if outcomes else self.learning_rates[0]
+            )
+            return self._run(reward, setting, best, seed)
 
         return Cell(f"{_named(setting)}, {reward}, seed {seed}", identity, compute, tuning)
 
@@ -278,18 +303,19 @@ class FinetuningSuite(Suite):
 
     def _run(self, reward: str, setting: Setting, rate: float, seed: int) -> Outcome:
         """One training with its measurements."""
-        policy = load_model(find_weights(self.model.file)).to(self.device).eval().requires_grad_(True)
-        compute_in(policy, self.model.precision)
-        scale = self.rewards[reward].scale * setting.scale
-        problem = self._problem(policy, self._loaded[reward, ""], scale)
+        problem = self._problem(self._loaded[reward, ""], self.rewards[reward].scale * setting.scale)
         x0, rows = noise(self.num_samples, self._subject.state_shape, seed, self.device), []
         costs: dict[str, list[float]] = {"nfe": [], "network": [], "reward": [], "seconds": [], "step": []}
 
         def measure(now: Checkpoint) -> None:
-            base = self._target(reward, "")
-            held = {key: self._target(reward, key) for key in self.rewards[reward].held_out}
-            on_policy = base.with_drift(policy.drift)
-            rows.append(worth(on_policy, base, x0, seed, held, self.quality, self.ode_steps))
+            if now.step or (row := self._begins.get((reward, seed))) is None:
+                base = self._target(reward, "")
+                held = {key: self._target(reward, key) for key in self.rewards[reward].held_out}
+                on_policy = base.with_drift(problem.policy.drift)
+                row = worth(on_policy, base, x0, seed, held, self.quality, self.ode_steps)
+            if not now.step:  # every policy begins as the base flow
+                self._begins[reward, seed] = row
+            rows.append(row)
             spent = {"nfe": now.meter.total, "network": now.meter.network, "reward": now.meter.reward}
             for name, cost in {**spent, "seconds": now.seconds, "step": now.step}.items():
                 costs[name].append(cost)
@@ -304,20 +330,14 @@ class FinetuningSuite(Suite):
         x = noise(self.num_samples, self._subject.state_shape, 0, self.device)
         return self._subject.target(self._loaded[reward, key], self.num_samples).expand(x)
 
-    def _problem(self, policy: MetaFlowMap, loaded: LoadedTarget, scale: float) -> Problem:
+    def _problem(self, loaded: Rewarded, scale: float) -> Problem:
         def make_target(conditions: Conditions) -> Target:
             target = loaded(conditions)
             target.reward_scale = scale
             return target
 
-        def draw(num: int) -> Conditions:
-            if self.model.labels is None:
-                return Conditions()
-            labels = torch.tensor(self.model.labels)
-            return Conditions(label=labels[torch.randint(len(labels), (num,))])
-
-        data = None if self._data is None else _Batches(self._data, self.model.labels is not None, self.device)
-        return Problem(policy, list(policy.parameters()), make_target, draw, data, self.device)
+        data = None if self._data is None else _Batches(self._data, self._subject)
+        return Problem(*self._subject.policy(), make_target, self._subject.draw, data, self.device)
 
     def report(self, results: Results) -> Sequence[Block]:
         real = self.quality.gaussian if self.quality is not None else None
@@ -326,7 +346,7 @@ class FinetuningSuite(Suite):
             tuned, runs = results.all(tuning), results.all(final)
             if tuned is None or runs is None:
                 continue
-            best = self._best(reward, setting, tuned)
+            best = self._best(reward, setting, tuned) if tuned else runs[0]
             curves.setdefault(reward, []).append(
                 Curve(
                     setting.method,
@@ -350,19 +370,17 @@ class FinetuningSuite(Suite):
 class _Batches:
     """Clean states of a DataModule's training batches with their conditions, so many at a time."""
 
-    def __init__(self, data: StepDataModule, labelled: bool, device: torch.device) -> None:
-        self.data, self.labelled, self.device, self.step = data, labelled, device, 0
+    def __init__(self, data: StepDataModule, subject: TunedModel) -> None:
+        self.data, self.subject, self.step = data, subject, 0
 
     def __call__(self, num: int) -> tuple[Tensor, Conditions]:
         states, given, found = [], Conditions(), 0
         while found < num:
-            batch = self.data.train_batch(self.step)
-            x1, more = batch if self.labelled else unlabelled(batch)
-            more = Conditions.of_batch(more).expand(len(x1))
+            x1, more = self.subject.of_data(self.data.train_batch(self.step))
             given = given.cat(more) if states else more
             states, found, self.step = [*states, x1], found + len(x1), self.step + 1
         rows = slice(num)
-        return torch.cat(states)[rows].to(self.device), given.take(rows).to(self.device)
+        return torch.cat(states)[rows], given.take(rows)
 
 
 def _named(setting: Setting) -> str:

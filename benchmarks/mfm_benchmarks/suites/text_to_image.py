@@ -10,6 +10,7 @@ import torch
 
 from mfm_benchmarks.blocks import Block, Text
 from mfm_benchmarks.methods import MethodSettings, Point, points
+from mfm_benchmarks.parts.opened_flow import open_adapted, open_flow
 from mfm_benchmarks.parts.posterior_recovery import PosteriorRecovery
 from mfm_benchmarks.parts.prompt_cells import PromptCells
 from mfm_benchmarks.parts.prompt_draws import PromptDraws
@@ -19,13 +20,11 @@ from mfm_benchmarks.parts.prompt_pool import PromptPool
 from mfm_benchmarks.parts.prompt_report import COLUMNS, PromptReport
 from mfm_benchmarks.parts.reward_report import BASE, BEST
 from mfm_benchmarks.parts.value_estimation import ValueComparison
-from mfm_benchmarks.spec import Spec, build, plain
+from mfm_benchmarks.spec import Spec, plain
 from mfm_benchmarks.suite import Cell, Results, Suite
 from mfm_benchmarks.suites.alignment import RewardSettings
 from mfm_lightning.alignment import BestOfN, TimeGrid
-from mfm_lightning.backbones import AdaptedFlow, TextToImageFlow
 from mfm_lightning.checkpoints import CheckpointError, fingerprint
-from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import StepDataModule
 from mfm_lightning.metrics.diversity import find_diversity
 from mfm_lightning.sampling.prompt_folder import PromptFolder
@@ -194,9 +193,7 @@ class TextToImageSuite(Suite):
 
     def _load(self, prompts: list[Prompt]) -> list[str]:
         try:
-            named = {"class_path": "mfm_lightning.backbones.load_flow", "init_args": {"name": self.flow}}
-            spec = self.flow.value if isinstance(self.flow, Spec) else named
-            flow: TextToImageFlow = build(TextToImageFlow, spec, "flow")
+            flow = open_flow(self.flow)
             flow.time_grid(self.best_of_n.steps)
         except (FileNotFoundError, ImportError, CheckpointError, ValueError) as error:
             return [f"flow: {error}"]
@@ -211,9 +208,8 @@ class TextToImageSuite(Suite):
         )  # fmt: skip
         try:
             if self.mfm is not None:
-                self._source.adapted = adapted = AdaptedFlow.load(self.mfm, flow)
+                self._source.adapted = open_adapted(self.mfm, flow, self.guidance)
                 self._source.mfm = fingerprint(self.mfm)
-                adapted.check(Conditions(guidance=flow.usual_guidance if self.guidance is None else self.guidance))
         except (FileNotFoundError, ImportError, CheckpointError, ValueError) as error:
             return [f"mfm: {error}"]
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
+from mfm_benchmarks.parts.adapter_steps import AdapterSize
+from mfm_benchmarks.parts.adapter_tangents import AdapterTangents
 from mfm_benchmarks.parts.training_steps import REFERENCE, VARIANTS, Training, Variant
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_benchmarks.timing import TIMED, Step, count_flops, interleaved, peak_bytes, product_peak
@@ -26,7 +29,7 @@ class TrainingSpeedSuite(Suite):
     weights and data, against the straightforward one.
 
     Args:
-        sizes: models by name, each with its batch: on a GPU `gpu_sizes` are taken.
+        sizes: models by name, each with its batch: on a GPU `gpu_sizes` are taken. {} for none.
         gpu_sizes: the same for a GPU, with batches that fill it.
         precisions: some of "fp32", "bf16" and "fp16"; on a GPU `gpu_precisions` are taken.
         gpu_precisions: the same for a GPU.
@@ -34,6 +37,8 @@ class TrainingSpeedSuite(Suite):
         input_size: height and width of the latents.
         in_channels: channels of the latents.
         compile: also time the compiled step (a minute or so of compilation each).
+        adapters: transformers of text-to-image flows by name, with random weights and a Meta Flow Map's adapter each,
+            of which the tangents alone are compared. None for none.
     """
 
     name = "training-speed"
@@ -55,29 +60,35 @@ class TrainingSpeedSuite(Suite):
         input_size: int = 32,
         in_channels: int = 4,
         compile: bool = True,
+        adapters: dict[str, AdapterSize] | None = None,
     ) -> None:
-        self.sizes, self.gpu_sizes = sizes or {"S/2": 8, "B/2": 4}, gpu_sizes or {"S/2": 256, "B/2": 128}
+        self.sizes = {"S/2": 8, "B/2": 4} if sizes is None else sizes
+        self.gpu_sizes = {"S/2": 256, "B/2": 128} if gpu_sizes is None else gpu_sizes
         self.precisions: list[Precision] = [check_precision(p) for p in precisions]
         self.gpu_precisions: list[Precision] = [check_precision(p) for p in gpu_precisions]
         self.rounds, self.input_size, self.in_channels, self.compile = rounds, input_size, in_channels, compile
+        self.adapters = dict(adapters or {})
         if rounds < 2:
             raise ValueError(f"rounds {rounds}: an interval needs at least 2")
         for size in (*self.sizes, *self.gpu_sizes):
             architecture(size)
 
     def shrink(self) -> None:
-        self.sizes = self.gpu_sizes = {"S/8": 8}
+        self.sizes, self.gpu_sizes = ({"S/8": 8} if sizes else {} for sizes in (self.sizes, self.gpu_sizes))
         self.rounds, self.compile = 3, False
+        self.adapters = dict(itertools.islice(self.adapters.items(), 1))
 
     @property
     def skipped(self) -> dict[str, str]:
-        return {} if self.compile else {"explicit, compiled": "compile is off"}
+        return {} if self.compile or not self.sizes else {"explicit, compiled": "compile is off"}
 
     def prepare(self) -> None:
         on_gpu = self.device.type == "cuda"
+        precisions = self.gpu_precisions if on_gpu else self.precisions
+        self._tangents = AdapterTangents(self.adapters, precisions, self.rounds, self.device)
         self._chosen: list[tuple[str, int, Precision]] = [
             (size, batch, precision)
-            for precision in (self.gpu_precisions if on_gpu else self.precisions)
+            for precision in precisions
             for size, batch in (self.gpu_sizes if on_gpu else self.sizes).items()
         ]
         self._variants = [v for v in VARIANTS if self.compile or not v.compile]
@@ -92,13 +103,15 @@ class TrainingSpeedSuite(Suite):
             )
             for size, batch, precision in self._chosen
         }
-        return list(self._steps.values())
+        return [*self._steps.values(), *self._tangents.cells(self._machine)]
+
+    @property
+    def _machine(self) -> dict[str, Any]:
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 0
+        return {"rounds": self.rounds, "threads": threads, "torch": torch.__version__}
 
     def _shared(self, size: str) -> dict[str, Any]:
-        threads = torch.get_num_threads() if self.device.type == "cpu" else 0
-        return {
-            "network": self._network(size), "rounds": self.rounds, "threads": threads, "torch": torch.__version__,
-        }  # fmt: skip
+        return {"network": self._network(size), **self._machine}
 
     def _network(self, size: str) -> dict[str, Any]:
         shape = {"input_size": self.input_size, "in_channels": self.in_channels, "num_classes": 1000}
@@ -151,6 +164,7 @@ class TrainingSpeedSuite(Suite):
                 Table("steps", "Steps", self._step_rows(done)),
                 Table("parts", "Where the time goes", self._part_rows(done), PARTS_CAPTION),
             ]
+        blocks += self._tangents.blocks(results)
         return blocks or [Text("No result", ["Every run failed; the messages are above."])]
 
     def _headline(self, done: Done) -> list[Block]:
