@@ -17,7 +17,10 @@ from mfm_lightning.alignment.target import Target, is_plain_flow_map, require_gr
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.interpolant import Generators, expand, randn
 from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.networks.files import weights_fingerprint
 from mfm_rewards import Reward
+
+BUDGETS = ("max_rows",)  # settings that results do not depend on
 
 
 class AlignmentMethod(ABC):
@@ -180,15 +183,24 @@ def norms(x: Tensor) -> Tensor:
     return expand(norm, x)
 
 
-def described(value: object) -> Any:
-    """A method, or what it is made of, as plain JSON: the class and its settings, with no address in memory."""
+def described(value: object, without: Sequence[str] = ()) -> Any:
+    """A method, or what it is made of, as plain JSON: the class and its settings, with no address in memory; of a
+    network the SHA-256 of its weights.
+
+    Args:
+        without: names of settings that are left out.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): described(part) for key, part in value.items()}
+        return {str(key): described(part, without) for key, part in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [described(part) for part in value]
+        return [described(part, without) for part in value]
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    settings = {name: described(part) for name, part in getattr(value, "__dict__", {}).items() if name[0] != "_"}
-    return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **settings}
+    of = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, torch.nn.Module):
+        return {"class": of, "weights": weights_fingerprint(value)}
+    fields = getattr(value, "__dict__", {}).items()
+    settings = {name: described(part, without) for name, part in fields if name[0] != "_" and name not in without}
+    return {"class": of, **settings}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from mfm_lightning.conditions import INDEX, Batch
 from mfm_lightning.data.stream import BatchStream, StepLoader
@@ -129,9 +131,15 @@ class ArrayDataModule(StepDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader("test")
 
+    @property
+    def samples_identity(self) -> dict[str, str]:
+        """What tells the samples of `mfm predict` from others: the SHA-256 of the test split."""
+        return {"test": digest(*self.splits["test"])}
+
     def predict_dataloader(self) -> DataLoader:
         x, label = self.splits["test"]
-        return DataLoader(NumberedSamples(len(x), lambda i: (x[i], label[i])), batch_size=self.batch_size)
+        samples = NumberedSamples(len(x), lambda i: (x[i], label[i]))
+        return DataLoader(samples, batch_size=self.batch_size, sampler=share_of(self, samples))
 
     def _loader(self, split: str) -> DataLoader:
         return DataLoader(TensorDataset(*self.splits[split]), batch_size=self.batch_size)
@@ -139,7 +147,7 @@ class ArrayDataModule(StepDataModule):
 
 class NumberedSamples(Dataset):
     """Samples with their index, for `mfm predict`: a batch is `(x (B, *shape), {label (B,), index (B,)})`, so that what
-    is drawn for a sample can depend on its index, and not on its batch.
+    is drawn for a sample can depend on its index, and not on its batch. `share_of` is the sampler that goes with them.
 
     Args:
         num: how many.
@@ -155,6 +163,38 @@ class NumberedSamples(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Any]]:
         x, given = self.sample(i)
         return x, {**(given if isinstance(given, Mapping) else {"label": given}), INDEX: i}
+
+
+class Share(DistributedSampler):
+    """The samples of one rank by their index, in order; Lightning deals out again what has no sampler of that kind."""
+
+    def __init__(self, samples: Dataset, indices: Sequence[int]) -> None:
+        super().__init__(samples, num_replicas=1, rank=0, shuffle=False)
+        self.indices = list(indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def share_of(data: L.LightningDataModule, samples: NumberedSamples) -> Share | None:
+    """Which of its samples a rank of `mfm predict` makes: what the module says (`share`), which knows what is there
+    already; None, all of them in turn, of a module that does not, or without a trainer."""
+    module: Any = None if data.trainer is None else data.trainer.lightning_module
+    share = getattr(module, "share", None)
+    return None if share is None else Share(samples, share(len(samples)))
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of tensors with their shapes and types."""
+    every = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        every.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        every.update(plain.flatten().view(torch.uint8).numpy().data)
+    return every.hexdigest()
 
 
 def trainer_of(data: L.LightningDataModule) -> L.Trainer:

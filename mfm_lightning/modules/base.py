@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfm_lightning.checkpoints import CheckpointError
-from mfm_lightning.conditions import INDEX, Batch, Conditions, unlabelled
+from mfm_lightning.conditions import Batch, Conditions, unlabelled
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.finite import require_finite_gradients, require_finite_losses
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
+from mfm_lightning.modules.predicting import PredictedSamples, checkpoint_identity
+from mfm_lightning.networks.files import weights_fingerprint
 from mfm_lightning.networks.results import measured_on
 from mfm_lightning.training.sharding import elsewhere, gathered, shard, whole_parameters
 from mfm_lightning.utils.distributed import gather_ranks, own
@@ -54,7 +56,8 @@ class TrainingModule(L.LightningModule, ABC):
         super().__init__()
         self.optimization, self.evaluation = optimization or Optimization(), evaluation
         self._resumed: list[dict[str, Tensor]] | None = None
-        self.sample_numbers = SampleNumbers()
+        self._predicted: PredictedSamples | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples to predict than ranks
         self._without_labels = False  # data with labels for a network that has no classes
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
@@ -109,6 +112,8 @@ class TrainingModule(L.LightningModule, ABC):
             raise ValueError(f"data of {classes} classes, but the network has {self.num_classes}")
         if self.evaluation is not None:
             self.evaluation.check(self)
+        if stage == "predict":
+            self.prepare_predict()
         self.to_device(self.trainer.strategy.root_device)  # Lightning moves this module itself, but later
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -213,6 +218,51 @@ class TrainingModule(L.LightningModule, ABC):
             losses = self.losses(x1, Conditions.of_batch(given), training=False)
         self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
 
+    # -- predict: sample by sample -------------------------------------------------------------------------------------
+
+    def predicted_settings(self) -> dict[str, Any]:
+        """What samples of `predict` depend on besides weights, frozen parts and data."""
+        return {}
+
+    def predicts(self) -> bool:
+        """Whether `predict` makes samples, and writes them to `predicted`."""
+        return False
+
+    def prepare_predict(self) -> None:
+        """Find out what is there; called by all ranks.
+
+        Raises:
+            ValueError: if the folder has samples of other weights, settings or data.
+        """
+        self._predicted = None
+        if not self.predicts():
+            return
+        path = self.trainer.ckpt_path
+        weights = None
+        if self.trainer.is_global_zero:
+            weights = weights_fingerprint(self.exported) if path is None else checkpoint_identity(path)
+        settings = {"weights": gather_ranks(weights)[0], "frozen": self.frozen, **self.predicted_settings()}
+        self._predicted = PredictedSamples(
+            self.trainer, self.folder / "predict", settings, in_step=self.device_mesh is not None
+        )
+
+    @property
+    def predicted(self) -> PredictedSamples:
+        """What `predict` makes; from its setup on."""
+        if self._predicted is None:
+            raise RuntimeError("what is predicted is known once mfm predict has begun")
+        return self._predicted
+
+    def share(self, number: int) -> list[int]:
+        """This rank's samples, of so many, that `predict` has not made yet."""
+        if self._predicted is None:
+            return list(range(self.global_rank, number, self.trainer.world_size))
+        return self.predicted.share(number)
+
+    def teardown(self, stage: str) -> None:
+        if stage == "predict" and self._predicted is not None and self._predicted.finish():
+            log.info("samples: %s", self._predicted.folder.path)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -243,33 +293,6 @@ class TrainingModule(L.LightningModule, ABC):
             f"{self.trainer.ckpt_path} is of another network than the config's: {len(different)} of its {len(known)} "
             f"tensors differ, first {name}: {shapes[0]} in the file, {shapes[1]} in the network"
         )
-
-
-class SampleNumbers:
-    """Which samples of the data a batch of `mfm predict` has, so that their noise is theirs, whatever batch and device.
-
-    The batch says so (`index` in its dictionary). One that does not is numbered as Lightning deals samples out: in turn
-    to the ranks, in batches of one size.
-    """
-
-    def __init__(self) -> None:
-        self._size = 0
-
-    def __call__(self, batch: Batch, batch_idx: int, trainer: L.Trainer) -> tuple[Tensor, dict[str, Any]]:
-        """The batch with the `index` `(B,)` in its dictionary."""
-        x, given = batch
-        if isinstance(given, Mapping) and INDEX in given:
-            return x, dict(given)
-        if batch_idx == 0:
-            self._size = len(x)
-        index = (batch_idx * self._size + torch.arange(len(x))) * trainer.world_size + trainer.global_rank
-        given = Conditions.of_batch(given).as_batch()
-        return x, {**({"label": given} if isinstance(given, Tensor) else given), INDEX: index}
-
-
-def batch_number(batch_idx: int, trainer: L.Trainer) -> int:
-    """The number of a batch among those of all ranks, for the names of files."""
-    return batch_idx * trainer.world_size + trainer.global_rank
 
 
 @contextmanager
