@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,7 @@ from mfm_lightning.alignment.target import Target, is_plain_flow_map, require_gr
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.interpolant import Generators, expand, randn
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks.files import weights_fingerprint
 from mfm_rewards import Reward
-
-BUDGETS = ("max_rows",)  # settings that results do not depend on
 
 
 class AlignmentMethod(ABC):
@@ -181,26 +178,3 @@ def norms(x: Tensor) -> Tensor:
     largest = x.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
     norm = (x.flatten(1) / largest[:, None]).norm(dim=1) * largest
     return expand(norm, x)
-
-
-def described(value: object, without: Sequence[str] = ()) -> Any:
-    """A method, or what it is made of, as plain JSON: the class and its settings, with no address in memory; of a
-    network the SHA-256 of its weights.
-
-    Args:
-        without: names of settings that are left out.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): described(part, without) for key, part in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [described(part, without) for part in value]
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    of = f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, torch.nn.Module):
-        return {"class": of, "weights": weights_fingerprint(value)}
-    fields = getattr(value, "__dict__", {}).items()
-    settings = {name: described(part, without) for name, part in fields if name[0] != "_" and name not in without}
-    return {"class": of, **settings}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from mfm_lightning.conditions import INDEX, Batch
 from mfm_lightning.data.stream import BatchStream, StepLoader
+from mfm_lightning.utils.digests import digest
 
 log = logging.getLogger(__name__)
 
@@ -185,16 +185,6 @@ def share_of(data: L.LightningDataModule, samples: NumberedSamples) -> Share | N
     module: Any = None if data.trainer is None else data.trainer.lightning_module
     share = getattr(module, "share", None)
     return None if share is None else Share(samples, share(len(samples)))
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 of tensors with their shapes and types."""
-    every = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        every.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        every.update(plain.flatten().view(torch.uint8).numpy().data)
-    return every.hexdigest()
 
 
 def trainer_of(data: L.LightningDataModule) -> L.Trainer:

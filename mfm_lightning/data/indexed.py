@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import NumberedSamples, Share, StepDataModule, digest, share_of
+from mfm_lightning.data.base import NumberedSamples, Share, StepDataModule, share_of
 from mfm_lightning.data.order import batch_order
 from mfm_lightning.data.stream import BatchStream, StepLoader, WorkerStream
+from mfm_lightning.utils.digests import digest
 from mfm_lightning.utils.loading import Computed, RaisingLoader, collated
 
 

@@ -105,6 +105,9 @@ class Evaluation(ABC, Generic[Module]):
     def draw(self, module: Module, folder: Path) -> None:
         """Write pictures."""
 
+    def prepare(self, module: Module, folder: Path) -> None:
+        """What ranks share of the work of `measure`, which rank 0 does alone after it; called by all of them."""
+
     @abstractmethod
     def measure(self, module: Module, folder: Path) -> None:
         """Log metrics, print and write the tables."""

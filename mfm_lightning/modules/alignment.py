@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mfm_lightning.alignment.method import BUDGETS, AlignmentMethod, described
+from mfm_lightning.alignment.described import BUDGETS, described
+from mfm_lightning.alignment.method import AlignmentMethod
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import TargetSettings
@@ -89,11 +90,8 @@ class RewardAlignment(L.LightningModule):
 
     def _settings(self) -> dict[str, Any]:
         """What the samples depend on, besides the data."""
-        target, decoder = self.target.settings, self.target.settings.decoder
-        found = {"reward": described(target.reward), "reward_scale": target.reward_scale, "guidance": target.guidance}
-        found |= {"prompts": target.prompts, "class_names": target.class_names, "decoder": decoder and repr(decoder)}
-        found |= {"method": described(self.method, BUDGETS), "base_steps": self.base_steps, "seed": self.seed}
-        return {"model": self.target.identity.get("sha256"), **found}
+        method = {"method": described(self.method, BUDGETS), "base_steps": self.base_steps, "seed": self.seed}
+        return {**self.target.described(), **method}
 
     @property
     def predicted(self) -> PredictedSamples:

@@ -197,6 +197,8 @@ class TrainingModule(L.LightningModule, ABC):
         if self.evaluation is None:
             return
         with own_gradients(), self.whole_weights(), TemporaryDirectory() as unread:
+            if measure:
+                self.evaluation.prepare(self, folder)
             if not self.trainer.is_global_zero:
                 if not self.in_step:
                     return

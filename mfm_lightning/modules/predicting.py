@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from mfm_lightning.alignment.method import described
+from mfm_lightning.alignment.described import described
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import datamodule_of
 from mfm_lightning.networks.files import fingerprint

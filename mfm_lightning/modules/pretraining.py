@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfm_lightning.alignment.method import BUDGETS, described
+from mfm_lightning.alignment.described import BUDGETS, described
 from mfm_lightning.backbones import FlowAdapter
 from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.conditions import INDEX, Batch, Conditions

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mfm_lightning.alignment.method import BUDGETS, AlignmentMethod, TimeGrid, described
+from mfm_lightning.alignment.described import BUDGETS, described
+from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.backbones import AdaptedFlow, TextToImageFlow

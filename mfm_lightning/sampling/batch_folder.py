@@ -33,7 +33,7 @@ class BatchFolder(ResumableFolder):
         return {index for path in self._files() for index in self._index(path)}
 
     def write(self, index: Tensor, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> Path:
-        """Store a batch, whole or not at all.
+        """Store a batch, whole or not at all; one whose samples are in the batch of its name already stays out.
 
         Args:
             index: of its samples, `(B,)`.
@@ -44,9 +44,12 @@ class BatchFolder(ResumableFolder):
             The file of the tensors.
         """
         name = self.name(index)
+        path = self.path / f"{name}.safetensors"
+        if path.is_file() and set(index.tolist()) <= set(self._index(path)):  # ranks in step make some samples twice
+            return path
         if record is not None:
             write_json(self.path / f"{name}.json", {"batch": name, INDEX: index.tolist(), **record})
-        path = save_tensors({**tensors, INDEX: index}, self.path / f"{name}.safetensors")
+        save_tensors({**tensors, INDEX: index}, path)
         self._unfinished(index).unlink(missing_ok=True)
         return path
 

@@ -338,3 +338,42 @@ def test_digits_are_told_from_others_by_their_content(workplace):
     assert data.samples_identity == other.samples_identity
     other.splits["test"][0][0] += 1
     assert data.samples_identity != other.samples_identity
+
+
+@pytest.mark.slow
+def test_samples_of_a_model_in_shards_also_where_ranks_have_not_as_many(workplace):
+    """51 images in batches of 25 on two ranks of FSDP2, which compute each step together; then some are lost."""
+    network = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    network |= {"encoder_depth": 1, "num_classes": 10, "guidance_scales": []}
+    evaluation = {"refinement_steps": [2], "ode_steps": 2, "times": [0.3], "picture_times": []}
+    config = {
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "logger": False},
+        "model": {
+            "class_path": "mfm_lightning.modules.MFMPretraining",
+            "init_args": {
+                "network": {"class_path": "mfm_lightning.networks.DiT", "init_args": network},
+                "objective": {"terms": [{"name": "data_diagonal"}, {"name": "mean_flow"}]},
+                "initial": "model.safetensors",
+                "evaluation": {"class_path": "mfm_lightning.evaluation.ImageEvaluation", "init_args": evaluation},
+            },
+        },
+        "data": {"class_path": "tests.distributed_parts.OddDigits", "init_args": {"batch_size": 25}},
+    }  # fmt: skip
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    fsdp = ["--trainer.devices=2", "--trainer.strategy=fsdp2"]
+    torchrun(workplace, 1, *command("one"))
+    torchrun(workplace, 2, *command("two", *fsdp))
+    wanted = predicted(Path("one/predict"))
+    assert len(wanted["x1"]) == 51
+
+    def assert_all_there() -> None:
+        rows = batch_folder.BatchFolder("two/predict").rows(range(51), wanted)
+        for name, value in wanted.items():
+            torch.testing.assert_close(
+                torch.stack([rows[i][name] for i in range(51)]), value, rtol=1e-4, atol=1e-5, msg=name
+            )
+
+    assert_all_there()
+    Path("two/predict/batch_0001.safetensors").unlink()  # of rank 1, all of its samples
+    torchrun(workplace, 2, *command("two", *fsdp, "--data.init_args.batch_size=4"))
+    assert_all_there()
