@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 from pathlib import Path
@@ -13,9 +12,7 @@ import lightning as L
 from mfm_lightning.callbacks.checkpoint import LastCheckpoint
 from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.checkpoints import check_network, fingerprint, save_network
-from mfm_lightning.evaluation.base import datamodule_of
 from mfm_lightning.modules.base import TrainingModule
-from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.training.logs import goes_on_in_its_folder
 from mfm_lightning.utils.atomic import PARTIAL, mend, put_in_place, remove
 
@@ -83,12 +80,8 @@ class ExportModel(L.Callback):
         with ema.applied(module), module.whole_weights(to_write=True):
             if trainer.is_global_zero:
                 folder = Path(trainer.default_root_dir)
-                metadata = {
-                    "kind": module.exported_kind,
-                    "step": str(trainer.global_step),
-                    **_latents(trainer),
-                    **module.exported_metadata(),
-                }
+                said = module.file_metadata() | module.exported_metadata()
+                metadata = {"step": str(trainer.global_step), **said}
                 if kept and (checkpoint := folder / "last.ckpt").is_file():
                     metadata["checkpoint"] = fingerprint(checkpoint)
                 path = folder / self.filename
@@ -110,12 +103,6 @@ def write_folder(network: HasFolder, folder: Path) -> Path:
         return place
     finally:
         remove(partial)
-
-
-def _latents(trainer: L.Trainer) -> dict[str, str]:
-    """How the data's latents become states, where the DataModule says so: whoever decodes needs it."""
-    said = getattr(datamodule_of(trainer), LATENTS, None)
-    return {LATENTS: json.dumps(said)} if said else {}
 
 
 def _exporting(module: L.LightningModule) -> TrainingModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -23,9 +24,11 @@ from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.finite import require_finite_gradients, require_finite_losses
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
 from mfm_lightning.modules.predicting import PredictedSamples, checkpoint_identity
-from mfm_lightning.networks.files import weights_fingerprint
+from mfm_lightning.networks.decoders import LATENTS
+from mfm_lightning.networks.files import file_header, weights_fingerprint
 from mfm_lightning.networks.results import measured_on
-from mfm_lightning.training.sharding import elsewhere, gathered, shard, whole_parameters
+from mfm_lightning.training.consolidation import NETWORK, said_of
+from mfm_lightning.training.sharding import elsewhere, gathered, plain_class, shard, whole_parameters
 from mfm_lightning.utils.distributed import gather_ranks, own
 
 log = logging.getLogger(__name__)
@@ -80,6 +83,18 @@ class TrainingModule(L.LightningModule, ABC):
     def frozen(self) -> dict[str, Any]:
         """By name, the identity of each frozen part; a run cannot be resumed with another one."""
         return {}
+
+    def exported_part(self) -> str | None:
+        """The name of the `exported` network among this module's parts, whose weights in a checkpoint are its file's;
+        None where they are not, or the file says what is found out at the end of training."""
+        exported = self.exported
+        return next((name for name, part in self.named_modules() if part is exported), None)
+
+    def file_metadata(self) -> dict[str, str]:
+        """What the file of the network says besides its class and config, at any time: its kind, and how the data's
+        latents become states, where the DataModule says so, for whoever decodes needs it."""
+        latents = getattr(datamodule_of(self.trainer), LATENTS, None)
+        return {"kind": self.exported_kind, **({LATENTS: json.dumps(latents)} if latents else {})}
 
     def exported_metadata(self) -> dict[str, str]:
         """What the file of the network says besides its class and config; called where it holds what is written."""
@@ -269,6 +284,10 @@ class TrainingModule(L.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng_state"] = gather_ranks(_get_rng_state())
+        if (prefix := self.exported_part()) is not None:
+            network = self.get_submodule(prefix)
+            header = {**file_header(network, plain_class(network)), **self.file_metadata()}
+            checkpoint[NETWORK] = said_of(header, prefix)
         checkpoint["frozen"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -54,8 +54,19 @@ def save_network(
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     _check_finite(network, state, path)
-    header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
-    return save_tensors(state, path, header)
+    return save_tensors(state, path, {**file_header(network), **(metadata or {})})
+
+
+def file_header(network: nn.Module, kind: type[nn.Module] | None = None) -> dict[str, str]:
+    """What a network's file says of its class and `config`.
+
+    Args:
+        kind: its class, where it is mixed with others.
+
+    Raises:
+        CheckpointError: as `save_network`.
+    """
+    return {"network": _class_path(kind or type(network)), "config": _config(network)}
 
 
 def _check_finite(network: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
