@@ -198,12 +198,28 @@ def trainer_of(data: L.LightningDataModule) -> L.Trainer:
     return data.trainer
 
 
-def say_changed_order(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def say_changed_order(
+    saved: Mapping[str, Any], ours: Mapping[str, Any], one_line: bool = False, drawn: str | None = None
+) -> None:
     """Warn where a resumed run has another order of batches.
 
     Args:
         saved, ours: what the order depends on, of the run before and of this one. Older ones say less.
+        one_line: all ranks take their batches from one line in turn (`batch_order`), so that ranks and batch size may
+            change where their product stays: each step has the same samples.
+        drawn: what is drawn for each sample by rank, such as "mirrored", and is another draw then.
     """
+    split = {key: saved[key] for key in ("world_size", "batch_size") if key in saved}
+    if one_line and len(split) == 2 and split != {key: ours[key] for key in split}:
+        W, B = ours["world_size"], ours["batch_size"]
+        if (together := split["world_size"] * split["batch_size"]) == W * B:
+            more = f"; which of them are {drawn} is another draw" if drawn else ""
+            log.log(
+                logging.WARNING if drawn else logging.INFO,
+                "the order of batches goes on exactly: %d samples a step, "
+                "by %d ranks with %d each, before by %d with %d%s", together, W, B, *split.values(), more,
+            )  # fmt: skip
+            ours = {key: value for key, value in ours.items() if key not in split}
     changed = [f"{key} {saved[key]} to {value}" for key, value in ours.items() if saved.get(key, value) != value]
     if changed:
         log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))

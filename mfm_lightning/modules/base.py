@@ -143,6 +143,10 @@ class TrainingModule(L.LightningModule, ABC):
             _set_rng_state(state)
         elif self.global_rank > 0 or self._resumed is not None:  # else all ranks would draw the same noise
             torch.manual_seed(torch.initial_seed() + 7919 * self.global_rank + self.global_step)
+        if self._resumed is not None and state is None and self.trainer.is_global_zero:
+            W, before = self.trainer.world_size, len(self._resumed)
+            ranks = f"{W} rank{'s' * (W > 1)}, before with {before}"
+            log.info("the run goes on with %s: noise is drawn anew from here", ranks)
         self._resumed = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -150,3 +150,17 @@ def test_what_cannot_be_exported_is_said(workplace):
         CheckpointError, match=r"does not say what its network is: .* go on from it by mfm fit --ckpt_path"
     ):
         export("file/last.ckpt", "--output=out.safetensors")
+
+
+def test_shards_of_two_ranks_go_on_with_one(workplace):
+    """Weights and averages are those of the two ranks, and training goes on from them."""
+    one = ["--trainer.logger=false", "--trainer.devices=1", *SHARDED, "--ckpt_path=last"]
+    export("shards/last.ckpt", "--output=before.safetensors")
+    shutil.copytree("shards", "again")
+    assert ended(forked(fit, "again", 3, *one)) == 0  # nothing is left to train: the file is written again
+    wanted, found = load_file("before.safetensors"), load_file("again/model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert ended(forked(fit, "shards", 5, *one)) == 0
+    assert torch.load("shards/last.ckpt/meta.pt", weights_only=True)["global_step"] == 5
+    export("shards/last.ckpt", "--output=after.safetensors")
+    assert any(not torch.equal(load_file("after.safetensors")[name], tensor) for name, tensor in wanted.items())
