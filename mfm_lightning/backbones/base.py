@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from mfm_lightning.backbones.decoder import LatentDecoder
+from mfm_lightning.backbones.placement import Placement
 from mfm_lightning.backbones.prompted_pipeline import PromptedPipeline
 from mfm_lightning.backbones.schedulers import require_flow
 from mfm_lightning.conditions import Conditions
@@ -51,6 +52,7 @@ class TextToImageFlow(PromptedPipeline):
         weights: the same of transformer and VAE, for `identity`.
         encoder_device: where prompts are encoded; the CPU where None.
         max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
+        devices: where transformer and VAE are; they move with the flow where None.
         fingerprint: gives a short name of the contents of the files of "vae", "text_encoders" or "transformer", equal
             for copies.
 
@@ -77,8 +79,10 @@ class TextToImageFlow(PromptedPipeline):
         encoder_device: str | torch.device | None = None,
         max_sequence_length: int | None = None,
         fingerprint: Callable[[str], str] | None = None,
+        devices: Placement | None = None,
     ) -> None:
         super().__init__(pipe, cache, load_encoders, encoders, encoder_device, max_sequence_length)
+        self.placement = devices or Placement()
         if max_rows < 1:
             raise ValueError(f"max_rows {max_rows} must be at least 1")
         require_flow(pipe.scheduler, found := type(pipe).__name__)
@@ -88,7 +92,9 @@ class TextToImageFlow(PromptedPipeline):
                 found, type(pipe.scheduler).__name__,
             )  # fmt: skip
         self.transformer = pipe.transformer.eval().requires_grad_(False)
-        self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled)
+        self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled, self.placement.vae)
+        if self.placement.transformer is not None:
+            self.transformer.to(self.placement.transformer)
         self.max_rows, self._weights, self.fingerprint = max_rows, weights, fingerprint
         # what a block is computed again in, for a gradient: an adapter that is on in this call is on again
         self.recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -102,6 +108,16 @@ class TextToImageFlow(PromptedPipeline):
         latent = pipe.vae.config.get("latent_channels", pipe.vae.config.get("z_dim", self.channels))
         if latent != self.channels:
             raise ValueError(f"the VAE has latents of {latent} channels, and the {found}'s transformer {self.channels}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves the flow, `to` and its like, leaves a transformer on devices of its own where it is."""
+        if self.placement.transformer is None and self.placement.transformer_map is None:
+            return super()._apply(fn, recurse)
+        kept = self._modules.pop("transformer")
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._modules["transformer"] = kept
 
     def enable_checkpointing(self) -> None:
         """What the option `checkpointing` does."""
@@ -197,6 +213,9 @@ class TextToImageFlow(PromptedPipeline):
                 "guidance by two evaluations needs a negative prompt, and the conditions have none: give "
                 "flow.encode(prompts, negative=...), or guidance 1"
             )
+        home = x.device
+        if (place := self.placement.transformer) is not None:  # a map's hooks bring inputs to their modules, and back
+            t, x, given = t.to(place), x.to(place), given.to(place)
         with (
             self._kernel(),
             out_of_memory("the transformer", "max_rows or image_size (gradients: set checkpointing)"),
@@ -205,7 +224,7 @@ class TextToImageFlow(PromptedPipeline):
                 self._drift(t[rows], x[rows], given.take(rows), guided)
                 for rows in (slice(k, k + self.max_rows) for k in range(0, len(x), self.max_rows))
             ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(home)
 
     def _kernel(self) -> AbstractContextManager[Any]:
         return sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext()

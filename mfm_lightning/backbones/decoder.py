@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from mfm_lightning.networks.decoders import Decoder, decoded_in_parts
@@ -21,14 +22,29 @@ class LatentDecoder(Decoder):
         unscaled: the pipeline's scaling taken away.
         max_rows: latents at once.
         tiled: decode large latents in overlapping tiles that are blended.
+        place: device of the VAE, on which it stays; it moves with the decoder where None.
     """
 
-    def __init__(self, vae: Any, unscaled: Callable[[Tensor], Tensor], max_rows: int = 8, tiled: bool = False) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        unscaled: Callable[[Tensor], Tensor],
+        max_rows: int = 8,
+        tiled: bool = False,
+        place: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.vae, self.unscaled, self.max_rows = vae.eval().requires_grad_(False), unscaled, max_rows
+        self.place = place
+        if place is not None:
+            self.vae.to(place)
         self.tiled = tiled
         if tiled:
             self.vae.enable_tiling()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves the decoder leaves a VAE on a device of its own where it is."""
+        return self if self.place is not None else super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"max_rows={self.max_rows}" + (", tiled=True" if self.tiled else "")
@@ -38,5 +54,6 @@ class LatentDecoder(Decoder):
 
     def _decode(self, part: Tensor) -> Tensor:
         with out_of_memory("the VAE", "max_rows, or set tiled"):
-            images = self.vae.decode(self.unscaled(part).to(self.vae.dtype), return_dict=False)[0].float()
+            latents = self.unscaled(part).to(self.place or part.device, self.vae.dtype)
+            images = self.vae.decode(latents, return_dict=False)[0].float().to(part.device)
         return images[:, :, 0] if images.dim() == 5 else images  # a video of one frame

@@ -69,7 +69,8 @@ class PromptAlignment(L.LightningModule):
     Raises:
         RewardError: on construction, if a reward is unknown, or the method needs a gradient and there is none; before
             any image, if a reward needs all images of a prompt at once and batches do not have them.
-        ValueError: on construction, for steps that make no times, or two columns of the report with one name.
+        ValueError: on construction, for steps that make no times, two columns of the report with one name, or an `mfm`
+            on a transformer with devices of its own; before any image, for GPUs by name and several processes.
         FileNotFoundError: on construction, for an evaluation that is not there.
         CheckpointError: on construction, if the method draws posteriors in one step and there is no `mfm`, or an `mfm`
             of another flow.
@@ -109,6 +110,8 @@ class PromptAlignment(L.LightningModule):
         others = [build(spec).eval().requires_grad_(False) for spec in (held_out or {}).values()]
         self.held_out = torch.nn.ModuleList(others)
         self.method = method or Steering(strength=0.0, grid=TimeGrid(base_steps, of_model=True))
+        if mfm is not None and (flow.placement.transformer is not None or flow.placement.transformer_map is not None):
+            raise ValueError("flow.devices: an mfm draws on the device of the states: leave the transformer's out")
         self.model: TextToImageFlow | AdaptedFlow = flow if mfm is None else AdaptedFlow.load(mfm, flow)
         self.method.check(self.optimised, self.model)
         if isinstance(self.model, AdaptedFlow) and self.method.needs_meta_flow_map:
@@ -150,6 +153,11 @@ class PromptAlignment(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage != "predict":
             raise ValueError(f"a pretrained flow has nothing to {stage} here: run mfm predict")
+        if self.flow.placement.names_gpus and (processes := self.trainer.num_devices) > 1:
+            raise ValueError(
+                f"flow.devices names GPUs, and {processes} processes of this machine would share them: set "
+                "trainer.devices to 1"
+            )
         data = datamodule_of(self.trainer)
         if not isinstance(data, PromptsDataModule):
             raise ValueError(f"data is a {type(data).__name__}: expected a PromptsDataModule")
