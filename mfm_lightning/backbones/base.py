@@ -23,6 +23,7 @@ from mfm_lightning.backbones.schedulers import require_flow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.utils.devices import out_of_memory
+from mfm_lightning.utils.row_budget import MaxRows, RowBudget, check_max_rows, in_parts
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class TextToImageFlow(PromptedPipeline):
             encoded.
         image_size: height and width of the images in pixels; the pipeline's own where None.
         max_rows: states at once in the transformer, and latents at once in the VAE; more are cut. It bounds memory, not
-            that of gradients of the transformer: see `checkpointing`.
+            that of gradients of the transformer: see `checkpointing`. "auto" finds the most that a GPU has room for.
         attention: "math" is torch's plain one, which has derivatives along a direction (`torch.func.jvp`); other names
             are those of diffusers' backends. The usual one where None.
         checkpointing: keep only the input of each block of the transformer, and of the VAE where it can
@@ -68,7 +69,7 @@ class TextToImageFlow(PromptedPipeline):
         self,
         pipe: Any,
         image_size: tuple[int, int] | int | None = None,
-        max_rows: int = 8,
+        max_rows: MaxRows = 8,
         attention: str | None = None,
         checkpointing: bool = False,
         tiled: bool = False,
@@ -83,8 +84,7 @@ class TextToImageFlow(PromptedPipeline):
     ) -> None:
         super().__init__(pipe, cache, load_encoders, encoders, encoder_device, max_sequence_length)
         self.placement = devices or Placement()
-        if max_rows < 1:
-            raise ValueError(f"max_rows {max_rows} must be at least 1")
+        check_max_rows(max_rows)
         require_flow(pipe.scheduler, found := type(pipe).__name__)
         if not type(pipe.scheduler).__name__.startswith("FlowMatchEuler"):
             log.warning(
@@ -95,7 +95,9 @@ class TextToImageFlow(PromptedPipeline):
         self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled, self.placement.vae)
         if self.placement.transformer is not None:
             self.transformer.to(self.placement.transformer)
-        self.max_rows, self._weights, self.fingerprint = max_rows, weights, fingerprint
+        self.max_rows: MaxRows = max_rows
+        self.budget = RowBudget("the transformer")
+        self._weights, self.fingerprint = weights, fingerprint
         # what a block is computed again in, for a gradient: an adapter that is on in this call is on again
         self.recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._opened_by: dict[str, Any] | None = None
@@ -133,6 +135,13 @@ class TextToImageFlow(PromptedPipeline):
             "image_size": list(self.image_size), "dtype": str(self.transformer.dtype), "tiled": self.decoder.tiled,
             "attention": self.attention, "encoders": self._encoders, "tokens": self.max_sequence_length,
         }  # fmt: skip
+
+    @property
+    def budgets(self) -> dict[str, RowBudget]:
+        """What `max_rows: auto` measures, by name; nothing with a number."""
+        if self.max_rows != "auto":
+            return {}
+        return {"transformer": self.budget, "vae": self.decoder.budget, "vae, gradients": self.decoder.gradient_budget}
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -220,10 +229,14 @@ class TextToImageFlow(PromptedPipeline):
             self._kernel(),
             out_of_memory("the transformer", "max_rows or image_size (gradients: set checkpointing)"),
         ):
-            parts = [
-                self._drift(t[rows], x[rows], given.take(rows), guided)
-                for rows in (slice(k, k + self.max_rows) for k in range(0, len(x), self.max_rows))
-            ]
+            parts = in_parts(
+                lambda rows: self._drift(t[rows], x[rows], given.take(rows), guided),
+                len(x),
+                # the graph of all parts is kept: cutting leaves memory as it is
+                len(x) if self.max_rows == "auto" and torch.is_grad_enabled() and x.requires_grad else self.max_rows,
+                self.budget,
+                x.device,
+            )
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(home)
 
     def _kernel(self) -> AbstractContextManager[Any]:

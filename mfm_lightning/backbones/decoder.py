@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfm_lightning.networks.decoders import Decoder, decoded_in_parts
 from mfm_lightning.utils.devices import out_of_memory
+from mfm_lightning.utils.row_budget import MaxRows, RowBudget, in_parts
 
 
 class LatentDecoder(Decoder):
@@ -20,7 +21,7 @@ class LatentDecoder(Decoder):
     Args:
         vae: of the pipeline.
         unscaled: the pipeline's scaling taken away.
-        max_rows: latents at once.
+        max_rows: latents at once; "auto" finds the most that a GPU has room for.
         tiled: decode large latents in overlapping tiles that are blended.
         place: device of the VAE, on which it stays; it moves with the decoder where None.
     """
@@ -29,13 +30,14 @@ class LatentDecoder(Decoder):
         self,
         vae: Any,
         unscaled: Callable[[Tensor], Tensor],
-        max_rows: int = 8,
+        max_rows: MaxRows = 8,
         tiled: bool = False,
         place: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.vae, self.unscaled, self.max_rows = vae.eval().requires_grad_(False), unscaled, max_rows
         self.place = place
+        self.budget, self.gradient_budget = RowBudget("the VAE"), RowBudget("the VAE with gradients")
         if place is not None:
             self.vae.to(place)
         self.tiled = tiled
@@ -50,7 +52,27 @@ class LatentDecoder(Decoder):
         return f"max_rows={self.max_rows}" + (", tiled=True" if self.tiled else "")
 
     def forward(self, states: Tensor) -> Tensor:
-        return ((decoded_in_parts(self._decode, states, self.max_rows) + 1) / 2).clamp(0, 1)
+        if not isinstance(self.max_rows, str):
+            images = decoded_in_parts(self._decode, states, self.max_rows)
+        elif torch.is_grad_enabled() and states.requires_grad:
+            images = decoded_in_parts(self._decode, states, self._rows_with_gradient(states))
+        else:
+            decode = lambda rows: self._decode(states[rows])  # noqa: E731
+            images = torch.cat(in_parts(decode, len(states), "auto", self.budget, states.device))
+        return ((images + 1) / 2).clamp(0, 1)
+
+    def _rows_with_gradient(self, states: Tensor) -> int:
+        """How many are decoded again at once in the backward pass, where memory must not end: tried before, where it is
+        not known."""
+        budget = self.gradient_budget
+        if len(states) <= budget.fits or budget.settled:
+            return budget.rows(len(states))
+
+        def trial(rows: int) -> None:
+            part = states[:rows].detach().requires_grad_()
+            torch.autograd.grad(self._decode(part).sum(), part)
+
+        return budget.attempt(trial, len(states), states.device)[1]
 
     def _decode(self, part: Tensor) -> Tensor:
         with out_of_memory("the VAE", "max_rows, or set tiled"):

@@ -17,6 +17,7 @@ from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.merging import lora_file, merge
 from mfm_lightning.backbones.placement import Placement
 from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
+from mfm_lightning.utils.row_budget import MaxRows
 from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.weights import CheckpointError
 
@@ -37,7 +38,7 @@ def load_flow(
     name: str | Path,
     image_size: int | tuple[int, int] | None = None,
     torch_dtype: str | torch.dtype = "bfloat16",
-    max_rows: int = 8,
+    max_rows: MaxRows = 8,
     attention: str | None = None,
     checkpointing: bool = False,
     tiled: bool = False,
@@ -63,7 +64,8 @@ def load_flow(
         name: a folder of diffusers, with `model_index.json`, or a Hugging Face id.
         image_size: height and width of the images in pixels, or one number for both; the pipeline's own where None.
         torch_dtype: floating type of transformer, VAE and text encoders: "float32", "bfloat16" or "float16".
-        max_rows: states at once in the transformer, and latents at once in the VAE.
+        max_rows: states at once in the transformer, and latents at once in the VAE; "auto" finds the most that a GPU
+            has room for.
         attention: "math", whose derivatives along a direction are known, or a backend of diffusers.
         checkpointing: less memory for gradients, by computing each block of transformer and VAE twice.
         tiled: decode large latents in overlapping tiles.

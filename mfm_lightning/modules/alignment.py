@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mfm_lightning.alignment.described import BUDGETS, described
+from mfm_lightning.alignment.memory import row_budgets
 from mfm_lightning.alignment.method import AlignmentMethod
 from mfm_lightning.alignment.result import AlignmentResult
 from mfm_lightning.alignment.steering import Steering
@@ -27,6 +28,7 @@ from mfm_lightning.networks.decoders import IdentityDecoder
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.sampling.resumable import write_json
 from mfm_lightning.utils.figures import before_after, scatter
+from mfm_lightning.utils.row_budget import ROWS, RowsNote, device_context
 from mfm_rewards import RewardError
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ class RewardAlignment(L.LightningModule):
         self.base_steps, self.pictures, self.seed = base_steps, pictures, seed
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples than ranks
         self._predicted: PredictedSamples | None = None
+        self._rows: RowsNote | None = None
 
     @property
     def folder(self) -> Path:
@@ -87,6 +90,8 @@ class RewardAlignment(L.LightningModule):
             )
         self.target.to(self.trainer.strategy.root_device)  # this module's own device is known only later
         self._predicted = PredictedSamples(self.trainer, self.folder, self._settings())
+        context = device_context(self.trainer.strategy.root_device)
+        self._rows = RowsNote(self.folder / ROWS, row_budgets(self.method), context)
 
     def _settings(self) -> dict[str, Any]:
         """What the samples depend on, besides the data."""
@@ -138,6 +143,8 @@ class RewardAlignment(L.LightningModule):
                 raise type(error)(f"{error}; the states so far are in {path}") from error
             raise
         record = {"rewards_before": base_rewards.tolist(), **result.summary()}
+        if self._rows is not None and self.trainer.is_global_zero:
+            self._rows.save()
         folder.write(index, {**result.tensors(), "states_before": before}, record)
         return result
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mfm_lightning.alignment.described import BUDGETS, described
+from mfm_lightning.alignment.memory import row_budgets
 from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import Target
@@ -34,6 +35,7 @@ from mfm_lightning.utils.decoding import load_image
 from mfm_lightning.utils.devices import finished
 from mfm_lightning.utils.distributed import gather_ranks
 from mfm_lightning.utils.figures import pairs_in_rows
+from mfm_lightning.utils.row_budget import ROWS, RowsNote, device_context
 from mfm_rewards import Reward, RewardError, build
 from mfm_rewards.protocol import name_of
 
@@ -124,6 +126,7 @@ class PromptAlignment(L.LightningModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images than ranks
         self._folder: PromptFolder | None = None
         self._share: list[int] = []
+        self._rows: RowsNote | None = None
         self._settings = {
             **flow.identity, "reward": reward, "method": described(self.method, BUDGETS), "held_out": held_out,
             "reward_scale": reward_scale, "guidance": guidance, "negative": negative, "before": before,
@@ -167,6 +170,10 @@ class PromptAlignment(L.LightningModule):
         self._folder = PromptFolder(path, data.prompts, data.images_per_prompt, self.layout, self.global_rank)
         self._folder.claim({**self._settings, "noise_seed": data.seed}, OVERWRITE)
         self._scores()  # refuses wrong files
+        size = {"image_size": list(self.flow.image_size), "dtype": str(self.flow.transformer.dtype)}
+        where = self.flow.placement.transformer or self.trainer.strategy.root_device
+        context = {**device_context(where), **size, "flow": type(self.flow).__name__}
+        self._rows = RowsNote(path / ROWS, {**self.flow.budgets, **row_budgets(self.method)}, context)
         number = len(self._folder.images)
         missing = gather_ranks(self._folder.left(number) if self.global_rank == 0 else None)[
             0
@@ -211,6 +218,8 @@ class PromptAlignment(L.LightningModule):
         with torch.enable_grad():  # as in Python: a method of the user's own may take gradients
             result = self.method(target, x0, generators)
         seconds = (finished(x0.device) - began) / len(x0)
+        if self._rows is not None and self.trainer.is_global_zero:
+            self._rows.save()
         if len(result.states) != len(x0):
             raise ValueError(f"{type(self.method).__name__} gave {len(result.states)} images for {len(x0)} prompts")
         after = self._measured(result.images, conditions)
