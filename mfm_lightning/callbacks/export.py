@@ -14,6 +14,7 @@ from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.checkpoints import check_network, fingerprint, save_network
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.training.logs import goes_on_in_its_folder
+from mfm_lightning.training.sharding import plain_class
 from mfm_lightning.utils.atomic import PARTIAL, mend, put_in_place, remove
 
 log = logging.getLogger(__name__)
@@ -85,9 +86,10 @@ class ExportModel(L.Callback):
                 if kept and (checkpoint := folder / "last.ckpt").is_file():
                     metadata["checkpoint"] = fingerprint(checkpoint)
                 path = folder / self.filename
-                if isinstance(module.exported, HasFolder):  # before the file, by which a run is known to be finished
-                    log.info("written for other libraries: %s", write_folder(module.exported, folder))
-                save_network(module.exported, path, metadata)
+                exported = module.exported  # once: adapters are merged into a copy
+                if isinstance(exported, HasFolder):  # before the file, by which a run is known to be finished
+                    log.info("written for other libraries: %s", write_folder(exported, folder))
+                save_network(exported, path, metadata, kind=plain_class(exported))
                 log.info("model written to %s", path)
 
 

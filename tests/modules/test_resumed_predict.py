@@ -156,6 +156,14 @@ def test_a_rank_that_is_killed_loses_its_batch_alone(workplace, monkeypatch):
     run(command("two"))
     run(command("one"))
     assert_same(predicted(Path("two/predict")), predicted(Path("one/predict")))
+    # one sample is lost, and a rank has nothing to do
+    shutil.rmtree("two")
+    run(command("two", "--data.init_args.batch_size=5"))
+    Path("two/predict/batch_0010.safetensors").unlink()
+    Path("two/predict/summary.json").unlink()
+    torchrun(workplace, 2, *command("two", *two))
+    assert (summary("two")["samples"], summary("two")["missing"]) == (N, 0)
+    assert_same(predicted(Path("two/predict")), predicted(Path("one/predict")))
 
 
 @pytest.mark.parametrize(
