@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.lookahead import Best
+from mfm_lightning.alignment.memory import by_memory
 from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.posteriors import Posterior, further_noise
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import Estimate, GradientEstimator, chunks, effective_sample_size
 from mfm_lightning.interpolant import Generators, Times, as_times, expand, rand, randn, score
+from mfm_lightning.utils.row_budget import MaxRows, check_max_rows
 
 
 def renoising(t: Tensor, snr_factor: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +97,7 @@ class DiamondDraws:
             lower. Where None, it is 2 + 1/SNR(t), with which all weights are equal for data N(0, I).
         nodes: Gauss-Legendre nodes of log p_{t'}, at least 1; each is one evaluation of the drift a draw.
         max_rows: memory budget, at most so many draws at once, and at least `num_draws`; the result does not depend on
-            it.
+            it. "auto" finds the most that a GPU has room for.
 
     Raises:
         ValueError: for a number out of range.
@@ -104,18 +106,24 @@ class DiamondDraws:
     num_draws: int = 16
     snr_factor: float | None = None
     nodes: int = 1
-    max_rows: int | None = None
+    max_rows: MaxRows | None = None
     needs_flow_map = True
 
     def __post_init__(self) -> None:
+        check_max_rows(self.max_rows)
         if self.num_draws < 2:
             raise ValueError(f"draws are weighed against each other: num_draws {self.num_draws} must be at least 2")
         check_renoising(self.snr_factor, self.nodes)
-        if self.max_rows is not None and self.max_rows < self.num_draws:
+        if isinstance(self.max_rows, int) and self.max_rows < self.num_draws:
             raise ValueError(
                 f"max_rows {self.max_rows} is below num_draws {self.num_draws}: the weighted draws of a state are made "
                 "together"
             )
+
+    @property
+    def fewest_rows(self) -> int:
+        """Those of one state, which are made together."""
+        return self.num_draws
 
 
 def check_renoising(snr_factor: float | None, nodes: int) -> None:
@@ -140,6 +148,7 @@ class DiamondGradient(DiamondDraws, GradientEstimator):
     needs_reward_gradient = True
     looks_ahead = True
 
+    @by_memory
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         eps, t, parts, best = _noise(self, x, generator), as_times(t, x), [], Best(x)
         for part, rows, _ in chunks(target, x, self.num_draws, self.max_rows):
@@ -165,6 +174,7 @@ class DiamondGradientFree(DiamondDraws, GradientEstimator):
 
     looks_ahead = True
 
+    @by_memory
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         eps, t, parts, best = _noise(self, x, generator), as_times(t, x), [], Best(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,17 +178,3 @@ def norms(x: Tensor) -> Tensor:
     largest = x.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
     norm = (x.flatten(1) / largest[:, None]).norm(dim=1) * largest
     return expand(norm, x)
-
-
-def described(value: object) -> Any:
-    """A method, or what it is made of, as plain JSON: the class and its settings, with no address in memory."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): described(part) for key, part in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [described(part) for part in value]
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    settings = {name: described(part) for name, part in getattr(value, "__dict__", {}).items() if name[0] != "_"}
-    return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **settings}

@@ -17,7 +17,7 @@ from torch import Tensor
 from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.utils.atomic import save_tensors
+from mfm_lightning.utils.atomic import save_tensors, whole_file
 from mfm_rewards import RewardError
 
 
@@ -75,6 +75,12 @@ class AlignmentResult:
             "trace": self.trace,
         }
 
+    def tensors(self) -> dict[str, Tensor]:
+        """States, images and rewards by name, also the best ones where they are there."""
+        best = {"best_states": self.best_states, "best_images": self.best_images, "best_rewards": self.best_rewards}
+        found = {what: tensor for what, tensor in best.items() if tensor is not None}
+        return {"states": self.states, "images": self.images, "rewards": self.rewards, **found}
+
     def save(self, folder: str | Path, name: str = "result", more: Mapping[str, Tensor] | None = None) -> Path:
         """Write `NAME.json` and the states and images, also the best, as `NAME.safetensors`; the path of the former.
 
@@ -82,12 +88,10 @@ class AlignmentResult:
             more: tensors that are written beside them.
         """
         folder = Path(folder)
-        tensors = {"states": self.states, "images": self.images, "rewards": self.rewards, **(more or {})}
-        best = {"best_states": self.best_states, "best_images": self.best_images, "best_rewards": self.best_rewards}
-        tensors |= {what: tensor for what, tensor in best.items() if tensor is not None}
-        save_tensors(tensors, folder / f"{name}.safetensors")
+        save_tensors({**self.tensors(), **(more or {})}, folder / f"{name}.safetensors")
         path = folder / f"{name}.json"
-        path.write_text(json.dumps(self.summary(), indent=1))
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(self.summary(), indent=1))
         return path
 
 

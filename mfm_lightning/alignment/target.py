@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mfm_lightning.alignment.described import described
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.checkpoints import CheckpointError, find_weights, fingerprint, load_model, read_metadata
 from mfm_lightning.conditions import Conditions, Index
@@ -311,6 +312,13 @@ class LoadedTarget:
     reward: Reward
     prompts: str | list[str] | None = None
     identity: dict[str, str] = field(default_factory=dict)  # what a checkpoint names the frozen parts by
+
+    def described(self) -> dict[str, Any]:
+        """What rewards and values of this target depend on, as plain JSON."""
+        given = self.settings
+        found = {"model": self.identity.get("sha256"), "reward": described(given.reward), "guidance": given.guidance}
+        found |= {"reward_scale": given.reward_scale, "prompts": given.prompts, "class_names": given.class_names}
+        return {**found, "decoder": None if given.decoder is None else repr(given.decoder)}
 
     def check_labels(self, all_labelled: bool) -> None:
         """Raise ValueError if reward or prompts need a label for each sample and there are samples without one."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.alignment.lookahead import Best
+from mfm_lightning.alignment.memory import by_memory
 from mfm_lightning.alignment.method import positive
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import Target
@@ -22,6 +23,7 @@ from mfm_lightning.checkpoints import load_value
 from mfm_lightning.interpolant import Generators, Times, as_times, denoiser, expand, randn
 from mfm_lightning.networks.decoders import Decoder, IdentityDecoder
 from mfm_lightning.oracles import Likelihood, Oracle, scaled
+from mfm_lightning.utils.row_budget import MaxRows, check_max_rows
 from mfm_rewards import RewardError
 from mfm_rewards.protocol import name_of
 
@@ -106,7 +108,8 @@ class Draws:
         num_draws: N, at least 1.
         posterior: source of the draws; one step of the flow map where None.
         antithetic: draw pairs of opposite noise; N must be even.
-        max_rows: memory budget, at most so many draws at once; the result does not depend on it.
+        max_rows: memory budget, at most so many draws at once; the result does not depend on it. "auto" finds the most
+            that a GPU has room for.
 
     Raises:
         ValueError: for a number out of range.
@@ -115,13 +118,12 @@ class Draws:
     num_draws: int = 1
     posterior: Posterior | None = None
     antithetic: bool = False
-    max_rows: int | None = None
+    max_rows: MaxRows | None = None
 
     def __post_init__(self) -> None:
         if self.num_draws < 1 or (self.antithetic and self.num_draws % 2):
             raise ValueError(f"num_draws ({self.num_draws}) must be at least 1, and even with antithetic noise")
-        if self.max_rows is not None:
-            positive(max_rows=self.max_rows)
+        check_max_rows(self.max_rows)
 
     @property
     def needs_meta_flow_map(self) -> bool:
@@ -150,6 +152,7 @@ class DrawValue(Draws, ValueEstimator):
     num_draws: int = 4
     looks_ahead = True
 
+    @by_memory
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
@@ -190,6 +193,7 @@ class DrawGradient(Draws, GradientEstimator):
     needs_reward_gradient = True
     looks_ahead = True
 
+    @by_memory
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
         rewards = x.new_empty(len(x), self.num_draws, dtype=torch.float32)
@@ -237,6 +241,7 @@ class DrawGradientFree(Draws, GradientEstimator):
         if self.num_draws < 2:
             raise ValueError(f"draws are weighed against each other: num_draws {self.num_draws} must be at least 2")
 
+    @by_memory
     @torch.no_grad()
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         noise, t, best = self.noise(x, generator), as_times(t, x), Best(x)
@@ -260,10 +265,10 @@ class PointGradient(GradientEstimator):
     takes away 1 - max_diffusion t/(1-t) of the steering.
 
     Args:
-        max_rows: memory budget, at most so many states at once.
+        max_rows: memory budget, at most so many states at once; "auto" finds the most that a GPU has room for.
     """
 
-    max_rows: int | None = None
+    max_rows: MaxRows | None = None
     needs_reward_gradient = True
     looks_ahead = True
 
@@ -271,6 +276,7 @@ class PointGradient(GradientEstimator):
     def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The clean state `(B, *shape)`, differentiable in x; and b_t(x) where it was computed."""
 
+    @by_memory
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         t, parts, best = as_times(t, x), [], Best(x)
         for part, rows, _ in chunks(target, x, 1, self.max_rows):
@@ -291,7 +297,7 @@ class DPSGradient(PointGradient):
     clamp of sigma^2/2 takes away 1 - max_diffusion t/(1-t) of the steering.
 
     Args:
-        max_rows: memory budget, at most so many states at once.
+        max_rows: memory budget, at most so many states at once; "auto" finds the most that a GPU has room for.
     """
 
     def clean(self, target: Target, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -308,7 +314,7 @@ class FlowMapGradient(PointGradient):
     `TrajectoryTilting` makes up by weights for what is wrong with it.
 
     Args:
-        max_rows: memory budget, at most so many states at once.
+        max_rows: memory budget, at most so many states at once; "auto" finds the most that a GPU has room for.
     """
 
     needs_flow_map = True
@@ -405,9 +411,11 @@ def _of_states(target: Target) -> Callable[[Tensor], Tensor]:
     return lambda x1: target.reward_scale * target.expand(x1).plain_rewards(x1)
 
 
-def chunks(target: Target, x: Tensor, num_draws: int, max_rows: int | None) -> Iterator[Chunk]:
+def chunks(target: Target, x: Tensor, num_draws: int, max_rows: MaxRows | None) -> Iterator[Chunk]:
     """Cover all pairs of a state and a draw with at most `max_rows` pairs at once: the target of some states, and the
-    slices of states and draws."""
+    slices of states and draws. What "auto" finds is a number by then (`by_memory`)."""
+    if isinstance(max_rows, str):
+        raise TypeError("max_rows auto: estimators with it are called by_memory")
     if max_rows is not None:
         positive(max_rows=max_rows)
     target.require_whole_groups(max_rows, len(x) * num_draws)

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from mfm_lightning.backbones.decoder import LatentDecoder
+from mfm_lightning.backbones.placement import Placement
 from mfm_lightning.backbones.prompted_pipeline import PromptedPipeline
 from mfm_lightning.backbones.schedulers import require_flow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.utils.devices import out_of_memory
+from mfm_lightning.utils.row_budget import MaxRows, RowBudget, check_max_rows, in_parts
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class TextToImageFlow(PromptedPipeline):
             encoded.
         image_size: height and width of the images in pixels; the pipeline's own where None.
         max_rows: states at once in the transformer, and latents at once in the VAE; more are cut. It bounds memory, not
-            that of gradients of the transformer: see `checkpointing`.
+            that of gradients of the transformer: see `checkpointing`. "auto" finds the most that a GPU has room for.
         attention: "math" is torch's plain one, which has derivatives along a direction (`torch.func.jvp`); other names
             are those of diffusers' backends. The usual one where None.
         checkpointing: keep only the input of each block of the transformer, and of the VAE where it can
@@ -51,6 +53,7 @@ class TextToImageFlow(PromptedPipeline):
         weights: the same of transformer and VAE, for `identity`.
         encoder_device: where prompts are encoded; the CPU where None.
         max_sequence_length: tokens of a prompt, as the pipeline's call takes it; its own usual number where None.
+        devices: where transformer and VAE are; they move with the flow where None.
         fingerprint: gives a short name of the contents of the files of "vae", "text_encoders" or "transformer", equal
             for copies.
 
@@ -66,7 +69,7 @@ class TextToImageFlow(PromptedPipeline):
         self,
         pipe: Any,
         image_size: tuple[int, int] | int | None = None,
-        max_rows: int = 8,
+        max_rows: MaxRows = 8,
         attention: str | None = None,
         checkpointing: bool = False,
         tiled: bool = False,
@@ -77,10 +80,11 @@ class TextToImageFlow(PromptedPipeline):
         encoder_device: str | torch.device | None = None,
         max_sequence_length: int | None = None,
         fingerprint: Callable[[str], str] | None = None,
+        devices: Placement | None = None,
     ) -> None:
         super().__init__(pipe, cache, load_encoders, encoders, encoder_device, max_sequence_length)
-        if max_rows < 1:
-            raise ValueError(f"max_rows {max_rows} must be at least 1")
+        self.placement = devices or Placement()
+        check_max_rows(max_rows)
         require_flow(pipe.scheduler, found := type(pipe).__name__)
         if not type(pipe.scheduler).__name__.startswith("FlowMatchEuler"):
             log.warning(
@@ -88,8 +92,12 @@ class TextToImageFlow(PromptedPipeline):
                 found, type(pipe.scheduler).__name__,
             )  # fmt: skip
         self.transformer = pipe.transformer.eval().requires_grad_(False)
-        self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled)
-        self.max_rows, self._weights, self.fingerprint = max_rows, weights, fingerprint
+        self.decoder = LatentDecoder(pipe.vae, self._unscaled, max_rows, tiled, self.placement.vae)
+        if self.placement.transformer is not None:
+            self.transformer.to(self.placement.transformer)
+        self.max_rows: MaxRows = max_rows
+        self.budget = RowBudget("the transformer")
+        self._weights, self.fingerprint = weights, fingerprint
         # what a block is computed again in, for a gradient: an adapter that is on in this call is on again
         self.recomputing: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._opened_by: dict[str, Any] | None = None
@@ -102,6 +110,16 @@ class TextToImageFlow(PromptedPipeline):
         latent = pipe.vae.config.get("latent_channels", pipe.vae.config.get("z_dim", self.channels))
         if latent != self.channels:
             raise ValueError(f"the VAE has latents of {latent} channels, and the {found}'s transformer {self.channels}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What moves the flow, `to` and its like, leaves a transformer on devices of its own where it is."""
+        if self.placement.transformer is None and self.placement.transformer_map is None:
+            return super()._apply(fn, recurse)
+        kept = self._modules.pop("transformer")
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._modules["transformer"] = kept
 
     def enable_checkpointing(self) -> None:
         """What the option `checkpointing` does."""
@@ -117,6 +135,13 @@ class TextToImageFlow(PromptedPipeline):
             "image_size": list(self.image_size), "dtype": str(self.transformer.dtype), "tiled": self.decoder.tiled,
             "attention": self.attention, "encoders": self._encoders, "tokens": self.max_sequence_length,
         }  # fmt: skip
+
+    @property
+    def budgets(self) -> dict[str, RowBudget]:
+        """What `max_rows: auto` measures, by name; nothing with a number."""
+        if self.max_rows != "auto":
+            return {}
+        return {"transformer": self.budget, "vae": self.decoder.budget, "vae, gradients": self.decoder.gradient_budget}
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -197,15 +222,22 @@ class TextToImageFlow(PromptedPipeline):
                 "guidance by two evaluations needs a negative prompt, and the conditions have none: give "
                 "flow.encode(prompts, negative=...), or guidance 1"
             )
+        home = x.device
+        if (place := self.placement.transformer) is not None:  # a map's hooks bring inputs to their modules, and back
+            t, x, given = t.to(place), x.to(place), given.to(place)
         with (
             self._kernel(),
             out_of_memory("the transformer", "max_rows or image_size (gradients: set checkpointing)"),
         ):
-            parts = [
-                self._drift(t[rows], x[rows], given.take(rows), guided)
-                for rows in (slice(k, k + self.max_rows) for k in range(0, len(x), self.max_rows))
-            ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts = in_parts(
+                lambda rows: self._drift(t[rows], x[rows], given.take(rows), guided),
+                len(x),
+                # the graph of all parts is kept: cutting leaves memory as it is
+                len(x) if self.max_rows == "auto" and torch.is_grad_enabled() and x.requires_grad else self.max_rows,
+                self.budget,
+                x.device,
+            )
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(home)
 
     def _kernel(self) -> AbstractContextManager[Any]:
         return sdpa_kernel(SDPBackend.MATH) if self.attention == "math" else nullcontext()

@@ -15,7 +15,9 @@ from mfm_lightning.backbones.base import TextToImageFlow
 from mfm_lightning.backbones.fingerprint import fingerprint_of
 from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.merging import lora_file, merge
+from mfm_lightning.backbones.placement import Placement
 from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
+from mfm_lightning.utils.row_budget import MaxRows
 from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.weights import CheckpointError
 
@@ -36,7 +38,7 @@ def load_flow(
     name: str | Path,
     image_size: int | tuple[int, int] | None = None,
     torch_dtype: str | torch.dtype = "bfloat16",
-    max_rows: int = 8,
+    max_rows: MaxRows = 8,
     attention: str | None = None,
     checkpointing: bool = False,
     tiled: bool = False,
@@ -53,6 +55,7 @@ def load_flow(
     lora: str | None = None,
     encoder_dtype: str | torch.dtype | None = None,
     transformer: bool = True,
+    devices: dict[str, Any] | None = None,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
@@ -61,7 +64,8 @@ def load_flow(
         name: a folder of diffusers, with `model_index.json`, or a Hugging Face id.
         image_size: height and width of the images in pixels, or one number for both; the pipeline's own where None.
         torch_dtype: floating type of transformer, VAE and text encoders: "float32", "bfloat16" or "float16".
-        max_rows: states at once in the transformer, and latents at once in the VAE.
+        max_rows: states at once in the transformer, and latents at once in the VAE; "auto" finds the most that a GPU
+            has room for.
         attention: "math", whose derivatives along a direction are known, or a backend of diffusers.
         checkpointing: less memory for gradients, by computing each block of transformer and VAE twice.
         tiled: decode large latents in overlapping tiles.
@@ -81,6 +85,9 @@ def load_flow(
             `PromptFinetuning` writes.
         encoder_dtype: floating type of the text encoders; `torch_dtype` where None.
         transformer: false: of the transformer the settings alone, for prompts, sizes and the VAE; there is no drift.
+        devices: parts on devices of their own, where the flow is moved to, too: `{transformer: cuda:0, vae: cuda:1,
+            text_encoders: cpu}`; the transformer over all GPUs: `{transformer: balanced}`, or by module as accelerate's
+            `device_map` (`mfm_lightning.backbones.placement.Placement`).
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -88,6 +95,12 @@ def load_flow(
         CheckpointError: for a pipeline that is no flow, of no known family, or with files missing.
         ValueError: for an option that does not fit.
     """
+    placement = Placement.of(devices)  # refuses wrong ones before anything is read
+    if encoder_device is not None and placement.text_encoders is not None:
+        raise ValueError(f"encoder_device {encoder_device} and devices.text_encoders: give one of them")
+    spread = placement.transformer_map is not None
+    if spread and (random_seed is not None or flow_map is not None or lora is not None or not transformer):
+        raise ValueError("a transformer that is spread by devices goes with none of random_seed, flow_map and lora")
     dtype = _dtype("torch_dtype", torch_dtype)
     text_dtype = dtype if encoder_dtype is None else _dtype("encoder_dtype", encoder_dtype)
     patterns = [f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model")]
@@ -118,6 +131,7 @@ def load_flow(
     else:
         parts = {} if vae is None else {"vae": _vae(index, vae, dtype)}
         parts |= {} if transformer else {"transformer": _settings(index, folder)}
+        parts |= {"transformer": _spread(index, folder, dtype, variant, placement)} if spread else {}
         pipe = _load(pipeline, folder, **(common | dict.fromkeys(encoders) | parts))
 
         def load_whole() -> Any:
@@ -162,7 +176,8 @@ def load_flow(
         load_encoders=load_encoders,
         encoders=f"{name} {revision} {_state(folder, 'text_encoder*', 'tokenizer*')} {text_dtype}",
         weights=weights,
-        encoder_device=encoder_device,
+        encoder_device=placement.text_encoders or encoder_device,
+        devices=placement,
         max_sequence_length=max_sequence_length,
         fingerprint=fingerprint,
         **options,
@@ -201,6 +216,20 @@ def _settings(index: dict[str, Any], folder: Path) -> Any:
             return kind.from_config(kind.load_config(str(folder / "transformer"), local_files_only=True))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the transformer of {folder} cannot be read: {_first_line(error)}") from error
+
+
+def _spread(index: dict[str, Any], folder: Path, dtype: Any, variant: str | None, placement: Placement) -> Any:
+    """The transformer, spread over devices."""
+    kind = _diffusers(str(index["transformer"][1]), folder)
+    given = {"torch_dtype": dtype, "variant": variant, "local_files_only": True, **placement.loading()}
+    try:
+        return kind.from_pretrained(str(folder / "transformer"), **given)
+    except ImportError as error:
+        raise ImportError("devices: a transformer is spread by accelerate: pip install accelerate") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the transformer of {folder} cannot be spread by devices {placement.transformer_map}: {_first_line(error)}"
+        ) from error
 
 
 def _diffusers(kind: str, folder: Path) -> Any:

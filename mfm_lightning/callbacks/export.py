@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 from pathlib import Path
@@ -13,10 +12,9 @@ import lightning as L
 from mfm_lightning.callbacks.checkpoint import LastCheckpoint
 from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.checkpoints import check_network, fingerprint, save_network
-from mfm_lightning.evaluation.base import datamodule_of
 from mfm_lightning.modules.base import TrainingModule
-from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.training.logs import goes_on_in_its_folder
+from mfm_lightning.training.sharding import plain_class
 from mfm_lightning.utils.atomic import PARTIAL, mend, put_in_place, remove
 
 log = logging.getLogger(__name__)
@@ -83,18 +81,15 @@ class ExportModel(L.Callback):
         with ema.applied(module), module.whole_weights(to_write=True):
             if trainer.is_global_zero:
                 folder = Path(trainer.default_root_dir)
-                metadata = {
-                    "kind": module.exported_kind,
-                    "step": str(trainer.global_step),
-                    **_latents(trainer),
-                    **module.exported_metadata(),
-                }
+                said = module.file_metadata() | module.exported_metadata()
+                metadata = {"step": str(trainer.global_step), **said}
                 if kept and (checkpoint := folder / "last.ckpt").is_file():
                     metadata["checkpoint"] = fingerprint(checkpoint)
                 path = folder / self.filename
-                if isinstance(module.exported, HasFolder):  # before the file, by which a run is known to be finished
-                    log.info("written for other libraries: %s", write_folder(module.exported, folder))
-                save_network(module.exported, path, metadata)
+                exported = module.exported  # once: adapters are merged into a copy
+                if isinstance(exported, HasFolder):  # before the file, by which a run is known to be finished
+                    log.info("written for other libraries: %s", write_folder(exported, folder))
+                save_network(exported, path, metadata, kind=plain_class(exported))
                 log.info("model written to %s", path)
 
 
@@ -110,12 +105,6 @@ def write_folder(network: HasFolder, folder: Path) -> Path:
         return place
     finally:
         remove(partial)
-
-
-def _latents(trainer: L.Trainer) -> dict[str, str]:
-    """How the data's latents become states, where the DataModule says so: whoever decodes needs it."""
-    said = getattr(datamodule_of(trainer), LATENTS, None)
-    return {LATENTS: json.dumps(said)} if said else {}
 
 
 def _exporting(module: L.LightningModule) -> TrainingModule:

@@ -82,6 +82,7 @@ def end_at_signals(trainer: L.Trainer, what: str) -> None:
     def stop(number: int, frame: Any) -> NoReturn:
         if isinstance(launcher := trainer.strategy.launcher, _SubprocessScriptLauncher):
             launcher.kill(number)  # the other ranks
-        say_and_stop(what, number, "; what is written so far is whole, and the same command begins again")
+        then = "goes on with what is missing" if what == "mfm predict" else "begins again"
+        say_and_stop(what, number, f"; what is written so far is whole, and the same command {then}")
 
     listen(SIGNALS, stop)

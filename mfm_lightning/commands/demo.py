@@ -112,7 +112,8 @@ def _options(stage: Stage, fresh: bool, others: Sequence[str]) -> list[str] | No
         return []
     if stage.name == "predict":
         done = (folder / "predict" / "summary.json").exists() and not fresh
-        return None if done else ["--return_predictions", "false", *others]
+        again = ["--overwrite"] if fresh else []
+        return None if done else ["--return_predictions", "false", *again, *others]
     last = ["--ckpt_path", str(folder / "last.ckpt")]
     if stage.name == "test":
         return [*last, *others]

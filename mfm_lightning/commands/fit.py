@@ -177,7 +177,7 @@ class MFMCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         finally:
             if self._locked is not None:
-                self._locked.lock.release()
+                self._locked.release()
 
     def before_validate(self) -> None:
         self._before_measuring()
@@ -186,6 +186,12 @@ class MFMCLI(LightningCLI):
         self._before_measuring()
 
     def before_predict(self) -> None:
+        folder = RunFolder(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero:  # the others wait for it before they look at what is there
+            folder.lock_samples()
+            self._locked = folder
+            if self.config_init["predict"].overwrite:
+                folder.remove_samples()
         self._before_measuring()
 
     def _before_measuring(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mfm_lightning.utils.console import console
 
 MODULE = "mfm_lightning.modules.PromptAlignment"
 LOADER = "mfm_lightning.backbones.load_flow"
+log = logging.getLogger(__name__)
 PASSED = (
     *("name", "image_size", "torch_dtype", "max_rows", "attention", "tiled", "true_guidance"),
     *("vae", "max_sequence_length"),
@@ -51,6 +53,9 @@ def plan_prompts(path: Path, config: dict[str, Any], **changed: Any) -> tuple[Fl
     if given.get("flow_map") is not None:
         raise ValueError(f"{path}: mfm plan knows no flow_map: leave it out, and add the size of its file")
     of_flow = {**usual, **given} | {k: v for k, v in changed.items() if v is not None and k in usual}
+    if of_flow["max_rows"] == "auto":  # which takes what is left
+        log.info("max_rows: auto is planned as 1, the least that it takes")
+        of_flow["max_rows"] = 1
     batch_size = changed.get("batch_size") or (config.get("data", {}).get("init_args") or {}).get("batch_size", 8)
     described = arguments.get("method")
     method: AlignmentMethod | None = described and part_of(path, "method", AlignmentMethod, described)

@@ -196,7 +196,7 @@ def rows_of(method: AlignmentMethod | None, batch_size: int) -> int:
     estimator = _estimator(method)
     if isinstance(estimator, Draws):
         rows *= estimator.num_draws
-    if (most := getattr(estimator, "max_rows", None)) is not None:
+    if isinstance(most := getattr(estimator, "max_rows", None), int):
         rows = min(rows, most)
     return rows
 
@@ -274,10 +274,11 @@ def _mean(images: Tensor) -> Tensor:
 
 def _peak(step: Callable[[Tensor], object], flow: TextToImageFlow, rows: int, fake: FakeTensorMode) -> int:
     """Bytes at most; of more than three parts of `max_rows` by what the third one added."""
-    if rows <= 3 * flow.max_rows:
+    most = rows if isinstance(flow.max_rows, str) else flow.max_rows
+    if rows <= 3 * most:
         return _allocated(step, flow, rows, fake)
-    two, three = (_allocated(step, flow, parts * flow.max_rows, fake) for parts in (2, 3))
-    return three + round((three - two) * (rows / flow.max_rows - 3))
+    two, three = (_allocated(step, flow, parts * most, fake) for parts in (2, 3))
+    return three + round((three - two) * (rows / most - 3))
 
 
 def _allocated(step: Callable[[Tensor], object], flow: TextToImageFlow, rows: int, fake: FakeTensorMode) -> int:

@@ -35,6 +35,6 @@ def short_help(name: str) -> str:
     about = JOBS[name][:1].upper() + JOBS[name][1:]
     checkpoint = _CHECKPOINT.get(name, "the weights; the run's own last.ckpt if left out")
     more = ""
-    if name == "fit":
+    if name in ("fit", "predict"):
         more = "  --overwrite                  begin anew in the folder of a finished run\n"
     return _HELP.format(name=name, about=about, checkpoint=checkpoint, more=more)

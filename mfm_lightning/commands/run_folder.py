@@ -1,11 +1,14 @@
-"""The folder that `mfm fit` writes a run to: for one run at a time, and none that is there is lost."""
+"""The folder that `mfm fit` and `predict` write a run to: for one run at a time, and none that is there is lost."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from mfm_lightning.utils.atomic import mend
+from mfm_lightning.utils.atomic import mend, remove
 from mfm_lightning.utils.folder_lock import FolderLock
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -18,7 +21,26 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoint = self.path / "last.ckpt"
+        self.samples = self.path / "predict"
         self.lock = FolderLock(self.path, "mfm fit")
+        self._samples_lock = FolderLock(self.samples, "mfm predict")
+
+    def lock_samples(self) -> None:
+        """Take the lock of what `mfm predict` writes; raises FolderInUseError if another process has it."""
+        self._samples_lock.acquire()
+
+    def release(self) -> None:
+        """Give back the locks that are held."""
+        self.lock.release()
+        self._samples_lock.release()
+
+    def remove_samples(self) -> None:
+        """Delete what `mfm predict` has written; its lock is held."""
+        others = [path for path in self.samples.iterdir() if path.name[0] != "."]
+        for path in others:
+            remove(path)
+        if others:
+            log.info("%s: what was there is removed (--overwrite)", self.samples)
 
     def goes_on(self, resumed: str | Path | None) -> bool:
         """Whether the run goes on from this folder's own `last.ckpt`.

@@ -79,14 +79,19 @@ def export_weights(
     data: str | None = None,
     licence: str | None = None,
     command: str | None = None,
+    average: bool = True,
 ) -> None:
-    """Convert a model.safetensors of ours to the released MFM's parameter names, or make a file to be published of it.
+    """Convert a model.safetensors of ours to the released MFM's parameter names, make a file to be published of it, or
+    the model.safetensors of a run's last.ckpt.
+
+    Of a last.ckpt, one file or a folder of shards, the network is written as mfm fit would at its end: by one process,
+    without a GPU.
 
     With --names own: a smaller file (--dtype), whose metadata say how it was made and what mfm test measured in its
     folder, and a section on it in the README.md (model card) beside it.
 
     Args:
-        path: a model.safetensors that was written here, or a name such as mnist.
+        path: a model.safetensors that was written here, a name such as mnist, or the last.ckpt of a run.
         output: file to write, .safetensors, or .pt, .pth, .ckpt (a state_dict; only with the release's names).
         names: of the parameters; those of the release, or our own.
         prefix: before each of the release's names; the release's if left out.
@@ -95,13 +100,31 @@ def export_weights(
         data: said in the file: what it was trained on.
         licence: said in the file: of the weights.
         command: said in the file: what made it.
+        average: of a last.ckpt, the averaged weights (EMA) where there are any; --no_average for those of the last
+            step.
 
     Raises:
         CommandLineError: for options of the other names.
         FileNotFoundError, CheckpointError, ValueError: as `load_model` and `export_checkpoint`.
     """
     from mfm_lightning.checkpoints import export_checkpoint, find_weights, load_model, read_metadata
+    from mfm_lightning.training.consolidation import consolidate, is_checkpoint
 
+    if is_checkpoint(path):
+        others = {"dtype": dtype, "decoder": decoder, "data": data, "licence": licence, "command": command}
+        idle = [key for key, given in others.items() if given is not None] + ["prefix"] * (prefix != "dit.")
+        if idle or output.suffix != ".safetensors":
+            what = f"--{idle[0]}" if idle else f"--output {output}"
+            raise CommandLineError(
+                f"{what}: of a last.ckpt the output is a .safetensors in our own names; mfm export of that file does "
+                "the rest"
+            )
+        said = consolidate(path, output, average)
+        weights = "averaged weights" if said["averaged"] == "true" else "weights"
+        log.info("%s of step %s of %s written to %s", weights, said["step"], path, output)
+        return
+    if not average:
+        raise CommandLineError(f"--no_average is for the last.ckpt of a run, and {path} is none")
     file = find_weights(path)
     said = {"decoder": decoder, "data": data, "licence": licence, "command": command}
     said = {key: text for key, text in said.items() if text is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from mfm_lightning.conditions import INDEX, Batch
 from mfm_lightning.data.stream import BatchStream, StepLoader
+from mfm_lightning.utils.digests import digest
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +131,15 @@ class ArrayDataModule(StepDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader("test")
 
+    @property
+    def samples_identity(self) -> dict[str, str]:
+        """What tells the samples of `mfm predict` from others: the SHA-256 of the test split."""
+        return {"test": digest(*self.splits["test"])}
+
     def predict_dataloader(self) -> DataLoader:
         x, label = self.splits["test"]
-        return DataLoader(NumberedSamples(len(x), lambda i: (x[i], label[i])), batch_size=self.batch_size)
+        samples = NumberedSamples(len(x), lambda i: (x[i], label[i]))
+        return DataLoader(samples, batch_size=self.batch_size, sampler=share_of(self, samples))
 
     def _loader(self, split: str) -> DataLoader:
         return DataLoader(TensorDataset(*self.splits[split]), batch_size=self.batch_size)
@@ -139,7 +147,7 @@ class ArrayDataModule(StepDataModule):
 
 class NumberedSamples(Dataset):
     """Samples with their index, for `mfm predict`: a batch is `(x (B, *shape), {label (B,), index (B,)})`, so that what
-    is drawn for a sample can depend on its index, and not on its batch.
+    is drawn for a sample can depend on its index, and not on its batch. `share_of` is the sampler that goes with them.
 
     Args:
         num: how many.
@@ -157,6 +165,28 @@ class NumberedSamples(Dataset):
         return x, {**(given if isinstance(given, Mapping) else {"label": given}), INDEX: i}
 
 
+class Share(DistributedSampler):
+    """The samples of one rank by their index, in order; Lightning deals out again what has no sampler of that kind."""
+
+    def __init__(self, samples: Dataset, indices: Sequence[int]) -> None:
+        super().__init__(samples, num_replicas=1, rank=0, shuffle=False)
+        self.indices = list(indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def share_of(data: L.LightningDataModule, samples: NumberedSamples) -> Share | None:
+    """Which of its samples a rank of `mfm predict` makes: what the module says (`share`), which knows what is there
+    already; None, all of them in turn, of a module that does not, or without a trainer."""
+    module: Any = None if data.trainer is None else data.trainer.lightning_module
+    share = getattr(module, "share", None)
+    return None if share is None else Share(samples, share(len(samples)))
+
+
 def trainer_of(data: L.LightningDataModule) -> L.Trainer:
     """The trainer that runs a DataModule.
 
@@ -168,12 +198,28 @@ def trainer_of(data: L.LightningDataModule) -> L.Trainer:
     return data.trainer
 
 
-def say_changed_order(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def say_changed_order(
+    saved: Mapping[str, Any], ours: Mapping[str, Any], one_line: bool = False, drawn: str | None = None
+) -> None:
     """Warn where a resumed run has another order of batches.
 
     Args:
         saved, ours: what the order depends on, of the run before and of this one. Older ones say less.
+        one_line: all ranks take their batches from one line in turn (`batch_order`), so that ranks and batch size may
+            change where their product stays: each step has the same samples.
+        drawn: what is drawn for each sample by rank, such as "mirrored", and is another draw then.
     """
+    split = {key: saved[key] for key in ("world_size", "batch_size") if key in saved}
+    if one_line and len(split) == 2 and split != {key: ours[key] for key in split}:
+        W, B = ours["world_size"], ours["batch_size"]
+        if (together := split["world_size"] * split["batch_size"]) == W * B:
+            more = f"; which of them are {drawn} is another draw" if drawn else ""
+            log.log(
+                logging.WARNING if drawn else logging.INFO,
+                "the order of batches goes on exactly: %d samples a step, "
+                "by %d ranks with %d each, before by %d with %d%s", together, W, B, *split.values(), more,
+            )  # fmt: skip
+            ours = {key: value for key, value in ours.items() if key not in split}
     changed = [f"{key} {saved[key]} to {value}" for key, value in ours.items() if saved.get(key, value) != value]
     if changed:
         log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))

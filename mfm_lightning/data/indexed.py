@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import NumberedSamples, StepDataModule
+from mfm_lightning.data.base import NumberedSamples, Share, StepDataModule, share_of
 from mfm_lightning.data.order import batch_order
 from mfm_lightning.data.stream import BatchStream, StepLoader, WorkerStream
+from mfm_lightning.utils.digests import digest
 from mfm_lightning.utils.loading import Computed, RaisingLoader, collated
 
 
@@ -100,13 +102,24 @@ class IndexedDataModule(StepDataModule):
     def predict_dataloader(self) -> DataLoader | list:
         if (found := self.held_out("test")) is None:
             return []
-        return self._loader(Samples(found.number, NumberedSamples(found.number, found.sample).__getitem__))
+        numbered = NumberedSamples(found.number, found.sample)
+        return self._loader(Samples(found.number, numbered.__getitem__), share_of(self, numbered))
 
-    def _loader(self, samples: Samples | None) -> DataLoader | list:
+    @property
+    def samples_identity(self) -> dict[str, Any]:
+        """What tells the samples of `mfm predict` from others: their number, and the SHA-256 of first and last."""
+        if (found := self.held_out("test")) is None:
+            return {"number": 0}
+        first, last = (digest(torch.as_tensor(found.sample(i)[0])) for i in (0, found.number - 1))
+        return {"number": found.number, "first": first, "last": last}
+
+    def _loader(self, samples: Samples | None, sampler: Share | None = None) -> DataLoader | list:
         if samples is None:
             return []
         data = Computed(samples.sample, samples.number)
-        return RaisingLoader(data, batch_size=self.batch_size, num_workers=self.workers, collate_fn=collated)
+        return RaisingLoader(
+            data, batch_size=self.batch_size, num_workers=self.workers, collate_fn=collated, sampler=sampler
+        )
 
     def origin(self, step: int) -> str:
         batches = self.batches(*self.rank())

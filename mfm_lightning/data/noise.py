@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mfm_lightning.data.base import NumberedSamples
+from mfm_lightning.data.base import NumberedSamples, share_of
 from mfm_lightning.interpolant import sample_generators
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,13 @@ class NoiseDataModule(L.LightningDataModule):
             raise ValueError(f"labels {labels} must {where}")
 
     def predict_dataloader(self) -> DataLoader:
-        return DataLoader(NumberedSamples(self.num_samples, self.sample), batch_size=self.batch_size)
+        samples = NumberedSamples(self.num_samples, self.sample)
+        return DataLoader(samples, batch_size=self.batch_size, sampler=share_of(self, samples))
+
+    @property
+    def samples_identity(self) -> dict[str, Any]:
+        """What tells the samples from others: their seed and classes. Their number may grow."""
+        return {"seed": self.seed, "labels": self.labels, "state_shape": self.state_shape, "classes": self.num_classes}
 
     def sample(self, i: int) -> tuple[Tensor, int]:
         """Noise `(*shape)` and label of sample i.

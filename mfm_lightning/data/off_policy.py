@@ -108,6 +108,11 @@ class OffPolicyDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader | list:
         return self.data.predict_dataloader()
 
+    @property
+    def samples_identity(self) -> dict[str, Any] | None:
+        """The other DataModule's, where it says it."""
+        return getattr(self.data, "samples_identity", None)
+
     def state_dict(self) -> dict[str, Any]:
         # the order of `train_batch`, which this process reads, does not depend on workers
         data = {key: value for key, value in self.data.state_dict().items() if key != "num_workers"}

@@ -9,10 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
 
 from mfm_lightning.conditions import INDEX
-from mfm_lightning.data.base import trainer_of
+from mfm_lightning.data.base import Share, trainer_of
 from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.sampling.prompt_folder import PromptImage
 from mfm_lightning.sampling.prompts import as_prompts
@@ -53,12 +52,10 @@ class PromptsDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         module: Any = trainer_of(self).lightning_module
-        if not hasattr(module, "missing"):
+        if not hasattr(module, "images"):
             raise ValueError(f"prompts are for PromptAlignment, not for a {type(module).__name__}")
-        samples = PromptNoise(module.missing(), module.state_shape, self.seed)
-        # they are this rank's share already: Lightning deals out again what has no such sampler
-        own = DistributedSampler(samples, num_replicas=1, rank=0, shuffle=False)
-        return DataLoader(samples, batch_size=self.batch_size, sampler=own)
+        samples = PromptNoise(module.images, module.state_shape, self.seed)
+        return DataLoader(samples, batch_size=self.batch_size, sampler=Share(samples, module.share(len(samples))))
 
 
 class PromptNoise(Dataset):

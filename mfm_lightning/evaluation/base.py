@@ -105,17 +105,20 @@ class Evaluation(ABC, Generic[Module]):
     def draw(self, module: Module, folder: Path) -> None:
         """Write pictures."""
 
+    def prepare(self, module: Module, folder: Path) -> None:
+        """What ranks share of the work of `measure`, which rank 0 does alone after it; called by all of them."""
+
     @abstractmethod
     def measure(self, module: Module, folder: Path) -> None:
         """Log metrics, print and write the tables."""
 
-    def predict(self, module: Module, batch: Any, batch_idx: int, folder: Path) -> None:
-        """Write samples and posterior draws for a batch.
+    def predict(self, module: Module, batch: Any) -> dict[str, Tensor]:
+        """Samples and posterior draws for a batch, by name, each `(B, ...)`: what `mfm predict` writes.
 
         Args:
             batch: `(x1, {...})` with the samples' `index` among the conditions, by which they have noise of their own.
-            batch_idx: among the batches of all ranks.
         """
+        raise ValueError(f"{type(self).__name__} says nothing to predict (its method predict)")
 
 
 def datamodule_of(trainer: L.Trainer) -> Any:

@@ -86,23 +86,28 @@ def draw_distance(draws: Tensor, reference: Tensor, num_projections: int, seed: 
 class ValueEstimates:
     """What an estimator says of states.
 
-    values: `(k, B)`, of k repeats; ess: mean effective number of draws; nfe: evaluations for one value.
+    values: `(k, B)`, of k repeats; each_ess: effective numbers of draws, `(k, B)`; nfe: evaluations for one value.
     """
 
     values: Tensor
-    ess: float
+    each_ess: Tensor
     nfe: float
+
+    @property
+    def ess(self) -> float:
+        """The mean effective number of draws."""
+        return self.each_ess.mean().item()
 
 
 @torch.no_grad()
 def estimate_values(
-    estimator: ValueEstimator, target: Target, t: float, x: Tensor, generator: torch.Generator, repeats: int = 1
+    estimator: ValueEstimator, target: Target, t: float, x: Tensor, generator: Generators, repeats: int = 1
 ) -> ValueEstimates:
-    """V_t(x) at states `(B, *shape)`, as often as wanted, each time with other noise of the generator."""
+    """V_t(x) at states `(B, *shape)`, as often as wanted, each time with other noise of the generator; of one for each
+    state, an estimate depends on its state alone."""
     target.meter = Meter()
     found = [estimator(target, t, x, generator) for _ in range(repeats)]
-    ess = torch.stack([estimate.ess for estimate in found]).mean().item()
-    values = torch.stack([estimate.value for estimate in found])
+    values, ess = (torch.stack([getattr(e, name) for e in found]) for name in ("value", "ess"))
     return ValueEstimates(values, ess, target.meter.total / (len(x) * repeats))
 
 

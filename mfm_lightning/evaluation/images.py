@@ -158,14 +158,13 @@ class ImageEvaluation(Evaluation[ModelModule]):
         image_grid(rows, path, f"one-step posterior draws, t = {t:g} (no label given)", ["x1", "x_t", "draws"])
 
     @torch.no_grad()
-    def predict(self, module: ModelModule, batch: Any, batch_idx: int, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def predict(self, module: ModelModule, batch: Any) -> dict[str, Tensor]:
         x1, given = batch[0], Conditions.of_batch(batch[1])  # no labels for a model without classes
         index = batch[1][INDEX]
         generators = sample_generators((self.seed, 2), index.tolist())
         noise = randn(x1.shape, x1, generators)
         base = _base_flow(module).drift
-        result = {"x1": x1.cpu(), "index": index.cpu()} | ({} if given.label is None else {"label": given.label.cpu()})
+        result = {"x1": x1.cpu()} | ({} if given.label is None else {"label": given.label.cpu()})
         result["samples/ode"] = sample_ode(lambda t, x: base(t, x, given), noise, self.ode_steps).cpu()
         for k in self.refinement_steps:
             result[f"samples/refinement_{k}"] = sample_refinement(
@@ -177,7 +176,7 @@ class ImageEvaluation(Evaluation[ModelModule]):
             result[f"draws/t={t}"] = module.model.sample_posterior(
                 x_t, t, 8, conditions=given, generator=generators
             ).cpu()
-        torch.save(result, folder / f"batch_{batch_idx:04d}.pt")
+        return result
 
     def _generator(self, offset: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(1000 * self.seed + offset)

@@ -124,16 +124,15 @@ class MixtureEvaluation(Evaluation[ModelModule]):
         figure.savefig(folder / "posterior.png", dpi=110)
 
     @torch.no_grad()
-    def predict(self, module: ModelModule, batch: Any, batch_idx: int, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def predict(self, module: ModelModule, batch: Any) -> dict[str, Tensor]:
         x1, index = batch[0], batch[1][INDEX]
         generators = sample_generators((self.seed, 2), index.tolist())
-        result = {"x1": x1.cpu(), "index": index.cpu()}
+        result = {"x1": x1.cpu()}
         for t in self.times:
             x_t = noisy_states(x1, t, generators)
             result[f"x_t/t={t}"] = x_t.cpu()
             result[f"draws/t={t}"] = module.model.sample_posterior(x_t, t, num_samples=16, generator=generators).cpu()
-        torch.save(result, folder / f"batch_{batch_idx:04d}.pt")
+        return result
 
 
 def _no_reward(x: Tensor) -> Tensor:

@@ -22,18 +22,14 @@ from mfm_lightning.alignment.values import (
 )
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import ArrayData, Evaluation, TargetModule, data_of, datamodule_of
-from mfm_lightning.evaluation.draws import (
-    POINT,
-    DrawSettings,
-    ValueErrors,
-    ValueEstimates,
-    estimate_values,
-    noisy_states,
-)
+from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, ValueEstimates
+from mfm_lightning.evaluation.state_values import StateValues, ValueJob
 from mfm_lightning.interpolant import Generators, Times, as_times
 from mfm_lightning.networks.value import ValueNetwork
 from mfm_lightning.oracles import Oracle
-from mfm_lightning.utils.console import track, write_table
+from mfm_lightning.utils.console import write_table
+from mfm_lightning.utils.digests import digest
+from mfm_lightning.utils.distributed import gather_ranks
 from mfm_lightning.utils.figures import log_ticks
 
 if TYPE_CHECKING:
@@ -42,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFERENCES = ("auto", "exact", "rollouts")
+REFERENCE = "reference"
 
 
 class ValueModule(TargetModule, Protocol):
@@ -57,6 +54,9 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
     States are noised test data. Estimators: draws of the flow map, of the GLASS ODE and of the base SDE, the reward of
     the denoised state (the point estimate of DPS), and the amortised network where it has been trained. All of them
     use the target's base flow. The paper's setting: 200 draws, 200 rollouts of 200 steps, t = 0.1, 0.2, 0.3, 0.5.
+
+    Estimates are kept in `states/` of the folder, state by state (`StateValues`): ranks share them, and a run that was
+    stopped goes on.
 
     Args:
         num_repeats: independent estimates of each state's value, for the variance.
@@ -98,30 +98,28 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
         """What gives the exact value; None where rollouts are the reference."""
         return None if self.reference == "rollouts" else getattr(datamodule_of(module.trainer), "oracle", None)
 
-    @torch.no_grad()
+    def prepare(self, module: ValueModule, folder: Path) -> None:
+        """Estimates of all states, shared by the ranks; what is there from a run before is taken."""
+        ranks = module.trainer.global_rank, module.trainer.world_size
+        self._state_values(module, folder).fill(self._jobs(module), *ranks)
+        gather_ranks(None)
+
     def measure(self, module: ValueModule, folder: Path) -> None:
-        oracle, references = self._oracle(module), dict[float, Tensor]()
-        x1, label = self._states(module)
-        target = module.target(Conditions(label=label) if self.use_labels else None)
+        oracle, store, jobs = self._oracle(module), self._state_values(module, folder), self._jobs(module)
+        store.fill(jobs)  # nothing, where `prepare` was called
         network = module.network if _is_trained(module) else None
         if network is None:
             log.info("the amortised network is not trained (fit it, and give --ckpt_path): it is not in the table")
-        self._rows, self._values = [], {}
-        estimators = self._estimators(network)
-        jobs = [(t, name) for t in self.times for name in ("reference", *estimators)]
-        for t, name in track(jobs, describe=lambda job: f"t = {job[0]}: {job[1]}"):
-            x = noisy_states(x1, t, self._generator(1))
-            if name == "reference" and oracle is not None:
-                references[t] = ExactGradient(oracle)(target, t, x).value.cpu()
-            elif name == "reference":
-                rollouts = self._rollouts(self.num_draws)
-                references[t] = estimate_values(rollouts, target, t, x, self._generator(3)).values[0].cpu()
-            else:
-                estimator, draws = estimators[name], getattr(estimators[name], "num_draws", 1)
-                repeats = self.num_repeats if draws > 1 else 1  # an estimate without draws is the same each time
-                found = estimate_values(estimator, target, t, x, self._generator(4), repeats)
-                self._values[t, name] = (found.values.cpu(), references[t])
-                self._rows.append(_row(t, name, draws, found, references[t]))
+        self._rows, self._values, references = [], {}, dict[float, Tensor]()
+        for job in jobs:
+            found = store.read(job)
+            if job.name == REFERENCE:
+                references[job.t] = found.values[0]
+                continue
+            self._add(job, found, references[job.t])
+            if job.name == POINT and network is not None:  # other weights each time, and one evaluation a state
+                of_network = ValueJob(job.t, "network", _NetworkValue(network), 1, 4)
+                self._add(of_network, store.estimate(of_network, range(len(store.x1))), references[job.t])
         for row in self._rows:
             module.log(f"test/pearson_r/{row['estimator']}/t={row['t']}", row["r"], rank_zero_only=True)
         kind = (
@@ -149,23 +147,43 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
         self._draw_correlation(folder / "r_against_nfe")
         self._draw_scatter(folder / "scatter")
 
-    def _states(self, module: ValueModule) -> tuple[Tensor, Tensor]:
+    def _add(self, job: ValueJob, found: ValueEstimates, reference: Tensor) -> None:
+        self._values[job.t, job.name] = (found.values.cpu(), reference)
+        self._rows.append(_row(job.t, job.name, getattr(job.estimator, "num_draws", 1), found, reference))
+
+    def _state_values(self, module: ValueModule, folder: Path) -> StateValues:
         data: ArrayData = data_of(module)
         x1, label = data.splits["test"]
-        pick = torch.randperm(len(x1), generator=self._generator())[: self.num_states]
-        return x1[pick].to(module.device), label[pick].to(module.device)
+        settings = {
+            **module.target.described(), "states": digest(x1, label), "seed": self.seed, "use_labels": self.use_labels,
+            "rollout_steps": self.rollout_steps, "exact": self._oracle(module) is not None,
+        }  # fmt: skip
+        pick = torch.randperm(len(x1), generator=torch.Generator().manual_seed(1000 * self.seed))[: self.num_states]
+        x1, label = x1[pick].to(module.device), label[pick].to(module.device)
 
-    def _estimators(self, network: ValueNetwork | None) -> dict[str, ValueEstimator]:
-        found: dict[str, ValueEstimator] = dict(self.value_estimators())
-        found[f"SDE {self.rollout_steps}"] = self._rollouts(self.rollout_draws)
-        found[POINT] = DenoisedValue()
-        return found if network is None else {**found, "network": _NetworkValue(network)}
+        def target(rows: Tensor) -> Target:
+            return module.target(Conditions(label=label[rows]) if self.use_labels else None)
+
+        return StateValues(folder / "states", settings, x1, target, self.seed, self.max_rows)
+
+    def _jobs(self, module: ValueModule) -> list[ValueJob]:
+        """Of each time the reference comes first."""
+        oracle = self._oracle(module)
+        reference = self._rollouts(self.num_draws) if oracle is None else ExactGradient(oracle)
+        estimators: dict[str, ValueEstimator] = dict(self.value_estimators())
+        estimators[f"SDE {self.rollout_steps}"] = self._rollouts(self.rollout_draws)
+        estimators[POINT] = DenoisedValue()
+        jobs = []
+        for t in self.times:
+            jobs.append(ValueJob(t, REFERENCE, reference, 1, 3))
+            for name, estimator in estimators.items():
+                draws = getattr(estimator, "num_draws", 1)
+                # an estimate without draws is the same each time
+                jobs.append(ValueJob(t, name, estimator, self.num_repeats if draws > 1 else 1, 4))
+        return jobs
 
     def _rollouts(self, num_draws: int) -> ValueEstimator:
         return DrawValue(num_draws, RolloutPosterior(self.rollout_steps), max_rows=self.max_rows)
-
-    def _generator(self, offset: int = 0) -> torch.Generator:
-        return torch.Generator().manual_seed(1000 * self.seed + offset)
 
     def _draw_correlation(self, path: Path) -> None:
         from matplotlib.figure import Figure

@@ -65,6 +65,9 @@ class Autoencoding(TrainingModule):
         raise ValueError("there is nothing to predict: the run's vae/ encodes and decodes")
 
     @torch.no_grad()
+    def exported_part(self) -> str | None:
+        return None
+
     def exported_metadata(self) -> dict[str, str]:
         """Sets the scale, by the latents of test images."""
         squares, total, number = 0.0, 0.0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -18,12 +19,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfm_lightning.checkpoints import CheckpointError
-from mfm_lightning.conditions import INDEX, Batch, Conditions, unlabelled
+from mfm_lightning.conditions import Batch, Conditions, unlabelled
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.finite import require_finite_gradients, require_finite_losses
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
+from mfm_lightning.modules.predicting import PredictedSamples, checkpoint_identity
+from mfm_lightning.networks.decoders import LATENTS
+from mfm_lightning.networks.files import file_header, weights_fingerprint
 from mfm_lightning.networks.results import measured_on
-from mfm_lightning.training.sharding import elsewhere, gathered, shard, whole_parameters
+from mfm_lightning.training.consolidation import NETWORK, said_of
+from mfm_lightning.training.sharding import elsewhere, gathered, plain_class, shard, whole_parameters
 from mfm_lightning.utils.distributed import gather_ranks, own
 
 log = logging.getLogger(__name__)
@@ -54,7 +59,8 @@ class TrainingModule(L.LightningModule, ABC):
         super().__init__()
         self.optimization, self.evaluation = optimization or Optimization(), evaluation
         self._resumed: list[dict[str, Tensor]] | None = None
-        self.sample_numbers = SampleNumbers()
+        self._predicted: PredictedSamples | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples to predict than ranks
         self._without_labels = False  # data with labels for a network that has no classes
 
     # -- what a subclass says ------------------------------------------------------------------------------------------
@@ -77,6 +83,18 @@ class TrainingModule(L.LightningModule, ABC):
     def frozen(self) -> dict[str, Any]:
         """By name, the identity of each frozen part; a run cannot be resumed with another one."""
         return {}
+
+    def exported_part(self) -> str | None:
+        """The name of the `exported` network among this module's parts, whose weights in a checkpoint are its file's;
+        None where they are not, or the file says what is found out at the end of training."""
+        exported = self.exported
+        return next((name for name, part in self.named_modules() if part is exported), None)
+
+    def file_metadata(self) -> dict[str, str]:
+        """What the file of the network says besides its class and config, at any time: its kind, and how the data's
+        latents become states, where the DataModule says so, for whoever decodes needs it."""
+        latents = getattr(datamodule_of(self.trainer), LATENTS, None)
+        return {"kind": self.exported_kind, **({LATENTS: json.dumps(latents)} if latents else {})}
 
     def exported_metadata(self) -> dict[str, str]:
         """What the file of the network says besides its class and config; called where it holds what is written."""
@@ -109,6 +127,8 @@ class TrainingModule(L.LightningModule, ABC):
             raise ValueError(f"data of {classes} classes, but the network has {self.num_classes}")
         if self.evaluation is not None:
             self.evaluation.check(self)
+        if stage == "predict":
+            self.prepare_predict()
         self.to_device(self.trainer.strategy.root_device)  # Lightning moves this module itself, but later
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -123,6 +143,10 @@ class TrainingModule(L.LightningModule, ABC):
             _set_rng_state(state)
         elif self.global_rank > 0 or self._resumed is not None:  # else all ranks would draw the same noise
             torch.manual_seed(torch.initial_seed() + 7919 * self.global_rank + self.global_step)
+        if self._resumed is not None and state is None and self.trainer.is_global_zero:
+            W, before = self.trainer.world_size, len(self._resumed)
+            ranks = f"{W} rank{'s' * (W > 1)}, before with {before}"
+            log.info("the run goes on with %s: noise is drawn anew from here", ranks)
         self._resumed = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -192,6 +216,8 @@ class TrainingModule(L.LightningModule, ABC):
         if self.evaluation is None:
             return
         with own_gradients(), self.whole_weights(), TemporaryDirectory() as unread:
+            if measure:
+                self.evaluation.prepare(self, folder)
             if not self.trainer.is_global_zero:
                 if not self.in_step:
                     return
@@ -213,10 +239,59 @@ class TrainingModule(L.LightningModule, ABC):
             losses = self.losses(x1, Conditions.of_batch(given), training=False)
         self.log_dict({f"{stage}/{k}": v for k, v in losses.items()}, sync_dist=True, batch_size=len(batch[0]))
 
+    # -- predict: sample by sample -------------------------------------------------------------------------------------
+
+    def predicted_settings(self) -> dict[str, Any]:
+        """What samples of `predict` depend on besides weights, frozen parts and data."""
+        return {}
+
+    def predicts(self) -> bool:
+        """Whether `predict` makes samples, and writes them to `predicted`."""
+        return False
+
+    def prepare_predict(self) -> None:
+        """Find out what is there; called by all ranks.
+
+        Raises:
+            ValueError: if the folder has samples of other weights, settings or data.
+        """
+        self._predicted = None
+        if not self.predicts():
+            return
+        path = self.trainer.ckpt_path
+        weights = None
+        if self.trainer.is_global_zero:
+            weights = weights_fingerprint(self.exported) if path is None else checkpoint_identity(path)
+        settings = {"weights": gather_ranks(weights)[0], "frozen": self.frozen, **self.predicted_settings()}
+        self._predicted = PredictedSamples(
+            self.trainer, self.folder / "predict", settings, in_step=self.device_mesh is not None
+        )
+
+    @property
+    def predicted(self) -> PredictedSamples:
+        """What `predict` makes; from its setup on."""
+        if self._predicted is None:
+            raise RuntimeError("what is predicted is known once mfm predict has begun")
+        return self._predicted
+
+    def share(self, number: int) -> list[int]:
+        """This rank's samples, of so many, that `predict` has not made yet."""
+        if self._predicted is None:
+            return list(range(self.global_rank, number, self.trainer.world_size))
+        return self.predicted.share(number)
+
+    def teardown(self, stage: str) -> None:
+        if stage == "predict" and self._predicted is not None and self._predicted.finish():
+            log.info("samples: %s", self._predicted.folder.path)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng_state"] = gather_ranks(_get_rng_state())
+        if (prefix := self.exported_part()) is not None:
+            network = self.get_submodule(prefix)
+            header = {**file_header(network, plain_class(network)), **self.file_metadata()}
+            checkpoint[NETWORK] = said_of(header, prefix)
         checkpoint["frozen"] = self.frozen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -243,33 +318,6 @@ class TrainingModule(L.LightningModule, ABC):
             f"{self.trainer.ckpt_path} is of another network than the config's: {len(different)} of its {len(known)} "
             f"tensors differ, first {name}: {shapes[0]} in the file, {shapes[1]} in the network"
         )
-
-
-class SampleNumbers:
-    """Which samples of the data a batch of `mfm predict` has, so that their noise is theirs, whatever batch and device.
-
-    The batch says so (`index` in its dictionary). One that does not is numbered as Lightning deals samples out: in turn
-    to the ranks, in batches of one size.
-    """
-
-    def __init__(self) -> None:
-        self._size = 0
-
-    def __call__(self, batch: Batch, batch_idx: int, trainer: L.Trainer) -> tuple[Tensor, dict[str, Any]]:
-        """The batch with the `index` `(B,)` in its dictionary."""
-        x, given = batch
-        if isinstance(given, Mapping) and INDEX in given:
-            return x, dict(given)
-        if batch_idx == 0:
-            self._size = len(x)
-        index = (batch_idx * self._size + torch.arange(len(x))) * trainer.world_size + trainer.global_rank
-        given = Conditions.of_batch(given).as_batch()
-        return x, {**({"label": given} if isinstance(given, Tensor) else given), INDEX: index}
-
-
-def batch_number(batch_idx: int, trainer: L.Trainer) -> int:
-    """The number of a batch among those of all ranks, for the names of files."""
-    return batch_idx * trainer.world_size + trainer.global_rank
 
 
 @contextmanager

@@ -107,6 +107,9 @@ class Classification(TrainingModule):
                 write_table(rows, title, self.folder / "test", "accuracy")
             self.log_dict({f"test/accuracy_{end}": every[end] for end in ("low", "high")}, rank_zero_only=True)
 
+    def exported_part(self) -> str | None:
+        return None
+
     def exported_metadata(self) -> dict[str, str]:
         self._count_all()
         found = {"class_names": json.dumps(self._class_names())}

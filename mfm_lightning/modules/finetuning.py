@@ -120,6 +120,12 @@ class RewardFinetuning(TiltedTraining):
         adapted = cast(Any, copy.deepcopy(self.policy.network))  # a peft model
         return adapted.merge_and_unload()
 
+    def exported_part(self) -> str | None:
+        return super().exported_part() if self.adapters is None else None
+
+    def file_metadata(self) -> dict[str, str]:
+        return super().file_metadata() | self.exported_metadata()
+
     def exported_metadata(self) -> dict[str, str]:
         said = self.base.metadata  # the data may be samples of a model, which do not say it
         return {LATENTS: said[LATENTS]} if LATENTS in said else {}

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfm_lightning.alignment.described import BUDGETS, described
 from mfm_lightning.backbones import FlowAdapter
 from mfm_lightning.checkpoints import CheckpointError, load_model
-from mfm_lightning.conditions import Batch, Conditions
+from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.modules.base import TrainingModule, batch_number
+from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.networks.base import EmbedsPrompts
@@ -106,8 +107,14 @@ class MFMPretraining(TrainingModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         if self.evaluation is None:
             raise ValueError("predict needs model.evaluation, which says what to draw")
-        numbered = self.sample_numbers(batch, batch_idx, self.trainer)
-        self.evaluation.predict(self, numbered, batch_number(batch_idx, self.trainer), self.folder / "predict")
+        if (left := self.predicted.left(batch, batch_idx)) is not None:
+            self.predicted.folder.write(left[1][INDEX], self.evaluation.predict(self, left))
+
+    def predicted_settings(self) -> dict[str, Any]:
+        return {"evaluation": described(self.evaluation, BUDGETS)}
+
+    def predicts(self) -> bool:
+        return self.evaluation is not None
 
 
 def _initialise(model: MetaFlowMap, path: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid, described
+from mfm_lightning.alignment.described import BUDGETS, described
+from mfm_lightning.alignment.memory import row_budgets
+from mfm_lightning.alignment.method import AlignmentMethod, TimeGrid
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.backbones import AdaptedFlow, TextToImageFlow
@@ -28,11 +29,13 @@ from mfm_lightning.modules.base import own_gradients
 from mfm_lightning.samplers import integrate
 from mfm_lightning.sampling.evaluations import read_evaluation
 from mfm_lightning.sampling.prompt_folder import PromptFolder, PromptImage
+from mfm_lightning.sampling.resumable import OVERWRITE, dealt, write_json
 from mfm_lightning.utils.console import write_table
 from mfm_lightning.utils.decoding import load_image
 from mfm_lightning.utils.devices import finished
 from mfm_lightning.utils.distributed import gather_ranks
 from mfm_lightning.utils.figures import pairs_in_rows
+from mfm_lightning.utils.row_budget import ROWS, RowsNote, device_context
 from mfm_rewards import Reward, RewardError, build
 from mfm_rewards.protocol import name_of
 
@@ -68,7 +71,8 @@ class PromptAlignment(L.LightningModule):
     Raises:
         RewardError: on construction, if a reward is unknown, or the method needs a gradient and there is none; before
             any image, if a reward needs all images of a prompt at once and batches do not have them.
-        ValueError: on construction, for steps that make no times, or two columns of the report with one name.
+        ValueError: on construction, for steps that make no times, two columns of the report with one name, or an `mfm`
+            on a transformer with devices of its own; before any image, for GPUs by name and several processes.
         FileNotFoundError: on construction, for an evaluation that is not there.
         CheckpointError: on construction, if the method draws posteriors in one step and there is no `mfm`, or an `mfm`
             of another flow.
@@ -108,6 +112,8 @@ class PromptAlignment(L.LightningModule):
         others = [build(spec).eval().requires_grad_(False) for spec in (held_out or {}).values()]
         self.held_out = torch.nn.ModuleList(others)
         self.method = method or Steering(strength=0.0, grid=TimeGrid(base_steps, of_model=True))
+        if mfm is not None and (flow.placement.transformer is not None or flow.placement.transformer_map is not None):
+            raise ValueError("flow.devices: an mfm draws on the device of the states: leave the transformer's out")
         self.model: TextToImageFlow | AdaptedFlow = flow if mfm is None else AdaptedFlow.load(mfm, flow)
         self.method.check(self.optimised, self.model)
         if isinstance(self.model, AdaptedFlow) and self.method.needs_meta_flow_map:
@@ -119,9 +125,10 @@ class PromptAlignment(L.LightningModule):
         _ = [grid.pairs(flow) for grid in vars(self.method).values() if isinstance(grid, TimeGrid)]
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer images than ranks
         self._folder: PromptFolder | None = None
-        self._missing: list[PromptImage] = []
+        self._share: list[int] = []
+        self._rows: RowsNote | None = None
         self._settings = {
-            **flow.identity, "reward": reward, "method": described(self.method), "held_out": held_out,
+            **flow.identity, "reward": reward, "method": described(self.method, BUDGETS), "held_out": held_out,
             "reward_scale": reward_scale, "guidance": guidance, "negative": negative, "before": before,
             "base_steps": base_steps, "seed": seed, **({} if mfm is None else {"mfm": fingerprint(mfm)}),
         }  # fmt: skip
@@ -137,13 +144,23 @@ class PromptAlignment(L.LightningModule):
             raise RuntimeError("the folder is known once mfm predict has begun")
         return self._folder
 
-    def missing(self) -> list[PromptImage]:
-        """This rank's share of the images that are not there yet."""
-        return self._missing
+    @property
+    def images(self) -> list[PromptImage]:
+        """All images of the run, by their index."""
+        return self.folder.images
+
+    def share(self, number: int) -> list[int]:
+        """The indices of this rank's images that are not there yet."""
+        return self._share
 
     def setup(self, stage: str) -> None:
         if stage != "predict":
             raise ValueError(f"a pretrained flow has nothing to {stage} here: run mfm predict")
+        if self.flow.placement.names_gpus and (processes := self.trainer.num_devices) > 1:
+            raise ValueError(
+                f"flow.devices names GPUs, and {processes} processes of this machine would share them: set "
+                "trainer.devices to 1"
+            )
         data = datamodule_of(self.trainer)
         if not isinstance(data, PromptsDataModule):
             raise ValueError(f"data is a {type(data).__name__}: expected a PromptsDataModule")
@@ -151,24 +168,26 @@ class PromptAlignment(L.LightningModule):
             _check_groups(grouped, data)
         path = Path(self.trainer.default_root_dir) / "predict"
         self._folder = PromptFolder(path, data.prompts, data.images_per_prompt, self.layout, self.global_rank)
-        self._folder.claim({**self._settings, "noise_seed": data.seed})
+        self._folder.claim({**self._settings, "noise_seed": data.seed}, OVERWRITE)
         self._scores()  # refuses wrong files
-        missing = gather_ranks(self._folder.missing())[0]  # before any rank writes
-        if not grouped:
-            self._missing = missing[self.global_rank :: self.trainer.world_size]
-        else:
-            prompts = sorted({image.prompt_index for image in missing})
-            mine = set(prompts[self.global_rank :: self.trainer.world_size])
-            # of a prompt of which one is missing all are made again
-            missing = [image for image in self._folder.images if image.prompt_index in set(prompts)]
-            self._missing = [image for image in missing if image.prompt_index in mine]
-        if there := len(self._folder.images) - len(missing):
-            log.info("%s: %d of %d images are there; the others follow", path, there, len(self._folder.images))
+        size = {"image_size": list(self.flow.image_size), "dtype": str(self.flow.transformer.dtype)}
+        where = self.flow.placement.transformer or self.trainer.strategy.root_device
+        context = {**device_context(where), **size, "flow": type(self.flow).__name__}
+        self._rows = RowsNote(path / ROWS, {**self.flow.budgets, **row_budgets(self.method)}, context)
+        number = len(self._folder.images)
+        missing = gather_ranks(self._folder.left(number) if self.global_rank == 0 else None)[
+            0
+        ]  # before any rank writes
+        together = data.images_per_prompt if grouped else 1  # of a prompt of which one is missing all are made again
+        self._share = dealt(missing, self.global_rank, self.trainer.world_size, together)
+        if there := number - len(missing):
+            more = "the others follow" if missing else "there is nothing to do"
+            log.info("%s: %d of %d images are there; %s", path, there, number, more)
         # all embeddings at once, for text encoders are large; by one rank where the others can read them
         shared = self.flow.embeddings.folder is not None
         if self.global_rank == 0 or not shared:
-            mine = missing if shared else self._missing
-            texts = list(dict.fromkeys(image.prompt.text for image in mine))
+            every = dealt(missing, 0, 1, together) if shared else self._share
+            texts = list(dict.fromkeys(self.images[index].prompt.text for index in every))
             self.flow.keep_embeddings(texts, self.negative, self.guidance)
         gather_ranks(None)
 
@@ -199,6 +218,8 @@ class PromptAlignment(L.LightningModule):
         with torch.enable_grad():  # as in Python: a method of the user's own may take gradients
             result = self.method(target, x0, generators)
         seconds = (finished(x0.device) - began) / len(x0)
+        if self._rows is not None and self.trainer.is_global_zero:
+            self._rows.save()
         if len(result.states) != len(x0):
             raise ValueError(f"{type(self.method).__name__} gave {len(result.states)} images for {len(x0)} prompts")
         after = self._measured(result.images, conditions)
@@ -238,7 +259,7 @@ class PromptAlignment(L.LightningModule):
             "rewards": rows,
             "evaluations": scores,
         }
-        (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1, default=str))
+        write_json(self.folder.path / "summary.json", summary)
         if self.before and self.pictures:
             one_a_prompt = sorted(lines, key=lambda line: (line["number"], line["index"]))  # before the second of any
             self._picture(one_a_prompt[: self.pictures])

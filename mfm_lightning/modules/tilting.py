@@ -15,12 +15,11 @@ from mfm_lightning.alignment.values import effective_sample_size
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import diffusion, randn, sample_generators
-from mfm_lightning.modules.base import TrainingModule, batch_number
+from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.objectives import ConditionTimes, Pair
 from mfm_lightning.objectives.finetuning import GRADIENTS, Regression, control_cost, regress
-from mfm_lightning.utils.atomic import save_tensors
 from mfm_rewards import Reward
 from mfm_rewards.composition import parts_of_rewards
 
@@ -198,17 +197,21 @@ class TiltedTraining(TrainingModule):
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
+    def predicts(self) -> bool:
+        return True
+
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         """Write samples of base and policy for a batch's conditions, from the same noise, each sample's own, to
         `predict/`."""
-        x1, given = self.sample_numbers(batch, batch_idx, self.trainer)
-        number, conditions, index = batch_number(batch_idx, self.trainer), Conditions.of_batch(given), given[INDEX]
+        if (left := self.predicted.left(batch, batch_idx)) is None:
+            return
+        x1, given = left
+        conditions, index = Conditions.of_batch(given), given[INDEX]
         noise = randn(x1.shape, x1, sample_generators(0, index.tolist()))
         samples = {
-            "index": index,
             "base": self.sample_base(noise, conditions),
             "policy": self.sample_policy(noise, conditions),
         }
         if conditions.label is not None:
             samples["label"] = conditions.label
-        save_tensors(samples, self.folder / "predict" / f"batch_{number:04d}.safetensors")
+        self.predicted.folder.write(index, samples)

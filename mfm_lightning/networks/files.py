@@ -40,11 +40,13 @@ def save_network(
     path: str | Path,
     metadata: dict[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    kind: type[nn.Module] | None = None,
 ) -> Path:
     """Write a network's weights, and in the file's metadata its class and `config`, as safetensors.
 
     Args:
         dtype: of the weights in the file, such as torch.bfloat16; as they are where None. They are loaded in float32.
+        kind: the network's class, where it is mixed with others, as FSDP does.
 
     Raises:
         CheckpointError: if the network cannot be made again from them; `check_network` says so before any training. Or
@@ -54,8 +56,19 @@ def save_network(
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     _check_finite(network, state, path)
-    header = {"network": _class_path(type(network)), "config": _config(network), **(metadata or {})}
-    return save_tensors(state, path, header)
+    return save_tensors(state, path, {**file_header(network, kind), **(metadata or {})})
+
+
+def file_header(network: nn.Module, kind: type[nn.Module] | None = None) -> dict[str, str]:
+    """What a network's file says of its class and `config`.
+
+    Args:
+        kind: its class, where it is mixed with others.
+
+    Raises:
+        CheckpointError: as `save_network`.
+    """
+    return {"network": _class_path(kind or type(network)), "config": _config(network)}
 
 
 def _check_finite(network: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.sampling.plan import SamplePlan
+from mfm_lightning.sampling.resumable import DELETE, compare_settings, write_json
 from mfm_lightning.utils.atomic import check_is_folder, clear_partials, whole_file
 from mfm_lightning.utils.sample_folder import PARTS, SETTINGS
 
@@ -46,22 +47,15 @@ class Output(ABC):
         self.folder.mkdir(parents=True, exist_ok=True)
         # looked for before the note, which another process writes before its samples
         others = sorted(path.name for kind in ("png", "npz", "tar") for path in self.folder.glob(f"*.{kind}"))
-        path, mine = self.folder / SETTINGS, json.loads(json.dumps(settings))
-        if not path.is_file():
+        note = self.folder / SETTINGS
+        if not note.is_file():
             if others:
                 raise ValueError(
                     f"{self.folder} has files that mfm sample did not write ({len(others)}, such as {others[0]}): give "
                     "another folder"
                 )
-            with whole_file(path) as partial:  # by several processes at once: all write the same
-                partial.write_text(json.dumps(mine, indent=1))
-        different, there = differing_settings(path, mine)
-        if different:
-            k = different[0]
-            raise ValueError(
-                f"{self.folder} has samples of other settings, which differ in {', '.join(different)} "
-                f"({k}: {there.get(k)!r} there, {mine.get(k)!r} now): give another folder, or delete it"
-            )
+            write_json(note, settings)
+        compare_settings(note, settings, "samples", DELETE)
 
     @abstractmethod
     def missing(self) -> list[range]:
@@ -78,19 +72,6 @@ class Output(ABC):
     def clear(self) -> None:
         """Remove what processes that were killed have left half written; only when nothing is missing."""
         clear_partials(self.folder)
-
-
-def differing_settings(note: Path, mine: Mapping[str, object]) -> tuple[list[str], dict[str, object]]:
-    """The settings in which a folder's note differs from these, and all that the note says.
-
-    Raises:
-        ValueError: if it is no JSON.
-    """
-    try:
-        there = json.loads(note.read_text())
-    except ValueError as error:
-        raise ValueError(f"{note} is no JSON ({error}): delete the folder, or give another") from error
-    return [k for k in sorted(mine.keys() | there.keys()) if mine.get(k) != there.get(k)], there
 
 
 class PNGFolder(Output):

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.interpolant import sample_generators
-from mfm_lightning.sampling.outputs import differing_settings, encode_png
+from mfm_lightning.sampling.outputs import encode_png
 from mfm_lightning.sampling.prompts import Prompt
-from mfm_lightning.utils.atomic import check_is_folder, whole_file
+from mfm_lightning.sampling.resumable import DELETE, ResumableFolder, plain
+from mfm_lightning.utils.atomic import whole_file
 from mfm_lightning.utils.images import to_uint8
-
-SETTINGS = "prompts.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ LAYOUTS: dict[str, Callable[[PromptImage], str]] = {
 }
 
 
-class PromptFolder:
+class PromptFolder(ResumableFolder):
     """Images of prompts, and `lines_RANK.jsonl`: of each image a line with its prompt, file, and what was measured.
 
     An image is there when its file and its line are; a run that was killed goes on with the others. Several processes
@@ -91,6 +90,8 @@ class PromptFolder:
         ValueError: for an unknown layout, or a prompt that it cannot name.
     """
 
+    note, what = "prompts.json", "images"
+
     def __init__(
         self,
         path: str | Path,
@@ -103,7 +104,8 @@ class PromptFolder:
             raise ValueError(f"unknown layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
         if images_per_prompt < 1:
             raise ValueError(f"images_per_prompt {images_per_prompt} must be at least 1")
-        self.path, self.layout, self.images_per_prompt = Path(path), layout, images_per_prompt
+        super().__init__(path)
+        self.layout, self.images_per_prompt = layout, images_per_prompt
         self.prompts, self._lines = list(prompts), self.path / f"lines_{rank}.jsonl"
         self.images = [
             PromptImage(p * images_per_prompt + k, prompt, p, k)
@@ -118,33 +120,17 @@ class PromptFolder:
             raise ValueError(f"layout {layout}: the name {Path(longest).name[:60]}... is too long for a file")
         self.files = files
 
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Write what the images depend on, or compare it with what is there; called by every process.
-
-        Raises:
-            NotADirectoryError: if the folder is a file.
-            ValueError: if it has images of other settings.
-        """
-        check_is_folder(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        note = self.path / SETTINGS
+    def claim(self, settings: Mapping[str, Any], remedy: str = DELETE) -> None:
+        """As `ResumableFolder.claim`, with layout and prompts among the settings."""
         prompts = [[prompt.text, prompt.seed, dict(prompt.more)] for prompt in self.prompts]
-        mine = {**settings, "layout": self.layout, "images_per_prompt": self.images_per_prompt, "prompts": prompts}
-        mine = json.loads(json.dumps(mine, default=_plain))
-        begun = any(self.path.glob("lines_*.jsonl"))
-        if begun and not note.is_file():
-            raise ValueError(f"{self.path} has images, and no {SETTINGS} that says of what: give another folder")
-        if not begun:  # what was asked for before made no image
-            with whole_file(note) as partial:
-                partial.write_text(json.dumps(mine, indent=1, ensure_ascii=False))
-        different, there = differing_settings(note, mine)
-        if different:
-            key = different[0]
-            was, now = _from_where_they_differ(str(there.get(key)), str(mine.get(key)))
-            raise ValueError(
-                f"{self.path} has images of other settings, which differ in {', '.join(different)} "
-                f"({key}: {was} there, {now} now): give another folder, or delete it"
-            )
+        own = {"layout": self.layout, "images_per_prompt": self.images_per_prompt, "prompts": prompts}
+        super().claim({**settings, **own}, remedy)
+
+    def begun(self) -> bool:
+        return any(self.path.glob("lines_*.jsonl"))
+
+    def there(self) -> set[int]:
+        return {line["index"] for line in self.lines()}
 
     def lines(self) -> list[dict[str, Any]]:
         """Of all images that are there, by index; the newest line of each counts."""
@@ -154,8 +140,7 @@ class PromptFolder:
 
     def missing(self) -> list[PromptImage]:
         """Images that are not there."""
-        there = {line["index"] for line in self.lines()}
-        return [image for image in self.images if image.index not in there]
+        return [self.images[index] for index in self.left(len(self.images))]
 
     def write_beside(self, kind: str, index: int, image: Tensor) -> None:
         """Store another image of the same index as `KIND/INDEX.png`, which evaluators do not look for."""
@@ -168,11 +153,11 @@ class PromptFolder:
         if self.layout == "geneval":
             metadata = {"prompt": one.prompt.text, **one.prompt.more}
             with whole_file(file.parents[1] / "metadata.jsonl") as partial:
-                partial.write_text(json.dumps(metadata, ensure_ascii=False, default=_plain))
+                partial.write_text(json.dumps(metadata, ensure_ascii=False, default=plain))
         _store(image, file)
         line = {"index": index, "prompt_index": one.prompt_index, "number": one.number, "prompt": one.prompt.text}
         line |= {"file": self.files[index], **measured, "written": round(time.time(), 3)}
-        text = json.dumps(line, ensure_ascii=False, default=_plain) + "\n"
+        text = json.dumps(line, ensure_ascii=False, default=plain) + "\n"
         with open(self._lines, "a", encoding="utf-8") as lines:
             lines.write(text if _ends_with_a_line(self._lines) else f"\n{text}")
 
@@ -180,14 +165,6 @@ class PromptFolder:
 def _store(image: Tensor, file: Path) -> None:
     with whole_file(file) as partial:
         partial.write_bytes(encode_png(to_uint8(image[None])[0].cpu()))
-
-
-def _from_where_they_differ(a: str, b: str) -> tuple[str, str]:
-    """Both texts, shortened: what is the same in front is left out where it is long."""
-    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    begin = max(0, same - 40)
-    dots = "..." if begin else ""
-    return f"{dots}{a[begin : same + 80]}", f"{dots}{b[begin : same + 80]}"
 
 
 def _ends_with_a_line(path: Path) -> bool:
@@ -208,8 +185,3 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(line, dict) and "index" in line and "file" in line:
             yield line
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy, as plain ones."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)

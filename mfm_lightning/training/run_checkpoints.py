@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from mfm_rewards.weights import CheckpointError, load_plain
 
@@ -111,15 +112,24 @@ def _few(content: dict[Any, Any]) -> str:
 
 
 def check_plan(path: str | Path) -> None:
-    """Refuse a checkpoint in shards whose `.metadata`, a pickle, names anything but the classes of a plan.
+    """Refuse a checkpoint in shards whose `.metadata`, a pickle, names anything but the classes of a plan; raises as
+    `read_plan`."""
+    read_plan(path)
+
+
+def read_plan(path: str | Path) -> Metadata:
+    """The plan of a checkpoint in shards: its `.metadata`, a pickle, read with the classes of a plan alone.
 
     Raises:
-        CheckpointError: with the first name that is no part of a plan; nothing of it is called.
+        CheckpointError: with the first name that is no part of a plan, nothing of which is called; if it is damaged.
     """
     file = Path(path) / METADATA
     try:
         with open(file, "rb") as content:
-            _PlanUnpickler(content, file).load()
+            found = _PlanUnpickler(content, file).load()
+        if not isinstance(found, Metadata):
+            raise ValueError(f"a {type(found).__name__}")
+        return found
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,34 @@ class Clamp(_Combination):
 
     def forward(self, images: Tensor, *context: Any) -> Tensor:
         return self._values(images, context)[0].clamp(self.min, self.max)
+
+
+@register("placed")
+class Placed(_Combination):
+    """Another reward on a device of its own, such as a second GPU; images are brought there, values and gradients back.
+
+    Args:
+        reward: a reward, a name, or a dictionary with a `name` or a `class_path`.
+        device: where it stays, whatever it is a part of moves to: cpu, cuda:1, ...
+    """
+
+    def __init__(self, reward: Any, device: str) -> None:
+        super().__init__([reward])
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+        self.name = name_of(cast(Reward, self.parts[0]))
+        self.parts.to(self.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return self  # it stays
+
+    def forward(self, images: Tensor, *context: Any) -> Tensor:
+        given = tuple(value.to(self.device) if isinstance(value, Tensor) else value for value in context)
+        return self._values(images.to(self.device), given)[0].to(images.device)
 
 
 def _numbered(names: Sequence[str | None]) -> list[str | None]:

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mfm_lightning.checkpoints import save_model
+from mfm_lightning.checkpoints import CheckpointError, save_model
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
+from mfm_lightning.training.consolidation import consolidate
 from tests.backbones import encoders, tiny
 from tests.modules.test_prompt_finetuning import config, images  # noqa: F401
 from tests.processes import torchrun
@@ -57,6 +59,19 @@ def test_fsdp_is_the_training_of_ddp(places, images, tmp_path, job):  # noqa: F8
     for name, strategy in (("ddp", "ddp"), ("fsdp", "fsdp2")):
         where = f"--trainer.default_root_dir={name}"
         torchrun(tmp_path, 2, "fit", *common, where, f"--trainer.strategy={strategy}")
+    # a checkpoint in shards of its own, whose network is put together by one process
+    shards = ["--trainer.strategy=mfm_lightning.training.fsdp.FSDP", "--trainer.strategy.save_sharded=true"]
+    shards += ["--trainer.default_root_dir=shards", "--trainer.max_steps=2"]
+    torchrun(tmp_path, 2, "fit", *common, *shards)
+    assert (tmp_path / "shards/last.ckpt/.metadata").is_file()
+    consolidate(tmp_path / "shards/last.ckpt", tmp_path / "together.safetensors")
+    together, left = (load_file(tmp_path / name) for name in ("together.safetensors", "shards/model.safetensors"))
+    assert together.keys() == left.keys()
+    assert all(torch.equal(together[key], value) for key, value in left.items())
+    with safe_open(tmp_path / "together.safetensors", "pt") as file, \
+            safe_open(tmp_path / "shards/model.safetensors", "pt") as other:  # fmt: skip
+        assert file.metadata() == {**other.metadata(), "averaged": "true"}
+        assert other.metadata()["network"].startswith("mfm_lightning.backbones.")  # no class that FSDP has made of it
     parts = [*common, "--trainer.default_root_dir=parts"]
     torchrun(tmp_path, 2, "fit", *parts, "--trainer.strategy=fsdp2", "--trainer.max_steps=2")
     torchrun(tmp_path, 2, "fit", *parts, "--trainer.strategy=ddp", "--ckpt_path=last")
@@ -115,5 +130,7 @@ def test_low_rank_adapters_of_a_network_in_shards(tmp_path):
     assert all(torch.allclose(fsdp[key], value, atol=1e-5, rtol=1e-3) for key, value in ddp.items())
     state = torch.load(tmp_path / "fsdp/last.ckpt", weights_only=True)["state_dict"]
     assert all("lora_" in name or "normaliser" in name for name in state)
+    with pytest.raises(CheckpointError, match="its file is made of more than its weights; go on from it by mfm fit"):
+        consolidate(tmp_path / "fsdp/last.ckpt", tmp_path / "together.safetensors")  # it is merged into the base
     more = ["--trainer.default_root_dir=fsdp", "--ckpt_path=last", "--trainer.max_steps=5"]
     torchrun(tmp_path, 1, "fit", "--config=run.yaml", *more)

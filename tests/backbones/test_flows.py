@@ -19,7 +19,7 @@ from mfm_lightning.alignment import (  # fmt: skip
     Target,
     TimeGrid,
 )
-from mfm_lightning.alignment.method import described
+from mfm_lightning.alignment.described import described
 from mfm_lightning.backbones import FluxFlow, SanaFlow, SD3Flow
 from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.samplers import integrate

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mfm_benchmarks.parts.shard_readers import random_shards
 from mfm_lightning.checkpoints import (
@@ -131,7 +131,7 @@ def test_value_and_steering_on_digits(folder, digits_outputs):
     assert summary["samples"] == 4
     assert summary["nfe_per_sample"] == 3 + 4 * 4 * 3  # K + 4 N K
     network = "--model.init_args.method.init_args.estimator={class_path: mfm_lightning.alignment.NetworkGradient, "
-    run([*steer, network + "init_args: {network: outputs/digits/value/value.safetensors}}"])
+    run([*steer, "--overwrite", network + "init_args: {network: outputs/digits/value/value.safetensors}}"])
     summary = json.loads(Path("outputs/digits/steer/predict/summary.json").read_text())
     assert summary["method"]["estimator"] == "NetworkGradient"
     assert summary["nfe_per_sample"] == 3 + 2 * 3  # no draws, no reward
@@ -148,7 +148,7 @@ def test_fit_test_predict_on_digits(folder, digits_outputs):
     assert all(row["Fréchet"] > 3 * held_out["Fréchet"] for row in rows if row is not held_out)  # four steps: noise
     assert len(list(Path("outputs/digits/mfm/test").glob("*.png"))) == 5
     run(["predict", *again, *SHORT["digits/mfm"], "--return_predictions=false"])
-    saved = torch.load("outputs/digits/mfm/predict/batch_0000.pt", weights_only=True)
+    saved = load_file("outputs/digits/mfm/predict/batch_0000.safetensors")
     assert saved["draws/t=0.2"].shape == (len(saved["x1"]), 8, 1, 8, 8)
     checkpoint = torch.load("outputs/digits/mfm/last.ckpt", weights_only=True)
     assert not [k for k in checkpoint["state_dict"] if "teacher" in k]

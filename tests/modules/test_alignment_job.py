@@ -107,7 +107,7 @@ def test_labels_and_prompts_reach_the_reward(tmp_path, model_file):
     with pytest.raises(RewardError, match=r"needs prompts: set target\.prompts"):
         RewardAlignment(settings(model_file, Spy()))
     with pytest.raises(ValueError, match=r"prompts, one a class, need a label"):
-        predict(tmp_path, module)
+        predict(tmp_path / "unlabelled", module)
 
 
 def test_black_boxes_are_refused_before_any_sampling(tmp_path, model_file):
@@ -159,7 +159,7 @@ def test_a_failing_reward_leaves_what_was_finished(tmp_path, model_file):
         predict(tmp_path, module)
     folder = tmp_path / "predict"
     assert (folder / "batch_0000.json").is_file()
-    unfinished = load_file(folder / "batch_0001_unfinished.safetensors")["states"]
+    unfinished = load_file(folder / "batch_0004_unfinished.safetensors")["states"]
     assert unfinished.shape == (2, 1, 8, 8)
     assert unfinished.isfinite().all()
 

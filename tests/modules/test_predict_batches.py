@@ -18,7 +18,7 @@ from mfm_lightning.evaluation import ImageEvaluation, MixtureEvaluation
 from mfm_lightning.interpolant import noise_seed
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import MFMPretraining, RewardAlignment, RewardFinetuning
-from mfm_lightning.modules.base import SampleNumbers
+from mfm_lightning.modules.predicting import SampleNumbers
 from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.networks.decoders import PixelDecoder
 from mfm_lightning.objectives.objective import Objective, WeightedTerm
@@ -48,8 +48,7 @@ def vectors(tmp_path):
 
 def predicted(folder: Path) -> dict[str, torch.Tensor]:
     """All that was written, in the order of the samples' index."""
-    paths = sorted([*folder.glob("batch_*.safetensors"), *folder.glob("batch_*.pt")])
-    parts = [load_file(p) if p.suffix == ".safetensors" else torch.load(p, weights_only=True) for p in paths]
+    parts = [load_file(path) for path in sorted(folder.glob("batch_*.safetensors"))]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = whole["index"].argsort()
     assert torch.equal(whole["index"][order], torch.arange(len(order)))  # each sample once

@@ -24,6 +24,7 @@ def options() -> dict[str, dict]:
     return {
         "blur": {"observation": pixels, "blur_std": 1.0},
         "clamp": {"reward": "brightness", "min": 0.0, "max": 1.0},
+        "placed": {"reward": "brightness", "device": "cpu"},
         "class_mixture": {"classifier": small_classifier(), "weights": [1.0, 0, 2.0]},
         "classifier": {"classifier": small_classifier(), "target": 3},
         "colour": {"target": [0.2, 0.3, 0.4]},

@@ -230,7 +230,7 @@ class ImageDataModule(IndexedDataModule):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        say_changed_order(state_dict, self.state_dict())
+        say_changed_order(state_dict, self.state_dict(), one_line=True, drawn="mirrored" if self.mirror else None)
 
     def label_counts(self) -> dict[str, np.ndarray]:
         return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}

@@ -239,4 +239,5 @@ class LatentDataModule(IndexedDataModule):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        say_changed_order(state_dict, self.state_dict())
+        drawn = "drawn from their moments, or mirrored," if self.flip or self.holds != "latent" else None
+        say_changed_order(state_dict, self.state_dict(), one_line=True, drawn=drawn)
