@@ -184,9 +184,9 @@ class TrainingRecipesSuite(Suite):
             rows.append(row)
         caption = (
             f"{self.draws.words}; {len(self.seeds)} training(s) of each, where all are there. Time of a step over "
-            f"{first}'s, of {self.rounds} rounds in turns. Time until the distance is what {first} has after {self.steps[-1]} steps, "
-            "over the time of those: by the line through a recipe's own trainings on logarithmic scales, where they "
-            "reach it."
+            f"{first}'s, of {self.rounds} rounds in turns. Time until the distance is what {first} has after "
+            f"{self.steps[-1]} steps, over the time of those: by the line through a recipe's own trainings on "
+            "logarithmic scales, where they reach it."
         )
         times = self._plot(found, lambda name, steps: steps * a_step[name], "seconds of training steps")
         seen = self._plot(found, lambda name, steps: steps * samples[name], "samples seen")
