@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mfm_lightning.utils.console import console
 from mfm_lightning.utils.leases import Leases, alone
 
 log = logging.getLogger(__name__)
-PREPARED = "prepared"  # a file beside the results, with the settings' digest after its name
+PREPARED = "prepared"  # a file beside the claims, with the settings' digest after its name
 
 
 @dataclass
@@ -59,6 +60,16 @@ def run_suite(suite: Suite, how: Settings) -> Path:
         store_folder(suite), {"device": device_name(suite.device), "version": mfm_lightning.__version__}, commit()
     )
     leases = leases_of(store, how.lease)
+    try:
+        return _run(suite, how, store, leases)
+    finally:
+        leases.close()
+        for folder in (store.folder, suite.output):  # what cannot run leaves nothing behind
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _run(suite: Suite, how: Settings, store: Store, leases: Leases) -> Path:
     for fit in suite.fits():
         if how.report_only and not fit.is_done():
             raise FileNotFoundError(f"nothing to report yet: {fit.file} is not there, run without --report")
@@ -88,7 +99,7 @@ def report_folder(suite: Suite) -> Path:
 def _prepare(suite: Suite, leases: Leases, how: Settings) -> None:
     """Load models; one process first, for features that are fitted then are kept in files, which the others read."""
     settings = json.dumps([suite.name, how.settings], sort_keys=True, default=str)
-    mark = leases.folder.with_name(f"{PREPARED}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}")
+    mark = leases.folder / f"{PREPARED}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     for _ in alone(leases, mark.name, mark.is_file):
         suite.prepare()
         mark.touch()

@@ -1,5 +1,6 @@
 """Benchmarks that many processes compute: the same results as one, launchers, the state of a run, parts of a report."""
 
+import inspect
 import json
 import os
 import re
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mfm_benchmarks.command import _how
 from mfm_benchmarks.progress import read_status
+from mfm_benchmarks.suite import suites
 from mfm_lightning.commands.main import main
 from mfm_lightning.utils.leases import Leases
 
@@ -83,7 +86,7 @@ def stored(folder):
 )
 def test_processes_of_a_launcher_find_what_one_process_finds(workplace, capsys, launcher, options):
     benchmark("--output", "one")
-    given = ("--launcher", launcher, "--workers", 2, "--launcher-options", json.dumps(options))
+    given = ("--launcher", launcher, "--processes", 2, "--launcher-options", json.dumps(options))
     benchmark("--output", "many", *given)
     assert "Report: many/report/index.html" in capsys.readouterr().out
     assert len(stored("one")) == 7
@@ -149,8 +152,8 @@ def test_ranks_of_torchrun_share_the_work_and_one_reports(workplace):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--workers", 2), "--workers and --launcher_options are of a --launcher"),
-        (("--workers", 0, "--launcher", "local"), "--workers 0 and --lease 120 must be above 0"),
+        (("--processes", 2), "--processes and --launcher_options are of a --launcher"),
+        (("--processes", 0, "--launcher", "local"), "--processes 0 and --lease 120 must be above 0"),
         (("--fresh", "--launcher", "local"), "--fresh, which forgets results, by one of several processes"),
         (("--fresh", "--report"), "--report computes nothing"),
         (("--launcher", "loca"), "launcher"),
@@ -186,3 +189,10 @@ def test_a_damaged_result_is_made_anew_and_said(workplace, caplog):
     assert "part_2" in caplog.text
     assert "is damaged, and made anew" in caplog.text
     assert stored("out") == before
+
+
+def test_no_suite_has_a_parameter_of_the_name_of_an_option_of_all():
+    """It would be taken for that option, as `workers` of data-throughput once was."""
+    options = set(inspect.signature(_how).parameters)
+    for kind in suites().values():
+        assert not options & set(inspect.signature(kind).parameters), kind.name

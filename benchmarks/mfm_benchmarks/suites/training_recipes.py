@@ -47,7 +47,7 @@ class TrainingRecipesSuite(Suite):
     sliced W2 of one-step posterior draws to reference draws. Steps are timed apart, in turns, in one process.
 
     Args:
-        config: of `mfm fit`; the recipes change it.
+        fit_config: of `mfm fit`; the recipes change it.
         recipes: by the names of the report; the first is the reference.
         draws: what draws are compared with.
         steps: numbers of optimiser steps of the reference; other recipes take as many.
@@ -69,7 +69,7 @@ class TrainingRecipesSuite(Suite):
 
     def __init__(
         self,
-        config: str,
+        fit_config: str,
         recipes: dict[str, Recipe],
         draws: ReferenceDraws,
         steps: Sequence[int] = (1500, 3000, 6000),
@@ -77,7 +77,7 @@ class TrainingRecipesSuite(Suite):
         fits: dict[str, str] | None = None,
         rounds: int = 3,
     ) -> None:
-        self.config, self.recipes, self.draws = config, dict(recipes), draws
+        self.fit_config, self.recipes, self.draws = fit_config, dict(recipes), draws
         self.steps, self.seeds, self.files, self.rounds = sorted(steps), list(seeds), dict(fits or {}), rounds
         if not self.recipes or not self.seeds or not self.steps or min(self.steps) <= WARM_UP or rounds < 1:
             raise ValueError(f"a comparison needs a recipe, a seed, a round, and more than {WARM_UP} steps")
@@ -133,7 +133,7 @@ class TrainingRecipesSuite(Suite):
             "trainer.max_steps": steps, "trainer.val_check_interval": steps, "trainer.limit_val_batches": 0,
             **self.recipes[name].options.value,
         }  # fmt: skip
-        return Fit(self.config, str(folder / "model.safetensors"), options, list(self.files), remember=True)
+        return Fit(self.fit_config, str(folder / "model.safetensors"), options, list(self.files), remember=True)
 
     def _judge(self, file: str, *references: Outcome) -> Outcome:
         model = load_model(file).requires_grad_(False).to(self.device).eval()
