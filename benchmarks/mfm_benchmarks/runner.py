@@ -17,11 +17,14 @@ from mfm_benchmarks.environment import commit, describe, device_name
 from mfm_benchmarks.report import write_report
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import MissingInput, Results, Suite
+from mfm_lightning.utils.atomic import whole_file
 from mfm_lightning.utils.console import console
 from mfm_lightning.utils.leases import Leases, alone
+from mfm_lightning.utils.shared_work import Board
 
 log = logging.getLogger(__name__)
 PREPARED = "prepared"  # a file beside the claims, with the settings' digest after its name
+REPORT, REPORTED = "report", "reported"  # the lease of who writes the page; a file there: what it is of
 
 
 @dataclass
@@ -78,10 +81,11 @@ def _run(suite: Suite, how: Settings, store: Store, leases: Leases) -> Path:
             fit.run(suite.device)
     if how.report_only:
         suite.prepare()
-        results = collect(list(suite.cells()), store)
-        return write_report(_page(suite, results, how), report_folder(suite))
+        # not beside another's, whose page may have more: it comes before this one's look, or after this one's page
+        for _ in alone(leases, REPORT, lambda: False):
+            return write_report(_page(suite, collect(list(suite.cells()), store), how), report_folder(suite))
     _prepare(suite, leases, how)
-    began = newest(store.folder)
+    began = _state(store, how)
     results, _ = compute(suite, store, how.fresh, leases, how.command)
     return _write(suite, results, how, store, leases, began)
 
@@ -107,25 +111,34 @@ def _prepare(suite: Suite, leases: Leases, how: Settings) -> None:
     suite.prepare()
 
 
-def _write(suite: Suite, results: Results, how: Settings, store: Store, leases: Leases, began: float) -> Path:
+def _write(suite: Suite, results: Results, how: Settings, store: Store, leases: Leases, began: str) -> Path:
     """The report, written by one of the processes that end together."""
-    path = report_folder(suite) / "index.html"
+    path, mark, now = report_folder(suite) / "index.html", leases.folder / REPORTED, _state(store, how)
+    # where nothing was computed meanwhile, a page was asked for
+    asked = results.stored == len(results) and not how.fresh and began == now
 
     def written_by_another() -> bool:
-        # by who saw all results, after this process began
-        return path.is_file() and path.stat().st_mtime > max(began, newest(store.folder))
+        return not asked and path.is_file() and mark.is_file() and mark.read_text() == now
 
-    if results.stored == len(results) and not how.fresh and began == newest(store.folder):
-        return write_report(_page(suite, results, how), path.parent)  # nothing was computed meanwhile: as asked for
-    for _ in alone(leases, "report", written_by_another):
-        return write_report(_page(suite, results, how), path.parent)
+    for _ in alone(leases, REPORT, written_by_another):
+        if results.failures:  # another may have had more luck since: `now` would say that it is on the page
+            stored, results = results.stored, collect(list(suite.cells()), store)
+            results.stored = stored
+        write_report(_page(suite, results, how), path.parent)
+        with whole_file(mark) as partial:
+            partial.write_text(now)
+        return path
     log.info("the report is another process's")
     return path
 
 
-def newest(folder: Path) -> float:
-    """When the last result was written, in seconds since 1970; 0 for none."""
-    return max((path.stat().st_mtime for path in folder.glob("*-*.json")), default=0.0)
+def _state(store: Store, how: Settings) -> str:
+    """What a page of all results would be of: a digest of which there are and failed, of when, and the settings."""
+    failed, written = Board(store.folder).look().failed, dict[str, int]()
+    for path in store.folder.glob("*-*.json"):
+        with suppress(FileNotFoundError):  # damaged, and removed by another
+            written[path.name] = path.stat().st_mtime_ns
+    return hashlib.sha256(json.dumps([how.settings, failed, written], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _page(suite: Suite, results: Results, how: Settings) -> Page:

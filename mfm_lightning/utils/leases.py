@@ -10,6 +10,7 @@ for its whole length, by a clock of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -144,7 +145,7 @@ class Leases:
         generation, own, dead = 0, self._process(), ""
         if not self._held:
             own.write(self.device)
-        while not own.name_also(self.path(name, generation)):
+        while not self._has_made(own, name, generation):
             if not take_over or not self._has_lapsed(name, generation):
                 return None
             holder = self.holder(name, generation)
@@ -157,6 +158,19 @@ class Leases:
             (self.folder / f"{dead}{PROCESS}").unlink(missing_ok=True)
         return lease
 
+    def _has_made(self, own: _ProcessFile, name: str, generation: int) -> bool:
+        """Whether this process has the lease of a generation now, and there is no newer one."""
+        path = self.path(name, generation)
+        # NFS says that the name is there of what it has done itself, too, where its first answer was lost
+        if not own.name_also(path) and (path in self._held or not own.is_named(path)):
+            return False
+        if not self.path(name, generation + 1).exists():
+            return True
+        # who has that is giving it back, or died doing so: what is older is gone already
+        if own.is_named(path):
+            path.unlink(missing_ok=True)
+        return False
+
     def _process(self) -> _ProcessFile:
         # after a fork the file is the parent's; it is gone where others took us for dead
         if self._own is None or self._own.process != os.getpid() or not self._own.is_there:
@@ -167,8 +181,10 @@ class Leases:
     def holder(self, name: str, generation: int) -> Holder | None:
         """Who has, or had, the lease of this generation; None if there is none."""
         path = self.path(name, generation)
+        if (text := _text(path)) is None:
+            return None
         try:
-            seen, text = path.stat().st_mtime, path.read_text()
+            seen = path.stat().st_mtime
         except FileNotFoundError:
             return None
         try:
@@ -178,8 +194,8 @@ class Leases:
 
     def _has_lapsed(self, name: str, generation: int) -> bool:
         path, holder = self.path(name, generation), self.holder(name, generation)
-        if holder is None:
-            return False  # given back just now: the next look finds it free, or done
+        if holder is None:  # given back just now: the next look finds it free, or done; or by who died before the rest
+            return self.path(name, generation + 1).exists()
         if holder.is_gone:
             return True
         sign, now = (holder.token, holder.seen), self._clock()
@@ -207,10 +223,7 @@ class Leases:
 
     def has(self, lease: Lease) -> bool:
         """Whether the file of the lease is there."""
-        try:
-            return lease.token in self.path(lease.name, lease.generation).read_text()
-        except FileNotFoundError:
-            return False
+        return lease.token in (_text(self.path(lease.name, lease.generation)) or "")
 
     def drop(self, lease: Lease) -> None:
         """Give a lease back; no effect where it was taken over."""
@@ -250,6 +263,18 @@ class Leases:
             with contextlib.suppress(OSError):  # taken over, or a file system that is away for a moment
                 os.utime(path)
         return bool(held)
+
+
+def _text(path: Path) -> str | None:
+    """What a lease says; None where there is none."""
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # on NFS: removed while it was read
+            return None
+        raise
 
 
 def _signs(leases: weakref.ref[Leases], end: threading.Event, every: float) -> None:
@@ -297,6 +322,10 @@ class _ProcessFile:
             return True
         except FileExistsError:
             return False
+
+    def is_named(self, path: Path) -> bool:
+        """Whether the file of that name is this one."""
+        return self.token in (_text(path) or "")
 
 
 def _forget(path: Path, file: int, process: int) -> None:

@@ -76,9 +76,10 @@ class Board:
 
     def _note(self, key: str) -> dict[str, str]:
         try:
-            return json.loads((self.failures / f"{key}.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            note = json.loads((self.failures / f"{key}.json").read_text())
+        except (FileNotFoundError, ValueError):
             return {}
+        return note if isinstance(note, dict) else {}
 
     def fail(self, piece: Piece, error: str) -> None:
         """Write down what went wrong."""
@@ -171,8 +172,11 @@ def share(
                         failed.add(piece.key)
                         mine.add(piece.key)
                     else:
-                        board.forgive(piece.key)
-                        look.done.add(piece.key)
+                        if not board.is_done(piece.key):  # it was overtaken, and another is at it
+                            choice.misses = MISSES + 1
+                        else:
+                            board.forgive(piece.key)
+                            look.done.add(piece.key)
                     watch(look, None)
             if choice.misses > MISSES or time.monotonic() - begin > max(SOONEST, took / SHARE):
                 break

@@ -12,6 +12,7 @@ import pytest
 
 from mfm_benchmarks.command import _how
 from mfm_benchmarks.progress import read_status
+from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import suites
 from mfm_lightning.commands.main import main
 from mfm_lightning.utils.leases import Leases
@@ -126,6 +127,29 @@ def test_a_run_says_where_it_is_and_reports_the_part_that_is_there(workplace, ca
     benchmark("--output", "out")
     assert "not there yet" not in Path("out/report/index.html").read_text()
     assert len(stored("out")) == 7
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_report_asked_for_meanwhile_does_not_stand_for_that_of_all(workplace, monkeypatch, fails):
+    benchmark("--output", "out", "--cells", 2)
+    save = Store.save
+
+    def reported_just_after(store, cell, outcome):
+        # the page of who looked before the last result was written, and wrote it after
+        benchmark("--output", "out", "--cells", 2, "--report")
+        if fails:
+            raise ValueError("no luck")
+        save(store, cell, outcome)
+        page = Path("out/report/index.html")
+        later = page.stat().st_mtime + 60
+        os.utime(page, (later, later))
+
+    next(Path("out/results").glob("total-*.json")).unlink()
+    monkeypatch.setattr(Store, "save", reported_just_after)
+    benchmark("--output", "out", "--cells", 2)
+    page = Path("out/report/index.html").read_text()
+    assert "not there yet" not in page
+    assert ("no luck" in page) == fails
 
 
 @pytest.mark.slow

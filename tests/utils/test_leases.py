@@ -2,14 +2,17 @@
 
 import errno
 import gc
+import json
 import multiprocessing
 import os
 import signal
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from mfm_lightning.utils.leases import BEATS, Leases, alone, machine
+from mfm_lightning.utils.leases import BEATS, Holder, Leases, alone, machine
 
 
 class Clock:
@@ -135,3 +138,55 @@ def test_what_one_does_the_others_wait_for(tmp_path):
 def test_a_length_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="above 0"):
         Leases(tmp_path, 0.0)
+
+
+def _left_by_a_dead_process(path):
+    path.write_text(json.dumps(asdict(Holder("dead", "here", os.getpid(), machine(), birth="1"))))
+
+
+def test_who_died_giving_a_piece_back_leaves_one_that_can_be_had(tmp_path):
+    # it had taken the piece over, and came to remove the first generation, but not its own
+    leases = Leases(tmp_path)
+    _left_by_a_dead_process(leases.path("a", 1))
+    assert leases.claim("a", take_over=False) is None
+    with leases.claim("a") as lease:
+        assert lease.is_held
+        assert Leases(tmp_path).claim("a") is None
+    assert not leases.claimed()
+    # one that is alive is only on its way
+    with Leases(tmp_path).claim("a"):
+        leases.path("a", 0).rename(leases.path("a", 1))
+        assert leases.claim("a") is None
+        assert [path.name for path in tmp_path.glob("*.lease")] == ["a~1.lease"]
+
+
+def test_a_link_whose_answer_was_lost_counts(tmp_path, monkeypatch):
+    link = os.link
+
+    def made_twice(source, path):  # as NFS does it: the first answer is lost, the second says that it is there
+        link(source, path)
+        link(source, path)
+
+    monkeypatch.setattr(os, "link", made_twice)
+    leases = Leases(tmp_path)
+    with leases.claim("a") as lease:
+        assert lease.is_held
+        assert leases.claim("a") is None
+        assert Leases(tmp_path).claim("a") is None
+    assert not leases.claimed()
+
+
+def test_a_lease_that_is_removed_while_it_is_read_is_none(tmp_path, monkeypatch):
+    leases = Leases(tmp_path)
+    with leases.claim("a") as lease:
+        read = Path.read_text
+
+        def stale(path, *args, **kwargs):
+            if path.suffix == ".lease":
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return read(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "read_text", stale)
+        assert not lease.is_held
+        assert leases.holders() == {}
+        monkeypatch.undo()

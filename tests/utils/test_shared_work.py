@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -158,3 +159,40 @@ def test_many_processes_do_each_cell_once_and_ask_little_of_the_file_system(tmp_
     assert (found["cells"], found["done"], found["failed"], found["left"]) == (192, 192, 0, 0)
     # 12 for one process alone (whole_file's are 6 of them); without the random choice it is over 100
     assert sum(found["operations"].values()) < 60
+
+
+def test_what_needs_a_piece_that_was_taken_over_waits_for_who_has_it(tmp_path):
+    leases, begun = Leases(tmp_path / "claims", 5.0), []
+    first, second = Piece("a", "a"), Piece("b", "b", ("a",))
+
+    def finish():  # the other process, on another machine
+        (tmp_path / "a.json").write_text("{}")
+        for generation in range(2):
+            leases.path("a", generation).unlink(missing_ok=True)
+
+    other = threading.Timer(0.5, finish)
+
+    def do(piece, held):
+        begun.append(piece.key)
+        if piece.key == "a":
+            leases.path("a", 1).write_text("{}")
+            other.start()
+            assert not held.is_held
+            return
+        assert (tmp_path / "a.json").is_file()
+        (tmp_path / "b.json").write_text("{}")
+
+    share([first, second], Board(tmp_path), leases, do)
+    other.join()
+    assert begun == ["a", "b"]
+    assert not Board(tmp_path).look().failed
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b""])
+def test_a_note_of_a_failure_that_cannot_be_read_is_none(tmp_path, content):
+    board = Board(tmp_path / "results")
+    board.fail(PIECES[0], "no luck")
+    (board.failures / "p0.json").write_bytes(content)
+    assert board.failure("p0") == ""
+    work(tmp_path / "results", tmp_path / "log", pieces=PIECES[:1])
+    assert board.look().done == {"p0"}
