@@ -88,6 +88,18 @@ def test_one_to_four_processes_find_the_same(workplace, suite):
         assert Path(f"by{workers}/report/index.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [("submitit", {"cluster": "local", "timeout_min": 30}), ("ray", {"init": {"num_cpus": 2}})],
+)
+def test_launchers_find_the_same(workplace, launcher, options):
+    args = digits(workplace)
+    run(args, "one")
+    given = ("--launcher", launcher, "--processes", "2", "--launcher_options", json.dumps(options))
+    run(args, launcher, *given)
+    assert stored(launcher) == stored("one")
+
+
 def test_two_jobs_and_twenty_kills_lose_and_double_nothing(workplace):
     args, chance = digits(workplace), random.Random(1)
     run(args, "one")

@@ -153,10 +153,12 @@ def test_work_that_cannot_be_done_in_its_order_is_refused(tmp_path, pieces, mess
         share(pieces, Board(tmp_path), Leases(tmp_path / "claims"), lambda piece, held: None)
 
 
-def test_many_processes_do_each_cell_once_and_ask_little_of_the_file_system(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [48, pytest.param(512, marks=pytest.mark.long)])
+def test_many_processes_do_each_cell_once_and_ask_little_of_the_file_system(tmp_path, monkeypatch, processes):
     monkeypatch.setattr(shared_work, "LATEST", 1.0)
-    found = simulate(tmp_path / "results", processes=48, cells=192, seconds=0.2)
-    assert (found["cells"], found["done"], found["failed"], found["left"]) == (192, 192, 0, 0)
+    cells = 4 * processes
+    found = simulate(tmp_path / "results", processes, cells, seconds=0.2)
+    assert (found["cells"], found["done"], found["failed"], found["left"]) == (cells, cells, 0, 0)
     # 12 for one process alone (whole_file's are 6 of them); without the random choice it is over 100
     assert sum(found["operations"].values()) < 60
 
