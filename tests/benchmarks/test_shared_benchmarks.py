@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mfm_benchmarks.command import _without_launcher
 from mfm_benchmarks.progress import read_status
 from mfm_benchmarks.store import Store
 from mfm_lightning.commands.main import main
@@ -177,6 +178,7 @@ def test_ranks_of_torchrun_share_the_work_and_one_reports(workplace):
         (("--workers", 0, "--launcher", "local"), "--workers 0 and --lease 120 must be above 0"),
         (("--fresh", "--launcher", "local"), "--fresh, which forgets results, by one of several processes"),
         (("--fresh", "--report"), "--report computes nothing"),
+        (("--fresh", "--status"), "--status computes nothing: leave out --fresh, --launcher and --report"),
         (("--launcher", "loca"), "launcher"),
         (("--launcher", "local", "--launcher-options", '{"thread": 1}'), "the launcher local takes threads"),
         (("--status",), "no run has begun in"),
@@ -210,3 +212,27 @@ def test_a_damaged_result_is_made_anew_and_said(workplace, caplog):
     assert "part_2" in caplog.text
     assert "is damaged, and made anew" in caplog.text
     assert stored("out") == before
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"tensors": []}', b"\xff\xfe"])
+def test_a_result_that_is_something_else_is_made_anew(workplace, content):
+    benchmark("--output", "out")
+    before = stored("out")
+    next(Path("out/results").glob("part_2-*.json")).write_bytes(content)
+    benchmark("--output", "out")
+    assert stored("out") == before
+
+
+def test_a_plan_that_cannot_be_read_is_an_error_of_a_line(workplace):
+    benchmark("--output", "out")
+    Path("out/results/work.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"out/results/work\.json cannot be read .*: the next run in out/results"):
+        benchmark("--output", "out", "--status")
+    benchmark("--output", "out")
+    benchmark("--output", "out", "--status")
+
+
+def test_workers_do_not_launch_others():
+    given = ["numbers", "--launcher=local", "--workers", "2", "--launcher-options.threads", "1", "--cells", "3"]
+    for arg in ("--launcher_options.threads", "--launcher_options"):
+        assert _without_launcher([arg if "options" in part else part for part in given]) == ["numbers", "--cells", "3"]
