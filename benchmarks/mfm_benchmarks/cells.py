@@ -22,7 +22,8 @@ from mfm_lightning.utils.leases import Lease, Leases, alone
 from mfm_lightning.utils.shared_work import Board, Look, Piece, share
 
 log = logging.getLogger(__name__)
-CLAIMS, PLAN = "claims", "work.json"  # in the folder of results
+CLAIMS = "claims"  # in the folder of results: who does what
+PLAN = "work.json"  # there: what there is to do
 
 
 def leases_of(store: Store, seconds: float = 120.0) -> Leases:
@@ -111,7 +112,7 @@ class _Work:
             "cells": {piece.key: piece.name for piece in self.pieces},
         }
         text = json.dumps(plan, indent=1)
-        path = self.store.folder / PLAN
+        path = self.leases.folder / PLAN
         if not path.is_file() or path.read_text() != text:
             with whole_file(path) as partial:
                 partial.write_text(text)

@@ -85,12 +85,12 @@ def _launch(suite: Suite, args: Sequence[str], how: dict[str, Any]) -> Path:
     check_options(how["launcher"], launch, options)
     if missing := suite.missing():
         raise MissingInput(suite.name, missing)
-    failed = launch(["benchmark", *_without_launcher(args)], how["workers"], logs(suite.output), **options)
+    failed = launch(["benchmark", *_without_launcher(args)], how["processes"], logs(suite.output), **options)
     path = suite.output / "report" / "index.html"
     for worker, what in failed.items():
         print(f"{worker}: {what}", file=sys.stderr)
-    if len(failed) == how["workers"] or not path.is_file():
-        raise CommandLineError(f"no worker of {how['workers']} got to the end: see {logs(suite.output)}")
+    if len(failed) == how["processes"] or not path.is_file():
+        raise CommandLineError(f"no worker of {how['processes']} got to the end: see {logs(suite.output)}")
     return path
 
 
@@ -98,10 +98,10 @@ def _check(how: dict[str, Any]) -> None:
     """Refuse ways of running that do not go together."""
     from mfm_lightning.utils.distributed import Process
 
-    if how["workers"] < 1 or not how["lease"] > 0:
-        raise CommandLineError(f"--workers {how['workers']} and --lease {how['lease']:g} must be above 0")
-    if how["launcher"] is None and (how["workers"] != 1 or how["launcher_options"]):
-        raise CommandLineError("--workers and --launcher_options are of a --launcher: local, submitit or ray")
+    if how["processes"] < 1 or not how["lease"] > 0:
+        raise CommandLineError(f"--processes {how['processes']} and --lease {how['lease']:g} must be above 0")
+    if how["launcher"] is None and (how["processes"] != 1 or how["launcher_options"]):
+        raise CommandLineError("--processes and --launcher_options are of a --launcher: local, submitit or ray")
     if how["fresh"] and (how["launcher"] or Process.from_environment().world_size > 1):
         raise CommandLineError(
             "--fresh, which forgets results, by one of several processes would forget those of the others: give "
@@ -119,7 +119,7 @@ def _without_launcher(args: Sequence[str]) -> list[str]:
     for arg in args:
         if skip:
             skip = False
-        elif arg.partition("=")[0].partition(".")[0] in ("--launcher", "--workers", "--launcher_options"):
+        elif arg.partition("=")[0].partition(".")[0] in ("--launcher", "--processes", "--launcher_options"):
             skip = "=" not in arg
         else:
             found.append(arg)
@@ -136,7 +136,7 @@ def _how(
     report: bool = False,
     status: bool = False,
     launcher: Literal["local", "submitit", "ray"] | None = None,
-    workers: int = 1,
+    processes: int = 1,
     launcher_options: dict[str, Any] | None = None,
     lease: float = 120.0,
 ) -> None:
@@ -152,7 +152,7 @@ def _how(
         status: compute nothing, and say who computes what, the rate and the time left.
         launcher: start processes that share the work, on this machine, on SLURM or on a ray cluster; more may be
             started at any time, by the same command on any machine that sees the folder.
-        workers: how many.
+        processes: how many.
         launcher_options: of the launcher, such as {slurm_partition: gpu, gpus_per_node: 1}.
         lease: seconds after which the work of a process that gives no sign is another's; of processes that run on
             the same machine and are gone at once.

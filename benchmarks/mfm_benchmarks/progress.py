@@ -69,7 +69,7 @@ def read_status(folder: Path, lease: float = 120.0) -> Status:
         FileNotFoundError: if no run has begun there.
         ValueError: if the list of its cells cannot be read.
     """
-    path = folder / PLAN
+    path = folder / CLAIMS / PLAN
     if not path.is_file():
         raise FileNotFoundError(
             f"no run has begun in {folder}: {path} is not there (mind --output, --config and --quick)"

@@ -23,8 +23,8 @@ from mfm_lightning.utils.leases import Leases, alone
 from mfm_lightning.utils.shared_work import Board
 
 log = logging.getLogger(__name__)
-PREPARED = "prepared"  # a file beside the results, with the settings' digest after its name
-REPORT, REPORTED = "report", "reported"  # the lease of who writes the page; a file beside the results: what it is of
+PREPARED = "prepared"  # a file beside the claims, with the settings' digest after its name
+REPORT, REPORTED = "report", "reported"  # the lease of who writes the page; a file there: what it is of
 
 
 @dataclass
@@ -63,6 +63,16 @@ def run_suite(suite: Suite, how: Settings) -> Path:
         store_folder(suite), {"device": device_name(suite.device), "version": mfm_lightning.__version__}, commit()
     )
     leases = leases_of(store, how.lease)
+    try:
+        return _run(suite, how, store, leases)
+    finally:
+        leases.close()
+        for folder in (store.folder, suite.output):  # what cannot run leaves nothing behind
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _run(suite: Suite, how: Settings, store: Store, leases: Leases) -> Path:
     for fit in suite.fits():
         if how.report_only and not fit.is_done():
             raise FileNotFoundError(f"nothing to report yet: {fit.file} is not there, run without --report")
@@ -93,7 +103,7 @@ def report_folder(suite: Suite) -> Path:
 def _prepare(suite: Suite, leases: Leases, how: Settings) -> None:
     """Load models; one process first, for features that are fitted then are kept in files, which the others read."""
     settings = json.dumps([suite.name, how.settings], sort_keys=True, default=str)
-    mark = leases.folder.with_name(f"{PREPARED}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}")
+    mark = leases.folder / f"{PREPARED}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     for _ in alone(leases, mark.name, mark.is_file):
         suite.prepare()
         mark.touch()
@@ -103,7 +113,7 @@ def _prepare(suite: Suite, leases: Leases, how: Settings) -> None:
 
 def _write(suite: Suite, results: Results, how: Settings, store: Store, leases: Leases, began: str) -> Path:
     """The report, written by one of the processes that end together."""
-    path, mark, now = report_folder(suite) / "index.html", store.folder / REPORTED, _state(store, how)
+    path, mark, now = report_folder(suite) / "index.html", leases.folder / REPORTED, _state(store, how)
     # where nothing was computed meanwhile, a page was asked for
     asked = results.stored == len(results) and not how.fresh and began == now
 

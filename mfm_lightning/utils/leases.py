@@ -236,6 +236,16 @@ class Leases:
             self._watched.pop(self.path(lease.name, generation), None)
             self.path(lease.name, generation).unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Remove what this process has left, and the folder where it is empty then."""
+        for lease in list(self._held.values()):
+            lease.release()
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
     def _start(self) -> None:
         with self._guard:
             if self._heart is None or not self._heart.is_alive():
@@ -282,7 +292,7 @@ class _ProcessFile:
         self._path, self._links = folder / f"{self.token}{PROCESS}", True
         self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         self._text = self.write(device)
-        weakref.finalize(self, _forget, self._path, self._file, self.process)
+        self.close = weakref.finalize(self, _forget, self._path, self._file, self.process)
 
     @property
     def is_there(self) -> bool:

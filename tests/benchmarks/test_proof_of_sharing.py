@@ -81,7 +81,7 @@ def test_one_to_four_processes_find_the_same(workplace, suite):
     expected = stored("one")
     assert len(expected) > 10
     for workers in (2, 3, 4):
-        run(args, f"by{workers}", "--launcher", "local", "--workers", str(workers))
+        run(args, f"by{workers}", "--launcher", "local", "--processes", str(workers))
         assert stored(f"by{workers}") == expected
         said = [json.loads(path.read_text())["by"] for path in Path(f"by{workers}/results").glob("*-*.json")]
         assert len(set(said)) == workers  # all of them had a part

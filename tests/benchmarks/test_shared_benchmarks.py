@@ -1,5 +1,6 @@
 """Benchmarks that many processes compute: the same results as one, launchers, the state of a run, parts of a report."""
 
+import inspect
 import json
 import os
 import re
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mfm_benchmarks.command import _without_launcher
+from mfm_benchmarks.command import _how, _without_launcher
 from mfm_benchmarks.progress import read_status
 from mfm_benchmarks.store import Store
+from mfm_benchmarks.suite import suites
 from mfm_lightning.commands.main import main
 from mfm_lightning.utils.leases import Leases
 
@@ -85,7 +87,7 @@ def stored(folder):
 )
 def test_processes_of_a_launcher_find_what_one_process_finds(workplace, capsys, launcher, options):
     benchmark("--output", "one")
-    given = ("--launcher", launcher, "--workers", 2, "--launcher-options", json.dumps(options))
+    given = ("--launcher", launcher, "--processes", 2, "--launcher-options", json.dumps(options))
     benchmark("--output", "many", *given)
     assert "Report: many/report/index.html" in capsys.readouterr().out
     assert len(stored("one")) == 7
@@ -174,8 +176,8 @@ def test_ranks_of_torchrun_share_the_work_and_one_reports(workplace):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--workers", 2), "--workers and --launcher_options are of a --launcher"),
-        (("--workers", 0, "--launcher", "local"), "--workers 0 and --lease 120 must be above 0"),
+        (("--processes", 2), "--processes and --launcher_options are of a --launcher"),
+        (("--processes", 0, "--launcher", "local"), "--processes 0 and --lease 120 must be above 0"),
         (("--fresh", "--launcher", "local"), "--fresh, which forgets results, by one of several processes"),
         (("--fresh", "--report"), "--report computes nothing"),
         (("--fresh", "--status"), "--status computes nothing: leave out --fresh, --launcher and --report"),
@@ -225,14 +227,23 @@ def test_a_result_that_is_something_else_is_made_anew(workplace, content):
 
 def test_a_plan_that_cannot_be_read_is_an_error_of_a_line(workplace):
     benchmark("--output", "out")
-    Path("out/results/work.json").write_text("[]")
-    with pytest.raises(SystemExit, match=r"out/results/work\.json cannot be read .*: the next run in out/results"):
+    Path("out/results/claims/work.json").write_text("[]")
+    with pytest.raises(
+        SystemExit, match=r"out/results/claims/work\.json cannot be read .*: the next run in out/results"
+    ):
         benchmark("--output", "out", "--status")
     benchmark("--output", "out")
     benchmark("--output", "out", "--status")
 
 
 def test_workers_do_not_launch_others():
-    given = ["numbers", "--launcher=local", "--workers", "2", "--launcher-options.threads", "1", "--cells", "3"]
+    given = ["numbers", "--launcher=local", "--processes", "2", "--launcher-options.threads", "1", "--cells", "3"]
     for arg in ("--launcher_options.threads", "--launcher_options"):
         assert _without_launcher([arg if "options" in part else part for part in given]) == ["numbers", "--cells", "3"]
+
+
+def test_no_suite_has_a_parameter_of_the_name_of_an_option_of_all():
+    """It would be taken for that option, as `workers` of data-throughput once was."""
+    options = set(inspect.signature(_how).parameters)
+    for kind in suites().values():
+        assert not options & set(inspect.signature(kind).parameters), kind.name

@@ -38,7 +38,9 @@ def test_frozen_parts_are_moved_in_setup(tmp_path, job):
         module = RewardAlignment(target)
         frozen = [module.target.model, module.target.reward]
     strategy = SimpleNamespace(root_device=torch.device("meta"))
-    module._trainer = SimpleNamespace(strategy=strategy, datamodule=None, default_root_dir=str(tmp_path))
+    module._trainer = SimpleNamespace(
+        strategy=strategy, datamodule=None, default_root_dir=str(tmp_path), is_global_zero=True, world_size=1
+    )
     assert build(target.reward).target.device.type == "cpu"
     module.setup("predict" if job == "alignment" else "fit")
     for part in frozen:

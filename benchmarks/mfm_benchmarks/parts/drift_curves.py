@@ -20,7 +20,8 @@ class Run:
 
     Attributes:
         costs: by name (evaluations, seconds), C numbers each.
-        values: by name (drift, reward, held-out rewards, Fréchet distance), C numbers each.
+        values: by name (drift, reward, its gain above the base flow's from the same noise, held-out rewards, Fréchet
+            distance), C numbers each.
     """
 
     costs: dict[str, list[float]]
@@ -34,6 +35,7 @@ class Run:
             for name, tensor in tensors.items()
             if name in ("drift", "rewards") or name.startswith("held_out/")
         }
+        values["gain"] = [mean_of(row - tensors["rewards"][0]) for row in tensors["rewards"]]
         if real is not None and "features" in tensors:
             values["Fréchet"] = [resampled(frechet_of_features, row, real) for row in tensors["features"]]
         return cls(costs, values)

@@ -150,12 +150,13 @@ class FinetuningReport:
 
 def _before(curves: Sequence[Curve]) -> dict[str, Measured]:
     """Of the base flow: all runs of one seed begin as it, with the same noise."""
-    return {name: together([run.values[name][0] for run in curves[0].runs]) for name in curves[0].runs[0].values}
+    names = [name for name in curves[0].runs[0].values if name != "gain"]
+    return {name: together([run.values[name][0] for run in curves[0].runs]) for name in names}
 
 
 def _values(found: Mapping[str, Measured | None]) -> dict[str, Any]:
     """Columns of a table; the drift has its own."""
-    words = {"rewards": "mean reward"}
+    words = {"rewards": "mean reward", "gain": "above the base flow"}
     return {
         words.get(name, name.removeprefix(HELD_OUT)): value
         for name, value in found.items()

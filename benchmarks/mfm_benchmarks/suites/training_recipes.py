@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_lightning.checkpoints import is_there, load_model
 from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs
 
+Found = dict[tuple[str, int], dict[int, float]]  # distances by recipe, steps and seed
 WARM_UP, TIMED_STEPS = 20, 120  # steps of a run that times steps
 
 
@@ -46,7 +47,7 @@ class TrainingRecipesSuite(Suite):
     sliced W2 of one-step posterior draws to reference draws. Steps are timed apart, in turns, in one process.
 
     Args:
-        config: of `mfm fit`; the recipes change it.
+        fit_config: of `mfm fit`; the recipes change it.
         recipes: by the names of the report; the first is the reference.
         draws: what draws are compared with.
         steps: numbers of optimiser steps of the reference; other recipes take as many.
@@ -68,7 +69,7 @@ class TrainingRecipesSuite(Suite):
 
     def __init__(
         self,
-        config: str,
+        fit_config: str,
         recipes: dict[str, Recipe],
         draws: ReferenceDraws,
         steps: Sequence[int] = (1500, 3000, 6000),
@@ -76,7 +77,7 @@ class TrainingRecipesSuite(Suite):
         fits: dict[str, str] | None = None,
         rounds: int = 3,
     ) -> None:
-        self.config, self.recipes, self.draws = config, dict(recipes), draws
+        self.fit_config, self.recipes, self.draws = fit_config, dict(recipes), draws
         self.steps, self.seeds, self.files, self.rounds = sorted(steps), list(seeds), dict(fits or {}), rounds
         if not self.recipes or not self.seeds or not self.steps or min(self.steps) <= WARM_UP or rounds < 1:
             raise ValueError(f"a comparison needs a recipe, a seed, a round, and more than {WARM_UP} steps")
@@ -132,7 +133,7 @@ class TrainingRecipesSuite(Suite):
             "trainer.max_steps": steps, "trainer.val_check_interval": steps, "trainer.limit_val_batches": 0,
             **self.recipes[name].options.value,
         }  # fmt: skip
-        return Fit(self.config, str(folder / "model.safetensors"), options, list(self.files), remember=True)
+        return Fit(self.fit_config, str(folder / "model.safetensors"), options, list(self.files), remember=True)
 
     def _judge(self, file: str, *references: Outcome) -> Outcome:
         model = load_model(file).requires_grad_(False).to(self.device).eval()
@@ -165,12 +166,10 @@ class TrainingRecipesSuite(Suite):
         seconds, samples = (results[self._timing].numbers[key] for key in ("seconds", "samples"))
         first = next(iter(self.recipes))
         a_step = {name: of_runs(values).value for name, values in seconds.items()}
-        found = {
-            (name, steps): [results[self._trained[name, steps, seed]].numbers["distance"] for seed in self.seeds]
-            for name in self.recipes
-            for steps in self.steps
-            if all(self._trained[name, steps, seed] in results for seed in self.seeds)
-        }
+        found: Found = {}
+        for (name, steps, seed), cell in self._trained.items():
+            if cell in results:
+                found.setdefault((name, steps), {})[seed] = results[cell].numbers["distance"]
         if not any(name == first for name, _ in found):
             return [Text("No result", [f"No training of {first}, which the others are compared with, succeeded."])]
         rows, gains = [], {}
@@ -180,14 +179,14 @@ class TrainingRecipesSuite(Suite):
             row["time of a step"] = ratio_of_runs(seconds[name], seconds[first])
             for steps in self.steps:
                 if (name, steps) in found:
-                    row[f"distance, {steps} steps"] = of_runs(found[name, steps])
+                    row[f"distance, {steps} steps"] = of_runs(list(found[name, steps].values()))
             row[f"time to the last of {first}"] = gains[name]
             rows.append(row)
         caption = (
-            f"{self.draws.words}; {len(self.seeds)} training(s) of each. Time of a step over {first}'s, of "
-            f"{self.rounds} rounds in turns. Time until the distance is what {first} has after {self.steps[-1]} steps, "
-            "over the time of those: by the line through a recipe's own trainings on logarithmic scales, where they "
-            "reach it."
+            f"{self.draws.words}; {len(self.seeds)} training(s) of each, where all are there. Time of a step over "
+            f"{first}'s, of {self.rounds} rounds in turns. Time until the distance is what {first} has after "
+            f"{self.steps[-1]} steps, over the time of those: by the line through a recipe's own trainings on "
+            "logarithmic scales, where they reach it."
         )
         times = self._plot(found, lambda name, steps: steps * a_step[name], "seconds of training steps")
         seen = self._plot(found, lambda name, steps: steps * samples[name], "samples seen")
@@ -206,18 +205,17 @@ class TrainingRecipesSuite(Suite):
         name = min(there, key=lambda name: there[name].value)
         return Headline([(f"{there[name].value:.2f} x", f"the time of {first} to the same distance: {name}")])
 
-    def _time_ratio(
-        self, name: str, first: str, found: dict[tuple[str, int], list[float]], a_step: dict[str, float]
-    ) -> Measured | None:
-        """Time to the reference's last distance over the time that it took, by seed; None where a training is lacking,
-        infinite where a recipe does not come to it."""
-        if any((name, steps) not in found for steps in self.steps) or (first, self.steps[-1]) not in found:
+    def _time_ratio(self, name: str, first: str, found: Found, a_step: dict[str, float]) -> Measured | None:
+        """Time to the reference's last distance over the time that it took, by the seeds whose trainings are all there;
+        None where that is none, infinite where a recipe does not come to it."""
+        trainings = [found.get((name, steps), {}) for steps in self.steps]
+        goals, ratios = found.get((first, self.steps[-1]), {}), []
+        for seed, goal in goals.items():
+            if all(seed in training for training in trainings):
+                steps = steps_to(goal, self.steps, [training[seed] for training in trainings])
+                ratios.append(steps * a_step[name] / (self.steps[-1] * a_step[first]))
+        if not ratios:
             return None
-        ratios = []
-        for k in range(len(self.seeds)):
-            goal = found[first, self.steps[-1]][k]
-            steps = steps_to(goal, self.steps, [found[name, steps][k] for steps in self.steps])
-            ratios.append(steps * a_step[name] / (self.steps[-1] * a_step[first]))
         if math.inf in ratios:
             return Measured(math.inf, torch.empty(0))
         return ratio_of_runs(ratios, [1.0] * len(ratios))
@@ -235,9 +233,13 @@ class TrainingRecipesSuite(Suite):
         said = [f"{kind}: {', '.join(names)}." for kind, names in words.items() if names]
         return Claims(f"Time to the last distance of {first}, over its own", said)
 
-    def _plot(self, found: dict[tuple[str, int], list[float]], place: Any, label: str) -> Figure:
+    def _plot(self, found: Found, place: Callable[[str, int], float], label: str) -> Figure:
         lines = {
-            name: [(place(name, steps), of_runs(found[name, steps])) for steps in self.steps if (name, steps) in found]
+            name: [
+                (place(name, steps), of_runs(list(found[name, steps].values())))
+                for steps in self.steps
+                if (name, steps) in found
+            ]
             for name in self.recipes
         }
         return plots.lines({"": lines}, label, self.draws.words.partition(",")[0], yscale="log", size=(9.0, 5.6))
