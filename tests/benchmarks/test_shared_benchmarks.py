@@ -183,6 +183,8 @@ def test_ranks_of_torchrun_share_the_work_and_one_reports(workplace):
         (("--fresh", "--status"), "--status computes nothing: leave out --fresh, --launcher and --report"),
         (("--launcher", "loca"), "launcher"),
         (("--launcher", "local", "--launcher-options", '{"thread": 1}'), "the launcher local takes threads"),
+        (("--launcher", "local", "--launcher-options", '{"threads": "a"}'), "threads: 'a' must be a whole number"),
+        (("--launcher", "local", "--launcher-options", '{"threads": 0}'), "threads: 0 must be a whole number"),
         (("--status",), "no run has begun in"),
     ],
 )
@@ -247,3 +249,11 @@ def test_no_suite_has_a_parameter_of_the_name_of_an_option_of_all():
     options = set(inspect.signature(_how).parameters)
     for kind in suites().values():
         assert not options & set(inspect.signature(kind).parameters), kind.name
+
+
+@pytest.mark.parametrize(("option", "message"), [('"thread": 1', "thread"), ('"timeout_min": "x"', "timeout_min")])
+def test_options_that_submitit_does_not_take_are_an_error_of_a_line(workplace, option, message):
+    pytest.importorskip("submitit")
+    given = ("--launcher", "submitit", "--launcher-options", f'{{"cluster": "local", {option}}}')
+    with pytest.raises(SystemExit, match=rf"launcher_options of submitit: .*{message}"):
+        benchmark("--output", "out", *given)
