@@ -109,6 +109,8 @@ def _check(how: dict[str, Any]) -> None:
         )
     if how["report"] and (how["fresh"] or how["launcher"]):
         raise CommandLineError("--report computes nothing: leave out --fresh and --launcher")
+    if how["status"] and (how["fresh"] or how["launcher"] or how["report"]):
+        raise CommandLineError("--status computes nothing: leave out --fresh, --launcher and --report")
 
 
 def _without_launcher(args: Sequence[str]) -> list[str]:
@@ -117,7 +119,7 @@ def _without_launcher(args: Sequence[str]) -> list[str]:
     for arg in args:
         if skip:
             skip = False
-        elif arg.partition("=")[0] in ("--launcher", "--processes", "--launcher_options"):
+        elif arg.partition("=")[0].partition(".")[0] in ("--launcher", "--processes", "--launcher_options"):
             skip = "=" not in arg
         else:
             found.append(arg)

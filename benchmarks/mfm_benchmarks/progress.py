@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,19 +67,26 @@ def read_status(folder: Path, lease: float = 120.0) -> Status:
 
     Raises:
         FileNotFoundError: if no run has begun there.
+        ValueError: if the list of its cells cannot be read.
     """
     path = folder / CLAIMS / PLAN
     if not path.is_file():
         raise FileNotFoundError(
             f"no run has begun in {folder}: {path} is not there (mind --output, --config and --quick)"
         )
-    plan = json.loads(path.read_text())
-    cells, board = dict(plan["cells"]), Board(folder)
-    look, now = board.look(), time.time()
-    written = [(folder / f"{key}.json").stat().st_mtime for key in look.done & cells.keys()]
+    try:
+        plan = json.loads(path.read_text())
+        cells, suite, command = dict(plan["cells"]), str(plan["suite"]), str(plan["command"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the next run in {folder} writes it anew") from error
+    board = Board(folder)
+    look, now, written = board.look(), time.time(), list[float]()
+    for key in look.done & cells.keys():
+        with suppress(FileNotFoundError):  # by --fresh, or damaged and made anew, just now
+            written.append((folder / f"{key}.json").stat().st_mtime)
     late = [when for when in written if now - when < WINDOW]
     since = min(WINDOW, now - min(late)) if late else 0.0
-    status = Status(plan["suite"], plan["command"], len(cells), len(written))
+    status = Status(suite, command, len(cells), len(written))
     # of the first we do not know how long it took
     status.rate = (len(late) - 1) / since * 3600 if len(late) > 1 and since > 0 else 0.0
     status.failed = {cells[key]: board.failure(key) for key in look.failed if key in cells and key not in look.done}

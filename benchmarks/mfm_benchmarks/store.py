@@ -43,9 +43,9 @@ class Store:
         try:
             content = json.loads(path.read_text())
             tensors = load_file(path.with_suffix(".safetensors")) if content["tensors"] else {}
-        except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError):
+            return Outcome(dict(content["numbers"]), tensors, content.get("commit", ""))
+        except (FileNotFoundError, ValueError, TypeError, SafetensorError, KeyError):
             return None
-        return Outcome(content["numbers"], tensors, content.get("commit", ""))
 
     def save(self, cell: Cell, outcome: Outcome) -> None:
         """Write the outcome; the JSON last and at once, so that what is there is whole."""

@@ -20,6 +20,7 @@ from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.sampling.batch_folder import BatchFolder
 from mfm_lightning.sampling.resumable import plain
 from mfm_lightning.utils.console import track
+from mfm_lightning.utils.distributed import gather_ranks
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +81,11 @@ class StateValues:
         self.x1, self.target, self.seed, self.max_rows = x1, target, seed, max_rows
 
     def fill(self, jobs: Sequence[ValueJob], rank: int = 0, world_size: int = 1) -> None:
-        """Compute this rank's share of the estimates that are not there; returns before other ranks are done."""
+        """Compute this rank's share of the estimates that are not there; returns before other ranks are done. With a
+        `world_size` above 1 all ranks call it."""
         wanted = [(job, rows) for job in jobs for rows in self._missing(job)]
+        if world_size > 1:  # all have looked before any writes: else what they deal out differs
+            gather_ranks(None)
         if there := len(jobs) * len(self.x1) - sum(len(rows) for _, rows in wanted):
             more = "the others follow" if wanted else "there is nothing to do"
             log.info("%s: %d of %d estimates are there; %s", self.path, there, len(jobs) * len(self.x1), more)

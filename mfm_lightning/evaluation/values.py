@@ -157,6 +157,7 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
         settings = {
             **module.target.described(), "states": digest(x1, label), "seed": self.seed, "use_labels": self.use_labels,
             "rollout_steps": self.rollout_steps, "exact": self._oracle(module) is not None,
+            "precision": module.trainer.precision,
         }  # fmt: skip
         pick = torch.randperm(len(x1), generator=torch.Generator().manual_seed(1000 * self.seed))[: self.num_states]
         x1, label = x1[pick].to(module.device), label[pick].to(module.device)

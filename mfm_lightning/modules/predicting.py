@@ -48,6 +48,7 @@ class PredictedSamples:
 
     def __init__(self, trainer: L.Trainer, path: Path, settings: Mapping[str, Any], in_step: bool = False) -> None:
         self.trainer, self.folder, self.in_step = trainer, BatchFolder(path), in_step
+        settings = {**settings, "precision": trainer.precision}
         self.folder.claim({**settings, "data": data_settings(datamodule_of(trainer))}, OVERWRITE)
         self._there: set[int] = gather_ranks(self.folder.there() if trainer.is_global_zero else None)[0]
         self._numbers, self._said = SampleNumbers(), False

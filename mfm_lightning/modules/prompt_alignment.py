@@ -168,7 +168,8 @@ class PromptAlignment(L.LightningModule):
             _check_groups(grouped, data)
         path = Path(self.trainer.default_root_dir) / "predict"
         self._folder = PromptFolder(path, data.prompts, data.images_per_prompt, self.layout, self.global_rank)
-        self._folder.claim({**self._settings, "noise_seed": data.seed}, OVERWRITE)
+        own = {"noise_seed": data.seed, "precision": self.trainer.precision}
+        self._folder.claim({**self._settings, **own}, OVERWRITE)
         self._scores()  # refuses wrong files
         size = {"image_size": list(self.flow.image_size), "dtype": str(self.flow.transformer.dtype)}
         where = self.flow.placement.transformer or self.trainer.strategy.root_device
@@ -260,7 +261,7 @@ class PromptAlignment(L.LightningModule):
             "evaluations": scores,
         }
         write_json(self.folder.path / "summary.json", summary)
-        if self.before and self.pictures:
+        if self.before and self.pictures and lines:
             one_a_prompt = sorted(lines, key=lambda line: (line["number"], line["index"]))  # before the second of any
             self._picture(one_a_prompt[: self.pictures])
         log.info("%d images: %s", len(lines), self.folder.path)

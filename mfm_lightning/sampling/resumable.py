@@ -76,6 +76,8 @@ def compare_settings(note: Path, settings: Mapping[str, Any], what: str, remedy:
         there = json.loads(note.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{note} is no JSON ({error}): {remedy}") from error
+    if not isinstance(there, dict):
+        raise ValueError(f"{note} is no JSON object of settings ({there!r:.40}): {remedy}")
     different = [key for key in sorted(mine.keys() | there.keys()) if mine.get(key) != there.get(key)]
     if different:
         key = different[0]

@@ -22,15 +22,23 @@ class Process:
         """As torchrun, or SLURM's srun (not the batch script around it), says; else the only one.
 
         Raises:
-            ValueError: if the rank does not lie below the number of processes.
+            ValueError: if the rank does not lie below the number of processes, or one of these is no number.
         """
         for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")):
             if all(name in os.environ for name in names[:2]):
-                rank, world_size = (int(os.environ[name]) for name in names[:2])
+                rank, world_size, local_rank = (_number(name) for name in names)
                 if not 0 <= rank < world_size:
                     raise ValueError(f"{names[0]}={rank} must lie in 0..{names[1]}-1, and {names[1]} is {world_size}")
-                return cls(rank, world_size, int(os.environ.get(names[2], 0)))
+                return cls(rank, world_size, local_rank)
         return cls()
+
+
+def _number(name: str) -> int:
+    """An environment variable that says which process this is; 0 where there is none."""
+    try:
+        return int(os.environ.get(name, 0))
+    except ValueError:
+        raise ValueError(f"the environment says {name}={os.environ[name]!r}: expected a whole number") from None
 
 
 def gather_ranks(mine: Any) -> list[Any]:

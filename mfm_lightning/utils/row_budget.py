@@ -124,7 +124,7 @@ class RowsNote:
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             found = {name: (int(row["fits"]), row["fails"]) for name, row in said["rows"].items()}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no note of max_rows ({error}): delete it") from error
         if said.get("context") != json.loads(json.dumps(self.context)):
             log.info("%s is of another device or other settings: max_rows is measured anew", path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mfm_benchmarks.command import _how
+from mfm_benchmarks.command import _how, _without_launcher
 from mfm_benchmarks.progress import read_status
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import suites
@@ -180,8 +180,11 @@ def test_ranks_of_torchrun_share_the_work_and_one_reports(workplace):
         (("--processes", 0, "--launcher", "local"), "--processes 0 and --lease 120 must be above 0"),
         (("--fresh", "--launcher", "local"), "--fresh, which forgets results, by one of several processes"),
         (("--fresh", "--report"), "--report computes nothing"),
+        (("--fresh", "--status"), "--status computes nothing: leave out --fresh, --launcher and --report"),
         (("--launcher", "loca"), "launcher"),
         (("--launcher", "local", "--launcher-options", '{"thread": 1}'), "the launcher local takes threads"),
+        (("--launcher", "local", "--launcher-options", '{"threads": "a"}'), "threads: 'a' must be a whole number"),
+        (("--launcher", "local", "--launcher-options", '{"threads": 0}'), "threads: 0 must be a whole number"),
         (("--status",), "no run has begun in"),
     ],
 )
@@ -215,8 +218,42 @@ def test_a_damaged_result_is_made_anew_and_said(workplace, caplog):
     assert stored("out") == before
 
 
+@pytest.mark.parametrize("content", [b"[]", b'{"tensors": []}', b"\xff\xfe"])
+def test_a_result_that_is_something_else_is_made_anew(workplace, content):
+    benchmark("--output", "out")
+    before = stored("out")
+    next(Path("out/results").glob("part_2-*.json")).write_bytes(content)
+    benchmark("--output", "out")
+    assert stored("out") == before
+
+
+def test_a_plan_that_cannot_be_read_is_an_error_of_a_line(workplace):
+    benchmark("--output", "out")
+    Path("out/results/claims/work.json").write_text("[]")
+    with pytest.raises(
+        SystemExit, match=r"out/results/claims/work\.json cannot be read .*: the next run in out/results"
+    ):
+        benchmark("--output", "out", "--status")
+    benchmark("--output", "out")
+    benchmark("--output", "out", "--status")
+
+
+def test_workers_do_not_launch_others():
+    given = ["numbers", "--launcher=local", "--processes", "2", "--launcher-options.threads", "1", "--cells", "3"]
+    for arg in ("--launcher_options.threads", "--launcher_options"):
+        assert _without_launcher([arg if "options" in part else part for part in given]) == ["numbers", "--cells", "3"]
+
+
 def test_no_suite_has_a_parameter_of_the_name_of_an_option_of_all():
     """It would be taken for that option, as `workers` of data-throughput once was."""
     options = set(inspect.signature(_how).parameters)
     for kind in suites().values():
         assert not options & set(inspect.signature(kind).parameters), kind.name
+
+
+@pytest.mark.parametrize(("option", "message"), [('"thread": 1', "thread"), ('"timeout_min": "x"', "timeout_min")])
+def test_options_that_submitit_does_not_take_are_an_error_of_a_line(workplace, option, message):
+    pytest.importorskip("submitit")
+    given = ("--launcher", "submitit", "--launcher-options", f'{{"cluster": "local", {option}}}')
+    with pytest.raises(SystemExit, match=rf"launcher_options of submitit: .*{message}"):
+        benchmark("--output", "out", *given)

@@ -260,3 +260,6 @@ def test_ranks_that_cannot_be_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"RANK=2 must lie in 0\.\.WORLD_SIZE-1"):
         Process.from_environment()
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(ValueError, match=r"the environment says LOCAL_RANK='first': expected a whole number"):
+        Process.from_environment()

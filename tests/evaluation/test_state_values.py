@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import mfm_lightning.evaluation.state_values as state_values
 import mfm_lightning.sampling.batch_folder as batch_folder
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawValue
@@ -138,3 +140,35 @@ def test_estimates_depend_neither_on_the_states_beside_them_nor_on_the_order(tmp
     x = noisy_states(x1, 0.4, sample_generators((5, 1), range(9)))
     exact = oracle.value(x, 0.4, reward)
     assert (found.values.mean(dim=0) - exact).abs().max() < 0.1
+
+
+def test_a_slow_rank_leaves_nothing_undone(tmp_path, monkeypatch):
+    """Parts are dealt out by what is missing, which all ranks see before one of them writes."""
+    oracle, barrier, done = GaussianMixture([MEAN], VARIANCE), threading.Barrier(2), threading.Event()
+    model, reward = gaussian_model().requires_grad_(False), LinearGaussianLikelihood([1.0, 0.5], 0.3, 0.8)
+    x1, job = oracle.sample(8, seeded()), ValueJob(0.4, "MFM 1", DrawValue(4), 2, 4)
+
+    def store() -> StateValues:
+        return StateValues(tmp_path, {"a": 1}, x1, lambda rows: Target(model, reward), 5, 8)
+
+    def meet(mine: None) -> list[None]:
+        barrier.wait(30)
+        return [mine, mine]
+
+    class Slow(StateValues):
+        def _missing(self, job: ValueJob) -> list[list[int]]:
+            done.wait(1.0)
+            return super()._missing(job)
+
+    def first() -> None:
+        store().fill([job], 0, 2)
+        done.set()
+
+    monkeypatch.setattr(state_values, "gather_ranks", meet, raising=False)
+    other = threading.Thread(target=first)
+    other.start()
+    slow = store()
+    slow.__class__ = Slow
+    slow.fill([job], 1, 2)
+    other.join()
+    assert slow.read(job).values.shape == (2, 8)  # all are there

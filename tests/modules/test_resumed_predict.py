@@ -26,7 +26,7 @@ from mfm_lightning.modules import MFMPretraining, RewardAlignment, RewardFinetun
 from mfm_lightning.networks import MLP, DiT
 from mfm_lightning.networks.decoders import PixelDecoder
 from mfm_lightning.objectives.objective import Objective, WeightedTerm
-from mfm_lightning.sampling.resumable import dealt
+from mfm_lightning.sampling.resumable import compare_settings, dealt
 from mfm_lightning.utils.atomic import save_tensors
 from mfm_lightning.utils.folder_lock import FolderInUseError, FolderLock
 from tests.modules.test_predict_batches import LINEAR, assert_same, predicted
@@ -176,6 +176,7 @@ def test_a_rank_that_is_killed_loses_its_batch_alone(workplace, monkeypatch):
         ("--model.init_args.target.model=other.safetensors", "model"),
         ("--data.init_args.seed=3", "data"),
         ("--data.init_args.labels=[1]", "data"),
+        ("--trainer.precision=bf16-mixed", "precision"),
     ],
 )
 def test_another_run_in_the_folder_is_refused_and_written_over_where_it_is_asked_for(workplace, more, key):
@@ -385,3 +386,9 @@ def test_samples_of_a_model_in_shards_also_where_ranks_have_not_as_many(workplac
     Path("two/predict/batch_0001.safetensors").unlink()  # of rank 1, all of its samples
     torchrun(workplace, 2, *command("two", *fsdp, "--data.init_args.batch_size=4"))
     assert_all_there()
+
+
+def test_a_note_of_settings_that_says_something_else_is_refused(tmp_path):
+    (tmp_path / "settings.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"settings\.json is no JSON object of settings \(\[1\]\): delete it"):
+        compare_settings(tmp_path / "settings.json", {"a": 1}, "samples", "delete it")

@@ -99,7 +99,7 @@ def test_what_was_found_is_written_down_and_begun_with(tmp_path, caplog):
     budget, _ = note()
     assert budget.fails is None
     assert "is of another device or other settings: max_rows is measured anew" in caplog.text
-    path.write_text("{}")
+    path.write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"max_rows\.json is no note of max_rows .*: delete it"):
         note()
 

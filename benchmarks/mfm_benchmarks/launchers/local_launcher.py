@@ -21,7 +21,12 @@ def launch(args: Sequence[str], workers: int, folder: Path, *, threads: int | No
 
     Returns:
         what went wrong, by the worker's name.
+
+    Raises:
+        ValueError: for `threads` that are no number from 1 on.
     """
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ValueError(f"launcher_options, threads: {threads!r} must be a whole number from 1 on")
     folder.mkdir(parents=True, exist_ok=True)
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, (os.cpu_count() or 1) // workers)
     command = [sys.executable, "-m", "mfm_lightning.commands.main", *args]

@@ -27,6 +27,7 @@ def launch(args: Sequence[str], workers: int, folder: Path, **options: Any) -> d
 
     Raises:
         ImportError: if submitit is not installed.
+        ValueError: for an option that it does not take.
     """
     try:
         import submitit
@@ -34,7 +35,10 @@ def launch(args: Sequence[str], workers: int, folder: Path, **options: Any) -> d
     except ImportError as error:
         raise ImportError("the launcher submitit needs pip install 'mfm-lightning[submitit]'") from error
     executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", None))
-    executor.update_parameters(**{"name": "mfm-benchmark", "timeout_min": 24 * 60, **options})
+    try:
+        executor.update_parameters(**{"name": "mfm-benchmark", "timeout_min": 24 * 60, **options})
+    except (NameError, AssertionError, TypeError) as error:  # of an unknown one, and of a wrong type
+        raise ValueError(f"launcher_options of submitit: {' '.join(str(error).split())}") from error
     with executor.batch():
         jobs = [executor.submit(run_worker, list(args), str(Path.cwd())) for _ in range(workers)]
     failed = {}
