@@ -85,12 +85,15 @@ def _launch(suite: Suite, args: Sequence[str], how: dict[str, Any]) -> Path:
     check_options(how["launcher"], launch, options)
     if missing := suite.missing():
         raise MissingInput(suite.name, missing)
-    failed = launch(["benchmark", *_without_launcher(args)], how["processes"], logs(suite.output), **options)
     path = suite.output / "report" / "index.html"
+    before = path.stat().st_mtime_ns if path.is_file() else None
+    failed = launch(["benchmark", *_without_launcher(args)], how["processes"], logs(suite.output), **options)
     for worker, what in failed.items():
         print(f"{worker}: {what}", file=sys.stderr)
-    if len(failed) == how["processes"] or not path.is_file():
-        raise CommandLineError(f"no worker of {how['processes']} got to the end: see {logs(suite.output)}")
+    if len(failed) == how["processes"] or not path.is_file() or (failed and path.stat().st_mtime_ns == before):
+        raise CommandLineError(
+            f"no report was written: {len(failed)} of {how['processes']} processes failed, see {logs(suite.output)}"
+        )
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -18,6 +19,8 @@ from mfm_benchmarks.spec import Spec
 from mfm_lightning.checkpoints import fingerprint
 from mfm_lightning.utils.configs import DEFAULTS, find_config
 from mfm_lightning.utils.distributed import Process
+
+PR_SET_PDEATHSIG = 1  # of prctl
 
 
 @dataclass
@@ -137,7 +140,7 @@ class Fit:
 
     def _run_apart(self, job: list[str], device: torch.device | None) -> None:
         command = [sys.executable, "-m", "mfm_lightning.commands.main", *job]
-        process = subprocess.Popen(command, env=_of_one_process(device))
+        process = subprocess.Popen(command, env=_of_one_process(device), preexec_fn=_ends_with_its_parent)
         try:
             code = process.wait()
         except BaseException:  # a stop: it writes its checkpoint
@@ -148,6 +151,12 @@ class Fit:
             raise KeyboardInterrupt
         if code:
             raise RuntimeError(f"mfm {' '.join(job[:3])} ended with status {code}: its words are above")
+
+
+def _ends_with_its_parent() -> None:
+    """In the child: a SIGTERM where the parent is killed, whose work another process takes over then; Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _of_one_process(device: torch.device | None) -> dict[str, str]:

@@ -152,7 +152,7 @@ def test_a_report_asked_for_meanwhile_does_not_stand_for_that_of_all(workplace, 
     assert ("no luck" in page) == fails
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_of_torchrun_share_the_work_and_one_reports(workplace):
     # the second process begins while the first is at work, as ranks and jobs of an array do
     command = [sys.executable, "-m", "mfm_lightning.commands.main", "benchmark", "my_suites.Numbers", "--cells", "30"]

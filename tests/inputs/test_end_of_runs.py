@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -238,3 +241,27 @@ def test_a_benchmarks_fit_by_a_rank_is_of_one_process_and_its_failure_is_said(tm
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert _of_one_process(torch.device("cuda:1"))["CUDA_VISIBLE_DEVICES"] == "6"
     assert not set(ranks) & _of_one_process(None).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a child hears of its parent's death on Linux alone")
+def test_a_training_ends_with_the_rank_that_runs_it(tmp_path, monkeypatch):
+    """Another process takes the work of a killed rank over, and would train in the same folder beside it."""
+    monkeypatch.chdir(tmp_path)
+    fit("other", 1)
+    code = (
+        "from mfm_benchmarks.fitting import Fit\n"
+        "options = {'trainer.default_root_dir': 'run', 'trainer.max_steps': 10**7}\n"
+        "Fit('tiny.yaml', 'run/model.safetensors', options).run()"
+    )
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    rank = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not Path("run/.lock").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (child,) = (int(pid) for pid in Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split())
+    rank.kill()
+    rank.wait()
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists()
