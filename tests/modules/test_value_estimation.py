@@ -121,7 +121,7 @@ def test_the_evaluation_finds_exact_draws_to_be_exact(tmp_path):
     data = SimpleNamespace(oracle=oracle, splits={"test": (oracle.sample(200, seeded()), torch.zeros(200).long())})
     logged = {}
     module = SimpleNamespace(
-        trainer=SimpleNamespace(datamodule=data, ckpt_path=None), device="cpu", global_step=0,
+        trainer=SimpleNamespace(datamodule=data, ckpt_path=None, precision="32-true"), device="cpu", global_step=0,
         target=LoadedTarget(TargetSettings("", ""), gaussian_model().requires_grad_(False), reward),
         log=lambda name, value, **_: logged.__setitem__(name, value),
     )  # fmt: skip
