@@ -52,14 +52,17 @@ class LatentDecoder(Decoder):
         return f"max_rows={self.max_rows}" + (", tiled=True" if self.tiled else "")
 
     def forward(self, states: Tensor) -> Tensor:
+        return ((self._images(states) + 1) / 2).clamp(0, 1)  # without a name, which would keep them in memory
+
+    def _images(self, states: Tensor) -> Tensor:
+        """In [-1, 1]."""
         if not isinstance(self.max_rows, str):
-            images = decoded_in_parts(self._decode, states, self.max_rows)
-        elif torch.is_grad_enabled() and states.requires_grad:
-            images = decoded_in_parts(self._decode, states, self._rows_with_gradient(states))
-        else:
-            decode = lambda rows: self._decode(states[rows])  # noqa: E731
-            images = torch.cat(in_parts(decode, len(states), "auto", self.budget, states.device))
-        return ((images + 1) / 2).clamp(0, 1)
+            return decoded_in_parts(self._decode, states, self.max_rows)
+        if torch.is_grad_enabled() and states.requires_grad:
+            return decoded_in_parts(self._decode, states, self._rows_with_gradient(states))
+        return torch.cat(
+            in_parts(lambda rows: self._decode(states[rows]), len(states), "auto", self.budget, states.device)
+        )
 
     def _rows_with_gradient(self, states: Tensor) -> int:
         """How many are decoded again at once in the backward pass, where memory must not end: tried before, where it is
