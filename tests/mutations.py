@@ -109,7 +109,7 @@ def environment(copy: Path) -> dict[str, str]:
 
 def run_tests(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
     """pytest's exit status in a copy, and its output; status -1 where it ran past `TIMEOUT` a test."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", *tests]
     limit = TIMEOUT * len(tests)
     try:
         done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True, timeout=limit)

@@ -50,7 +50,7 @@ def pretraining(places, images):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", [finetuning, pretraining])
+@pytest.mark.parametrize("job", [finetuning, pytest.param(pretraining, marks=pytest.mark.long)])
 def test_fsdp_is_the_training_of_ddp(places, images, tmp_path, job):  # noqa: F811
     """The same batches and random numbers on each rank; weights after four steps, tables of `test`, and a run that was
     stopped after two and gone on with by the other strategy."""

@@ -14,6 +14,7 @@ def table(folder, name):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -243,6 +243,7 @@ def test_a_benchmarks_fit_by_a_rank_is_of_one_process_and_its_failure_is_said(tm
     assert not set(ranks) & _of_one_process(None).keys()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a child hears of its parent's death on Linux alone")
 def test_a_training_ends_with_the_rank_that_runs_it(tmp_path, monkeypatch):

@@ -80,6 +80,7 @@ def sets(tmp_path_factory):
     return folder, images
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_command_agrees_with_torch_fidelity(weights, sets, tmp_path):
     """FID of 2048 features to 1e-6 relative (torch-fidelity's mean is float32), the Inception score to 1e-6."""
@@ -326,6 +327,7 @@ def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights,
     assert found[0] == pytest.approx(expected, rel=1e-4)  # the averaged weights of the checkpoint
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_fid_in_sharded_training_is_that_of_one_process_with_the_same_weights(weights, early, sets, tmp_path):
     """Two processes that fit and validate under FSDP2; one, here, with the weights that they export: to 1e-4."""

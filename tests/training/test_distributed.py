@@ -31,6 +31,7 @@ def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_tangents_on_two_processes(tmp_path):
     """Losses and gradients of the explicit tangents under DDP and FSDP2 (also with checkpointed blocks, and under
     autocast) are those of one process with the whole batch."""
@@ -161,6 +162,7 @@ def test_ddp_fsdp_and_one_process_are_the_same_training(tmp_path):
         assert_same_weights(tmp_path, name, "single")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_under_ddp_and_fsdp(tmp_path):
     """Two steps, compiled, are those of one eager process. The second strategy finds the first one's kernels."""

@@ -39,7 +39,12 @@ def test_frozen_parts_are_moved_in_setup(tmp_path, job):
         frozen = [module.target.model, module.target.reward]
     strategy = SimpleNamespace(root_device=torch.device("meta"))
     module._trainer = SimpleNamespace(
-        strategy=strategy, datamodule=None, default_root_dir=str(tmp_path), is_global_zero=True, world_size=1
+        strategy=strategy,
+        datamodule=None,
+        default_root_dir=str(tmp_path),
+        is_global_zero=True,
+        world_size=1,
+        precision="32-true",
     )
     assert build(target.reward).target.device.type == "cpu"
     module.setup("predict" if job == "alignment" else "fit")

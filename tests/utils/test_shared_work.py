@@ -54,7 +54,7 @@ def test_one_process_does_all_in_order(tmp_path):
 def test_kills_at_any_moment_lose_and_double_nothing(tmp_path):
     context, chance = multiprocessing.get_context("fork"), random.Random(0)
     folder, log = tmp_path / "results", tmp_path / "log"
-    pieces = [*PIECES, *(Piece(f"p{k}", f"piece {k}") for k in range(40, 300))]
+    pieces = [*PIECES, *(Piece(f"p{k}", f"piece {k}") for k in range(40, 600))]
 
     def begin():
         process = context.Process(target=work, args=(folder, log, 0.03, pieces))
@@ -74,7 +74,7 @@ def test_kills_at_any_moment_lose_and_double_nothing(tmp_path):
         process.join(60)
         assert process.exitcode == 0
     assert kills == 20
-    assert values(folder) == VALUES | {f"p{k}": k for k in range(40, 300)}
+    assert values(folder) == VALUES | {f"p{k}": k for k in range(40, 600)}
     finished = [line.split()[0] for line in log.read_text().splitlines()]
     assert len(finished) == len(set(finished))  # a kill between the file and the line leaves one line out
     assert len(finished) >= len(pieces) - kills
