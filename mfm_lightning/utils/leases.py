@@ -199,9 +199,12 @@ class Leases:
         if holder.is_gone:
             return True
         sign, now = (holder.token, holder.seen), self._clock()
-        if self._watched.get(path, (None, 0.0))[0] != sign:
-            self._watched[path] = (sign, now)
-        return now - self._watched[path][1] > self.seconds
+        seen, since, last = self._watched.get(path, (None, now, now))
+        # who did not look for long, being stopped or cut off from the files itself, has not watched
+        if seen != sign or now - last > self.seconds / 2:
+            since = now
+        self._watched[path] = (sign, since, now)
+        return now - since > self.seconds
 
     def holders(self) -> dict[str, Holder]:
         """Who has which piece now: of each the newest generation."""
@@ -346,7 +349,7 @@ def alone(leases: Leases, name: str, is_done: Callable[[], bool], wait: float = 
     while not is_done():
         lease = leases.claim(name)
         if lease is None:
-            time.sleep(wait)
+            time.sleep(min(wait, leases.seconds / 4))  # often enough to have watched
             continue
         with lease:
             if not is_done():

@@ -46,12 +46,14 @@ def test_a_lease_lapses_for_who_watched_it_for_its_length(tmp_path):
     path = ours.path("a")
     path.write_text(path.read_text().replace(f'"machine": "{machine()}"', '"machine": "another"'))
     assert theirs.claim("a") is None  # from here on it is watched
-    clock.now = 99.0
-    assert theirs.claim("a") is None
+    for clock.now in (40.0, 80.0, 99.0):
+        assert theirs.claim("a") is None
     assert third.claim("a") is None  # begins to watch late
     os.utime(path, (5, 5))  # a sign
     clock.now = 101.0
     assert theirs.claim("a") is None
+    for clock.now in (140.0, 180.0, 200.0):
+        assert theirs.claim("a") is None
     clock.now = 205.0
     taken = theirs.claim("a")
     assert taken.generation == 1
@@ -66,6 +68,22 @@ def test_a_lease_lapses_for_who_watched_it_for_its_length(tmp_path):
     del ours, theirs, third, lease, taken
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_who_did_not_look_for_long_has_not_watched(tmp_path):
+    """A process that was stopped for longer than the lease, or cut off from the files with all others."""
+    clock = Clock()
+    ours, theirs = (Leases(tmp_path, 100.0, clock=clock) for _ in range(2))
+    ours.claim("a")
+    path = ours.path("a")
+    path.write_text(path.read_text().replace(f'"machine": "{machine()}"', '"machine": "another"'))
+    assert theirs.claim("a") is None
+    clock.now = 500.0
+    assert theirs.claim("a") is None
+    for clock.now in (540.0, 580.0, 600.0):
+        assert theirs.claim("a") is None
+    clock.now = 601.0
+    assert theirs.claim("a").generation == 1
 
 
 def test_without_links_a_file_is_made_for_each_claim(tmp_path, monkeypatch):
@@ -86,6 +104,8 @@ def test_a_file_that_its_owner_was_killed_writing_lapses_too(tmp_path):
     leases = Leases(tmp_path, 100.0, clock=clock)
     leases.path("a").touch()
     assert leases.claim("a") is None
+    for clock.now in (40.0, 80.0, 100.0):
+        assert leases.claim("a") is None
     clock.now = 101.0
     assert leases.claim("a").generation == 1
 
