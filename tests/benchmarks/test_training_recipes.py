@@ -54,6 +54,7 @@ def test_exact_draws_are_at_the_floor_and_others_are_not(monkeypatch):
         ReferenceDraws()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_recipes_are_trained_timed_and_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -364,6 +364,7 @@ def test_handlers_are_as_they_were(tmp_path):
     signal.signal(signal.SIGHUP, before[2])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_worker_processes_end_with_their_command(made, tmp_path):
     """At Ctrl-C, which a terminal sends to all of the group; they do not hear it, and are ended."""

@@ -24,6 +24,7 @@ class Other(DigitsDataModule):
     name = None
 
 
+@pytest.mark.long
 def test_features_of_the_training_images_are_kept_and_said(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     generator = torch.Generator().manual_seed(0)
@@ -63,6 +64,7 @@ def test_the_mean_squared_error_is_a_coordinates(shape):
     torch.testing.assert_close(found["mse"], (both[0] + both[1]) / 2 / prod(shape))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_test_names_its_data_and_the_bar_an_error_a_coordinate(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)

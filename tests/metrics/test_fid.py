@@ -307,6 +307,7 @@ def logged(folder: Path) -> float:
         return next(float(row["val/fid"]) for row in csv.DictReader(file) if row.get("val/fid"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_fid_in_training_is_that_of_the_averaged_weights_over_all_ranks(weights, early, sets, tmp_path, monkeypatch):
     """One process fits and measures; what it exports (the averaged weights) has the same FID here; two processes that

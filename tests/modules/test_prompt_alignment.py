@@ -170,6 +170,7 @@ def test_an_evaluators_results_get_into_the_report_with_intervals_over_prompts(w
         predict(workplace, "sd3/steer", *steer, *read)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_share_the_images_also_where_there_are_fewer(workplace):
     """As a user starts them; the second run has one image to make, and a rank with nothing to do."""

@@ -183,6 +183,7 @@ def test_compiled_under_ddp_and_fsdp(tmp_path):
             assert_same_weights(tmp_path, strategy, "eager")
 
 
+@pytest.mark.long
 def test_a_save_in_shards_that_fails_leaves_the_one_before(tmp_path, monkeypatch, capfd):
     """A disk that is full for one rank, and kill -9 between shards and `meta.pt`, at the second save; resumed from the
     first, training is that of one process."""
