@@ -23,7 +23,7 @@ from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import datamodule_of
 from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.modules.base import check_batch, own_gradients
-from mfm_lightning.modules.predicting import PredictedSamples
+from mfm_lightning.modules.predicting import PredictedSamples, begun
 from mfm_lightning.networks.decoders import IdentityDecoder
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.sampling.resumable import write_json
@@ -101,9 +101,7 @@ class RewardAlignment(L.LightningModule):
     @property
     def predicted(self) -> PredictedSamples:
         """What is there and what is missing; from the setup on."""
-        if self._predicted is None:
-            raise RuntimeError("what is predicted is known once mfm predict has begun")
-        return self._predicted
+        return begun(self._predicted)
 
     def share(self, number: int) -> list[int]:
         """The indices of this rank's samples, of so many, that are not there yet."""

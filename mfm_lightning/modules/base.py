@@ -23,7 +23,7 @@ from mfm_lightning.conditions import Batch, Conditions, unlabelled
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
 from mfm_lightning.modules.finite import require_finite_gradients, require_finite_losses
 from mfm_lightning.modules.optimization import Optimization, OptimizerLRSchedulerConfig
-from mfm_lightning.modules.predicting import PredictedSamples, checkpoint_identity
+from mfm_lightning.modules.predicting import PredictedSamples, begun, checkpoint_identity
 from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.networks.files import file_header, weights_fingerprint
 from mfm_lightning.networks.results import measured_on
@@ -270,9 +270,7 @@ class TrainingModule(L.LightningModule, ABC):
     @property
     def predicted(self) -> PredictedSamples:
         """What `predict` makes; from its setup on."""
-        if self._predicted is None:
-            raise RuntimeError("what is predicted is known once mfm predict has begun")
-        return self._predicted
+        return begun(self._predicted)
 
     def share(self, number: int) -> list[int]:
         """This rank's samples, of so many, that `predict` has not made yet."""

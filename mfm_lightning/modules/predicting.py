@@ -153,3 +153,10 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | set | frozenset):
         return len(value) <= 10_000 and all(_is_plain(part) for part in value)
     return value is None or isinstance(value, bool | int | float | str | Path) or is_dataclass(value)
+
+
+def begun(predicted: PredictedSamples | None) -> PredictedSamples:
+    """What a module's `setup` made; raises RuntimeError before it."""
+    if predicted is None:
+        raise RuntimeError("what is predicted is known once mfm predict has begun")
+    return predicted

@@ -294,20 +294,19 @@ class _ProcessFile:
         self.token, self.process = uuid.uuid4().hex, os.getpid()
         self._path, self._links = folder / f"{self.token}{PROCESS}", True
         self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        self._text = self.write(device)
+        self.write(device)
         self.close = weakref.finalize(self, _forget, self._path, self._file, self.process)
 
     @property
     def is_there(self) -> bool:
         return self._path.exists()
 
-    def write(self, device: str) -> bytes:
+    def write(self, device: str) -> None:
         """That it begins something now."""
         own = os.getpid()
         holder = Holder(self.token, socket.gethostname(), own, machine(), birth(own), device, time.time())
         self._text = json.dumps(asdict(holder)).encode().ljust(SIZE)
         os.pwrite(self._file, self._text, 0)
-        return self._text
 
     def name_also(self, path: Path) -> bool:
         """Give the file another name; False where there is a file of that name."""

@@ -3,12 +3,23 @@
 import importlib
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 diffusers: Any = importlib.import_module("diffusers")  # its types say neither what it exports nor what may be None
 
 TOKENS, TEXT, POOLED, CHANNELS = 5, 12, 10, 4
 FACTOR = 2  # pixels a latent, for the pipelines' usual VAE of two blocks
+
+
+def pictures(folder, number=24):
+    """Pictures of 8 pixels, of noise, in the folders `a` and `b` in turn."""
+    random = np.random.default_rng(0)
+    for i in range(number):
+        (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i:02d}.png")
 
 
 def random_weights(module, seed):

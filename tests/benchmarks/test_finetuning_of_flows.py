@@ -6,11 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from mfm_benchmarks.command import load_suite
 from mfm_benchmarks.finetuning import MFMFineTuning, Problem
@@ -46,11 +44,7 @@ def place(tmp_path_factory):
     tiny.sd3(**encoders.of_sd3(folder / "words")).save_pretrained(folder / "pipe")
     adapter = FlowAdapter(str(folder / "pipe"), rank=2, image_size=8, guidance_scales=[GUIDANCE])
     save_network(stirred(adapter), folder / "mfm.safetensors")
-    random = np.random.default_rng(0)
-    for i in range(24):
-        (folder / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / "ab"[i % 2] / f"{i:02d}.png")
+    tiny.pictures(folder / "pictures")
     return folder
 
 

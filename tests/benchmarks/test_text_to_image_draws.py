@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file
 
 from mfm_benchmarks.command import load_suite
@@ -59,11 +58,7 @@ def place(tmp_path_factory):
     for name, size in (("mfm", 0.3), ("other", 0.2)):
         adapter = FlowAdapter(str(folder / "pipe"), rank=2, image_size=8, guidance_scales=[GUIDANCE])
         save_network(stirred(adapter, size), folder / f"{name}.safetensors")
-    random = np.random.default_rng(0)
-    for i in range(24):
-        (folder / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / "ab"[i % 2] / f"{i:02d}.png")
+    tiny.pictures(folder / "pictures")
     return folder
 
 
