@@ -110,7 +110,13 @@ def _qk_norm(kind: QKNorm, head_size: int) -> RMSNorm | LayerNorm | None:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, `(B, T, D) -> (B, T, D)`; `qk_norm`: see `DiT`."""
+    """Multi-head self-attention, `(B, T, D) -> (B, T, D)`; `qk_norm`: see `DiT`.
+
+    Attributes:
+        attention_tangent: how the tangent is computed, see `mfm_lightning.networks.attention_tangents`.
+    """
+
+    attention_tangent: AttentionTangent = "auto"
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: QKNorm) -> None:
         super().__init__()
@@ -126,7 +132,7 @@ class Attention(nn.Module):
         q, k, v = heads.split(lambda y: y.unbind(0))
         if self.q_norm is not None and self.k_norm is not None:  # a norm may compute in another type
             q, k = (norm(y).map(lambda y: y.to(v.value.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        y = attention(q, k, v)
+        y = attention(q, k, v, self.attention_tangent)
         return linear(self.proj, y.map(lambda y: y.transpose(1, 2).reshape(B, T, D)))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-MAX_WEIGHTS = {"cpu": 2**20, "cuda": 2**26}  # attention weights that the tangent holds at once
+from mfm_lightning.networks.attention_tangents import AttentionTangent, attention_tangent
 
 
 class Dual(NamedTuple):
@@ -143,8 +143,8 @@ def add_gated(x: Dual, gate: Dual, y: Dual) -> Dual:
         return Dual(value, _sum_of_products(x.tangent, (y.tangent, gate.value), (gate.tangent, y.value)))
 
 
-def attention(q: Dual, k: Dual, v: Dual) -> Dual:
-    """softmax(q k^T / sqrt(d)) v for `(B, heads, T, d)`."""
+def attention(q: Dual, k: Dual, v: Dual, kind: AttentionTangent = "auto") -> Dual:
+    """softmax(q k^T / sqrt(d)) v for `(B, heads, T, d)`; `kind`: how its tangent is computed."""
     # On CPU the fused kernel is several times slower than plain products for few tokens.
     few = q.value.device.type == "cpu" and q.value.shape[-2] <= 64
     with sdpa_kernel(SDPBackend.MATH) if few else nullcontext():
@@ -152,38 +152,12 @@ def attention(q: Dual, k: Dual, v: Dual) -> Dual:
     if q.tangent is None:
         return Dual(value)
     with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
-        return Dual(value, _attention_tangent(q, k, v, value))
-
-
-def _attention_tangent(q: Dual, k: Dual, v: Dual, value: Tensor) -> Tensor:
-    """With weights S and scores' tangent dS: (S dS) v + S dv - rowsum(S dS) (S v).
-
-    Over some heads at a time, or some queries of one head, so that no more than `MAX_WEIGHTS` weights are held.
-    """
-    B, heads, T, size = value.shape
-
-    def flat(x: Tensor) -> Tensor:
-        return x.to(value.dtype).reshape(B * heads, T, -1)
-
-    def both(x: Dual) -> tuple[Tensor, Tensor]:
-        return flat(x.value), flat(torch.zeros_like(x.value) if x.tangent is None else x.tangent)
-
-    # the scale goes to where there is least of it
-    queries, dq = both(q.map(lambda q: q * size**-0.5))
-    (keys, dk), (values, dv) = both(k), both(v)
-    output, tangent = flat(value), value.new_empty(B * heads, T, values.shape[-1])
-    limit = MAX_WEIGHTS.get(value.device.type, MAX_WEIGHTS["cuda"])
-    num_heads, num_rows = max(1, limit // T**2), max(1, min(T, limit // T))
-    for head in range(0, B * heads, num_heads):
-        h = slice(head, head + num_heads)
-        across, change_across = keys[h].mT, dk[h].mT
-        for row in range(0, T, num_rows):
-            r = slice(row, row + num_rows)
-            weights = (queries[h, r] @ across).softmax(dim=-1)
-            change = torch.baddbmm(dq[h, r] @ across, queries[h, r], change_across).mul_(weights)
-            part = torch.baddbmm(weights @ dv[h], change, values[h])
-            tangent[h, r] = part.addcmul_(change.sum(dim=-1, keepdim=True), output[h, r], value=-1)
-    return tangent.reshape(value.shape)
+        parts = [x.to(value.dtype) for x in (q.value, k.value, v.value)]
+        tangents = [
+            torch.zeros_like(x) if part.tangent is None else part.tangent.to(value.dtype)
+            for part, x in zip((q, k, v), parts, strict=True)
+        ]
+        return Dual(value, attention_tangent(kind, *parts, *tangents, value))
 
 
 def checkpointed(block: nn.Module, x: Dual, c: Dual) -> Dual:

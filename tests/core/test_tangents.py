@@ -1,6 +1,9 @@
 """Tangents: the networks' own rules against torch.func in float64, finite differences, and training with them."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch.utils import _pytree as pytree
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import TrainingExecution
-from mfm_lightning.networks import MLP, DiT, UNet, dual
+from mfm_lightning.networks import MLP, DiT, UNet, attention_tangents, dual
 from mfm_lightning.networks.dual import Dual
 from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm, adaptive_loss, squared_error
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
@@ -137,12 +140,103 @@ def test_attention_in_chunks(monkeypatch):
     q, k, v = (Dual(*torch.randn(2, 2, 3, 11, 4, dtype=torch.float64)) for _ in range(3))
     whole = dual.attention(q, k, v)
     for limit in (2 * 11 * 11, 3 * 11):  # some heads at a time, some queries of a head
-        monkeypatch.setattr(dual, "MAX_WEIGHTS", {"cpu": limit, "cuda": limit})
+        monkeypatch.setattr(attention_tangents, "MAX_WEIGHTS", {"cpu": limit, "cuda": limit})
         torch.testing.assert_close(dual.attention(q, k, v).tangent, whole.tangent)
     plain = lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v  # noqa: E731
     value, tangent = torch.func.jvp(plain, (q.value, k.value, v.value), (q.tangent, k.tangent, v.tangent))
     torch.testing.assert_close(whole.value, value)
     torch.testing.assert_close(whole.tangent, tangent)
+
+
+@pytest.mark.parametrize("still", [(), (0,), (2,), (0, 1)])
+def test_fused_attention_tangent_is_exact(still):
+    """Against torch.func in float64; parts that do not move have no tangent."""
+    torch.manual_seed(0)
+    parts = [Dual(*torch.randn(2, 2, 3, 11, 4, dtype=torch.float64)) for _ in range(3)]
+    q, k, v = (Dual(part.value) if i in still else part for i, part in enumerate(parts))
+    tangents = tuple(torch.zeros_like(z.value) if z.tangent is None else z.tangent for z in (q, k, v))
+    plain = lambda q, k, v: torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v  # noqa: E731
+    if still == (0, 1):  # nothing but the values moves
+        q = Dual(q.value, torch.zeros_like(q.value))
+    elif 0 in still:
+        q = Dual(q.value, tangents[0])
+    _, expected = torch.func.jvp(plain, (q.value, k.value, v.value), tangents)
+    q.value.requires_grad_()  # as in training, where values have a graph and tangents none
+    found = dual.attention(q, k, v, "fused").tangent
+    assert found is not None
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_network_trains_alike_with_the_fused_tangent():
+    torch.manual_seed(0)
+    model = MetaFlowMap(NETWORKS["DiT, QK-norm, flipped"]()).double()
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    objective = Objective([WeightedTerm("data_diagonal"), WeightedTerm("mean_flow")], PairSampler(guidance_scale=2.5))
+    expected = loss_and_gradients(model, objective)
+    TrainingExecution(attention_tangent="fused").prepare(model.network)
+    chunked, called = attention_tangents.chunked, []
+    attention_tangents.chunked = lambda *a: called.append(1) or chunked(*a)
+    try:
+        found = loss_and_gradients(model, objective)
+    finally:
+        attention_tangents.chunked = chunked
+    assert not called  # all layers take the other way
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-9)
+
+
+def test_attention_tangents_that_are_not_there_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="'flash': expected one of auto, chunked, fused, triton"):
+        TrainingExecution(attention_tangent="flash")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="MLP has no attention with explicit tangents"):
+        TrainingExecution(attention_tangent="fused").prepare(MLP(2, 8, 1))
+    monkeypatch.setitem(sys.modules, "jvp_flash_attention", None)
+    monkeypatch.setitem(sys.modules, "jvp_flash_attention.jvp_attention", None)
+    with pytest.raises(ModuleNotFoundError, match="mfm-lightning\\[triton\\]"):
+        TrainingExecution(attention_tangent="triton")
+
+
+INTERPRETED = """
+import torch
+from mfm_lightning.networks.attention_tangents import by_triton
+torch.manual_seed(0)
+for size in (64, 72):
+    q, k, v, dq, dk, dv = torch.randn(6, 1, 2, 128, size)
+    plain = lambda q, k, v: torch.softmax(q @ k.mT / size**0.5, -1) @ v
+    _, expected = torch.func.jvp(plain, tuple(x.double() for x in (q, k, v)), tuple(x.double() for x in (dq, dk, dv)))
+    found = by_triton(q, k, v, dq, dk, dv)
+    assert found.shape == q.shape and not found.requires_grad
+    print(float((found - expected).norm() / expected.norm()))
+"""
+
+
+@pytest.mark.slow
+def test_the_triton_kernel_by_its_interpreter():
+    """The package's kernel on CPU, in a process of its own: the interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    pytest.importorskip("jvp_flash_attention")
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    errors = [float(line) for line in run.stdout.split()]
+    assert len(errors) == 2
+    assert max(errors) < 1e-5, errors
+
+
+def test_the_triton_kernel_says_what_it_takes():
+    pytest.importorskip("triton")
+    pytest.importorskip("jvp_flash_attention")
+    x = torch.zeros(1, 1, 9, 4)
+    with pytest.raises(ValueError, match="9 tokens in heads of 4"):
+        attention_tangents.by_triton(*[x] * 6)
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        x = torch.zeros(1, 1, 64, 16)
+        with pytest.raises(ValueError, match="runs on GPUs"):
+            attention_tangents.by_triton(*[x] * 6)
 
 
 def test_bf16_autocast_stays_near_float32(model):
