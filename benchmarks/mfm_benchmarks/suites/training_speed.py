@@ -13,6 +13,7 @@ from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
 from mfm_benchmarks.parts.adapter_steps import AdapterSize
 from mfm_benchmarks.parts.adapter_tangents import AdapterTangents
+from mfm_benchmarks.parts.attention_tangents import AttentionSize, AttentionTangents
 from mfm_benchmarks.parts.training_steps import REFERENCE, VARIANTS, Training, Variant
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_benchmarks.timing import TIMED, Step, count_flops, interleaved, peak_bytes, product_peak
@@ -39,6 +40,7 @@ class TrainingSpeedSuite(Suite):
         compile: also time the compiled step (a minute or so of compilation each).
         adapters: transformers of text-to-image flows by name, with random weights and a Meta Flow Map's adapter each,
             of which the tangents alone are compared. None for none.
+        attention: heads of layers by name, for which the ways to compute attention's tangent are compared. None for none.
     """
 
     name = "training-speed"
@@ -61,13 +63,14 @@ class TrainingSpeedSuite(Suite):
         in_channels: int = 4,
         compile: bool = True,
         adapters: dict[str, AdapterSize] | None = None,
+        attention: dict[str, AttentionSize] | None = None,
     ) -> None:
         self.sizes = {"S/2": 8, "B/2": 4} if sizes is None else sizes
         self.gpu_sizes = {"S/2": 256, "B/2": 128} if gpu_sizes is None else gpu_sizes
         self.precisions: list[Precision] = [check_precision(p) for p in precisions]
         self.gpu_precisions: list[Precision] = [check_precision(p) for p in gpu_precisions]
         self.rounds, self.input_size, self.in_channels, self.compile = rounds, input_size, in_channels, compile
-        self.adapters = dict(adapters or {})
+        self.adapters, self.attention = dict(adapters or {}), dict(attention or {})
         if rounds < 2:
             raise ValueError(f"rounds {rounds}: an interval needs at least 2")
         for size in (*self.sizes, *self.gpu_sizes):
@@ -77,15 +80,18 @@ class TrainingSpeedSuite(Suite):
         self.sizes, self.gpu_sizes = ({"S/8": 8} if sizes else {} for sizes in (self.sizes, self.gpu_sizes))
         self.rounds, self.compile = 3, False
         self.adapters = dict(itertools.islice(self.adapters.items(), 1))
+        self.attention = dict(itertools.islice(self.attention.items(), 1))
 
     @property
     def skipped(self) -> dict[str, str]:
-        return {} if self.compile or not self.sizes else {"explicit, compiled": "compile is off"}
+        lacks = {} if self.compile or not self.sizes else {"explicit, compiled": "compile is off"}
+        return {**lacks, **self._attention.skipped}
 
     def prepare(self) -> None:
         on_gpu = self.device.type == "cuda"
         precisions = self.gpu_precisions if on_gpu else self.precisions
         self._tangents = AdapterTangents(self.adapters, precisions, self.rounds, self.device)
+        self._attention = AttentionTangents(self.attention, precisions, self.rounds, self.device)
         self._chosen: list[tuple[str, int, Precision]] = [
             (size, batch, precision)
             for precision in precisions
@@ -103,7 +109,11 @@ class TrainingSpeedSuite(Suite):
             )
             for size, batch, precision in self._chosen
         }
-        return [*self._steps.values(), *self._tangents.cells(self._machine)]
+        return [
+            *self._steps.values(),
+            *self._tangents.cells(self._machine),
+            *self._attention.cells(self._machine),
+        ]
 
     @property
     def _machine(self) -> dict[str, Any]:
@@ -164,7 +174,7 @@ class TrainingSpeedSuite(Suite):
                 Table("steps", "Steps", self._step_rows(done)),
                 Table("parts", "Where the time goes", self._part_rows(done), PARTS_CAPTION),
             ]
-        blocks += self._tangents.blocks(results)
+        blocks += [*self._tangents.blocks(results), *self._attention.blocks(results)]
         return blocks or [Text("No result", ["Every run failed; the messages are above."])]
 
     def _headline(self, done: Done) -> list[Block]:
