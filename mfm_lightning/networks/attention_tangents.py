@@ -1,4 +1,4 @@
-"""The tangent of attention, computed in one of three ways: of q, k, v `(B, heads, T, d)` with their tangents dq, dk, dv.
+"""The tangent of attention, in one of three ways: of q, k, v `(B, heads, T, d)` with their tangents dq, dk, dv.
 
 With weights S = softmax(q k^T / sqrt(d)) and the scores' tangent A = (dq k^T + q dk^T) / sqrt(d), it is
 
@@ -8,13 +8,15 @@ With weights S = softmax(q k^T / sqrt(d)) and the scores' tangent A = (dq k^T + 
 from __future__ import annotations
 
 import os
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, cast, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_mode
 import torch.nn.functional as F
 from torch import Tensor
 
+Parameters = ParamSpec("Parameters")
 AttentionTangent = Literal["auto", "chunked", "fused", "triton"]
 MAX_WEIGHTS = {"cpu": 2**20, "cuda": 2**26}  # attention weights that `chunked` holds at once
 TRITON_SIZES = (16, 32, 64, 128, 256)  # of a head, that the package's kernel has
@@ -22,6 +24,11 @@ MISSING = (
     "attention_tangent triton needs the package jvp-flash-attention: pip install 'mfm-lightning[triton]', "
     "or take chunked or fused"
 )
+
+
+def _eager(function: Callable[Parameters, Tensor]) -> Callable[Parameters, Tensor]:
+    """`function`, which `torch.compile` leaves as it is."""
+    return cast(Callable[Parameters, Tensor], torch.compiler.disable(function))
 
 
 def check_attention_tangent(kind: str) -> AttentionTangent:
@@ -64,7 +71,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
         return x.reshape(B * heads, T, -1)
 
     # the scale goes to where there is least of it
-    queries, dq, keys, dk, values, dv, output = map(flat, (q * size**-0.5, dq * size**-0.5, k, dk, v, dv, value))
+    queries, dq, keys, dk = flat(q * size**-0.5), flat(dq * size**-0.5), flat(k), flat(dk)
+    values, dv, output = flat(v), flat(dv), flat(value)
     tangent = value.new_empty(B * heads, T, values.shape[-1])
     limit = MAX_WEIGHTS.get(value.device.type, MAX_WEIGHTS["cuda"])
     num_heads, num_rows = max(1, limit // T**2), max(1, min(T, limit // T))
@@ -80,12 +88,12 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     return tangent.reshape(value.shape)
 
 
-@torch.compiler.disable  # autograd inside of a step without a graph; the rest of a block is compiled
+@_eager  # autograd inside of a step without a graph; the rest of a block is compiled
 def fused(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
     """By the backward pass of fused attention, with heads twice as wide: no quadratic matrix.
 
     Attention of Q = [q, 0], K = [k, v], V = [k, dk] has the weights S, and its gradient by Q along G = [dq, q] is
-    S (A - rowsum(S A)) K / sqrt(d), for G V^T is the tangent of the scores. Its second half is the tangent by the scores.
+    S (A - rowsum(S A)) K / sqrt(d), for G V^T is the tangent of the scores. Its second half is what the scores add.
     """
     scale = q.shape[-1] ** -0.5
     with torch.no_grad():
@@ -97,9 +105,9 @@ def fused(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -
     return gradient[..., q.shape[-1] :] + through_values
 
 
-@torch.compiler.disable
+@_eager
 def by_triton(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
-    """By the kernel of jvp-flash-attention, which computes value and tangent in one pass; heads are padded to its sizes.
+    """By the kernel of jvp-flash-attention, value and tangent in one pass; heads are padded to its sizes.
 
     Raises:
         ModuleNotFoundError: without the package.
@@ -118,13 +126,13 @@ def by_triton(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tenso
     primals, tangents = ([F.pad(x, (0, more)).contiguous() for x in part] for part in ((q, k, v), (dq, dk, dv)))
     with forward_mode.dual_level():
         duals = [forward_mode.make_dual(x.detach(), dx) for x, dx in zip(primals, tangents, strict=True)]
-        out = attention(*duals, sm_scale=size**-0.5, verify_attn_mask=False)
+        out = attention(duals[0], duals[1], duals[2], sm_scale=size**-0.5, verify_attn_mask=False)
         tangent = forward_mode.unpack_dual(out).tangent
     assert tangent is not None
     return tangent[..., :size]
 
 
-def _kernel():  # noqa: ANN202  (of a package without types)
+def _kernel() -> Any:
     try:
         from jvp_flash_attention.jvp_attention import JVPAttn
     except ModuleNotFoundError as error:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.networks.attention_tangents import AttentionTangent
 from mfm_lightning.networks.base import check_guidance_scales, duals, given_sizes, image_sizes, result
 from mfm_lightning.networks.dual import (
     Dual,

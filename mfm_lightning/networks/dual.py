@@ -152,12 +152,8 @@ def attention(q: Dual, k: Dual, v: Dual, kind: AttentionTangent = "auto") -> Dua
     if q.tangent is None:
         return Dual(value)
     with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
-        parts = [x.to(value.dtype) for x in (q.value, k.value, v.value)]
-        tangents = [
-            torch.zeros_like(x) if part.tangent is None else part.tangent.to(value.dtype)
-            for part, x in zip((q, k, v), parts, strict=True)
-        ]
-        return Dual(value, attention_tangent(kind, *parts, *tangents, value))
+        (queries, dq), (keys, dk), (values, dv) = (_both(x, value.dtype) for x in (q, k, v))
+        return Dual(value, attention_tangent(kind, queries, keys, values, dq, dk, dv, value))
 
 
 def checkpointed(block: nn.Module, x: Dual, c: Dual) -> Dual:
@@ -176,6 +172,11 @@ def checkpointed(block: nn.Module, x: Dual, c: Dual) -> Dual:
 
     value = checkpoint(run, x.value, c.value, use_reentrant=False, preserve_rng_state=False)
     return Dual(value, found.pop())
+
+
+def _both(x: Dual, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Value and tangent in one type, zeros where there is none."""
+    return x.value.to(dtype), torch.zeros_like(x.value, dtype=dtype) if x.tangent is None else x.tangent.to(dtype)
 
 
 def _over_tokens(x: Tensor) -> Tensor:

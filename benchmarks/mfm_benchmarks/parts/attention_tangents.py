@@ -1,4 +1,4 @@
-"""The ways to compute attention's tangent beside each other, by the number of tokens: cells of work, and their table."""
+"""The ways to compute attention's tangent beside each other, by number of tokens: cells of work, and their table."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from mfm_benchmarks.blocks import Block, Table
 from mfm_benchmarks.suite import Cell, Outcome, Results
@@ -22,8 +23,8 @@ FORWARD = "attention itself"
 CAPTION = (
     "The derivative of attention along random directions of q, k and v, for heads of one layer with random content. "
     "'chunked': plain products, some heads at a time. 'fused': by the backward pass of torch's fused attention with "
-    "heads twice as wide. 'triton': by the kernel of jvp-flash-attention (GPUs alone). Peak memory is of what the tangent "
-    "allocates. 'error' is relative to the norm of torch.func.jvp's derivative in float64, of one sample."
+    "heads twice as wide. 'triton': by the kernel of jvp-flash-attention (GPUs alone). Peak memory is of what the "
+    "tangent allocates. 'error' is relative to the norm of torch.func.jvp's derivative in float64, of one sample."
 )
 
 
@@ -96,10 +97,10 @@ class AttentionTangents:
         torch.manual_seed(0)
         shape = (6, batch, size.heads, size.tokens, size.head_size)
         parts = torch.randn(shape, device=self.device).to(DTYPES[precision]).unbind(0)
-        value = torch.nn.functional.scaled_dot_product_attention(*parts[:3])
+        value = scaled_dot_product_attention(parts[0], parts[1], parts[2])
         ways = {kind: self._way(kind, parts, value) for kind in self._kinds()}
         steps: dict[str, Step] = {
-            FORWARD: lambda: torch.nn.functional.scaled_dot_product_attention(*parts[:3]),
+            FORWARD: lambda: scaled_dot_product_attention(parts[0], parts[1], parts[2]),
             **ways,
         }
         seconds, failures = interleaved(steps, self.rounds, self.device)

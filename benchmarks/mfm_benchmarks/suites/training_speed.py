@@ -40,7 +40,8 @@ class TrainingSpeedSuite(Suite):
         compile: also time the compiled step (a minute or so of compilation each).
         adapters: transformers of text-to-image flows by name, with random weights and a Meta Flow Map's adapter each,
             of which the tangents alone are compared. None for none.
-        attention: heads of layers by name, for which the ways to compute attention's tangent are compared. None for none.
+        attention: heads of layers by name, for which the ways to compute attention's tangent are compared. None
+            for none.
     """
 
     name = "training-speed"
