@@ -18,7 +18,7 @@ def table(folder, name):
 @pytest.mark.slow
 def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--sizes", "{S/8: 2}", "--input_size", "8", "--rounds", "2"]
+    small = ["--sizes", "{S/8: 2}", "--input_size", "8", "--rounds", "2", "--attention", "{}"]
     mfm(["benchmark", "training-speed", *small, "--precisions", "[fp32]", "--compile", "false", "--device", "cpu"])
     folder = tmp_path / "outputs/benchmarks/training-speed"
     found = {row["step"]: row for row in table(folder, "steps")}
@@ -34,6 +34,34 @@ def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     )
     parts = {row["part"] for row in table(folder, "parts")}
     assert {"forward, no graph", "EMA", "optimiser (RAdam)", "tangent and backward: functorch"} <= parts
+
+
+def test_attention_tangents_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    heads = "{of 40: {tokens: 40, heads: 2, head_size: 8}}"
+    nothing = ["--sizes", "{}", "--adapters", "{}", "--rounds", "2"]
+    mfm(
+        [
+            "benchmark",
+            "training-speed",
+            *nothing,
+            "--precisions",
+            "[fp32, bf16]",
+            "--attention",
+            heads,
+            "--device",
+            "cpu",
+        ]
+    )
+    folder = tmp_path / "outputs/benchmarks/training-speed"
+    rows = table(folder, "attention")
+    ways = [(row["precision"], row["way"]) for row in rows]
+    assert ways == [(p, way) for p in ("fp32", "bf16") for way in ("attention itself", "chunked", "fused")]
+    for row in rows:
+        assert float(row["ms"]) > 0
+        if row["way"] != "attention itself":
+            assert float(row["error"]) < (1e-5 if row["precision"] == "fp32" else 3e-2), row
+    assert "triton" in (folder / "report/index.html").read_text()  # said to be left out
 
 
 TINY = {

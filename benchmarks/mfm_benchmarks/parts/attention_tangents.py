@@ -65,12 +65,14 @@ class AttentionTangents:
     @property
     def skipped(self) -> dict[str, str]:
         """Ways that are not measured here, and why."""
-        if not self.sizes or "triton" in self._kinds():
+        if not self.sizes or "triton" in self.kinds:
             return {}
         lacks = "no GPU is there" if self.device.type != "cuda" else "jvp-flash-attention is not installed"
         return {"attention's tangent by triton": lacks}
 
-    def _kinds(self) -> list[str]:
+    @property
+    def kinds(self) -> list[str]:
+        """Ways that can be measured here."""
         there = self.device.type == "cuda" and find_spec("jvp_flash_attention") is not None
         return ["chunked", "fused", *(["triton"] if there else [])]
 
@@ -83,7 +85,7 @@ class AttentionTangents:
         self._cells = {
             (name, precision): Cell(
                 f"attention's tangent {name} {precision}",
-                {**identity, "attention": asdict(size), "precision": precision, "kinds": self._kinds()},
+                {**identity, "attention": asdict(size), "precision": precision, "kinds": self.kinds},
                 partial(self._compute, size, precision),
                 alone=True,
             )
@@ -98,7 +100,7 @@ class AttentionTangents:
         shape = (6, batch, size.heads, size.tokens, size.head_size)
         parts = torch.randn(shape, device=self.device).to(DTYPES[precision]).unbind(0)
         value = scaled_dot_product_attention(parts[0], parts[1], parts[2])
-        ways = {kind: self._way(kind, parts, value) for kind in self._kinds()}
+        ways = {kind: self._way(kind, parts, value) for kind in self.kinds}
         steps: dict[str, Step] = {
             FORWARD: lambda: scaled_dot_product_attention(parts[0], parts[1], parts[2]),
             **ways,
@@ -140,7 +142,7 @@ class AttentionTangents:
             numbers, size = results[cell].numbers, self.sizes[name]
             ways = {kind: s for kind, s in numbers["seconds"].items() if kind != FORWARD}
             fastest = min(ways, key=lambda kind: of_runs(ways[kind]).value) if ways else None
-            for kind in (FORWARD, *self._kinds()):
+            for kind in (FORWARD, *self.kinds):
                 row: dict[str, Any] = {
                     "heads": name, "tokens": size.tokens, "precision": precision, "batch": numbers["batch"], "way": kind
                 }  # fmt: skip

@@ -18,7 +18,9 @@ from mfm_lightning.interpolant import Times, as_times, expand
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import Optimization, TrainingExecution
 from mfm_lightning.networks import DiT
+from mfm_lightning.networks.attention_tangents import AttentionTangent
 from mfm_lightning.networks.base import label_and_guidance
+from mfm_lightning.networks.dit import Attention
 from mfm_lightning.objectives import InnerSample, Objective, Pair, PairSampler, WeightedTerm
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
 from mfm_lightning.tangents import velocity_and_jvp
@@ -33,7 +35,8 @@ class Variant:
     """A way to make the step.
 
     backend: of the tangents; share: one inner sample, so one teacher evaluation, for both terms; plain: attention as
-    written (softmax of the quadratic matrix) everywhere, and the teacher's class-guided pair for all samples.
+    written (softmax of the quadratic matrix) everywhere, and the teacher's class-guided pair for all samples;
+    attention: how its tangent is computed.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Variant:
     plain: bool = False
     compile: bool = False
     checkpoint: bool = False
+    attention: AttentionTangent = "auto"
 
 
 VARIANTS = (
@@ -52,6 +56,11 @@ VARIANTS = (
     Variant("explicit"),
     Variant("explicit, checkpointed", checkpoint=True),
     Variant("explicit, compiled", compile=True),
+)
+GPU_VARIANTS = (  # of which CPUs are slower with the first, and have no second: the table of attention's tangents
+    Variant("explicit, fused tangent", attention="fused"),
+    Variant("explicit, fused tangent, compiled", attention="fused", compile=True),
+    Variant("explicit, triton tangent", attention="triton"),
 )
 
 
@@ -102,8 +111,14 @@ class Training:
         """Take the weights back to where they began, and drop gradients and settings."""
         self.optimizer.zero_grad(set_to_none=True)
         self._checkpoint_activations(False)
+        self._set_attention("auto")
         for p, kept in zip(self.model.parameters(), self._began, strict=True):
             p.data.copy_(kept)
+
+    def _set_attention(self, kind: AttentionTangent) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, Attention):
+                layer.attention_tangent = kind
 
     def _checkpoint_activations(self, on: bool) -> None:
         cast(DiT, self.model.network).checkpoint_activations = on  # of `random_model`
@@ -120,6 +135,7 @@ class Training:
             share_inner=variant.share,
         )
         self._checkpoint_activations(variant.checkpoint)
+        self._set_attention(variant.attention)
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(1)
         attention = sdpa_kernel(SDPBackend.MATH) if variant.plain else nullcontext()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -14,10 +14,11 @@ from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
 from mfm_benchmarks.parts.adapter_steps import AdapterSize
 from mfm_benchmarks.parts.adapter_tangents import AdapterTangents
 from mfm_benchmarks.parts.attention_tangents import AttentionSize, AttentionTangents
-from mfm_benchmarks.parts.training_steps import REFERENCE, VARIANTS, Training, Variant
+from mfm_benchmarks.parts.training_steps import GPU_VARIANTS, REFERENCE, VARIANTS, Training, Variant
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_benchmarks.timing import TIMED, Step, count_flops, interleaved, peak_bytes, product_peak
 from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs, rounded
+from mfm_lightning.networks.attention_tangents import AttentionTangent
 from mfm_lightning.networks.dit import architecture
 from mfm_rewards.execution import DTYPES, Precision, check_precision
 
@@ -98,7 +99,9 @@ class TrainingSpeedSuite(Suite):
             for precision in precisions
             for size, batch in (self.gpu_sizes if on_gpu else self.sizes).items()
         ]
-        self._variants = [v for v in VARIANTS if self.compile or not v.compile]
+        variants = (*VARIANTS, *(GPU_VARIANTS if on_gpu else ()))
+        lacking = set(get_args(AttentionTangent)) - {"auto", *self._attention.kinds}
+        self._variants = [v for v in variants if (self.compile or not v.compile) and v.attention not in lacking]
 
     def cells(self) -> Sequence[Cell]:
         self._steps = {
