@@ -156,7 +156,7 @@ def networks(suite: AlignmentSuite, config: str) -> Networks:
         return vae.decode(torch.zeros(1, 4, 32, 32, dtype=vae.dtype)).sample
 
     found: dict[str, Any] = {
-        "network": (lambda: _network(config), velocity),
+        "network": (lambda: network_of(config), velocity),
         "decoder": (lambda: AutoencoderKL(**VAE), decode),
     }
     for name, settings in suite.rewards.items():
@@ -171,7 +171,12 @@ def networks(suite: AlignmentSuite, config: str) -> Networks:
     return found
 
 
-def _network(config: str) -> nn.Module:
+def network_of(config: str) -> nn.Module:
+    """The network that a config of `mfm fit` names.
+
+    Raises:
+        ValueError: if it names none.
+    """
     path = find_config(config)
     described = ((read_config(path).get("model") or {}).get("init_args") or {}).get("network")
     if described is None:
