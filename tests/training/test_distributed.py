@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from mfm_lightning.checkpoints import load_model, save_model
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks import MLP, DiT
+from mfm_lightning.networks import MLP, DiT, UNet
 from tests.processes import torchrun, torchrun_statuses
 
 ROOT = Path(__file__).parents[2]
@@ -68,11 +69,17 @@ NETWORK |= {"encoder_depth": 2, "num_classes": 5, "guidance_scales": [2.5]}
 FSDP = "--trainer.strategy=fsdp2"
 
 
-def write_config(folder: Path, module: str = "StepPretraining", every_n_steps: int = 500, **network: int) -> None:
+UNET = {"input_size": 8, "in_channels": 1, "channels": 16, "channel_multipliers": [1, 2], "num_blocks": 1}
+UNET |= {"attention_resolutions": [4], "num_heads": 2, "norm_groups": 4, "num_classes": 5, "guidance_scales": [2.5]}
+
+
+def write_config(
+    folder: Path, module: str = "StepPretraining", every_n_steps: int = 500, kind: type[Any] = DiT, **network: int
+) -> None:
     """A distilled objective on the samples of `distributed_parts`, with a teacher of random weights."""
     torch.manual_seed(0)
-    network = NETWORK | network
-    teacher = MetaFlowMap(DiT(**network))
+    network = (NETWORK if kind is DiT else UNET) | network
+    teacher = MetaFlowMap(kind(**network))
     for p in teacher.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     save_model(teacher, folder / "teacher.safetensors")
@@ -89,7 +96,7 @@ def write_config(folder: Path, module: str = "StepPretraining", every_n_steps: i
         "model": {
             "class_path": f"tests.distributed_parts.{module}",
             "init_args": {
-                "network": {"class_path": "mfm_lightning.networks.DiT", "init_args": network},
+                "network": {"class_path": f"mfm_lightning.networks.{kind.__name__}", "init_args": network},
                 "objective": {"terms": terms, "pairs": {"guidance_scale": 2.5}},
                 "teacher": {
                     "class_path": "mfm_lightning.objectives.CheckpointTeacher",
@@ -160,6 +167,23 @@ def test_ddp_fsdp_and_one_process_are_the_same_training(tmp_path):
         ours = logged(tmp_path / name, "val/loss")
         assert {step: ours[step] for step in validation} == pytest.approx(validation, rel=1e-5), name
         assert_same_weights(tmp_path, name, "single")
+
+
+@pytest.mark.slow
+def test_a_unet_in_shards_is_the_same_training(tmp_path):
+    """Three steps by two processes with checkpointed blocks are those of one; the file of weights is whole."""
+    write_config(tmp_path, kind=UNet)
+    options = ["--trainer.max_steps=3", "--trainer.val_check_interval=3"]
+    sharded = ["--trainer.devices=2", FSDP, "--model.init_args.execution.checkpoint_activations=true"]
+    torchrun(tmp_path, 1, "fit", *run_of("single"), *options)
+    torchrun(tmp_path, 2, "fit", *run_of("sharded"), *options, *sharded)
+    losses = logged(tmp_path / "single", "global_loss")
+    assert list(losses) == [0, 1, 2]
+    assert len(set(losses.values())) == 3
+    assert logged(tmp_path / "sharded", "global_loss") == pytest.approx(losses, rel=1e-5)
+    validation = logged(tmp_path / "single", "val/loss")
+    assert logged(tmp_path / "sharded", "val/loss") == pytest.approx(validation, rel=1e-5)
+    assert_same_weights(tmp_path, "sharded", "single")
 
 
 @pytest.mark.long
