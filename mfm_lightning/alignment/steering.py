@@ -16,6 +16,7 @@ from mfm_lightning.interpolant import Generators, as_times, diffusion, expand, r
 from mfm_lightning.samplers import Callback, euler_maruyama
 
 DYNAMICS = ("ode", "sde")
+BASE_STEPS = ("euler", "flow_map")
 
 
 class DivergedError(FloatingPointError):
@@ -48,10 +49,12 @@ class Steering(AlignmentMethod):
             from two draws. Of other gradients the clamp takes away 1 - max_diffusion t/(1-t).
         return_best: report also the best clean state that the estimator scored on the way (`AlignmentResult`'s
             `best_states`). It takes no further evaluations, and leaves the endpoint as it is.
+        base_step: how the ODE's base flow goes from t to u: "euler", by its velocity at t; or "flow_map", by its flow
+            map X_{t,u}, whose average velocity has no error of discretisation: for few steps, at the same evaluations.
 
     Raises:
-        ValueError: for unknown dynamics, a negative clip or max_diffusion; for `return_best` where no clean state is
-            scored.
+        ValueError: for unknown dynamics or base_step, the flow map's step in the SDE, a negative clip or max_diffusion;
+            for `return_best` where no clean state is scored.
     """
 
     estimator: GradientEstimator = field(default_factory=DrawGradient)
@@ -64,9 +67,13 @@ class Steering(AlignmentMethod):
     clip: float | None = None
     max_diffusion: float = 25.0
     return_best: bool = False
+    base_step: str = "euler"
 
     def __post_init__(self) -> None:
         one_of("dynamics", self.dynamics, DYNAMICS)
+        one_of("base_step", self.base_step, BASE_STEPS)
+        if self.base_step == "flow_map" and self.dynamics != "ode":
+            raise ValueError("base_step flow_map is a step of the ODE: the SDE's base dynamics have no flow map")
         not_negative(clip=self.clip, max_diffusion=self.max_diffusion)
         if self.return_best:
             require_lookahead(self.estimator)
@@ -75,6 +82,10 @@ class Steering(AlignmentMethod):
                 self.grid.of_model or any(self.steers_at(now) for now, _ in self.grid.pairs(None))
             ):
                 raise ValueError("return_best: nothing is looked ahead at without steering: see strength, steer_from")
+
+    @property
+    def needs_flow_map(self) -> bool:  # type: ignore[override]
+        return self.base_step == "flow_map"
 
     @property
     def needs_reward_gradient(self) -> bool:
@@ -154,7 +165,10 @@ def steer(
                 estimate = method.estimator(target, t, x, generator)
         if best is not None and estimate is not None and estimate.best is not None:
             best.merge(estimate.best)
-        b = target.drift(t, x) if estimate is None or estimate.drift is None else estimate.drift
+        if method.base_step == "flow_map":
+            b = (target.base_flow_map(t, then, x) - x) / (then - now)
+        else:
+            b = target.drift(t, x) if estimate is None or estimate.drift is None else estimate.drift
         term: Tensor | float = 0.0
         share: Tensor | float = 1.0
         if estimate is not None and estimate.gradient is not None:

@@ -25,6 +25,7 @@ from mfm_lightning.alignment.values import (
     DrawValue,
     effective_sample_size,
 )
+from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP
 from mfm_lightning.networks.decoders import PixelDecoder, VAEDecoder
@@ -32,6 +33,7 @@ from mfm_lightning.oracles import GaussianMixture
 from mfm_lightning.samplers import sample_ode
 from mfm_rewards import Reward, RewardError
 from mfm_rewards.linear_gaussian import LinearGaussianLikelihood
+from tests.closed_form import MEAN, VARIANCE, gaussian_model
 from tests.latent_data import small_vae
 from tests.noise import seeded
 
@@ -139,6 +141,36 @@ def test_nfe_is_counted_as_in_the_paper(model, noise):
     assert Steering(DPSGradient(), grid)(target, noise).nfe.total == B * 4 * K
     assert Search(3, N, K)(target, noise).nfe.total == B * 2 * 3 * N * K
     assert BestOfN(N, K, max_rows=7)(target, noise).nfe.total == B * (K + 1) * N
+
+
+def test_the_base_step_by_the_flow_map_is_exact_and_costs_the_same():
+    """Of N(mu, c I): the map is u mu + S_u/S_s (x - s mu), S_s^2 = (1-s)^2 + c s^2. Steering adds the same term."""
+    model, x0 = gaussian_model().double(), torch.randn(6, 2, generator=seeded(), dtype=torch.float64)
+    target = Target(model, LinearGaussianLikelihood([1.2, -0.8], -1.0, 1.0).double())
+    mean, (s, u) = torch.tensor(MEAN, dtype=torch.float64), (0.01, 1.0)
+    deviation = {w: ((1 - w) ** 2 + VARIANCE * w**2) ** 0.5 for w in (s, u)}
+    exact = u * mean + deviation[u] / deviation[s] * (x0 - s * mean)
+    for steps in (1, 3):
+        grid = TimeGrid(steps)
+        base = Steering(DrawGradient(1), grid, strength=0.0, base_step="flow_map")(target, x0, seeded())
+        torch.testing.assert_close(base.states, exact)
+        assert base.nfe.total == steps * len(x0)
+        euler = Steering(DrawGradient(1), grid, strength=0.0)(target, x0, seeded())
+        assert (euler.states - exact).abs().max() > 0.05
+    both = [
+        Steering(DrawGradient(2), TimeGrid(1, 0.2), base_step=step)(target, x0, seeded())
+        for step in ("flow_map", "euler")
+    ]
+    jump = model.flow_map(0.2, 1.0, x0, 0.0, torch.zeros_like(x0)) - (x0 + 0.8 * model.drift(0.2, x0))
+    torch.testing.assert_close(both[0].states - both[1].states, jump.detach())
+    assert both[0].nfe.total == both[1].nfe.total == len(x0) * (1 + 4 * 2)
+    with pytest.raises(ValueError, match="the SDE's base dynamics have no flow map"):
+        Steering(dynamics="sde", base_step="flow_map")
+    with pytest.raises(ValueError, match="base_step"):
+        Steering(base_step="heun")
+    with pytest.raises(CheckpointError, match="Steering needs a flow map, and a GaussianMixture has none"):
+        Steering(DPSGradient(), base_step="flow_map").check(LIKELIHOOD, MIXTURE)
+    Steering(DPSGradient()).check(LIKELIHOOD, MIXTURE)
 
 
 @pytest.mark.slow
