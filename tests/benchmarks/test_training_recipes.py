@@ -10,13 +10,20 @@ import torch
 import yaml
 
 from mfm_benchmarks.parts import reference_draws
+from mfm_benchmarks.parts.recipe_samples import RecipeSamples
 from mfm_benchmarks.parts.reference_draws import ReferenceDraws
+from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.suites.training_recipes import steps_to
+from mfm_lightning.checkpoints import load_model, save_model
 from mfm_lightning.commands.main import main
+from mfm_lightning.metrics.frechet import Gaussian
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP
+from mfm_lightning.networks.decoders import Decoder
 from mfm_lightning.oracles import GaussianMixture
+from tests.closed_form import gaussian_model
+from tests.fashion_mnist import as_torchvision
 
 ROOT = Path(__file__).parents[2]
 MODES = {"means": [[-3.0, 0.0], [3.0, 0.0]], "covariances": 0.5}
@@ -85,3 +92,67 @@ def test_recipes_are_trained_timed_and_compared(tmp_path, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in Path("out/models").glob("*/model.safetensors")}
     main(args)  # nothing is trained again
     assert {path.name: path.stat().st_mtime_ns for path in Path("out/models").glob("*/model.safetensors")} == before
+
+
+class OwnFeatures(Quality):
+    """States are their own features; the real ones are a Gaussian N((1.5, -0.5), 0.3 I)."""
+
+    def prepare(self, device):
+        self.ready = True
+
+    def features(self, images):
+        return images
+
+    @property
+    def real(self):
+        raise NotImplementedError
+
+    @property
+    def gaussian(self):
+        return Gaussian.of_moments(torch.tensor([1.5, -0.5]), 0.3 * torch.eye(2))
+
+    @property
+    def identity(self):
+        return {"features": "own"}
+
+
+class NoDecoder(Decoder):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_frechet_distance_of_exact_samples_is_that_of_the_means(steps):
+    """The exact flow map of N((1, -0.5), 0.3 I): equal covariances, so that the distance is the squared gap of 0.25."""
+    samples = RecipeSamples(OwnFeatures(), NoDecoder(), num_samples=20_000, steps=steps, batch_size=5_000)
+    samples.prepare(torch.device("cpu"))
+    assert samples.judge(gaussian_model()) == pytest.approx(0.25, abs=0.03)  # 5 standard errors: 2 * 0.5 * 0.55 / 141
+    assert samples.column == f"Fréchet, {steps} steps"
+    assert samples.identity != RecipeSamples(OwnFeatures(), NoDecoder(), 20_000, steps + 1).identity
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+def test_recipes_of_images_as_packaged(tmp_path, monkeypatch, name):
+    """Every recipe trains, on a few real images in torchvision's files; draws are judged by rollouts, samples by
+    Fréchet distance."""
+    monkeypatch.chdir(tmp_path)
+    as_torchvision(Path("data"), "MNIST" if name == "mnist" else "FashionMNIST")
+    settings = yaml.safe_load((ROOT / f"configs/benchmarks/training-recipes-{name}.yaml").read_text())
+    settings |= {"steps": [21], "seeds": [1], "rounds": 1}
+    settings["draws"] |= {"num_states": 2, "num_draws": 4, "times": [0.5], "rollout_steps": 3}
+    settings["samples"] |= {"num_samples": 32, "steps": 2}
+    if name == "fashion":  # its base flow is trained by a job of its own: here that of MNIST stands in
+        Path("outputs/fashion/flow").mkdir(parents=True)
+        save_model(load_model("mnist/flow"), Path("outputs/fashion/flow/model.safetensors"))
+        settings["recipes"] = {k: settings["recipes"][k] for k in ("released", "together")}
+        settings["samples"]["quality"]["init_args"]["steps"] = 5
+    Path("small.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    main(["benchmark", "training-recipes", "--config", "small.yaml", "--output", "out"])
+    assert not json.loads(Path("out/report/environment.json").read_text())["failures"]
+    with open("out/report/recipes.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["recipe"] for row in rows] == list(settings["recipes"])
+    assert all(float(row["Fréchet, 2 steps"]) > 0 and float(row["distance, 21 steps"]) > 0 for row in rows)
+    assert len({row["distance, 21 steps"] for row in rows}) > 1

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
 from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.parts.recipe_samples import RecipeSamples
 from mfm_benchmarks.parts.reference_draws import ReferenceDraws
 from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
@@ -54,6 +55,7 @@ class TrainingRecipesSuite(Suite):
         seeds: of the trainings.
         fits: jobs that make what the config needs, by the file that each writes.
         rounds: how often the steps of each recipe are timed, all in turns.
+        samples: images of which the Fréchet distance is told besides; None where there are none.
     """
 
     name = "training-recipes"
@@ -76,9 +78,11 @@ class TrainingRecipesSuite(Suite):
         seeds: Sequence[int] = (0, 1, 2),
         fits: dict[str, str] | None = None,
         rounds: int = 3,
+        samples: RecipeSamples | None = None,
     ) -> None:
         self.fit_config, self.recipes, self.draws = fit_config, dict(recipes), draws
         self.steps, self.seeds, self.files, self.rounds = sorted(steps), list(seeds), dict(fits or {}), rounds
+        self.samples = samples
         if not self.recipes or not self.seeds or not self.steps or min(self.steps) <= WARM_UP or rounds < 1:
             raise ValueError(f"a comparison needs a recipe, a seed, a round, and more than {WARM_UP} steps")
         self._skipped: dict[str, str] = {}
@@ -94,19 +98,24 @@ class TrainingRecipesSuite(Suite):
             1,
         )
         self.draws.shrink()
+        if self.samples is not None:
+            self.samples.shrink()
         first = next(iter(self.recipes))
         for name in [name for name, recipe in self.recipes.items() if not recipe.quick and name != first]:
             self._skipped[name] = "is left out of --quick, for its time"
             del self.recipes[name]
 
     def missing(self) -> list[str]:
-        return self.draws.missing(made=list(self.files))
+        quality = self.samples.quality.missing() if self.samples is not None else []
+        return [*self.draws.missing(made=list(self.files)), *quality]
 
     def fits(self) -> list[Fit]:
         return [Fit(config, file) for file, config in self.files.items() if not is_there(file)]
 
     def prepare(self) -> None:
         self.draws.prepare(self.device)
+        if self.samples is not None:
+            self.samples.prepare(self.device)
 
     def cells(self) -> Sequence[Cell]:
         references = tuple(self.draws.cells())
@@ -115,6 +124,8 @@ class TrainingRecipesSuite(Suite):
         for seed, steps, name in itertools.product(self.seeds, self.steps, self.recipes):
             job = self._job(name, steps, seed)
             identity = {**self.draws.identity, "fit": job.identity()}
+            if self.samples is not None:
+                identity["samples"] = self.samples.identity
             compute = partial(self._judge, job.file)
             self._trained[name, steps, seed] = Cell(
                 f"{name}, {steps} steps, seed {seed}", identity, compute, references, job
@@ -137,7 +148,10 @@ class TrainingRecipesSuite(Suite):
 
     def _judge(self, file: str, *references: Outcome) -> Outcome:
         model = load_model(file).requires_grad_(False).to(self.device).eval()
-        return self.draws.judge(model, references)
+        outcome = self.draws.judge(model, references)
+        if self.samples is not None:
+            outcome.numbers["frechet"] = self.samples.judge(model)
+        return outcome
 
     def _time(self) -> Outcome:
         """Seconds a step and samples of a step, by recipe and round."""
@@ -167,9 +181,13 @@ class TrainingRecipesSuite(Suite):
         first = next(iter(self.recipes))
         a_step = {name: of_runs(values).value for name, values in seconds.items()}
         found: Found = {}
+        frechet: dict[str, dict[int, float]] = {}
         for (name, steps, seed), cell in self._trained.items():
             if cell in results:
-                found.setdefault((name, steps), {})[seed] = results[cell].numbers["distance"]
+                numbers = results[cell].numbers
+                found.setdefault((name, steps), {})[seed] = numbers["distance"]
+                if "frechet" in numbers and steps == self.steps[-1]:
+                    frechet.setdefault(name, {})[seed] = numbers["frechet"]
         if not any(name == first for name, _ in found):
             return [Text("No result", [f"No training of {first}, which the others are compared with, succeeded."])]
         rows, gains = [], {}
@@ -181,6 +199,8 @@ class TrainingRecipesSuite(Suite):
                 if (name, steps) in found:
                     row[f"distance, {steps} steps"] = of_runs(list(found[name, steps].values()))
             row[f"time to the last of {first}"] = gains[name]
+            if self.samples is not None and name in frechet:
+                row[self.samples.column] = of_runs(list(frechet[name].values()))
             rows.append(row)
         caption = (
             f"{self.draws.words}; {len(self.seeds)} training(s) of each, where all are there. Time of a step over "
