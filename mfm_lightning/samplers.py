@@ -77,7 +77,8 @@ def euler_maruyama(
     x1 given x under the posterior tilted by e^r. The plain step would leave noise of size (1-t)/t on the sample.
 
     Args:
-        now, then: the step's time and the next.
+        now: the step's time.
+        then: the next time.
         x: states `(B, *shape)` at `now`, and their `drift` b.
         half: h = sigma^2/2, `(B,)`.
         steering: c, `(B, *shape)`.

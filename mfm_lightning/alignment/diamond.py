@@ -60,7 +60,8 @@ def weighted_draws(
         t: times `(B,)`.
         x_t: states `(B, *shape)`.
         eps: standard normal noise `(B, N, *shape)`.
-        snr_factor, nodes: as in `DiamondDraws`.
+        snr_factor: as in `DiamondDraws`.
+        nodes: as in `DiamondDraws`.
     """
     N, (time, shrink, spread) = eps.shape[1], renoising(t, snr_factor)
     step = expand(spread, eps) * eps

@@ -186,7 +186,8 @@ def sde_step(
     Args:
         step: its time and the next.
         x: states `(B*M, *shape)`.
-        strength, clip: as in `TwistedSMC`.
+        strength: as in `TwistedSMC`.
+        clip: as in `TwistedSMC`.
     """
     now, then = step
     t = as_times(now, x)
