@@ -6,17 +6,21 @@ signature does not have, of functions and of classes.
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mfm_rewards
+
 griffe = pytest.importorskip("griffe")
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"mfm_lightning": ".", "mfm_rewards": "rewards", "mfm_benchmarks": "benchmarks"}
-REFERENCE = sorted((ROOT / "docs/reference").glob("*.md"))
+REFERENCE = "\n".join(page.read_text() for page in sorted((ROOT / "docs/reference").glob("*.md")))
+ENTRIES = set(re.findall(r"^::: ([\w.]+)", REFERENCE, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +66,20 @@ def test_arguments_that_a_docstring_names_exist(package, loader):
         lies += [f"{owner.path}: {name}" for name in sorted(unknown)]
     assert seen > 100
     assert lies == []
+
+
+def test_every_public_name_is_in_the_api_reference():
+    stub = ast.parse((ROOT / "mfm_lightning/__init__.pyi").read_text())
+    public = {
+        alias.asname or alias.name for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert len(public) > 60
+    assert sorted(name for name in public if f"mfm_lightning.{name}" not in ENTRIES and name != "__version__") == []
+    rewards = {f"mfm_rewards.{name}" for name in mfm_rewards.__all__}
+    assert sorted(rewards - ENTRIES) == []
+
+
+def test_every_command_shows_its_options():
+    commands = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["mfm_lightning.commands"]
+    shown = re.findall(r"<!-- mfm ([\w-]+) --help -->", (ROOT / "docs/commands.md").read_text())
+    assert sorted(shown) == sorted([*commands, "fit"])
