@@ -115,7 +115,13 @@ def source(dotted: str) -> str:
     if ast.get_docstring(node):
         first = node.body[0]
         del kept[first.lineno - 1 - start : first.end_lineno - start]
-    return textwrap.dedent("\n".join(kept)).strip()
+    return narrow(textwrap.dedent("\n".join(kept)))
+
+
+def narrow(code: str) -> str:
+    """Python in lines of at most 76 characters, so that it fits beside an equation."""
+    command = [sys.executable, "-m", "ruff", "format", "--line-length", "76", "-"]
+    return subprocess.run(command, input=code, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def moved(markdown: str) -> str:

@@ -1,4 +1,4 @@
-"""The Python of README and docs runs when it is pasted alone into a fresh interpreter; the face has what it promises."""
+"""The Python of README and docs runs pasted alone into a fresh interpreter, and the face has what it promises."""
 
 import ast
 import re
