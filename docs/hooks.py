@@ -26,6 +26,11 @@ CODE = re.compile(r"^<!-- code ([\w.]+) -->$", re.MULTILINE)
 FILE = re.compile(r"^<!-- file (.+) -->$", re.MULTILINE)
 HELP = re.compile(r"^<!-- mfm (.+) -->$", re.MULTILINE)
 PACKAGES = {"mfm_lightning": ROOT, "mfm_rewards": ROOT / "rewards", "mfm_benchmarks": ROOT / "benchmarks"}
+# browsers draw no letters by `mathvariant`
+LETTERS = {
+    r"\mathbb E": "\N{MATHEMATICAL DOUBLE-STRUCK CAPITAL E}",
+    r"\mathcal N": "\N{MATHEMATICAL SCRIPT CAPITAL N}",
+}
 PLAIN_TEXT = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 # terms of the glossary that are explained on hover wherever they stand, besides those in capitals
 PLAIN_TERMS = {"oracle", "posterior draw", "posterior draws"}
@@ -54,7 +59,10 @@ def on_post_page(output: str, **_: Any) -> str:
 
 def mathml(latex: str, block: bool) -> str:
     """An equation of LaTeX, as it stands in a page's HTML, as MathML."""
-    return convert(html.unescape(latex).strip(), display="block" if block else "inline")
+    latex = html.unescape(latex).strip()
+    for command, letter in LETTERS.items():
+        latex = latex.replace(command, letter)
+    return convert(latex, display="block" if block else "inline")
 
 
 @cache

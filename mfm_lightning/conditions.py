@@ -119,6 +119,7 @@ class Conditions:
         samples' `index` may be there, too, and is left out.
 
         Args:
+            given: labels, fields by name, or conditions already.
             num: B, where each field must have so many rows.
 
         Raises:
@@ -205,6 +206,7 @@ class Conditions:
         """The null condition, without guidance and prompt, in the rows `where` `(B,)` is true.
 
         Args:
+            where: `(B,)` booleans.
             null: of the network, one row.
 
         Raises:

@@ -44,9 +44,11 @@ def tilt_by_reward_gradient(
     """e^{r-c} differentiated through the draws, their noise fixed (as MFM-G, Eq. 22).
 
     Args:
+        target: what draws come from, and the reward.
         t: outer times `(B,)`.
         x: outer states `(B, *shape)`.
         noise: of N draws, `(B, N, *shape)`.
+        posterior: that draws x1.
         log_normaliser: a function of the rewards `(B, N)` that gives c, `(B,)`.
         base: b_t(x), `(B, *shape)`.
     """
@@ -163,6 +165,7 @@ def finetuning_target(
     Args:
         base: b_t(x), `(B, *shape)`.
         policy: b_theta(t, x), `(B, *shape)`.
+        tilt: e^r and its gradient, of the same states.
         half_diffusion: sigma^2/2, `(B,)`.
         clamped: where it is less than the (1-t)/t that is meant, `(B,)`: there the third term is the tilt's product,
             of which the clamp would take away a part. Nowhere where None.
