@@ -31,8 +31,10 @@ class Conditions:
         prompts: B texts, or one for all. Rewards read them; networks only where they embed them themselves.
         group: `(B,)` integers, or one for all: samples of equal ones are scored beside each other, by rewards that need
             groups. The states of one sample are in its group.
-        negative_text, negative_mask, negative_pooled: the same of a negative prompt, which guidance by two evaluations
-            leads away from (text-to-image flows).
+        negative_text: `text` of a negative prompt, which guidance by two evaluations leads away from (text-to-image
+            flows).
+        negative_mask: `mask` of the negative prompt.
+        negative_pooled: `pooled` of the negative prompt.
 
     Raises:
         ValueError: for labels that are not integers, a field with another number of dimensions, or fields of different
@@ -117,6 +119,7 @@ class Conditions:
         samples' `index` may be there, too, and is left out.
 
         Args:
+            given: labels, fields by name, or conditions already.
             num: B, where each field must have so many rows.
 
         Raises:
@@ -203,6 +206,7 @@ class Conditions:
         """The null condition, without guidance and prompt, in the rows `where` `(B,)` is true.
 
         Args:
+            where: `(B,)` booleans.
             null: of the network, one row.
 
         Raises:

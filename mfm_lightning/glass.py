@@ -63,8 +63,10 @@ def glass_velocity(base_drift: BaseDrift, s: Tensor | float, x_s: Tensor, t: Ten
 
     Args:
         base_drift: `base_drift(t, x) -> b_t(x)`, times `(B,)`, states `(B, *shape)`.
-        s, t: inner and outer times, `(B,)` or a number.
-        x_s, x_t: inner and outer states `(B, *shape)`.
+        s: inner times, `(B,)` or a number.
+        t: outer times, `(B,)` or a number.
+        x_s: inner states `(B, *shape)`.
+        x_t: outer states `(B, *shape)`.
     """
     s, t = as_times(s, x_s), as_times(t, x_s)
     w = _weights(s, t)

@@ -71,6 +71,8 @@ def randn(shape: Sequence[int], like: Tensor, generator: Generators = None) -> T
     """Standard normal noise like `like`, drawn on the generator's device (so that seeds agree across devices).
 
     Args:
+        shape: of the noise, `(B, *shape)`.
+        like: tensor whose type and device the noise has.
         generator: one; or one for each of B samples, so that a sample's noise does not depend on the batch that it is
             in. The k rows of a sample, next to each other among B*k, are drawn from its own at once.
 
@@ -107,6 +109,7 @@ def noise_seed(seed: int | tuple[int, ...], index: int) -> int:
 
     Args:
         seed: further numbers tell apart what else is drawn for the same sample.
+        index: of the sample.
     """
     numbers = [number % 2**64 for number in (seed if isinstance(seed, tuple) else (seed,))]
     start = int(np.random.SeedSequence(numbers).generate_state(1)[0])

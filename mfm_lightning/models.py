@@ -186,7 +186,15 @@ class MetaFlowMap(nn.Module):
         Differentiable in `x_t`. With one step the draw is X_{0,1}(eps; t, x_t).
 
         Args:
+            x_t: noisy states `(B, *shape)`.
+            t: their times, one for all or `(B,)`.
+            num_samples: N, draws for each state.
+            steps: of the flow map.
             noise: inner noise eps, `(B, N, *shape)`; drawn from `generator` where None.
+            conditions: of the states; `label=` and `guidance=` make them.
+            generator: of the noise.
+            label: class of all samples, or `(B,)`.
+            guidance: guidance scale, one for all or `(B,)`.
 
         Raises:
             ValueError: for no steps or samples, or noise of another shape.
@@ -220,6 +228,11 @@ class MetaFlowMap(nn.Module):
 
         Args:
             name: a folder, or a repository, "org/name", which is downloaded where it is not in the cache.
+            revision: branch, tag or commit of the repository.
+            token: for private repositories.
+            cache_dir: where downloads are kept.
+            force_download: also where the cache has it.
+            local_files_only: never download.
 
         Raises:
             ImportError: without huggingface_hub.
@@ -266,6 +279,7 @@ class MetaFlowMap(nn.Module):
         """Write `model.safetensors`, `config.json` and a model card (README.md) into a folder.
 
         Args:
+            folder: where; it is made if need be.
             metadata: said in the file and in the card, beside what the model's own file said: `data`, `licence`,
                 `command`, `kind`.
 
@@ -320,7 +334,10 @@ def posterior_steps(
 
     Args:
         flow_map: `flow_map(s, u, x, t, x_t)` of B*N states, draws of one state next to each other.
+        x_t: noisy states `(B, *shape)`.
+        t: their times, one for all or `(B,)`.
         noise: at s = 0, `(B, N, *shape)`.
+        steps: of the flow map.
     """
     x, N = noise.flatten(0, 1), noise.shape[1]
     outer, time = x_t.repeat_interleave(N, dim=0), as_times(t, x_t).repeat_interleave(N)

@@ -92,6 +92,10 @@ class Oracle(ABC):
         """Exact draws from p_{1|t}(. | x_t), `(B, N, *shape)`.
 
         Args:
+            x_t: noisy states `(B, *shape)`.
+            t: their times, one for all or `(B,)`.
+            num_samples: N, draws for each state.
+            conditions: labels of classes, where the oracle has them.
             generator: one; or one for each state, or for each of the B*N draws.
         """
 
@@ -190,9 +194,12 @@ class GaussianMixture(Oracle):
         """V_t(x) = log E[exp r(X1) | I_t = x], `(B,)`, for a linear-Gaussian likelihood reward.
 
         Args:
+            x: noisy states `(B, *shape)`.
+            t: their times, one for all or `(B,)`.
             reward: r(x1) = log N(y; A x1, noise_std^2 I), with attributes `operator` A `(M, D)`, `observation` y `(M,)`
                 and `noise_std`; e.g. `mfm_rewards.linear_gaussian.LinearGaussianLikelihood`. A constant `offset`, where
                 it has one (`scaled`), is added.
+            conditions: labels of classes, where the oracle has them.
 
         Raises:
             TypeError: if the reward is of another kind, for which a mixture has no closed form.

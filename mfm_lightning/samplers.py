@@ -77,8 +77,10 @@ def euler_maruyama(
     x1 given x under the posterior tilted by e^r. The plain step would leave noise of size (1-t)/t on the sample.
 
     Args:
-        now, then: the step's time and the next.
+        now: the step's time.
+        then: the next time.
         x: states `(B, *shape)` at `now`, and their `drift` b.
+        drift: b, `(B, *shape)`.
         half: h = sigma^2/2, `(B,)`.
         steering: c, `(B, *shape)`.
         share: k = h / ((1-t)/t), what the clamp leaves of sigma^2/2, where c is (1-t)/t grad V; 1 where c is h grad V.
@@ -105,9 +107,13 @@ def sample_sde(
     """Base SDE dx = (b + sigma^2/2 score) dt + sigma dW (Eq. 14), by Euler-Maruyama; its step to 1 is the denoiser.
 
     Args:
+        drift: b_t(x), as `drift(t, x)`.
         x0: noise `(B, *shape)`, taken as the state at `t_start`.
+        steps: of Euler-Maruyama.
         t_start: first time, in [0, 1]; from 1 there is no step, and x0 is returned.
         max_diffusion: clamp of sigma^2/2 = (1-t)/t near t=0. The clamped SDE has the same marginals.
+        generator: of the noise of the steps.
+        callback: called as `callback(k, x)` after each step.
     """
     x = x0
     if t_start == 1:
@@ -137,7 +143,13 @@ def sample_posterior_glass(
 
     Args:
         base_drift: `base_drift(t, x)`; called with B*N states, draws of one state next to each other.
+        x_t: noisy states `(B, *shape)`.
+        t: their times, one for all or `(B,)`.
+        num_samples: N, draws for each state.
+        steps: of the inner ODE.
+        method: "euler" or "heun".
         noise: inner noise at s=0, `(B, N, *shape)`; drawn from `generator` where None.
+        generator: of the noise.
     """
     if noise is None:
         noise = randn((len(x_t), num_samples, *x_t.shape[1:]), x_t, generator)
@@ -163,11 +175,13 @@ def sample_refinement(
     """K-step refinement (Algorithm 1): draw x1 = X_{0,1}(eps; t_k, x), renoise it to t_{k+1}, repeat.
 
     Args:
+        model: a Meta Flow Map.
         x0: noise `(B, *shape)`, the state at t_0 = 0.
         steps: K; one step is a one-step sample.
         conditions: as the model takes them.
         generator: of the inner and the renoising noise: one, or one for each row.
         times: t_0 = 0 < ... < t_{K-1} < 1; uniform where None.
+        callback: called as `callback(k, x)` after each step.
 
     Returns:
         The last draw of x1, `(B, *shape)`.

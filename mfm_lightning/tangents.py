@@ -25,6 +25,7 @@ def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: Condit
     Args:
         model: called as `model(s, u, x, t, x_t, conditions)`.
         inner: s, u, x.
+        tangents: ds and du `(B,)`, dx `(B, *shape)`.
         condition: t, x_t, conditions.
 
     Raises:
@@ -130,10 +131,17 @@ def velocity_and_jvp(
 
     Args:
         model: a `MetaFlowMap`.
+        s: inner time at the start, `(B,)`.
+        u: inner time at the end, `(B,)`.
+        x: inner states `(B, *shape)`.
+        t: outer times `(B,)`.
+        x_t: outer states `(B, *shape)`.
         tangents: `(B,)`, `(B,)` and `(B, *shape)`.
         conditions: as the model takes them; `label=` and `guidance=` make them.
         backend: a name in `BACKENDS`. With "explicit", and "auto" where the network supports it, the derivative has no
             graph.
+        label: class of all samples, or `(B,)`.
+        guidance: guidance scale, one for all or `(B,)`.
     """
     s, u = as_times(s, x), as_times(u, x)
     ds, du, dx = tangents

@@ -17,7 +17,8 @@ def verdict(
     """`mine` against each of the others, by the intervals of the paired differences.
 
     Args:
-        above, below: words for a difference above and below zero.
+        above: words for a difference above zero.
+        below: words for a difference below zero.
         gap: says how large a difference is, after the name; nothing where None.
     """
     said = {1: [], -1: [], 0: []}

@@ -63,6 +63,7 @@ def best_of_n(
     """The best candidate of each sample; what a `BestOfN` does when it is called.
 
     Args:
+        target: what candidates are drawn from, and the reward.
         x0: noise `(B, *shape)` of each sample's first candidate; that of the others is drawn here.
         method: the settings; `BestOfN()` where None.
         generator: of the noise; one makes one for each sample.

@@ -17,6 +17,7 @@ def described(value: object, without: Sequence[str] = ()) -> Any:
     network the SHA-256 of its weights.
 
     Args:
+        value: the method, or a part of it.
         without: names of settings that are left out.
     """
     if value is None or isinstance(value, bool | int | float | str):

@@ -36,6 +36,7 @@ def renoising(t: Tensor, snr_factor: float | None) -> tuple[Tensor, Tensor, Tens
     """t', and the factors of x_t and of the noise in z = a x_t + d eps, of times t `(B,)`; finite at t = 0.
 
     Args:
+        t: times `(B,)`.
         snr_factor: lambda; where None, 2 + 1/SNR(t). With it the proposal is the posterior's own for data N(0, I), and
             all weights are equal: t'^2 / (t'^2 + (1-t')^2) is the square of t^2 / (t^2 + (1-t)^2).
     """
@@ -57,10 +58,12 @@ def weighted_draws(
     same draws it cancels in the difference.
 
     Args:
+        target: the flow map, and the reward.
         t: times `(B,)`.
         x_t: states `(B, *shape)`.
         eps: standard normal noise `(B, N, *shape)`.
-        snr_factor, nodes: as in `DiamondDraws`.
+        snr_factor: as in `DiamondDraws`.
+        nodes: as in `DiamondDraws`.
     """
     N, (time, shrink, spread) = eps.shape[1], renoising(t, snr_factor)
     step = expand(spread, eps) * eps

@@ -28,6 +28,7 @@ class Best:
         Args:
             x1: clean states `(b, N, *shape)` of the samples `rows`.
             rewards: `(b, N)`, times `reward_scale`.
+            rows: the samples that these are of.
         """
         top, which = rewards.detach().max(dim=1)
         found = x1.detach()[torch.arange(len(x1), device=x1.device), which]

@@ -76,6 +76,7 @@ class AlignmentMethod(ABC):
 
         Args:
             target: with conditions for B samples, or one row for all.
+            x0: noise `(B, *shape)`, one row for each sample.
             generator: of all further noise: one, or one for each sample, whose result then does not depend on the batch
                 that it is in.
 

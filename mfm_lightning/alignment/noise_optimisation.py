@@ -80,6 +80,7 @@ def optimise_noise(target: Target, x0: Tensor, method: NoiseOptimisation | None 
     """The best sample seen in gradient ascent on its noise; what a `NoiseOptimisation` does when it is called.
 
     Args:
+        target: the flow, and the reward.
         x0: noise `(B, *shape)`, from which ascent starts.
         method: the settings; `NoiseOptimisation()` where None.
 

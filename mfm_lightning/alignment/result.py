@@ -85,6 +85,8 @@ class AlignmentResult:
         """Write `NAME.json` and the states and images, also the best, as `NAME.safetensors`; the path of the former.
 
         Args:
+            folder: where; it is made if need be.
+            name: of the files, without their endings.
             more: tensors that are written beside them.
         """
         folder = Path(folder)
@@ -128,6 +130,8 @@ class Run:
         """The result: its states are judged here, which is not counted.
 
         Args:
+            states: final states `(B, *shape)`.
+            log_normaliser: estimate of log E[e^r], `(B,)`, of methods that have one.
             best: the best look-aheads, where they are to be reported.
         """
         target, seconds = self.target, time.monotonic() - self._begin

@@ -86,6 +86,7 @@ def search(target: Target, x0: Tensor, method: Search | None = None, generator: 
     It is a look-ahead, and so the result's `best_states` too.
 
     Args:
+        target: what draws come from, and the reward.
         x0: noise `(B, *shape)` of each sample's first particle; the others' is drawn.
         method: the settings; `Search()` where None.
         generator: of all noise but x0.

@@ -184,9 +184,14 @@ def sde_step(
     The last step has no noise, and so no density by which weights could make up for a twist: it is not steered.
 
     Args:
+        target: whose drift it follows.
         step: its time and the next.
         x: states `(B*M, *shape)`.
-        strength, clip: as in `TwistedSMC`.
+        estimate: the value, and its gradient or None.
+        max_diffusion: as in `TwistedSMC`.
+        strength: as in `TwistedSMC`.
+        clip: as in `TwistedSMC`.
+        generator: of the noise.
     """
     now, then = step
     t = as_times(now, x)
@@ -213,7 +218,9 @@ def sequential_monte_carlo(
     """Weigh, resample and move; what a particle method does when it is called.
 
     Args:
+        target: whose drift particles follow, and the reward.
         x0: noise `(B, *shape)` of each sample's first particle; the others' is drawn.
+        method: its settings.
         generator: of all noise but x0.
 
     Returns:

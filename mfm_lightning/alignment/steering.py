@@ -139,6 +139,7 @@ def steer(
     """Generate from noise by the steered ODE or SDE; what a `Steering` does when it is called.
 
     Args:
+        target: whose drift is steered, and the reward.
         x0: noise `(B, *shape)`, the state at the first time.
         method: the settings; `Steering()` where None.
         generator: of draws and of the SDE's noise.

@@ -338,6 +338,7 @@ class LoadedTarget:
         samples bring none.
 
         Args:
+            conditions: of the samples; none where None.
             flow: another model for its drift.
 
         Raises:

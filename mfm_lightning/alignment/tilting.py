@@ -74,6 +74,7 @@ def tilt_trajectories(
     """Weigh, resample and move; what a `TrajectoryTilting` does when it is called.
 
     Args:
+        target: the flow map, and the reward.
         x0: noise `(B, *shape)` of each sample's first particle; the others' is drawn.
         method: the settings; `TrajectoryTilting()` where None.
         generator: of all noise but x0.

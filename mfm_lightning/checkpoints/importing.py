@@ -66,7 +66,16 @@ def import_checkpoint(
         path: a `.safetensors`, `.pt`, `.pth` or Lightning `.ckpt` file, or a Hugging Face repository (`find_file`);
             names may carry prefixes, and what torch.compile and sharding put into them (`unwrapped`).
         source: "mfm", "dmf" or "sit": whose parameter names the file has.
+        input_size: height and width of a state.
+        patch_size: pixels of a patch along each side.
+        in_channels: channels of a state.
+        hidden_size: width of the transformer.
+        depth: number of blocks.
+        num_heads: of attention.
+        encoder_depth: number of blocks that see the encoder's condition; the rest see the decoder's.
         num_classes: where a table of labels has no more rows than that, none is of the null label: one is added.
+        qk_norm: norm of queries and keys.
+        guidance_scales: scales that the network was trained with.
         flip_time: the weights take t=1 for noise (True, the default, for released MFM and DMF weights and for SiT as
             retrained by the DMF and REPA projects; False for the original SiT release).
         allow_download: fetch the file where it is not on this machine.
@@ -131,6 +140,7 @@ def export_checkpoint(model: MetaFlowMap, path: str | Path, prefix: str = "dit."
     """Write a model under the released MFM's parameter names; `import_checkpoint` reads it back, bit for bit.
 
     Args:
+        model: whose weights are written.
         path: ends in `.safetensors` (with the kind, and the sizes that shapes do not tell, in the metadata), or in
             `.pt`, `.pth` or `.ckpt` (the tensors under "state_dict").
         prefix: before each name; "dit." for the release.

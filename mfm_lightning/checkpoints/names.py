@@ -34,6 +34,7 @@ def find_weights(
     3. a Hugging Face repository, "org/name" or "hf:org/name/file", in its cache on this machine.
 
     Args:
+        name: a path, a Hugging Face id, or the name of weights in the package.
         what: "model", "teacher", "classifier" or "value network", for the name and for errors.
         hint: what to do where it is nowhere.
         allow_download: fetch a repository's file where it is not in the cache.

@@ -73,7 +73,9 @@ def with_null_label(
     nothing for a class, and means little: it is said.
 
     Args:
+        state: tensors by name.
         num_classes: None where it is not known; the number of rows tells, unless it is a usual number of classes.
+        path: of their file, for messages.
 
     Raises:
         CheckpointError: if it cannot be told, or is another than the rows say.

@@ -101,7 +101,10 @@ def plan_finetuning(
         flow: arguments of `load_flow`.
         lora: `rank`, `alpha`, `ranks`, `targets`.
         mfm: whether draws are an adapter's, which is taken to have rank 64; others are not planned.
-        posterior, gradient, num_draws, guidance: as the module.
+        posterior: as the module.
+        gradient: as the module.
+        num_draws: as the module.
+        guidance: as the module.
         batch_size: samples at once.
 
     Raises:

@@ -27,7 +27,8 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
     """Plan the job of a config.
 
     Args:
-        devices, batch_size: instead of the config's.
+        devices: instead of the config's.
+        batch_size: instead of the config's.
 
     Raises:
         FileNotFoundError: if there is no such config.

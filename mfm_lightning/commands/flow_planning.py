@@ -90,7 +90,14 @@ def plan_flow(
     Args:
         name: a folder of diffusers, of which only the configs are read, or a Hugging Face id; of
             `mfm_lightning.backbones.published.PUBLISHED` the sizes are known without a folder.
-        image_size, torch_dtype, max_rows, attention, tiled, true_guidance, vae, max_sequence_length: as `load_flow`.
+        image_size: as `load_flow`.
+        torch_dtype: as `load_flow`.
+        max_rows: as `load_flow`.
+        attention: as `load_flow`.
+        tiled: as `load_flow`.
+        true_guidance: as `load_flow`.
+        vae: as `load_flow`.
+        max_sequence_length: as `load_flow`.
         guidance: as the pipeline takes it; its own where None.
         batch_size: samples aligned at once.
         method: of alignment; the base flow alone where None.
@@ -133,7 +140,9 @@ def flow_of_sizes(
     """A flow on tensors without content: where its sizes are from, its parts, the flow, and the mode it runs in.
 
     Args:
-        name, torch_dtype, vae: as `plan_flow`; raises as that.
+        name: as `plan_flow`, which says what is raised.
+        torch_dtype: as `plan_flow`.
+        vae: as `plan_flow`.
         begin: called with the flow while its tensors have no memory either, to add modules to it.
         options: of the flow.
     """

@@ -91,7 +91,8 @@ def check(
     """The conformance checks on a folder's images, all of one size, or on random ones.
 
     Args:
-        prompts, label: as in `score_folder`; the checks' own where None.
+        prompts: as in `score_folder`; the checks' own where None.
+        label: as in `score_folder`; the checks' own where None.
     """
     if folder is None:
         images = smooth_images(4)

@@ -204,7 +204,8 @@ def say_changed_order(
     """Warn where a resumed run has another order of batches.
 
     Args:
-        saved, ours: what the order depends on, of the run before and of this one. Older ones say less.
+        saved: what the order depended on in the run before. Older runs say less.
+        ours: what it depends on in this run.
         one_line: all ranks take their batches from one line in turn (`batch_order`), so that ranks and batch size may
             change where their product stays: each step has the same samples.
         drawn: what is drawn for each sample by rank, such as "mirrored", and is another draw then.

@@ -25,7 +25,8 @@ class IndexedBatches(ABC):
 
     Args:
         batch_size: B, of one rank.
-        rank, world_size: which of how many.
+        rank: this process, from 0.
+        world_size: number of processes.
         seed: of order, and of what is drawn.
     """
 

@@ -21,7 +21,8 @@ class LatentForm:
     Args:
         holds: "latent" `(C, H, W)`; or its posterior's moments "mean_std" or "mean_logvar", `(2C, H, W)` or
             `(2, C, H, W)`, the mean first.
-        scale, shift: a number, or one for each channel.
+        scale: a number, or one for each channel.
+        shift: a number, or one for each channel; taken away before the scale.
         stored_shape: of an array.
 
     Raises:

@@ -58,7 +58,9 @@ class PromptSamplesDataModule(LatentShards):
         shard_size: samples of a file, and of what a rank draws at a time.
         embeddings: floating type in which embeddings are kept, "bf16", "fp16" or "fp32".
         column: of the file, that has the texts.
-        num_workers, shuffle_buffer, val_shards: as `LatentShards`.
+        num_workers: as `LatentShards`.
+        shuffle_buffer: as `LatentShards`.
+        val_shards: as `LatentShards`.
         seed: of the samples, and of the order of batches.
 
     Raises:

@@ -61,7 +61,9 @@ class BatchStream(StepLoader):
 
     Args:
         batch: makes the batch of a step from nothing but the step.
-        length, start, where: as of `StepLoader`.
+        length: as of `StepLoader`.
+        start: as of `StepLoader`.
+        where: as of `StepLoader`.
     """
 
     def __init__(
@@ -80,7 +82,9 @@ class WorkerStream(StepLoader):
     Args:
         batch: makes the batch of a step.
         workers: processes.
-        length, start, where: as of `StepLoader`.
+        length: as of `StepLoader`.
+        start: as of `StepLoader`.
+        where: as of `StepLoader`.
     """
 
     def __init__(

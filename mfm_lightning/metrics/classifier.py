@@ -91,7 +91,8 @@ def fitted_features(
 
     Args:
         classifier: in place of one that is trained here; labels and num_classes are then of no account.
-        steps, seed: of the training.
+        steps: of the classifier's training.
+        seed: of the classifier's training.
     """
     parts = [images] if classifier is not None else [images, labels]
     given = () if classifier is None else [tensor for _, tensor in sorted(classifier.state_dict().items())]

@@ -79,7 +79,8 @@ def mmd(x: Tensor, y: Tensor, scales: Sequence[float] = SCALES, weights: Tensor 
     """Squared maximum mean discrepancy, unbiased (it can be below 0), of the mean of Gaussian kernels (paper, F.1).
 
     Args:
-        x, y: samples `(N, D)` and `(M, D)`.
+        x: samples `(N, D)`.
+        y: samples `(M, D)`.
         scales: widths of the kernels, in units of the median distance within y.
         weights: `(R, N)`.
 

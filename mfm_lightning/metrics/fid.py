@@ -225,7 +225,9 @@ def reference_statistics(
             `ImageSet` reads them.
         cache: folder that keeps them, by what the images, Inception's weights and the layer are; `mfm_statistics`
             beside torch's downloads where None.
-        crop, batch_size, workers: see `ImageSet`.
+        crop: see `ImageSet`.
+        batch_size: see `ImageSet`.
+        workers: see `ImageSet`.
         compute: where they are not kept yet; without, that is an error with the command that makes them.
 
     Raises:

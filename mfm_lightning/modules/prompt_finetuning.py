@@ -48,7 +48,11 @@ class PromptFinetuning(TiltedTraining):
         alpha: its scale is alpha / rank; the rank where None.
         ranks: others by module, a regular expression to a rank.
         targets: regular expression of whole names of linear layers that have one; all of attention and MLP where None.
-        gradient, times, half_diffusion, num_draws, posterior: as `TiltedTraining`.
+        gradient: as `TiltedTraining`.
+        times: as `TiltedTraining`.
+        half_diffusion: as `TiltedTraining`.
+        num_draws: as `TiltedTraining`.
+        posterior: as `TiltedTraining`.
         normaliser_rate: of the running log E[e^r] by prompt.
         optimization: the optimiser and its learning rate.
         evaluation: what `validate` and `test` measure and draw.

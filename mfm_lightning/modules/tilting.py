@@ -68,7 +68,8 @@ class TiltedTraining(TrainingModule):
         num_draws: posterior draws for each state.
         posterior: source of draws; one step of the flow map where None.
         normaliser: of the weights e^r, by class.
-        optimization, evaluation: as `TrainingModule`.
+        optimization: as `TrainingModule`.
+        evaluation: as `TrainingModule`.
 
     Raises:
         ValueError: for an unknown gradient, no draws, or draws without the gradient that is wanted.

@@ -36,7 +36,8 @@ class Decoder(nn.Module, ABC):
         """Raise ValueError, before any work, if it cannot know what states of x = (z - shift) scale are.
 
         Args:
-            scale, shift: a number, or one for each channel, by which stored latents z are made states.
+            scale: a number, or one for each channel, by which stored latents z are made states.
+            shift: the same, which is taken away before the scale.
             whose: latents they are, for the message.
         """
 

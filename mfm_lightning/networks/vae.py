@@ -42,7 +42,8 @@ class LatentSpace:
     Args:
         channels: of a latent.
         factor: pixels a latent, along each side.
-        scale, shift: of its config; SD's has no shift.
+        scale: of its config.
+        shift: of its config; 0 where it has none, as SD's.
     """
 
     channels: int

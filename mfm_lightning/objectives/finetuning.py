@@ -44,8 +44,11 @@ def tilt_by_reward_gradient(
     """e^{r-c} differentiated through the draws, their noise fixed (as MFM-G, Eq. 22).
 
     Args:
-        t, x: outer times `(B,)` and states `(B, *shape)`.
+        target: what draws come from, and the reward.
+        t: outer times `(B,)`.
+        x: outer states `(B, *shape)`.
         noise: of N draws, `(B, N, *shape)`.
+        posterior: that draws x1.
         log_normaliser: a function of the rewards `(B, N)` that gives c, `(B,)`.
         base: b_t(x), `(B, *shape)`.
     """
@@ -118,11 +121,14 @@ def regress(
 
     Args:
         target: what draws come from, and the reward.
-        t, x: outer times `(B,)` and states `(B, *shape)`.
+        t: outer times `(B,)`.
+        x: outer states `(B, *shape)`.
         base: b_t(x), `(B, *shape)`.
         policy: gives b_theta(t, x), with a graph; called after the draws.
-        half_diffusion, clamped: as of `finetuning_target`.
-        posterior, num_draws: of the draws.
+        half_diffusion: as of `finetuning_target`.
+        clamped: as of `finetuning_target`.
+        posterior: that draws x1.
+        num_draws: draws for each state.
         log_normaliser: as of `tilt_by_reward_gradient`.
         gradient: one of `GRADIENTS`.
     """
@@ -144,7 +150,8 @@ def control_cost(base: Tensor, policy: Tensor, half_diffusion: Tensor) -> Tensor
     neither.
 
     Args:
-        base, policy: b_t(x) and b_theta(t, x), `(B, *shape)`.
+        base: b_t(x), `(B, *shape)`.
+        policy: b_theta(t, x), `(B, *shape)`.
         half_diffusion: sigma^2/2, `(B,)`; counted as 0.05 where it is less, at times t above 0.95.
     """
     return (policy - base).flatten(1).square().sum(dim=1) / half_diffusion.clamp_min(0.05)
@@ -156,7 +163,9 @@ def finetuning_target(
     """The three terms whose sum b_theta regresses on (Eq. 43): b, -(e^r - 1)(b_theta - b), (sigma^2/2) grad e^r.
 
     Args:
-        base, policy: b_t(x) and b_theta(t, x), `(B, *shape)`.
+        base: b_t(x), `(B, *shape)`.
+        policy: b_theta(t, x), `(B, *shape)`.
+        tilt: e^r and its gradient, of the same states.
         half_diffusion: sigma^2/2, `(B,)`.
         clamped: where it is less than the (1-t)/t that is meant, `(B,)`: there the third term is the tilt's product,
             of which the clamp would take away a part. Nowhere where None.

@@ -165,6 +165,8 @@ class Objective:
         coordinates; `error/NAME` is the error without its weight, and "mse" the mean of errors a coordinate.
 
         Args:
+            model: that is trained.
+            teacher: for the terms that need one.
             x1: data `(B, *shape)`.
             conditions: of the data, a row for each sample or one for all.
             step: training step, for warm-up and annealing.

@@ -169,6 +169,7 @@ def noised(
     """Training states of data `(B, *shape)`: outer times are drawn, some conditions dropped to null, noise is mixed in.
 
     Args:
+        x1: data `(B, *shape)`.
         conditions: as they came with the data; what is missing becomes null.
         times: of the states.
         class_dropout: probability that a sample's conditions are dropped.
@@ -208,6 +209,8 @@ class PairSampler:
         """A pair for data `(B, *shape)` and its conditions.
 
         Args:
+            x1: data `(B, *shape)`.
+            conditions: as they came with the data.
             null: the network's null condition.
         """
         pair = noised(x1, conditions, self.condition_times, self.class_dropout, null)

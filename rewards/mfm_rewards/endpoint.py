@@ -62,6 +62,7 @@ class Endpoint:
 
         Args:
             path: after the URL, such as "/rewards".
+            body: of a POST; None for a GET.
             kind: the body's type.
 
         Raises:

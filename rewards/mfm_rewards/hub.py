@@ -125,9 +125,12 @@ def from_hub(
     """What the first of the ways finds.
 
     Args:
+        ways: functions that each give a path, or raise.
         text: what was asked for.
+        repo: the repository, "org/name".
         files: of the repository `repo`.
         what: how errors call it.
+        revision: branch, tag or commit of it.
 
     Raises:
         FileNotFoundError: if all fail, with what was looked for, the reason, and the command that fetches it.

@@ -123,6 +123,7 @@ def evaluate(
     """`reward` on a batch, with what it needs, checked: `(B,)` float.
 
     Args:
+        reward: that scores the images.
         images: `(B, C, H, W)` in [0, 1] (or states that are not images).
         prompts: B strings, for rewards that need them.
         labels: `(B,)`, for rewards that need them.

@@ -145,6 +145,7 @@ def build(name: str | dict[str, Any] | Callable, **options: Any) -> Reward:
     Args:
         name: a registered name; or a dictionary, `{"name": ..., options}`, `{"class_path": ..., options}` or
             `{"class_path": ..., "init_args": options}`; or a reward already built, which comes back as it is.
+        **options: of the reward.
 
     Raises:
         RewardError: if the name is unknown (the nearest known one is suggested) or the options do not fit.
@@ -216,6 +217,8 @@ def check_options(factory: Callable[..., Any], name: str, options: Mapping[str, 
 
     Args:
         factory: what `name` stands for.
+        name: of the reward, for messages.
+        options: by name.
         complete: whether those without a default must be among them.
 
     Raises:

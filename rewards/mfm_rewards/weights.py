@@ -34,6 +34,7 @@ def load_state_dict(path: str | Path, allowed: Sequence[type] = ()) -> dict[str,
     A dictionary that holds the weights under one of `WEIGHTS_KEYS` is opened; of several the first, and it is said.
 
     Args:
+        path: of the file.
         allowed: harmless classes that may be beside the tensors.
 
     Raises:
@@ -71,6 +72,7 @@ def load_plain(path: str | Path, mmap: bool = False) -> Any:
     """What torch.save wrote, of tensors and numbers alone, on the CPU.
 
     Args:
+        path: of the file.
         mmap: leave the tensors on the disk.
 
     Raises:
@@ -129,6 +131,7 @@ def unwrapped(state: Mapping[str, Tensor], anchors: Iterable[str], path: str | P
     the names of the modules that it stood in ("module.", "model.model.dit.", of any nesting).
 
     Args:
+        state: tensors by name.
         anchors: names of which the network has one; their prefix is all tensors'. Without any, names stay.
         path: of the file, for messages.
 
@@ -175,6 +178,8 @@ def load_into(
     """Load tensors into a network whose names they have.
 
     Args:
+        network: that takes them.
+        state: tensors by name.
         required: the names that must be there; all must be the network's.
         path: the file of the tensors, for the error.
         source: what the tensors should be, for the error.

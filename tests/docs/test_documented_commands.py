@@ -10,7 +10,8 @@ import yaml
 from mfm_lightning.commands.main import run
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("quality", "checkpoints", "imagenet", "data"))]
+NAMES = ("index", "commands", "quality", "checkpoints", "imagenet", "data")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 COMMAND = re.compile(
     r"^(?:torchrun .*--no-python )?mfm (import|export|sample|fid|prepare-latents) ([^#\n]*)", re.MULTILINE
 )

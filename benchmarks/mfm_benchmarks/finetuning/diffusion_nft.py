@@ -87,7 +87,8 @@ def contrast(v: Tensor, v_old: Tensor, velocity: Tensor, p: Tensor, beta: float)
     """p |v+ - velocity|^2 + (1 - p) |v- - velocity|^2, the mean over samples.
 
     Args:
-        v, v_old: velocities `(B, *shape)` of the trained and the old policy.
+        v: velocity `(B, *shape)` of the trained policy.
+        v_old: velocity `(B, *shape)` of the old policy.
         velocity: x1 - x0, `(B, *shape)`.
         p: `(B,)`.
     """

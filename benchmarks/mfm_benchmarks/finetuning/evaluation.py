@@ -30,7 +30,8 @@ def path_divergence(
     SDE's samples, and equal to it where the policy is the flow of a tilted distribution.
 
     Args:
-        policy, base: drifts `(t, x)`.
+        policy: the policy's drift `(t, x)`.
+        base: the base flow's drift `(t, x)`.
         x0: noise `(B, *shape)`, the state at t = 0.01.
         steps: of Euler-Maruyama.
         generator: of the steps' noise.
@@ -59,7 +60,8 @@ def worth(
     """Of samples of the policy's ODE from noise `x0` `(B, *shape)`.
 
     Args:
-        policy, base: targets with a row of conditions for each sample, whose drifts are the policy's and the base's.
+        policy: target with a row of conditions for each sample, whose drift is the policy's.
+        base: the same, with the base flow's drift.
         seed: of the noise of the SDE that drift is measured on; samples of one index have the same for all policies.
         held_out: targets whose rewards the policy was not trained on.
         steps: Euler steps of the samples, and of the SDE.

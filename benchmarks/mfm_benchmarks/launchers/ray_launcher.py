@@ -26,7 +26,8 @@ def launch(
         workers: how many.
         folder: of no account: ray keeps the logs.
         address: of the cluster, as `ray.init` takes it.
-        num_cpus, num_gpus: of a task.
+        num_cpus: CPU cores of a task.
+        num_gpus: GPUs of a task.
         init: other arguments of `ray.init`.
 
     Returns:

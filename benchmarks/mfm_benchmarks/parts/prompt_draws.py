@@ -23,7 +23,8 @@ class PromptDraws:
 
     Args:
         data: whose test states are noised.
-        posterior, value: what is measured; None for not.
+        posterior: how draws are measured; None for not.
+        value: how values are measured; None for not.
 
     Raises:
         ValueError: for nothing to measure.

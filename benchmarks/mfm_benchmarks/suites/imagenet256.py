@@ -14,13 +14,13 @@ from mfm_benchmarks.suites.alignment import AlignmentSuite, MethodSettings, Rewa
 
 
 class ImageNetSuite(AlignmentSuite):
-    """`AlignmentSuite` on latents, with FID; says what is missing where weights are not there.
+    """`AlignmentSuite` on latents, with FID; says what is missing where weights are not there. Parameters that are not
+    named here are those of `AlignmentSuite`; a decoder and a quality must be given.
 
     Args:
         quality: features for single classes' few samples, so better few (192) than FID's 2,048.
         samples: the K-step samples of all classes that FID is measured on.
         fid: features and real images for it; `quality` where None.
-        others: as `AlignmentSuite`; a decoder and a quality must be given.
     """
 
     name = "imagenet256"

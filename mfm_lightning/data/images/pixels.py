@@ -20,7 +20,8 @@ class PixelForm:
     Args:
         size: height and width.
         channels: 1 (grey) or 3 (colour).
-        given_size, given_channels: were asked for; else images that do not have them are refused.
+        given_size: whether the size was asked for; else images of another size are refused.
+        given_channels: whether the channels were asked for; else images with others are refused.
     """
 
     size: int

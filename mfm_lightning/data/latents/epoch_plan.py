@@ -34,7 +34,8 @@ class EpochPlan:
     Args:
         counts: samples kept of each shard.
         batch_size: B, of one rank.
-        rank, world_size: W ranks.
+        rank: this process, from 0.
+        world_size: W, the number of ranks.
         lanes: workers of a rank, each with every `lanes`-th batch.
         seed: of the order.
         train: shuffled, and without the last batch.

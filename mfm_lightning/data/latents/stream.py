@@ -74,11 +74,13 @@ class LatentStream(IterableDataset):
     It keeps the block of samples that a batch came from, hence is fast for steps in a worker's order.
 
     Args:
-        index, folder: of the shards.
+        index: of the folder of shards.
+        folder: where the shards are.
         rows: by shard, the kept samples, ascending.
         plan: the order.
         reading: how samples become batches.
-        start, length: of the steps; in training a step's epoch is `step // plan.batches`.
+        start: the first step; in training a step's epoch is `step // plan.batches`.
+        length: number of steps.
         skipped: counts corrupt samples.
     """
 

@@ -107,7 +107,8 @@ class WebBatches(IterableDataset):
 
     Args:
         epochs: where they come from.
-        first, last: steps.
+        first: the first step.
+        last: the step after the last one.
     """
 
     def __init__(self, epochs: Epochs, first: int, last: int) -> None:
@@ -172,7 +173,9 @@ class WebStream(StepLoader):
     Args:
         epochs: where they come from.
         workers: processes.
-        length, start, where: as of `StepLoader`.
+        length: as of `StepLoader`.
+        start: as of `StepLoader`.
+        where: as of `StepLoader`.
     """
 
     def __init__(
