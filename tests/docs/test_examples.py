@@ -28,7 +28,8 @@ PROMISES = {
     "Steering(DrawGradient(num_draws=4))": "assert result.rewards.shape == (16,) and result.nfe_per_sample > 100\n"
     "from pathlib import Path\n"
     "assert Path('steered.png').stat().st_size > 100",
-    'save_image(result.images, "threes.png"': "assert result.rewards.median() > -2 and result.nfe_per_sample == 125  # the base flow: -6.3\n"
+    'save_image(result.images, "threes.png"': "assert result.rewards.median() > -2\n"  # the base flow: -6.3
+    "assert result.nfe_per_sample == 125\n"
     "from pathlib import Path\n"
     "assert Path('threes.png').stat().st_size > 100",
 }
