@@ -60,9 +60,8 @@ def run_suite(suite: Suite, how: Settings) -> Path:
     """
     if missing := suite.missing():
         raise MissingInput(suite.name, missing)
-    store = Store(
-        store_folder(suite), {"device": device_name(suite.device), "version": mfm_lightning.__version__}, commit_of(__file__)
-    )
+    place = {"device": device_name(suite.device), "version": mfm_lightning.__version__}
+    store = Store(store_folder(suite), place, commit_of(__file__))
     leases = leases_of(store, how.lease)
     try:
         return _run(suite, how, store, leases)

@@ -92,7 +92,7 @@ class RunRecord(L.Callback):
 def new_in_mlflow(logger: MLFlowLogger, params: Mapping[str, Any]) -> dict[str, str]:
     """Hyperparameters by names that MLflow takes, without those that the run has: MLflow keeps the first value of each,
     and refuses another one where a run goes on (`run_id`). What differs is said."""
-    flat = {re.sub(r"[^\w\-. /]", "_", name): str(value)[:250] for name, value in _flatten_dict(params).items()}
+    flat = {re.sub(r"[^\w\-. /]", "_", name): str(value)[:250] for name, value in _flatten_dict(dict(params)).items()}
     known = logger.experiment.get_run(logger.run_id or "").data.params
     if changed := sorted(name for name, value in flat.items() if known.get(name, value) != value):
         log.info("MLflow keeps the run's first values of %s", ", ".join(changed))

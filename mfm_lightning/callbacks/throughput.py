@@ -48,13 +48,13 @@ class TrainingThroughput(ThroughputMonitor):
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         """Nothing is logged."""
 
-    def on_test_start(self, *_: Any) -> None:
+    def on_test_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Nothing is logged."""
 
     def on_test_batch_end(self, *_: Any, **__: Any) -> None:
         """Nothing is logged."""
 
-    def on_predict_start(self, *_: Any) -> None:
+    def on_predict_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Nothing is logged."""
 
     def on_predict_batch_end(self, *_: Any, **__: Any) -> None:

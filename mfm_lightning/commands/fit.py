@@ -23,10 +23,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
-from mfm_lightning.callbacks import (
-    EMA, ExportModel, LastCheckpoint, PlainProgress, RunRecord, StepProgressBar, TrainingThroughput,
-)  # fmt: skip
+from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, RunRecord, StepProgressBar
 from mfm_lightning.callbacks.stops import stopped_at_once
+from mfm_lightning.callbacks.throughput import TrainingThroughput
 from mfm_lightning.commands.data_sizes import fill_sizes, missing_sizes
 from mfm_lightning.commands.errors import CommandLineError, explain
 from mfm_lightning.commands.imports import import_modules

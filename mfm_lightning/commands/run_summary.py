@@ -1,4 +1,4 @@
-"""What `mfm fit`, `validate`, `test` and `predict` say at their end: the metrics, where things are, and what may follow."""
+"""What `mfm fit`, `validate`, `test` and `predict` say at their end: metrics, where things are, what may follow."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def where(logger: Logger) -> str:
     if isinstance(logger, CSVLogger | TensorBoardLogger):
         return _short(logger.log_dir)
     kind = type(logger).__name__.removesuffix("Logger")
-    place = getattr(logger.experiment, "url", None) or getattr(logger.experiment, "dir", None) or logger.save_dir
+    experiment = getattr(logger, "experiment", None)
+    place = getattr(experiment, "url", None) or getattr(experiment, "dir", None) or logger.save_dir
     return f"{kind}: {_short(place) if isinstance(place, str | Path) and '://' not in str(place) else place}"
 
 
@@ -133,7 +134,7 @@ def _kept(options: Sequence[str]) -> list[str]:
     """The options of a fit that its test needs, too."""
     found, leave = [], False
     for option in options:
-        name, equals, _ = option.partition("=")
+        name = option.partition("=")[0]
         if name.startswith("--"):
             leave = name.replace("-", "_").replace("__", "--", 1) in NOT_AGAIN
         if not leave:
