@@ -36,6 +36,14 @@ class TrainingThroughput(ThroughputMonitor):
         self._samples[RunningStage.TRAINING] += self.batch_size_fn(batch)
         self._batches[RunningStage.TRAINING] += 1
 
+    def _compute(self, trainer: L.Trainer, iter_num: int | None = None) -> None:
+        if not trainer._logger_connector.should_update_logs:
+            return
+        found = self._throughputs[RunningStage.TRAINING].compute()
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:  # not by the connector, which writes the row before the loss is in it
+            logger.log_metrics({f"train/{name}": value for name, value in found.items()}, step)
+
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._left = time.perf_counter()
 

@@ -55,7 +55,8 @@ def where(logger: Logger) -> str:
         return _short(logger.log_dir)
     kind = type(logger).__name__.removesuffix("Logger")
     experiment = getattr(logger, "experiment", None)
-    place = getattr(experiment, "url", None) or getattr(experiment, "dir", None) or logger.save_dir
+    url = None if getattr(experiment, "offline", False) else getattr(experiment, "url", None)
+    place = url or getattr(experiment, "dir", None) or logger.save_dir
     return f"{kind}: {_short(place) if isinstance(place, str | Path) and '://' not in str(place) else place}"
 
 
