@@ -223,11 +223,11 @@ class TrainingModule(L.LightningModule, ABC):
                 if not self.in_step:
                     return
                 folder = Path(unread)
-            if measure:
-                whole = partial(self.whole_weights, to_write=True) if self.in_step else nullcontext
-                with measured_on(self.exported, folder, whole) if self.trainer.testing else nullcontext():
-                    self.evaluation.measure(self, folder)
             with logged_pictures(self.trainer, folder, "test" if self.trainer.testing else "val"):
+                if measure:
+                    whole = partial(self.whole_weights, to_write=True) if self.in_step else nullcontext
+                    with measured_on(self.exported, folder, whole) if self.trainer.testing else nullcontext():
+                        self.evaluation.measure(self, folder)
                 self.evaluation.draw(self, folder)
 
     def _log_losses(self, stage: str, batch: Batch, batch_idx: int) -> None:

@@ -47,7 +47,8 @@ class Noise(Evaluation):
             Image.fromarray(pixels.numpy()).save(folder / f"{name}.png")
 
     def measure(self, module, folder):
-        pass
+        """A figure beside the numbers, as of values."""
+        Image.new("RGB", (4, 4)).save(folder / "measured.png")
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,7 @@ def test_wandb_has_them_offline(place):
             (kept,) = row[f"val/{name}/filenames"]
             (path,) = place.folder.glob(f"run/wandb/offline-run-*/files/{kept}")
             assert np.array_equal(pixels(path), pixels(place.folder / f"run/pictures/step_{step:07d}/{name}.png"))
+    assert any("test/measured/filenames" in row for row in history)
     ((last,),) = [row["test/noise/filenames"] for row in history if "test/noise/filenames" in row]
     (path,) = place.folder.glob(f"run/wandb/offline-run-*/files/{last}")
     assert np.array_equal(pixels(path), pixels(place.folder / "run/test/noise.png"))
@@ -244,7 +246,7 @@ def test_the_summary_says_where_things_are(place):
     assert "next        mfm test --config tiny.yaml --trainer.default_root_dir=run" in fit
     assert "mfm sample run/model.safetensors --output run/samples" in fit
     assert test.startswith("mfm test is done, in ")
-    assert "pictures    run/test/: noise.png, samples.png" in test
+    assert "pictures    run/test/: measured.png, noise.png, samples.png" in test
 
 
 # -- parts, without a run ----------------------------------------------------------------------------------------------
