@@ -13,13 +13,14 @@ from typing import Any
 import mfm_lightning
 from mfm_benchmarks.blocks import Page
 from mfm_benchmarks.cells import collect, compute, key_of_fit, leases_of
-from mfm_benchmarks.environment import commit, describe, device_name
+from mfm_benchmarks.environment import describe, device_name
 from mfm_benchmarks.report import write_report
 from mfm_benchmarks.store import Store
 from mfm_benchmarks.suite import MissingInput, Results, Suite
 from mfm_lightning.utils.atomic import whole_file
 from mfm_lightning.utils.console import console
 from mfm_lightning.utils.leases import Leases, alone
+from mfm_lightning.utils.repository import commit_of
 from mfm_lightning.utils.shared_work import Board
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,8 @@ def run_suite(suite: Suite, how: Settings) -> Path:
     """
     if missing := suite.missing():
         raise MissingInput(suite.name, missing)
-    store = Store(
-        store_folder(suite), {"device": device_name(suite.device), "version": mfm_lightning.__version__}, commit()
-    )
+    place = {"device": device_name(suite.device), "version": mfm_lightning.__version__}
+    store = Store(store_folder(suite), place, commit_of(__file__))
     leases = leases_of(store, how.lease)
     try:
         return _run(suite, how, store, leases)

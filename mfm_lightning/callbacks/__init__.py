@@ -5,5 +5,10 @@ from mfm_lightning.callbacks.ema import EMA
 from mfm_lightning.callbacks.export import ExportModel
 from mfm_lightning.callbacks.fid import SampleFID
 from mfm_lightning.callbacks.progress import PlainProgress, StepProgressBar
+from mfm_lightning.callbacks.record import RunRecord
+from mfm_lightning.callbacks.throughput import TrainingThroughput
 
-__all__ = ["EMA", "ExportModel", "LastCheckpoint", "PlainProgress", "SampleFID", "StepProgressBar"]
+__all__ = [
+    "EMA", "ExportModel", "LastCheckpoint", "PlainProgress", "RunRecord", "SampleFID", "StepProgressBar",
+    "TrainingThroughput",
+]  # fmt: skip

@@ -6,27 +6,32 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import ActionYesNo, Namespace
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, ThroughputMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
-from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, StepProgressBar
+from mfm_lightning.callbacks import EMA, ExportModel, LastCheckpoint, PlainProgress, RunRecord, StepProgressBar
 from mfm_lightning.callbacks.stops import stopped_at_once
+from mfm_lightning.callbacks.throughput import TrainingThroughput
 from mfm_lightning.commands.data_sizes import fill_sizes, missing_sizes
 from mfm_lightning.commands.errors import CommandLineError, explain
 from mfm_lightning.commands.imports import import_modules
 from mfm_lightning.commands.options import strict_yaml
 from mfm_lightning.commands.run_folder import RunFolder
+from mfm_lightning.commands.run_summary import summary
 from mfm_lightning.training.fit_loop import use_fit_loop
 from mfm_lightning.training.fsdp import FSDP
 from mfm_lightning.training.logs import own_logs
@@ -60,13 +65,21 @@ class MFMCLI(LightningCLI):
         args: the command line, the process's own where None.
         run: run the subcommand; else the objects are made alone, of a config without one.
         only: the subcommand, if it is known, so that the options of the others need not be looked up.
+        typed: the command line as it was given, for the run's record, where `args` are not it.
 
     Raises:
         CommandLineError: for a key, a class or a value that is not known.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True, only: str | None = None) -> None:
-        self._only = only
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        run: bool = True,
+        only: str | None = None,
+        typed: Sequence[str] | None = None,
+    ) -> None:
+        self._only, self._begin = only, time.monotonic()
+        self._typed = list(typed or args or sys.argv[1:])
         self._locked: RunFolder | None = None
         defaults = {"default_config_files": [str(DEFAULTS)]}
         super().__init__(
@@ -175,6 +188,8 @@ class MFMCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+            if self.trainer.is_global_zero:
+                log.info(summary(subcommand, self.trainer, time.monotonic() - self._begin, self._typed))
         finally:
             if self._locked is not None:
                 self._locked.release()
@@ -230,7 +245,9 @@ class MFMCLI(LightningCLI):
         trainer = settings.trainer
         given = trainer.callbacks or []
         given = given if isinstance(given, list) else [given]
-        kwargs["callbacks"] = [*_missing_callbacks(settings, given), *given]
+        plain = yaml.safe_load(self._parser(self.subcommand).dump(self.settings_of(self.config), skip_none=False))
+        record = RunRecord(plain, shlex.join(["mfm", *self._typed]))
+        kwargs["callbacks"] = [*_missing_callbacks(settings, given), record, *given]
         if trainer.logger is None or trainer.logger is True:
             folder = trainer.default_root_dir or os.getcwd()
             kwargs["logger"] = [
@@ -265,6 +282,9 @@ def _missing_callbacks(settings: Any, given: Sequence[Callback]) -> list[Callbac
     if settings.trainer.enable_progress_bar is not False:
         bar = StepProgressBar() if console().is_terminal else PlainProgress()
         ours = {ProgressBar: bar, **ours}
+    if settings.trainer.logger is not False:
+        ours[LearningRateMonitor] = LearningRateMonitor(logging_interval="step")
+        ours[ThroughputMonitor] = TrainingThroughput()
     return [callback for kind, callback in ours.items() if not any(isinstance(other, kind) for other in given)]
 
 
@@ -309,8 +329,12 @@ def _worth_saying(record: logging.LogRecord) -> bool:
     return not any(part in message for part in ("litlogger", "litmodels", "💡", "TPU available", "`weights_only` was"))
 
 
-def run_job(name: str, args: Sequence[str]) -> MFMCLI | None:
-    """Run `mfm fit`, `validate`, `test` or `predict` with these arguments; raises as `MFMCLI` and what it runs."""
+def run_job(name: str, args: Sequence[str], typed: Sequence[str] | None = None) -> MFMCLI | None:
+    """Run `mfm fit`, `validate`, `test` or `predict` with these arguments; raises as `MFMCLI` and what it runs.
+
+    Args:
+        typed: the whole command line as it was given, where the arguments are not all of it.
+    """
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP, description="parameters, gradients and optimiser state in shards")
     args = ["--help" if arg == "--help_all" else arg for arg in args]
@@ -319,4 +343,4 @@ def run_job(name: str, args: Sequence[str]) -> MFMCLI | None:
     # LightningCLI reads these, and warns where both are given
     sys.argv[1:] = [name, *_with_found_configs(args)]
     with stopped_at_once(f"mfm {name}"):
-        return MFMCLI(only=name)
+        return MFMCLI(only=name, typed=[name, *args] if typed is None else typed)

@@ -88,7 +88,7 @@ def run(args: Sequence[str]) -> Any:
     if name in JOBS:
         from mfm_lightning.commands.fit import run_job
 
-        return run_job(name, given)
+        return run_job(name, given, typed=args)
     return call(tools[name].load(), name, given)
 
 

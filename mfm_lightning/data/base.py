@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from mfm_lightning.conditions import INDEX, Batch
 from mfm_lightning.data.stream import BatchStream, StepLoader
-from mfm_lightning.utils.digests import digest
+from mfm_lightning.utils.digests import digest, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,13 @@ class StepDataModule(L.LightningDataModule, ABC):
         """Samples of each label `(num_classes,)` by the name of a split; nothing where that is not known."""
         return {}
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells the data from others in a run's hyperparameters, by split: numbers of samples, and digests of what
+        can be told without reading all of a large set. Asked for after `setup`; here the labels' numbers."""
+        counts = {name: count.tolist() for name, count in self.label_counts().items()}
+        return {name: {"samples": sum(count), "labels": digest_of(count)} for name, count in counts.items()}
+
     def rank(self) -> tuple[int, int]:
         """This process's rank, and how many there are; without a trainer it is alone."""
         if self.trainer is None or self._alone:
@@ -124,6 +131,11 @@ class ArrayDataModule(StepDataModule):
 
     def label_counts(self) -> dict[str, np.ndarray]:
         return {name: counted(label.numpy(), self.num_classes) for name, (_, label) in self.splits.items()}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of samples and the SHA-256 of each split."""
+        return {name: {"samples": len(x), "sha256": digest(x, label)} for name, (x, label) in self.splits.items()}
 
     def val_dataloader(self) -> DataLoader:
         return self._loader("val")

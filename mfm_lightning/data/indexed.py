@@ -61,6 +61,14 @@ class Samples:
     sample: Callable[[int], Any]
 
 
+def part_fingerprint(labels: np.ndarray, sample: Callable[[int], Any]) -> dict[str, Any]:
+    """What tells a split from others: its number of samples, the SHA-256 of its labels `(N,)` in order, and of its
+    first and last sample. All of a large set would take too long to read."""
+    first, last = (digest(torch.as_tensor(sample(i)[0])) for i in (0, len(labels) - 1))
+    order = digest(torch.from_numpy(labels.astype(np.int64)))
+    return {"samples": len(labels), "labels": order, "first": first, "last": last}
+
+
 class IndexedDataModule(StepDataModule):
     """A subclass says its training batches by rank, and what is held out.
 

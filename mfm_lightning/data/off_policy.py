@@ -113,6 +113,11 @@ class OffPolicyDataModule(L.LightningDataModule):
         """The other DataModule's, where it says it."""
         return getattr(self.data, "samples_identity", None)
 
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The other DataModule's, where it says it."""
+        return getattr(self.data, "fingerprint", None)
+
     def state_dict(self) -> dict[str, Any]:
         # the order of `train_batch`, which this process reads, does not depend on workers
         data = {key: value for key, value in self.data.state_dict().items() if key != "num_workers"}

@@ -15,6 +15,7 @@ from mfm_lightning.data.base import Share, trainer_of
 from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.sampling.prompt_folder import PromptImage
 from mfm_lightning.sampling.prompts import as_prompts
+from mfm_lightning.utils.digests import digest_of
 
 
 class PromptsDataModule(L.LightningDataModule):
@@ -49,6 +50,11 @@ class PromptsDataModule(L.LightningDataModule):
             )
         self.prompts = as_prompts(prompts, column)
         self.images_per_prompt, self.batch_size, self.seed = images_per_prompt, batch_size, seed
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of prompts and the SHA-256 of them all."""
+        return {"prompts": len(self.prompts), "sha256": digest_of([prompt.text for prompt in self.prompts])}
 
     def predict_dataloader(self) -> DataLoader:
         module: Any = trainer_of(self).lightning_module

@@ -27,6 +27,7 @@ from mfm_lightning.modules.predicting import PredictedSamples, begun
 from mfm_lightning.networks.decoders import IdentityDecoder
 from mfm_lightning.samplers import sample_ode
 from mfm_lightning.sampling.resumable import write_json
+from mfm_lightning.training.pictures import logged_pictures
 from mfm_lightning.utils.figures import before_after, scatter
 from mfm_lightning.utils.row_budget import ROWS, RowsNote, device_context
 from mfm_rewards import RewardError
@@ -159,7 +160,8 @@ class RewardAlignment(L.LightningModule):
         summary |= {"reward": settings.reward, "reward_scale": settings.reward_scale, "prompts": settings.prompts}
         summary |= {"model": self.target.identity, "batches": batches}
         write_json(self.folder / "summary.json", summary)
-        self._picture(summary)
+        with logged_pictures(self.trainer, self.folder, "predict"):
+            self._picture(summary)
         cost = f"{summary['samples']} samples, {summary['nfe_per_sample']:.0f} evaluations each"
         log.info("%s over %s; written to %s", _change(summary), cost, self.folder)
 

@@ -28,6 +28,7 @@ from mfm_lightning.networks.decoders import LATENTS
 from mfm_lightning.networks.files import file_header, weights_fingerprint
 from mfm_lightning.networks.results import measured_on
 from mfm_lightning.training.consolidation import NETWORK, said_of
+from mfm_lightning.training.pictures import logged_pictures
 from mfm_lightning.training.sharding import elsewhere, gathered, plain_class, shard, whole_parameters
 from mfm_lightning.utils.distributed import gather_ranks, own
 
@@ -222,11 +223,12 @@ class TrainingModule(L.LightningModule, ABC):
                 if not self.in_step:
                     return
                 folder = Path(unread)
-            if measure:
-                whole = partial(self.whole_weights, to_write=True) if self.in_step else nullcontext
-                with measured_on(self.exported, folder, whole) if self.trainer.testing else nullcontext():
-                    self.evaluation.measure(self, folder)
-            self.evaluation.draw(self, folder)
+            with logged_pictures(self.trainer, folder, "test" if self.trainer.testing else "val"):
+                if measure:
+                    whole = partial(self.whole_weights, to_write=True) if self.in_step else nullcontext
+                    with measured_on(self.exported, folder, whole) if self.trainer.testing else nullcontext():
+                        self.evaluation.measure(self, folder)
+                self.evaluation.draw(self, folder)
 
     def _log_losses(self, stage: str, batch: Batch, batch_idx: int) -> None:
         # the same noise each time, and training's is not touched

@@ -30,6 +30,7 @@ from mfm_lightning.samplers import integrate
 from mfm_lightning.sampling.evaluations import read_evaluation
 from mfm_lightning.sampling.prompt_folder import PromptFolder, PromptImage
 from mfm_lightning.sampling.resumable import OVERWRITE, dealt, write_json
+from mfm_lightning.training.pictures import logged_pictures
 from mfm_lightning.utils.console import write_table
 from mfm_lightning.utils.decoding import load_image
 from mfm_lightning.utils.devices import finished
@@ -263,7 +264,8 @@ class PromptAlignment(L.LightningModule):
         write_json(self.folder.path / "summary.json", summary)
         if self.before and self.pictures and lines:
             one_a_prompt = sorted(lines, key=lambda line: (line["number"], line["index"]))  # before the second of any
-            self._picture(one_a_prompt[: self.pictures])
+            with logged_pictures(self.trainer, self.folder.path, "predict"):
+                self._picture(one_a_prompt[: self.pictures])
         log.info("%d images: %s", len(lines), self.folder.path)
 
     def _scores(self) -> dict[str, dict[int, float]]:

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from mfm_lightning.utils.atomic import whole_file
 
 log = logging.getLogger(__name__)
+TRAINING = ("train/", "lr-")  # beginnings of the names that are logged after a training step
 BEFORE = "before"  # in the name of a log that a run which begins anew finds
 
 
@@ -106,6 +107,13 @@ class AppendingWriter(ExperimentWriter):
         if broken:
             log.warning("%s: %d rows left out, which are not whole (the run was killed while it wrote)", path, broken)
 
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """One row a step for all that training logs, such as the loss, the learning rate and the throughput."""
+        before = self.metrics[-1] if self.metrics else {}
+        super().log_metrics(metrics_dict, step)
+        if before.get("step") == step is not None and _of_training(before) and _of_training(self.metrics[-1]):
+            before.update(self.metrics.pop())
+
     def save(self) -> None:
         try:
             super().save()
@@ -115,7 +123,7 @@ class AppendingWriter(ExperimentWriter):
 
 
 def _of_training(row: dict[str, Any]) -> bool:
-    return any(value for name, value in row.items() if name.startswith("train/"))
+    return any(name.startswith(TRAINING) and value not in (None, "") for name, value in row.items())
 
 
 def _step(row: dict[str, Any]) -> int | None:

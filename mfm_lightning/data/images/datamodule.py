@@ -17,7 +17,7 @@ from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.images.reading import SplitReader, TrainBatches
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
-from mfm_lightning.data.indexed import IndexedDataModule, Samples
+from mfm_lightning.data.indexed import IndexedDataModule, Samples, part_fingerprint
 
 log = logging.getLogger(__name__)
 FEW_CAPTIONS = 1000
@@ -234,6 +234,11 @@ class ImageDataModule(IndexedDataModule):
 
     def label_counts(self) -> dict[str, np.ndarray]:
         return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of each split `part_fingerprint`."""
+        return {name: part_fingerprint(self.parts[name].labels, read.sample) for name, read in self.readers.items()}
 
     def summary(self) -> str:
         """What the sources have, in a line each."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import counted, say_changed_order
 from mfm_lightning.data.images.splits import stratified
-from mfm_lightning.data.indexed import IndexedBatches, IndexedDataModule, Samples
+from mfm_lightning.data.indexed import IndexedBatches, IndexedDataModule, Samples, part_fingerprint
 from mfm_lightning.data.latent_files.opening import open_latents
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
@@ -224,6 +224,11 @@ class LatentDataModule(IndexedDataModule):
         if self.source.labels is None:
             return {}
         return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of each split `part_fingerprint`."""
+        return {name: part_fingerprint(part.labels, part.sample) for name, part in self.parts.items()}
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""

@@ -19,6 +19,7 @@ from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStrea
 from mfm_lightning.data.latents.urls import join, local_path
 from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.networks.decoders import Decoder, decoded
+from mfm_lightning.utils.digests import digest_of
 
 log = logging.getLogger(__name__)
 MUCH = 16e9  # bytes of buffers of which is said that they take memory
@@ -191,6 +192,20 @@ class LatentShards(StepDataModule):
                 f"{self.val_folder} was made with {other} {theirs.get(other)}, {self.folder} with {ours.get(other)}: "
                 "prepare both with the same --flow and options"
             )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of training and validation shards their number, samples and bytes, and a digest of the SHA-256 of each, which
+        the index has."""
+        found = {}
+        for split in ("train", "val"):
+            shards = self._part(split)[1].shards
+            found[split] = {
+                "samples": sum(shard.samples for shard in shards), "shards": len(shards),
+                "bytes": sum(shard.bytes for shard in shards),
+                "sha256": digest_of([[shard.name, shard.sha256] for shard in shards]),
+            }  # fmt: skip
+        return found
 
     def setup(self, stage: str | None = None) -> None:
         each, readers = self.index.layout.stride, max(1, self.num_workers)

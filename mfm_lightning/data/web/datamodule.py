@@ -15,12 +15,14 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
 from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
+from mfm_lightning.data.latents.urls import local_path
 from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
 from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.data.web.samples import SampleReader, count_labels
 from mfm_lightning.data.web.shards import Corrupt, Faults, Rank, expand_urls, named, of_worker, pipeline
 from mfm_lightning.networks.decoders import Decoder, decoded
+from mfm_lightning.utils.digests import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +189,17 @@ class WebDatasetDataModule(StepDataModule):
     def teardown(self, stage: str) -> None:
         if self.skipped:
             log.warning("%d corrupt samples or shards were skipped", self.skipped)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of training and validation shards their number, and a digest of names and, of local ones, sizes in bytes."""
+        found = {}
+        for split, urls in (("train", self.urls), ("val", self.val_urls or [])):
+            paths = [local_path(url) for url in urls]
+            sizes = [None if path is None else path.stat().st_size for path in paths]
+            names = [url.rsplit("/", 1)[-1] for url in urls]
+            found[split] = {"shards": len(urls), "names_and_sizes": digest_of([*zip(names, sizes, strict=True)])}
+        return found
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
