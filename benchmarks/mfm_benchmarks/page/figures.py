@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import textwrap
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from mfm_lightning.utils.figures import log_ticks
 COLUMN = 3.25  # inches
 FONT = 8  # points, in a column
 IMAGES, ROWS, CLOUDS = 6, 10, 8  # of a page of a column: images of a row, rows, panels of samples
+logging.getLogger("fontTools").setLevel(logging.WARNING)  # which tells of each table of each font
 Chart = LineChart | BarChart | CloudChart | Gallery
 
 
@@ -44,7 +46,7 @@ def write_figures(plot: Chart | Figure, path: Path) -> None:
         figure = plot if isinstance(plot, Figure) else _wide(plot)
         figure.savefig(path.with_suffix(".png"), dpi=130)
         figure.savefig(path.with_suffix(".svg"), dpi=130, metadata={"Date": None})
-    small = {"font.size": FONT, "axes.titlesize": FONT, "axes.labelsize": FONT, "legend.fontsize": FONT}
+    small: dict[Any, Any] = {"font.size": FONT, "axes.titlesize": FONT, "axes.labelsize": FONT, "legend.fontsize": FONT}
     small |= {"xtick.labelsize": FONT, "ytick.labelsize": FONT, "pdf.fonttype": 42, "axes.linewidth": 0.6}
     with (
         matplotlib.rc_context(small),
@@ -96,7 +98,7 @@ def _wide_lines(chart: LineChart) -> Figure:
         axis.title.set_fontsize(10)
     for axis in axes[number:]:
         axis.axis("off")
-    _legend(figure, axes[:number], chart, min(4, 2 * columns), 9)
+    _legend(figure, list(axes[:number]), chart, min(4, 2 * columns), 9)
     return figure
 
 

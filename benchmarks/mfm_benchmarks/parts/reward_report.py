@@ -108,8 +108,10 @@ class RewardReport:
                 f"No setting is shown to reach a higher mean reward than Best-of-{number} with fewer "
                 f"evaluations{self._limit_words(' and')}."
             )
-        kept = [f"{c.ratio.text(2)} times ({reward})" for reward, c in cheaper.items() if c.ratio is not None]
-        costs = f"Their Fréchet distance to real images is {_listed(kept)} that of Best-of-{number}." if kept else ""
+        kept = [f"{c.ratio.text(2)} for {reward}" for reward, c in cheaper.items() if c.ratio is not None]
+        costs = (
+            f"The Fréchet distance to real images, relative to Best-of-{number}, is {_listed(kept)}." if kept else ""
+        )
         methods = dict.fromkeys(e.method for found in self.entries.values() for e in found)
         third = f"{len(methods)} methods were compared on the same model and the same noise, with {self.samples}"
         return Summary([text for text in (first, costs, third) if text])

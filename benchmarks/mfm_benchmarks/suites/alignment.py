@@ -269,7 +269,9 @@ class AlignmentSuite(Suite):
         entries = {reward: found for reward, found in entries.items() if found}
         if not entries:
             return [Text("No result", ["Every run failed; the messages are above."])]
-        samples = f"{self.num_samples} samples for each of {len(self.seeds)} seed(s)."
+        samples = (
+            f"{self.num_samples} samples{'' if len(self.seeds) == 1 else f' for each of {len(self.seeds)} seeds'}."
+        )
         candidates, ours = f"candidates of {self.best_of_n.steps} Euler steps", next(iter(self.methods), "")
         return RewardReport(entries, self.scales, ours, samples, candidates, self.frechet_limit).blocks()
 
