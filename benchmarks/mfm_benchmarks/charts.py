@@ -160,10 +160,10 @@ class CloudChart:
 
 @dataclass(frozen=True)
 class Strip:
-    """A row of images `(B, C, H, W)` in [0, 1], with its name and a note such as a score."""
+    """A row of images `(B, C, H, W)` in [0, 1], with its name and a note such as a score; as data URIs once stored."""
 
     name: str
-    images: Tensor
+    images: Tensor | list[str]
     note: str = ""
 
 

@@ -12,12 +12,13 @@ from mfm_lightning.commands.errors import CommandLineError
 
 if TYPE_CHECKING:
     from mfm_benchmarks.blocks import Block, Page, Pair, Table
+    from mfm_benchmarks.charts import Interval
 
 OUTPUT = Path("outputs/benchmarks")
 FILES = "index.html", "page.json"
 
 
-def report(a: Path, b: Path | None = None, /, *, output: Path | None = None) -> None:
+def report(a: Path, b: Path | None = None, *, output: Path | None = None) -> None:
     """Write the page of a finished benchmark again, or compare two runs of one suite on one page.
 
     Nothing is computed and no model is loaded: the numbers are those of the runs' reports.
@@ -102,13 +103,14 @@ def compared(a: Page, b: Page, names: tuple[str, str]) -> Page:
     more = f" and {len(settings) - 4} more" if len(settings) > 4 else ""
     judged = [row for row in rows if (d := row.get("difference")) is not None and d.known]
     summary = Summary([
-        f"A is {names[0]}, B is {names[1]}; " + (f"they differ in {keys}{more}." if settings else "their settings are the same."),
+        f"A is {names[0]}, B is {names[1]}; "
+        + (f"they differ in {keys}{more}." if settings else "their settings are the same."),
         f"Of {len(judged)} numbers with an interval that both runs have, {len(sure)} differ significantly.",
         "Differences are B minus A, with the runs taken as independent.",
     ])  # fmt: skip
     blocks: list[Block] = [
         summary,
-        Table("settings", "Settings that differ", settings, "" if settings else "All settings are the same.", keys=["setting"]),
+        Table("settings", "Settings that differ", settings, keys=["setting"]),
         Table("environment", "Where and when", where, keys=["setting"], folded=True),
     ]  # fmt: skip
     for page, name in ((a, "A"), (b, "B")):
@@ -120,8 +122,8 @@ def compared(a: Page, b: Page, names: tuple[str, str]) -> Page:
         blocks.append(Claims("Rows that only one run has", said))
     about = f"Two runs of the suite {a.suite}: {a.title}. A is {names[0]}, B is {names[1]}."
     words = (
-        "Intervals are 95 % intervals of the difference of two independent numbers, from the intervals of both (Zou and "
-        "Donner, 2008). Runs with the same seeds have the same noise: then the intervals are wider than they need be. "
+        "Intervals are 95 % intervals of the difference of two independent numbers, from the intervals of both (Zou "
+        "and Donner, 2008). Runs with the same seeds have the same noise: then the intervals are wider than they need be. "
         "Each is of one comparison, without a correction for their number."
     )
     commands = {"command of A": a.command, "command of B": b.command}
@@ -160,7 +162,7 @@ def _tables(a: Page, b: Page) -> tuple[list[Table], list[str]]:
         rows = paired(table, other)
         keys = list(dict.fromkeys([*_keys(table), *_keys(other), "number"]))
         caption = (
-            "Each number of a row that both runs have; the difference is B minus A, in bold where it is significant."
+            "The numbers of rows that both runs have. The difference is B minus A, in bold where it is significant."
         )
         found.append(Table(name, table.title, rows, caption, folded=len(rows) > 24, keys=keys))
         for page, mine, its in (("A", table, other), ("B", other, table)):
@@ -199,8 +201,6 @@ def paired(a: Table, b: Table) -> list[dict[str, Any]]:
     Numbers that are equal in both and have no interval, such as costs, are left out where no number of the column
     differs.
     """
-    from mfm_benchmarks.charts import Interval
-
     keys = _keys(a)
     left, right = _identified(a, keys), _identified(b, keys)
     columns = [c for c in a.columns() if c not in keys and c in b.columns()]
@@ -208,13 +208,10 @@ def paired(a: Table, b: Table) -> list[dict[str, Any]]:
     for column in columns:
         for key, row in left.items():
             mine, its = row.get(column), right.get(key, {}).get(column)
-            if not (_is_number(mine) and _is_number(its)):
+            if (one := _number(mine)) is None or (two := _number(its)) is None:
                 continue
-            one, two = Interval.of(mine), Interval.of(its)
-            by_column[column].append(
-                dict(zip(keys, key[:-1], strict=True))
-                | {"number": column, "A": mine, "B": its, "difference": two.minus(one)}
-            )
+            values = {"number": column, "A": mine, "B": its, "difference": two.minus(one)}
+            by_column[column].append(dict(zip(keys, key[:-1], strict=True)) | values)
     rows = []
     for column, found in by_column.items():
         if any(row["difference"].known or row["difference"].value for row in found):
@@ -222,9 +219,11 @@ def paired(a: Table, b: Table) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_number(value: Any) -> bool:
+def _number(value: Any) -> Interval | None:
+    """The number of a cell; None for text, and for what is not finite."""
     from mfm_benchmarks.charts import Interval
 
     if isinstance(value, Interval):
-        return math.isfinite(value.value)
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return value if math.isfinite(value.value) else None
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return Interval.of(value) if plain else None

@@ -27,6 +27,7 @@ from mfm_benchmarks.charts import (
     Panel,
     looks,
 )
+from mfm_benchmarks.page.stored import decoded
 from mfm_benchmarks.page.svg import limits, x_limits, y_limits
 from mfm_lightning.utils.figures import log_ticks
 
@@ -231,7 +232,8 @@ def _gallery(chart: Gallery, begin: int, end: int, columns: int, size: float, wi
     for axis, title in zip(axes[0], chart.titles, strict=False):
         axis.set_title(title, fontsize=font - 1)
     for line, row in zip(axes, rows, strict=True):
-        for axis, image in zip(line, row.images, strict=False):
+        images = [decoded(image) if isinstance(image, str) else image for image in row.images[:columns]]
+        for axis, image in zip(line, images, strict=False):
             axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():

@@ -17,10 +17,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from mfm_benchmarks.blocks import Block, Drawing, Headline, Page, Picture, Summary, Table, TableCell, table_cell
-from mfm_benchmarks.charts import COLOURS, BarChart, CloudChart, Interval, LineChart, looks
+from mfm_benchmarks.charts import COLOURS, BarChart, CloudChart, Interval, LineChart, Strip, looks
 from mfm_benchmarks.page import svg
 from mfm_benchmarks.page.glossary import Glossary
-from mfm_benchmarks.page.stored import encoded, svg_of
+from mfm_benchmarks.page.stored import decoded, svg_of, uris
 
 HERE = Path(__file__).parent
 PIXELS = 64  # images of at most so many pixels are enlarged without smoothing
@@ -42,8 +42,8 @@ def render(page: Page) -> str:
         "looks_of": lambda chart: looks(chart.names(), chart.ours, chart.baselines),
         "sample": lambda look: Markup(svg.legend_mark(look)),
         "numbers_of": _numbers,
-        "images_of": lambda row: [encoded(image) for image in row.images],
-        "small": lambda row: max(row.images.shape[-2:]) <= PIXELS,
+        "images_of": lambda row: uris(row.images),
+        "small": _is_small,
         "drawing": _drawing,
         "first_line": lambda text: text.rpartition("\n")[0].replace("\n", " ") or text,
         "other_lines": lambda text: text.rpartition("\n")[2] if "\n" in text else "",
@@ -140,6 +140,12 @@ def _numbers(chart: LineChart | BarChart) -> list[list[Any]]:
 
 def _cells(rows: Sequence[Sequence[Any]]) -> list[list[TableCell]]:
     return [[table_cell(value) for value in row] for row in rows]
+
+
+def _is_small(row: Strip) -> bool:
+    """Whether its images are so small that they are enlarged without smoothing."""
+    first = row.images[0]
+    return max((decoded(first) if isinstance(first, str) else first).shape[-2:]) <= PIXELS
 
 
 def _drawing(plot: Figure | Drawing) -> str:

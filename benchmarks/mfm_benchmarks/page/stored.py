@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Measured):
         value = Interval.of(value)
     if isinstance(value, Tensor):
-        return {"$images": [encoded(image) for image in value]}
+        return [encoded(image) for image in value]
     if isinstance(value, Figure):
         value = blocks.Drawing(svg_of(value))
     if is_dataclass(value) and type(value).__name__ in KINDS:
@@ -80,8 +81,6 @@ def _built(value: Any) -> Any:
         return [_built(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if set(value) == {"$images"}:
-        return torch.stack([decoded(text) for text in value["$images"]])
     found = {key: _built(item) for key, item in value.items() if key != "$kind"}
     return KINDS[value["$kind"]](**found) if "$kind" in value else found
 
@@ -89,8 +88,14 @@ def _built(value: Any) -> Any:
 def svg_of(figure: Figure) -> str:
     """The figure as SVG text."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "page"}):  # the same figure is the same text
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def uris(images: Tensor | list[str]) -> list[str]:
+    """Images as data URIs; those that were stored stay as they are."""
+    return images if isinstance(images, list) else [encoded(image) for image in images]
 
 
 def encoded(image: Tensor) -> str:
