@@ -123,8 +123,8 @@ def compared(a: Page, b: Page, names: tuple[str, str]) -> Page:
     about = f"Two runs of the suite {a.suite}: {a.title}. A is {names[0]}, B is {names[1]}."
     words = (
         "Intervals are 95 % intervals of the difference of two independent numbers, from the intervals of both (Zou "
-        "and Donner, 2008). Runs with the same seeds have the same noise: then the intervals are wider than they need be. "
-        "Each is of one comparison, without a correction for their number."
+        "and Donner, 2008). Runs with the same seeds have the same noise: then the intervals are wider than they need "
+        "be. Each is of one comparison, without a correction for their number."
     )
     commands = {"command of A": a.command, "command of B": b.command}
     return Page(f"{names[0]} and {names[1]}", about, blocks, environment=commands, intervals=words, suite=a.suite)

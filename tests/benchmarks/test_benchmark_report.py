@@ -399,6 +399,7 @@ def test_report_refuses_runs_of_different_suites_and_what_is_no_run(tmp_path):
     (tmp_path / "two/report/page.json").unlink()
     with pytest.raises(FileNotFoundError, match="earlier version"):
         report(tmp_path / "two")
-    (tmp_path / "one/report/page.json").write_text('{"$kind": "Page"')
-    with pytest.raises(ValueError, match="damaged"):
-        report(tmp_path / "one")
+    for text, said in (('{"$kind": "Page"', "damaged"), ('{"format": 0}', "its format is 0, expected 1")):
+        (tmp_path / "one/report/page.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            report(tmp_path / "one")

@@ -123,6 +123,19 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     assert fresh.ran == ["first", "second", "both"]
 
 
+def test_a_part_of_a_suite_is_computed_with_what_it_needs(tmp_path):
+    suite = Counting()
+    results, _ = compute(suite, Store(tmp_path), only="sec")
+    assert suite.ran == ["second"]
+    assert results.missing == ["first", "both"]
+    again = Counting()
+    results, _ = compute(again, Store(tmp_path), only="both")
+    assert again.ran == ["first", "both"]
+    assert not results.missing
+    with pytest.raises(ValueError, match=r"--only 'x': no result .* first, second, both"):
+        compute(Counting(), Store(tmp_path), only="x")
+
+
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path):
     suite = Counting(fail=True)
     results, _ = compute(suite, Store(tmp_path))
@@ -169,7 +182,7 @@ def test_the_documented_comparison_runs_and_its_costs_are_the_papers(workplace, 
         found["MFM-G", "steps 25", "1"]["mean reward"]
     )
     page = (folder / "report/index.html").read_text()
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     assert "http" not in re.sub(r"data:[^\"]*", "", page)
     environment = json.loads((folder / "report/environment.json").read_text())
     assert environment["environment"]["command"].startswith("mfm benchmark alignment --config compare.yaml")
@@ -269,7 +282,7 @@ def test_trained_methods_are_fitted_for_each_multiplier(workplace):
     assert files == ["policy_brightness_10", "policy_brightness_20"]
     found = [r for r in rows(workplace / "out", "results") if r["method"] == "policy"]
     assert [(r["λ"], r["NFE"]) for r in found] == [("1", "2"), ("2", "2"), ("1", "3"), ("2", "3")]
-    assert all(r["trained first"] == "yes" for r in found)
+    assert all(r["needs training"] == "yes" for r in found)
 
 
 @pytest.mark.parametrize("name", ["alignment", "mnist"])

@@ -23,6 +23,7 @@ from mfm_lightning.metrics.measured import Measured
 from mfm_lightning.utils.atomic import whole_file
 
 FILE = "page.json"
+FORMAT = 1  # another number for a file that other code cannot read
 LARGEST = 384  # pixels of a side of an image on the page
 PHOTO = 96  # from so many pixels on an image is a JPEG
 KINDS = {
@@ -38,7 +39,7 @@ KINDS = {
 def save_page(page: Page, path: Path) -> None:
     """Write all that the page shows as JSON."""
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(_plain(page)))
+        partial.write_text(json.dumps({"format": FORMAT, "page": _plain(page)}))
 
 
 def load_page(path: Path) -> Page:
@@ -49,7 +50,10 @@ def load_page(path: Path) -> Page:
         ValueError: if it is of another version, or damaged.
     """
     try:
-        page = _built(json.loads(path.read_text()))
+        stored = json.loads(path.read_text())
+        if stored["format"] != FORMAT:
+            raise ValueError(f"its format is {stored['format']}, expected {FORMAT}")
+        page = _built(stored["page"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): it is damaged, or of another version; write it again with "
