@@ -318,15 +318,15 @@ def test_gmm_suite(tmp_path, monkeypatch):
     args = ("--draws", "[1,2]", "--num_samples", 64, "--num_reference", 256, "--seeds", "[0,1]", "--steps", 6)
     benchmark("gmm", "--model", "model.safetensors", *args, "--particles", 64, "--ascent", 3, "--output", "out")
     found = {(r["method"], r["N"]): r for r in rows(tmp_path / "out", "distances")}
-    assert int(found["MFM-G, ODE", "2"]["NFE a sample"]) == 6 + 4 * 2 * 6
-    assert int(found["MFM-GF, SDE", "2"]["NFE a sample"]) == 6 + 2 * 2 * 6
-    assert int(found["DPS, ODE", ""]["NFE a sample"]) == 4 * 6
-    assert int(found["Diamond-G, ODE", "2"]["NFE a sample"]) == 6 + 6 * 2 * 6
-    assert int(found["Diamond-GF, ODE", "2"]["NFE a sample"]) == 6 + 3 * 2 * 6
-    assert int(found["flow map's end, SDE", ""]["NFE a sample"]) == 5 * 6
-    assert int(found["FMTT", ""]["NFE a sample"]) == 5 * 6 - 3
-    assert int(found["noise optimisation", ""]["NFE a sample"]) == 4 * 3 + 2
-    assert found["FK, GLASS, fresh noise", ""]["NFE a sample"] == found["FK, GLASS", ""]["NFE a sample"]
+    assert int(found["MFM-G, ODE", "2"]["NFE per sample"]) == 6 + 4 * 2 * 6
+    assert int(found["MFM-GF, SDE", "2"]["NFE per sample"]) == 6 + 2 * 2 * 6
+    assert int(found["DPS, ODE", ""]["NFE per sample"]) == 4 * 6
+    assert int(found["Diamond-G, ODE", "2"]["NFE per sample"]) == 6 + 6 * 2 * 6
+    assert int(found["Diamond-GF, ODE", "2"]["NFE per sample"]) == 6 + 3 * 2 * 6
+    assert int(found["flow map's end, SDE", ""]["NFE per sample"]) == 5 * 6
+    assert int(found["FMTT", ""]["NFE per sample"]) == 5 * 6 - 3
+    assert int(found["noise optimisation", ""]["NFE per sample"]) == 4 * 3 + 2
+    assert found["FK, GLASS, fresh noise", ""]["NFE per sample"] == found["FK, GLASS", ""]["NFE a sample"]
     floor = found.pop(("exact samples (floor)", ""))
     assert float(floor["MMD low"]) < 0 < float(floor["MMD high"])
     # nothing that a random model draws is nearer than exact samples
