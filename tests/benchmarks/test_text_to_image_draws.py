@@ -161,7 +161,7 @@ def test_images_of_an_adapters_draws_are_those_of_two_transformers(runs, place):
         stored = load_image(folder / row["images"] / f"{index:06d}.png")
         assert (found.images[0] - stored).abs().max() < 1.01 / 255
     # K steps: two passes of the drift, and a draw and its gradient
-    assert (float(row["of the transformer"]), float(row["of the reward"])) == (2 * (2 + 2), 2 * 2)
+    assert (float(row["transformer evaluations"]), float(row["reward evaluations"])) == (2 * (2 + 2), 2 * 2)
 
 
 def adapter_of(place):

@@ -141,7 +141,7 @@ def test_every_image_is_that_of_the_method_by_hand(found, pipeline):
         assert float(row["mean reward"]) == pytest.approx(float(result.rewards.mean()), abs=1e-3)
         network, reward = nfe[method]
         if network is not None:
-            assert (float(row["of the transformer"]), float(row["of the reward"])) == (network, reward)
+            assert (float(row["transformer evaluations"]), float(row["reward evaluations"])) == (network, reward)
         assert float(row["NFE"]) == pytest.approx(result.nfe_per_sample)
 
 
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_left_out_and_said(found):
     assert "is not differentiable" in record["skipped"]["DPS, bytes"]
     assert "a SD3Flow gives none" in record["skipped"]["MFM-G"]
     page = words(found / "report/index.html")
-    assert "Diversity is the mean distance between two images of one prompt: root mean square difference of pixels" in page
+    assert "mean distance between two images of one prompt: root mean square difference of pixels" in page
     assert "GenEval: 11 of 11 settings have no results.jsonl in the folder of their images, such as outputs/" in page
     assert "brightness: DPS (steps 4), 24 NFE" in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
