@@ -6,14 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from matplotlib.figure import Figure as Plot
+from matplotlib.figure import Figure
 
+from mfm_benchmarks.charts import BarChart, CloudChart, Gallery, Interval, LineChart
 from mfm_lightning.metrics.measured import Measured, rounded
+
+SUMMARY = 3  # sentences
+
+
+@dataclass
+class Drawing:
+    """The SVG of a matplotlib figure, as it was stored."""
+
+    svg: str
+
+
+Plot = LineChart | BarChart | CloudChart | Gallery | Figure | Drawing
+
+
+@dataclass
+class Summary:
+    """Sentences for the top of the page, the most important first. The page takes three: where several parts of a suite
+    have a summary, the first sentence of each, then the second ones."""
+
+    sentences: Sequence[str]
 
 
 @dataclass
 class Headline:
-    """The one thing to take away: a few words each with a number, shown large."""
+    """The main results: a few words each with a number, shown large."""
 
     items: Sequence[tuple[str, str]]
 
@@ -36,7 +57,11 @@ class Claims:
 
 @dataclass
 class Picture:
-    """A figure, written as PNG and SVG. name: of the files."""
+    """A chart, images, or a matplotlib figure; written as PNG, SVG and PDF.
+
+    Attributes:
+        name: of the files.
+    """
 
     name: str
     title: str
@@ -49,13 +74,21 @@ class Table:
     """Rows of equal keys, written as CSV and JSON.
 
     A `Measured` is a value with its interval: one cell of the page, three columns of the files.
+
+    Attributes:
+        folded: shown on a click.
+        keys: columns that identify a row, by which the rows of two runs are paired; those of text where empty.
+        only: for each row, the beginning of the names of the results that it is of, for a command that computes it
+            alone; empty where it needs all of them.
     """
 
     name: str
     title: str
     rows: Sequence[dict[str, Any]]
     caption: str = ""
-    folded: bool = False  # shown on a click
+    folded: bool = False
+    keys: Sequence[str] = ()
+    only: Sequence[str] = ()
 
     def plain(self) -> list[dict[str, Any]]:
         """The rows for files: numbers in full."""
@@ -63,7 +96,7 @@ class Table:
         for row in self.rows:
             flat: dict[str, Any] = {}
             for key, value in row.items():
-                if isinstance(value, Measured):
+                if isinstance(value, Measured | Interval):
                     flat |= {key: value.value, f"{key} low": value.low, f"{key} high": value.high}
                 else:
                     flat[key] = value
@@ -71,29 +104,57 @@ class Table:
         return found
 
     def columns(self) -> list[str]:
+        """Of all rows, in their order."""
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
-    def shown(self) -> list[list[tuple[str, float | None]]]:
-        """The rows for the page, each cell its text and what it is sorted by."""
-        return [[_cell(row.get(column)) for column in self.columns()] for row in self.rows]
+    def shown(self) -> list[list[TableCell]]:
+        """The rows for the page."""
+        return [[table_cell(row.get(column)) for column in self.columns()] for row in self.rows]
 
 
-Block = Headline | Text | Claims | Picture | Table
+@dataclass
+class Pair:
+    """Two pictures beside each other, of two runs; None where one has no such picture."""
+
+    title: str
+    left: Picture | None
+    right: Picture | None
 
 
-def _cell(value: Any) -> tuple[str, float | None]:
+Block = Summary | Headline | Text | Claims | Picture | Table | Pair
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """A cell of the page: its text, the interval beside it, and what it is sorted by (None for text)."""
+
+    text: str
+    interval: str = ""
+    key: float | None = None
+
+
+def table_cell(value: Any) -> TableCell:
+    """How a value of a row is shown."""
     if value is None:
-        return "", None
-    if isinstance(value, Measured):
-        return value.text(), value.value
+        return TableCell("")
+    if isinstance(value, Measured | Interval):
+        number = Interval.of(value)
+        ends = f"{rounded(number.low)} to {rounded(number.high)}" if number.known else ""
+        return TableCell(rounded(number.value), ends, number.value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value), None
-    return (f"{value:,}" if isinstance(value, int) else rounded(value)), float(value)
+        return TableCell(str(value))
+    return TableCell(f"{value:,}" if isinstance(value, int) else rounded(value), "", float(value))
 
 
 @dataclass
 class Page:
-    """A report before it is written."""
+    """A report before it is written.
+
+    Attributes:
+        suite: its name, by which two runs are known to be of the same one.
+        command: what was typed; `environment` says where.
+        methods: settings of each method, by its name.
+    """
 
     title: str
     about: str
@@ -104,3 +165,12 @@ class Page:
     settings: dict[str, Any] = field(default_factory=dict)
     intervals: str = ""
     missing: list[str] = field(default_factory=list)
+    suite: str = ""
+    command: str = ""
+    methods: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> list[str]:
+        """At most three sentences."""
+        parts = [block.sentences for block in self.blocks if isinstance(block, Summary)]
+        turns = max(map(len, parts), default=0)
+        return [part[k] for k in range(turns) for part in parts if k < len(part)][:SUMMARY]

@@ -32,7 +32,12 @@ def leases_of(store: Store, seconds: float = 120.0) -> Leases:
 
 
 def compute(
-    suite: Suite, store: Store, fresh: bool = False, leases: Leases | None = None, command: str = ""
+    suite: Suite,
+    store: Store,
+    fresh: bool = False,
+    leases: Leases | None = None,
+    command: str = "",
+    only: str | None = None,
 ) -> tuple[Results, float]:
     """Outcomes of all cells, and the seconds that they took when they were computed.
 
@@ -43,20 +48,23 @@ def compute(
     Args:
         fresh: forget what is stored, and the trainings of methods, first.
         command: what was typed, for `--status`.
+        only: compute only cells whose names begin with this, and what they need; all where None.
 
     Raises:
-        ValueError: for two cells of one name, or `fresh` while another process computes them.
+        ValueError: for two cells of one name, `fresh` while another process computes them, or an `only` that no name
+            begins with.
     """
     cells = list(suite.cells())
     if len({cell.name for cell in cells}) < len(cells):
         names = [cell.name for cell in cells]
         raise ValueError(f"cells of one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}")
     leases, board = leases or leases_of(store), Board(store.folder)
+    chosen = cells if only is None else _beginning_with(only, cells)
     if fresh:
-        _forget(cells, store, leases)
+        _forget(chosen, store, leases)
     if not leases.claimed():
         _remove_damaged(cells, store)
-    work = _Work(suite, cells, store, leases)
+    work = _Work(suite, chosen, store, leases)
     work.write_plan(command)
     while True:
         with work.progress():
@@ -187,6 +195,18 @@ class _Work:
             return
         for _ in alone(self.leases, f"timing-on-{os.uname().nodename}", lambda: False, wait=0.2):
             yield
+
+
+def _beginning_with(only: str, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells whose names begin so, and those that they need, in their order."""
+    wanted = {cell.name for cell in cells if cell.name.startswith(only)}
+    if not wanted:
+        names = ", ".join(cell.name for cell in cells[:3])
+        raise ValueError(f"--only {only!r}: no result has a name that begins so; the names are {names}, ...")
+    for cell in reversed(cells):  # what a cell needs comes before it
+        if cell.name in wanted:
+            wanted |= {need.name for need in cell.needs}
+    return [cell for cell in cells if cell.name in wanted]
 
 
 def key_of_fit(fit: Fit) -> str:

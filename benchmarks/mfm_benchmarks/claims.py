@@ -1,10 +1,12 @@
-"""Sentences of a report that intervals decide: no word of "higher" or "closer" without one."""
+"""Sentences of a report that intervals decide: "higher" or "closer" is said only where an interval shows it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
 from mfm_lightning.metrics.measured import Measured
+
+TIMES = "\u00d7"  # after a factor
 
 
 def verdict(

@@ -73,7 +73,7 @@ def _run(suite: Suite, args: Sequence[str], settings: dict[str, Any], how: dict[
         suite.shrink()
         settings = {"quick": "a small version of these settings", **settings}
     command = shlex.join(["mfm", "benchmark", *args])
-    return run_suite(suite, Settings(how["fresh"], command, settings, how["report"], how["lease"]))
+    return run_suite(suite, Settings(how["fresh"], command, settings, how["report"], how["lease"], how["only"]))
 
 
 def _launch(suite: Suite, args: Sequence[str], how: dict[str, Any]) -> Path:
@@ -112,6 +112,8 @@ def _check(how: dict[str, Any]) -> None:
         )
     if how["report"] and (how["fresh"] or how["launcher"]):
         raise CommandLineError("--report computes nothing: leave out --fresh and --launcher")
+    if how["only"] is not None and (how["report"] or how["status"]):
+        raise CommandLineError("--only is about what is computed: leave out --report and --status")
     if how["status"] and (how["fresh"] or how["launcher"] or how["report"]):
         raise CommandLineError("--status computes nothing: leave out --fresh, --launcher and --report")
 
@@ -138,6 +140,7 @@ def _how(
     device: str = "auto",
     report: bool = False,
     status: bool = False,
+    only: str | None = None,
     launcher: Literal["local", "submitit", "ray"] | None = None,
     processes: int = 1,
     launcher_options: dict[str, Any] | None = None,
@@ -153,6 +156,8 @@ def _how(
         device: auto, cpu, cuda, cuda:1, ...
         report: compute nothing, and write the report of what is there so far.
         status: compute nothing, and say who computes what, the rate and the time left.
+        only: compute only results whose names begin with this, such as "MFM-G (steps 10), brightness", and what they
+            need; the page is of these and of what was there before.
         launcher: start processes that share the work, on this machine, on SLURM or on a ray cluster; more may be
             started at any time, by the same command on any machine that sees the folder.
         processes: how many.

@@ -38,6 +38,7 @@ class Settings:
         settings: the suite's parameters, as the report shows them.
         report_only: compute nothing: write the report of what is there.
         lease: seconds after which the work of a process that gives no sign is another's.
+        only: compute only results whose names begin with this, and what they need; all where None.
     """
 
     fresh: bool = False
@@ -45,6 +46,7 @@ class Settings:
     settings: dict[str, Any] | None = None
     report_only: bool = False
     lease: float = 120.0
+    only: str | None = None
 
 
 def run_suite(suite: Suite, how: Settings) -> Path:
@@ -86,7 +88,7 @@ def _run(suite: Suite, how: Settings, store: Store, leases: Leases) -> Path:
             return write_report(_page(suite, collect(list(suite.cells()), store), how), report_folder(suite))
     _prepare(suite, leases, how)
     began = _state(store, how)
-    results, _ = compute(suite, store, how.fresh, leases, how.command)
+    results, _ = compute(suite, store, how.fresh, leases, how.command, how.only)
     return _write(suite, results, how, store, leases, began)
 
 
@@ -150,13 +152,15 @@ def _page(suite: Suite, results: Results, how: Settings) -> Page:
         results.failures,
         suite.skipped,
         {
-            "command": how.command,
             **describe(suite.device),
             "commit": ", ".join(results.commits) or "not in a repository",
-            "computing": f"{results.seconds:.0f} s for all results of this page",
-            "from the store": f"{stored} of {number} results, of earlier runs or other processes",
+            "computing time": f"{results.seconds:.0f} s for all results of this page",
+            "reused results": f"{stored} of {number}, computed by earlier runs or other processes",
         },
         how.settings or {},
         suite.intervals,
         results.missing,
+        suite.name or type(suite).__name__,
+        how.command,
+        suite.described(),
     )

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mfm_benchmarks.blocks import Block
 from mfm_benchmarks.fitting import Fit
+from mfm_benchmarks.spec import Spec
 from mfm_rewards.registry import nearest
 
 
@@ -116,9 +117,10 @@ class Suite(ABC):
     title: ClassVar[str] = ""
     about: ClassVar[str] = ""
     intervals: ClassVar[str] = (
-        "Means, distances and their ratios have a 95 % interval, in brackets or shaded; costs are exact. "
-        "“Higher” or “lower” is said only where the interval of the paired difference leaves out zero. Intervals are "
-        "of one comparison each; what has the fewest evaluations is decided for all settings at once."
+        "Means, distances and ratios have a 95 % interval, beside the number or shaded; costs are exact. The page says "
+        "“higher” or “lower” only if the interval of the paired difference excludes zero. Each interval is of one "
+        "comparison, without a correction for their number; which setting has the fewest evaluations is decided for "
+        "all settings together."
     )
     device: torch.device = torch.device("cpu")
     output: Path = Path("outputs/benchmarks")
@@ -146,9 +148,30 @@ class Suite(ABC):
     def cells(self) -> Sequence[Cell]:
         """The work, in order; a cell's needs come before it."""
 
+    def described(self) -> dict[str, Any]:
+        """The settings of each method by its name, for the page; by default those of the parameter `methods`."""
+        found = getattr(self, "methods", None)
+        return {name: described(method) for name, method in found.items()} if isinstance(found, dict) else {}
+
     @abstractmethod
     def report(self, results: Results) -> Sequence[Block]:
-        """Headline, text, tables and figures; cells that failed are not in `results`."""
+        """Summary, headline, text, tables and figures; cells that failed are not in `results`."""
+
+
+def described(value: Any) -> Any:
+    """The settings of an object as JSON has them: of a dataclass by its class and fields, those without a value left
+    out."""
+    if isinstance(value, Spec):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        settings = {f.name: described(getattr(value, f.name)) for f in fields(value) if f.init}
+        kept = {name: setting for name, setting in settings.items() if setting not in (None, {}, [])}
+        return {"class": type(value).__name__, **kept}
+    if isinstance(value, dict):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    return value if isinstance(value, bool | int | float | str) or value is None else type(value).__name__
 
 
 def suites() -> dict[str, type[Suite]]:

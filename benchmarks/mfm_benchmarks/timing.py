@@ -15,7 +15,7 @@ from mfm_benchmarks.measure import clock
 
 Step = Callable[[], object]
 TIMED = (
-    "Intervals in brackets are Student's, at 95 %, of the rounds of this run; of one comparison each, without a "
+    "Intervals are 95 % intervals by Student's t over the rounds of this run. Each is of one comparison, without a "
     "correction for their number."
 )
 

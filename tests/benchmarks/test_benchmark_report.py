@@ -1,18 +1,25 @@
 """The report of a benchmark: what its headline takes, and its page in a browser."""
 
+import html
 import json
 import os
 import re
 import shutil
 import subprocess
+import zlib
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from mfm_benchmarks.blocks import Page, Picture, Table
+from mfm_benchmarks import plots
+from mfm_benchmarks.blocks import Claims, Headline, Page, Picture, Summary, Table, Text
+from mfm_benchmarks.charts import COLOURS, family, looks
+from mfm_benchmarks.compare import report
 from mfm_benchmarks.parts.entry import Entry
 from mfm_benchmarks.parts.reward_report import RewardReport, contest
 from mfm_benchmarks.report import write_report
+from mfm_lightning.commands.errors import CommandLineError
 from mfm_lightning.metrics.distances import frequency_distance
 from mfm_lightning.metrics.measured import Measured, mean_of, resampled, simultaneous
 
@@ -30,14 +37,17 @@ def test_the_headline_takes_what_is_cheaper_above_and_near_the_data():
         entry("B", "", 200, 3.0, 9.0), entry("C", "", 5, 1.001, 9.0, sign=-1),
     )  # fmt: skip
     report = RewardReport({"r": [best, far, near, dear, level]}, [1.0], "A", "", "")
-    headline, table, _, short = report.blocks()[:4]
-    # the cheapest of A is too far from the data, B is dearer than Best-of-N, C is not above it
-    assert headline.items[0][0] == "2 x"
+    summary, headline, table, _, short = report.blocks()[:5]
+    # A with the fewest evaluations is too far from the data, B needs more than Best-of-N, C is not above it
+    assert headline.items[0][0] == "2 ×"  # noqa: RUF001
+    assert "reached by A with 2 times fewer evaluations (r)" in summary.sentences[0]
+    assert "is 1.2 (1.2 to 1.2) for r" in summary.sentences[1]
     assert "A, λ = any, 25" in headline.items[0][1]
     assert [(row["method"], row["NFE"]) for row in table.rows] == [("A", 10), ("B", 200)]
     assert list(short.lines) == ["C (λ = any): r."]
-    alone = RewardReport({"r": [best, far, dear, level]}, [1.0], "A", "", "").blocks()[0]
-    assert alone.items[0][0] == "none"
+    alone = RewardReport({"r": [best, far, dear, level]}, [1.0], "A", "", "").blocks()[:2]
+    assert alone[1].items[0][0] == "none"
+    assert alone[0].sentences[0].startswith("No setting is shown to reach a higher mean reward")
 
 
 def samples(*shape, seed):
@@ -75,18 +85,20 @@ def test_the_headline_says_what_is_not_decided_and_the_page_what_decided():
         setting(name, nfe, 1.2, frechet, seed)
         for name, nfe, frechet, seed in (("A", 50, 105, 1), ("B", 20, 160, 2), ("C", 10, 500, 3))
     )
-    headline, _, decided = RewardReport({"r": [best, near, open_, far]}, [1.0], "A", "", "", 2.0).blocks()[:3]
-    assert headline.items[0][0] == "20 x"
+    headline, _, decided = RewardReport({"r": [best, near, open_, far]}, [1.0], "A", "", "", 2.0).blocks()[1:4]
+    assert headline.items[0][0] == "20 ×"  # noqa: RUF001
     assert re.match(
-        r"r: A, λ = any is above by 0.2 \(at least 0.1\d+ for all settings at once\), at 1.05", decided.lines[0]
+        r"r: A, λ = any has a mean reward higher by 0.2 \(at least 0.1\d+ for all settings together\) and 1.05",
+        decided.lines[0],
     )
-    assert "not decided, with fewer evaluations: B" in decided.lines[0]
-    assert "further than 2 times, with fewer evaluations: C" in decided.lines[0]
-    items = RewardReport({"r": [best, open_, far]}, [1.0], "A", "", "", 2.0).blocks()[0].items
+    limit = "the limit of 2 times the Fréchet distance"
+    assert f"Even fewer evaluations, but it is not decided whether {limit} holds: B" in decided.lines[0]
+    assert f"Even fewer evaluations, but above {limit}: C" in decided.lines[0]
+    items = RewardReport({"r": [best, open_, far]}, [1.0], "A", "", "", 2.0).blocks()[1].items
     assert items[0][0] == "not decided"
-    assert "whether B, λ = any, 50 times fewer" in items[0][1]
+    assert "whether B, λ = any, with 50 times fewer" in items[0][1]
     blocks = RewardReport({"r": [best, far]}, [1.0], "A", "", "", 2.0).blocks()
-    assert blocks[0].items[0][0] == "none"
+    assert blocks[1].items[0][0] == "none"
 
 
 def test_a_mixture_is_judged_by_its_shares():
@@ -95,51 +107,299 @@ def test_a_mixture_is_judged_by_its_shares():
     best = setting("Best-of-N", 1000, 1.0, 100.0, seed=0, label="N 10", shares=shares[1])
     ours, other = (setting(n, 10, 1.0, 100.0, seed=k + 1, shares=shares[k]) for k, n in enumerate(("A", "B")))
     blocks = RewardReport({"r": [best, ours, other]}, [1.0], "A", "", "").blocks()
-    assert blocks[0].items[0][0] == "0"
-    assert "closer to the shares than Best-of-N (0.707) and B (0.707)" in blocks[0].items[0][1]
+    assert blocks[1].items[0][0] == "0"
+    assert "closer to the requested shares than Best-of-N (0.707) and B (0.707)" in blocks[1].items[0][1]
     lines = next(b for b in blocks if b.__class__.__name__ == "Claims" and "shares" in b.heading).lines
     assert len(lines) == 4
-    assert "further from the shares than A (0)" in lines[0]
+    assert "further from the requested shares than A (0)" in lines[0]
 
 
-def test_the_page_in_a_browser(tmp_path):
-    browser = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
-    if browser is None:
+# -- the page in a browser
+
+CHECK = """<script>const errors = []; addEventListener("error", e => errors.push(e.message));
+addEventListener("load", () => {
+const heads = document.querySelectorAll("#table-numbers th button"); heads[1].click(); heads[1].click();
+const style = element => getComputedStyle(element);
+const small = [...document.querySelectorAll("p, li, td, dd, dt, figcaption, summary, button, svg text")]
+  .filter(e => e.getClientRects().length && e.textContent.trim())
+  .map(e => [parseFloat(style(e).fontSize) * (e.ownerSVGElement?.getScreenCTM().a ?? 1), e.textContent])
+  .filter(([size]) => size < 12.5);
+const chart = document.querySelector("#curve svg"), mark = chart.querySelector('[data-name="a"] .mark:last-child');
+const box = mark.getBoundingClientRect(), at = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+chart.dispatchEvent(new PointerEvent("pointermove", {...at, bubbles: true}));
+const tip = document.getElementById("tip"), shown = tip.hidden ? "" : tip.innerText;
+const on = [...document.querySelectorAll("#curve .line.on")].map(e => e.dataset.name);
+chart.dispatchEvent(new PointerEvent("pointerleave"));
+const term = document.querySelector("abbr"); term.focus();
+const meaning = tip.hidden ? "" : tip.innerText; term.blur();
+const copy = document.querySelector("#table-numbers .copy"); copy.click();
+setTimeout(() => { document.body.dataset.found = JSON.stringify({errors, shown, on, meaning, small,
+copied: copy.dataset.copied || "", hidden: tip.hidden,
+body: parseFloat(style(document.querySelector("main p")).fontSize), back: style(document.body).backgroundColor,
+ours: style(chart.querySelector('[data-name="a"] .way')).stroke,
+other: style(chart.querySelector('[data-name="b"] .way')).stroke,
+roles: [...document.querySelectorAll("svg.chart")].map(e => [e.getAttribute("role"), e.getAttribute("aria-label")]),
+drawn: [...document.images].filter(i => i.naturalWidth > 0).length, images: document.images.length,
+first: document.querySelector("#table-numbers tbody td").textContent,
+contents: document.getElementById("contents").open,
+wide: document.documentElement.scrollWidth - innerWidth, inner: innerWidth}); }, 300); });</script>"""
+
+
+def browser():
+    found = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
+    if found is None:
         pytest.skip("no Chromium here")
-    from mfm_benchmarks import plots
+    return found
 
-    line = [(1, Measured(1.0, torch.tensor([0.9, 1.1]))), (4, Measured(2.0, torch.tensor([1.9, 2.1])))]
-    blocks = [
-        Picture("curve", "A curve", plots.lines({"left": {"a": line}}, "x", "y")),
-        Table("numbers", "Numbers", [{"who": "b", "value": 2.0}, {"who": "a", "value": 10.0}]),
-    ]
-    page = write_report(Page("Title", "About <b>", blocks, {"x": "failed & more"}), tmp_path)
-    # a word in the page says what the browser found: errors, figures that it drew, and the table once sorted by value
-    check = """<script>const errors = []; addEventListener("error", e => errors.push(e.message));
-    addEventListener("load", () => {
-    const heads = document.querySelectorAll("#table-numbers th button"); heads[1].click(); heads[1].click();
-    const drawn = [...document.images].filter(i => i.naturalWidth > 0).length;
-    document.body.dataset.found = JSON.stringify({errors, drawn,
-    images: document.images.length, first: document.querySelector("#table-numbers tbody td").textContent,
-    wide: document.documentElement.scrollWidth - innerWidth}); });</script>"""
-    page.write_text(page.read_text().replace("<head>", f"<head>{check}"))
+
+def seen(page, folder, width, dark=False):
+    """What the script finds on the page, in a frame of that width: a window is not narrower than 500 pixels."""
+    checked = folder / "checked.html"
+    checked.write_text(page.read_text().replace("<head>", f"<head>{CHECK}"))
+    frame = folder / f"frame{width}.html"
+    reader = "setTimeout(() => document.body.dataset.found = f.contentDocument.body.dataset.found, 1500)"
+    frame.write_text(
+        f'<body style="margin:0"><iframe id="f" src="checked.html" style="width:{width}px;height:1500px;border:0" '
+        f"onload='{reader}'></iframe>"
+    )
     flags = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=400,800",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        f"--window-size={max(width, 500)},1500", "--allow-file-access-from-files", "--virtual-time-budget=6000",
+        f"--user-data-dir={folder / 'profile'}", *(["--blink-settings=preferredColorScheme=0"] if dark else []),
     ]  # fmt: skip
+    environment = {**os.environ, "HOME": str(folder)}
     done = subprocess.run(
-        [browser, *flags, page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "HOME": str(tmp_path)},
+        [browser(), *flags, frame.as_uri()], capture_output=True, text=True, timeout=120, env=environment
     )
     found = re.search(r'data-found="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
-    found = json.loads(found.group(1).replace("&quot;", '"'))
-    assert found["errors"] == []
-    assert found["drawn"] == found["images"] == 1
-    assert found["first"] == "a"  # sorted by number, not by text
-    assert found["wide"] <= 0  # nothing runs out of a phone's screen
-    assert "failed &amp; more" in done.stdout
+    return json.loads(html.unescape(found.group(1)))
+
+
+def measured(value, spread=0.1):
+    return Measured(value, torch.tensor([value - spread, value + spread], dtype=torch.float64))
+
+
+def example(scale=1.0, seed=0):
+    """A page with a block of each kind; its numbers are multiples of `scale`."""
+    panels = {
+        title: {
+            "a": [(n, measured(scale * n)) for n in (1, 4, 16)],
+            "b": [(n, measured(0.4 * scale * n)) for n in (1, 4, 16)],
+            "floor": measured(0.5),
+        }
+        for title in ("left", "right", "third")
+    }
+    rows = [
+        {"who": who, "value": value * scale, "loss": measured(value * scale), "text": "words " * 12}
+        for who, value in (("b", 2.0), ("a", 10.0))
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    points, photos = torch.randn(50, 2, generator=generator), torch.rand(2, 3, 120, 120, generator=generator)
+    speeds = {"speed": {"a": measured(2.0), "b": measured(1.0)}}
+    samples = {"a": points, "b": points}
+    blocks = [
+        Summary(["First.", "Second.", "Third.", "Fourth."]),
+        Headline([("2", "times fewer NFE")]),
+        Picture("curve", "A curve", plots.lines(panels, "NFE", "mean reward", ours=["a"], baselines=["floor"])),
+        Picture("bars", "Bars", plots.bars(speeds, {"speed": 1.0}, "x", ["a"])),
+        Picture("clouds", "Clouds", plots.clouds(samples, lambda x: -x.square().sum(1) / 2, points, points)),
+        Picture("images", "Images", plots.gallery([("a\n0.5", torch.rand(12, 1, 8, 8, generator=generator))])),
+        Picture("sheet", "Sheet", plots.gallery([("a long prompt", photos)], 2, ["a\n1", "b\n2"], 1.5)),
+        Picture("own", "A figure of one's own", own_figure()),
+        Table("numbers", "Numbers", rows, keys=["who"], only=["it's b", "a"]),
+        Claims("Claims", ["a is higher than b."]),
+        Text("Text", ["Some words with DPS."]),
+    ]  # fmt: skip
+    page = Page(
+        "Title", "About <b> NFE", blocks, {"x": "failed & more"}, suite="example", command="mfm benchmark example"
+    )
+    page.settings, page.methods = {"scale": scale, "inner": {"seed": seed}}, {"a": {"class": "A", "steps": 3}}
+    return page
+
+
+def charts_and_tables(scale=1.0, seed=0, suite="example"):
+    """A part of the page, which is written sooner."""
+    page = example(scale, seed)
+    page.blocks = [b for b in page.blocks if isinstance(b, Table | Headline) or getattr(b, "name", "") == "curve"]
+    page.suite = suite
+    return page
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The page of a report's folder."""
+    return write_report(example(), tmp_path_factory.mktemp("run") / "report")
+
+
+def own_figure():
+    figure = Figure(figsize=(6, 3))
+    figure.subplots().plot([1, 2])
+    return figure
+
+
+@pytest.mark.slow
+def test_the_page_on_a_phone_on_a_screen_and_in_the_dark(written, tmp_path):
+    browser()
+    page, text = written, written.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)  # one file
+    assert "failed &amp; more" in text
+    assert text.count("<p>Third.</p>") == 1
+    assert "Fourth." not in text  # three sentences
+    for width in (400, 1280):
+        found = seen(page, tmp_path, width)
+        assert found["errors"] == []
+        assert found["inner"] == width
+        assert found["wide"] <= 0  # nothing runs out of the screen
+        assert found["body"] >= 14
+        assert found["small"] == []
+        assert found["drawn"] == found["images"] == 8 + 2 + 1
+        assert found["first"] == "a"  # sorted by number, not by text
+        assert found["contents"] == (width == 1280)
+        assert found["shown"].split("\n") == ["a", "NFE: 16", "mean reward: 16 (" + found["shown"].split("(")[1]]
+        assert found["on"] == ["a"] * 3  # in all panels
+        assert found["hidden"]
+        assert found["meaning"].startswith("NFE\nNumber of function evaluations")
+        assert found["copied"] in (
+            "mfm benchmark example --output outputs/again --only 'it'\\''s b'",
+            "mfm benchmark example --output outputs/again --only 'a'",
+        )
+        assert len(found["roles"]) == 3 + 1 + 2
+        assert all(role == "img" and label for role, label in found["roles"])
+        assert found["ours"] != found["other"]
+    dark = seen(page, tmp_path, 400, dark=True)
+    assert brightness(dark["back"]) < 0.1 < 0.9 < brightness(found["back"])
+    assert dark["ours"] != found["ours"]
+
+
+def brightness(colour):
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 765
+
+
+# -- colours
+
+# of simulated protanopia and deuteranopia in linear RGB (Machado, Oliveira and Fernandes, 2009, severity 1)
+BLINDNESS = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+}
+
+
+def linear(colour):
+    rgb = torch.tensor([int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)], dtype=torch.float64)
+    return torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    matrix = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    white = torch.tensor([0.9505, 1.0, 1.089], dtype=torch.float64)
+    t = torch.tensor(matrix, dtype=torch.float64) @ rgb.clamp(0, 1) / white
+    f = torch.where(t > 0.008856, t ** (1 / 3), 7.787 * t + 16 / 116)
+    return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_our_colour_stands_out_for_all_readers(theme):
+    """CIE76 distances of our colour to the others, also as colour-blind readers see them; contrast to the page."""
+    ours, *others = (linear(pair[theme]) for pair in COLOURS.values())
+    seen_by = {"all": torch.eye(3, dtype=torch.float64)}
+    seen_by |= {name: torch.tensor(rows, dtype=torch.float64) for name, rows in BLINDNESS.items()}
+    for matrix in seen_by.values():
+        assert min(float((lab(matrix @ ours) - lab(matrix @ other)).norm()) for other in others) > 25
+    back = linear(("#ffffff", "#15181c")[theme])
+    shares = torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64)
+    for colour in (ours, *others):
+        light, dark = sorted([float(shares @ colour), float(shares @ back)], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3  # of graphics, by WCAG 2.1
+
+
+def test_lines_differ_without_colour():
+    found = looks([f"m{k}" for k in range(20)], ["m3", "m7"], ["m5"])
+    assert len(set(found.values())) == 20
+    assert [name for name, look in found.items() if look.is_strong] == ["m3", "m7"]
+    assert family("MFM-G", ["MFM-G", "MFM-GF", "DPS", "MFMX"]) == ["MFM-G", "MFM-GF"]
+    assert family("A", ["A", "AB"]) == ["A"]
+
+
+# -- files
+
+
+def test_figures_for_papers_have_the_width_of_a_column_and_their_fonts(written):
+    folder = written.parent
+    for name, pages in (("curve", 3), ("bars", 1), ("clouds", 1), ("images", 1)):
+        content = (folder / f"{name}.pdf").read_bytes()
+        boxes = re.findall(rb"/MediaBox \[ ?0 0 ([\d.]+) ([\d.]+) ?\]", content)
+        assert len(boxes) == pages
+        assert {float(width) for width, _ in boxes} == {3.25 * 72}
+        assert b"/FontFile2" in content  # embedded TrueType
+        text = b"".join(zlib.decompress(part) for part in streams(content))
+        assert {float(size) for size in re.findall(rb"/F\d+ ([\d.]+) Tf", text)} <= {7.0, 8.0}
+        assert (folder / f"{name}.png").stat().st_size > 500
+
+
+def streams(content):
+    """The compressed streams of a PDF's pages."""
+    for match in re.finditer(rb"stream\r?\n(.*?)\r?\nendstream", content, re.S):
+        try:
+            found = zlib.decompress(match.group(1))
+        except zlib.error:
+            continue
+        if b" Tf" in found:
+            yield match.group(1)
+
+
+# -- mfm report
+
+
+def numbers_of(folder, name="numbers"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_report_writes_a_page_again(written, tmp_path, capsys):
+    page, before = tmp_path / "run/report/index.html", written.read_text()
+    page.parent.mkdir(parents=True)
+    shutil.copy(written.with_name("page.json"), page.parent)
+    report(tmp_path / "run")
+    assert page.read_text() == before
+    assert "index.html" in capsys.readouterr().out
+
+
+def test_report_compares_two_runs(tmp_path):
+    for name, scale in (("one", 1.0), ("two", 1.5)):
+        write_report(charts_and_tables(scale, seed=int(scale * 2)), tmp_path / name / "report")
+    report(tmp_path / "one", tmp_path / "two/report/index.html", output=tmp_path / "both")
+    settings = {row["setting"]: (row["A"], row["B"]) for row in numbers_of(tmp_path / "both", "settings")}
+    assert settings == {"scale": ("1.0", "1.5"), "inner.seed": ("2", "3")}
+    rows = {(r["who"], r["number"]): r for r in numbers_of(tmp_path / "both")}
+    assert rows["a", "value"]["difference"] == pytest.approx(5.0)
+    row, one = rows["b", "loss"], measured(2.0)
+    # independent numbers of equal half widths w: w sqrt 2
+    assert row["difference"] == pytest.approx(1.0)
+    assert row["difference high"] - 1.0 == pytest.approx((one.high - one.value) * 2**0.5)
+    text = (tmp_path / "both/index.html").read_text()
+    assert text.count('<svg class="chart lines') == 6
+    assert "they differ in scale, inner.seed" in text
+    # the same axes on both sides, though the numbers differ
+    ticks = [
+        re.findall(r'text-anchor="end">([^<]*)<', svg) for svg in re.findall(r"<svg class=\"chart lines.*?</svg>", text)
+    ]
+    assert ticks[0] == ticks[3]
+
+
+def test_report_refuses_runs_of_different_suites_and_what_is_no_run(tmp_path):
+    for name, suite in (("one", "example"), ("two", "another")):
+        write_report(Page("Title", "", suite=suite), tmp_path / name / "report")
+    with pytest.raises(CommandLineError, match=r"one is of the suite 'example' and two of"):
+        report(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(CommandLineError, match="--output is of a comparison"):
+        report(tmp_path / "one", output=tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match=r"no report in .*three"):
+        report(tmp_path / "three")
+    (tmp_path / "two/report/page.json").unlink()
+    with pytest.raises(FileNotFoundError, match="earlier version"):
+        report(tmp_path / "two")
+    for text, said in (('{"$kind": "Page"', "damaged"), ('{"format": 0}', "its format is 0, expected 1")):
+        (tmp_path / "one/report/page.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            report(tmp_path / "one")

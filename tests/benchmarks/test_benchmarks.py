@@ -123,6 +123,19 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     assert fresh.ran == ["first", "second", "both"]
 
 
+def test_a_part_of_a_suite_is_computed_with_what_it_needs(tmp_path):
+    suite = Counting()
+    results, _ = compute(suite, Store(tmp_path), only="sec")
+    assert suite.ran == ["second"]
+    assert results.missing == ["first", "both"]
+    again = Counting()
+    results, _ = compute(again, Store(tmp_path), only="both")
+    assert again.ran == ["first", "both"]
+    assert not results.missing
+    with pytest.raises(ValueError, match=r"--only 'x': no result .* first, second, both"):
+        compute(Counting(), Store(tmp_path), only="x")
+
+
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path):
     suite = Counting(fail=True)
     results, _ = compute(suite, Store(tmp_path))
@@ -169,7 +182,7 @@ def test_the_documented_comparison_runs_and_its_costs_are_the_papers(workplace, 
         found["MFM-G", "steps 25", "1"]["mean reward"]
     )
     page = (folder / "report/index.html").read_text()
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
     assert "http" not in re.sub(r"data:[^\"]*", "", page)
     environment = json.loads((folder / "report/environment.json").read_text())
     assert environment["environment"]["command"].startswith("mfm benchmark alignment --config compare.yaml")
@@ -269,7 +282,7 @@ def test_trained_methods_are_fitted_for_each_multiplier(workplace):
     assert files == ["policy_brightness_10", "policy_brightness_20"]
     found = [r for r in rows(workplace / "out", "results") if r["method"] == "policy"]
     assert [(r["λ"], r["NFE"]) for r in found] == [("1", "2"), ("2", "2"), ("1", "3"), ("2", "3")]
-    assert all(r["trained first"] == "yes" for r in found)
+    assert all(r["needs training"] == "yes" for r in found)
 
 
 @pytest.mark.parametrize("name", ["alignment", "mnist"])
@@ -291,7 +304,7 @@ def test_packaged_methods_can_be_built(name):
     suite.shrink()
     left_out = {method for method, given in methods.items() if not given.quick}
     assert left_out >= {"Diamond-G", "Diamond-GF", "Flow map's end", "FMTT", "Noise optimisation"}
-    assert all("left out of --quick" in suite.skipped[method] for method in left_out)
+    assert all("not in --quick" in suite.skipped[method] for method in left_out)
     assert not left_out & {point.method for point in suite._points}
 
 
@@ -305,15 +318,15 @@ def test_gmm_suite(tmp_path, monkeypatch):
     args = ("--draws", "[1,2]", "--num_samples", 64, "--num_reference", 256, "--seeds", "[0,1]", "--steps", 6)
     benchmark("gmm", "--model", "model.safetensors", *args, "--particles", 64, "--ascent", 3, "--output", "out")
     found = {(r["method"], r["N"]): r for r in rows(tmp_path / "out", "distances")}
-    assert int(found["MFM-G, ODE", "2"]["NFE a sample"]) == 6 + 4 * 2 * 6
-    assert int(found["MFM-GF, SDE", "2"]["NFE a sample"]) == 6 + 2 * 2 * 6
-    assert int(found["DPS, ODE", ""]["NFE a sample"]) == 4 * 6
-    assert int(found["Diamond-G, ODE", "2"]["NFE a sample"]) == 6 + 6 * 2 * 6
-    assert int(found["Diamond-GF, ODE", "2"]["NFE a sample"]) == 6 + 3 * 2 * 6
-    assert int(found["flow map's end, SDE", ""]["NFE a sample"]) == 5 * 6
-    assert int(found["FMTT", ""]["NFE a sample"]) == 5 * 6 - 3
-    assert int(found["noise optimisation", ""]["NFE a sample"]) == 4 * 3 + 2
-    assert found["FK, GLASS, fresh noise", ""]["NFE a sample"] == found["FK, GLASS", ""]["NFE a sample"]
+    assert int(found["MFM-G, ODE", "2"]["NFE per sample"]) == 6 + 4 * 2 * 6
+    assert int(found["MFM-GF, SDE", "2"]["NFE per sample"]) == 6 + 2 * 2 * 6
+    assert int(found["DPS, ODE", ""]["NFE per sample"]) == 4 * 6
+    assert int(found["Diamond-G, ODE", "2"]["NFE per sample"]) == 6 + 6 * 2 * 6
+    assert int(found["Diamond-GF, ODE", "2"]["NFE per sample"]) == 6 + 3 * 2 * 6
+    assert int(found["flow map's end, SDE", ""]["NFE per sample"]) == 5 * 6
+    assert int(found["FMTT", ""]["NFE per sample"]) == 5 * 6 - 3
+    assert int(found["noise optimisation", ""]["NFE per sample"]) == 4 * 3 + 2
+    assert found["FK, GLASS, fresh noise", ""]["NFE per sample"] == found["FK, GLASS", ""]["NFE per sample"]
     floor = found.pop(("exact samples (floor)", ""))
     assert float(floor["MMD low"]) < 0 < float(floor["MMD high"])
     # nothing that a random model draws is nearer than exact samples

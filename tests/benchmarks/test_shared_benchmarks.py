@@ -117,7 +117,7 @@ def test_a_run_says_where_it_is_and_reports_the_part_that_is_there(workplace, ca
         )
         benchmark("--output", "out", "--report")
         page = Path("out/report/index.html").read_text()
-    assert "1 result is not there yet: this page is of a part" in page
+    assert "Not complete: 1 result is not computed yet" in page
     assert "<li>part 3</li>" in page
     assert "4 results" in page
     assert json.loads(Path("out/report/environment.json").read_text())["missing"] == [
@@ -125,7 +125,7 @@ def test_a_run_says_where_it_is_and_reports_the_part_that_is_there(workplace, ca
     ]  # the total needs part 1, which failed
     assert not key.is_file()  # a report computes nothing
     benchmark("--output", "out")
-    assert "not there yet" not in Path("out/report/index.html").read_text()
+    assert "not computed yet" not in Path("out/report/index.html").read_text()
     assert len(stored("out")) == 7
 
 
@@ -148,7 +148,7 @@ def test_a_report_asked_for_meanwhile_does_not_stand_for_that_of_all(workplace, 
     monkeypatch.setattr(Store, "save", reported_just_after)
     benchmark("--output", "out", "--cells", 2)
     page = Path("out/report/index.html").read_text()
-    assert "not there yet" not in page
+    assert "not computed yet" not in page
     assert ("no luck" in page) == fails
 
 

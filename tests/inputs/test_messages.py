@@ -63,7 +63,9 @@ def test_blocks_of_one_name_have_files_of_their_own(tmp_path, names):
     files = [path.name.lower() for path in tmp_path.iterdir()]
     assert len(set(files)) == len(files)
     assert len([f for f in files if f.endswith(".png")]) == len(names)
-    numbers = [json.loads(p.read_text()) for p in tmp_path.glob("*.json") if p.name != "environment.json"]
+    numbers = [
+        json.loads(p.read_text()) for p in tmp_path.glob("*.json") if p.name not in ("environment.json", "page.json")
+    ]
     assert sorted(rows[0]["number"] for rows in numbers) == list(range(len(names)))
     page = (tmp_path / "index.html").read_text()
     assert len(set(re.findall(r"data:image/svg[^\"]+", page))) <= len(names)

@@ -75,7 +75,11 @@ class AdapterTangents:
                 of = {"transformer": name, "precision": precision, "batch": self.sizes[name].batch}
                 rows += [{**of, **row} for row in _rows(results[cell].numbers)]
         title = "Tangents of adapters on text-to-image transformers"
-        return [Table("adapters", title, rows, CAPTION)] if rows else []
+        return (
+            [Table("adapters", title, rows, CAPTION, keys=["transformer", "precision", "batch", "tangent"])]
+            if rows
+            else []
+        )
 
 
 def _rows(numbers: dict[str, Any]) -> list[dict[str, Any]]:
@@ -90,9 +94,9 @@ def _rows(numbers: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "tangent": way,
             "ms": of_runs(times) * 1e3,
-            "times the fastest tangent's": ratio_of_runs(times, seconds[fastest]),
+            "time over the fastest": ratio_of_runs(times, seconds[fastest]),
             "peak memory, MB": memory[way] / 1e6,
-            "times the least": memory[way] / least,
+            "memory over the smallest": memory[way] / least,
             "error": numbers["error"].get(way),
         }
         for way, times in seconds.items()

@@ -1,4 +1,4 @@
-"""What is made of trainings: reward by evaluations and by drift, and who is ahead at equal drift."""
+"""The report of trainings: reward by evaluations and by drift, and methods compared at equal drift."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table
+from mfm_benchmarks.charts import LineChart, family
 from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.parts.drift_curves import Curve, best_at_drift, together
 from mfm_lightning.metrics.measured import Measured, rounded
@@ -32,7 +31,24 @@ class FinetuningReport:
     samples: str
 
     def blocks(self) -> list[Block]:
-        return [self._headline(), self._claims(), self._at_drift(), *self._pictures(), self._table()]
+        return [self._summary(), self._headline(), *self._pictures(), self._claims(), self._at_drift(), self._table()]
+
+    def _summary(self) -> Summary:
+        """Our method against the others at the largest drift that it reaches; what the numbers are of."""
+        said = []
+        for reward in self.curves:
+            reached = [level for level in self.levels if self.ours in self._rewards(reward, level)]
+            if not reached:
+                continue
+            found = self._rewards(reward, reached[-1])
+            mine = found.pop(self.ours)
+            if words := verdict(mine, found):
+                said.append(f"for {reward}, at {reached[-1]:g} nats, {rounded(mine.value)} is {words}")
+        first = f"{self.ours} is compared with the other methods at equal drift from the base flow"
+        first = f"{first}: {'; '.join(said)}." if said else f"{first}; it reaches none of the chosen drifts."
+        methods = dict.fromkeys(c.method for curves in self.curves.values() for c in curves)
+        second = f"{len(methods)} method(s) were trained with the same number of evaluations and the same optimiser."
+        return Summary([first, second, f"Numbers are of {self.samples}"])
 
     def _chosen(self, reward: str, level: float) -> dict[str, Curve]:
         """Each method's curve that is reported at a level, of those that reach it in all runs."""
@@ -49,13 +65,13 @@ class FinetuningReport:
         for reward in self.curves:
             reached = [level for level in self.levels if self.ours in self._rewards(reward, level)]
             if not reached:
-                items.append(("n/a", f"{self.ours} reaches no drift of the list in {reward}"))
+                items.append(("n/a", f"{self.ours} reaches none of the chosen drifts for {reward}"))
                 continue
             found = self._rewards(reward, reached[-1])
             mine = found.pop(self.ours)
             said = verdict(mine, {f"{m} ({rounded(v.value)})": v for m, v in found.items()})
-            words = f"mean reward of {self.ours}, {reward}, at a drift of {reached[-1]:g} nats"
-            items.append((rounded(mine.value), f"{words}; {said}" if said else words))
+            words = f"mean reward ({reward}) of {self.ours} at a drift of {reached[-1]:g} nats"
+            items.append((rounded(mine.value), f"{words}: {said}" if said else words))
         return Headline(items)
 
     def _claims(self) -> Claims:
@@ -71,7 +87,7 @@ class FinetuningReport:
                     lines.append(f"{reward}, {level:g} nats: the reward of {self.ours} is {said}.{missing}")
                 elif absent:
                     lines.append(f"{reward}, {level:g} nats:{missing}")
-        return Claims(f"{self.ours} against the others at equal drift", lines)
+        return Claims(f"{self.ours} against the other methods at equal drift", lines)
 
     def _at_drift(self) -> Table:
         rows: list[dict[str, Any]] = []
@@ -87,24 +103,26 @@ class FinetuningReport:
                         "seconds": curve.cost_at_drift("seconds", level),
                     })  # fmt: skip
         caption = (
-            "Where a training first reaches the drift, KL(policy || base) of the SDEs' paths in nats, between two "
-            "checkpoints by the root of the drift. Of a method's settings the one with the highest reward there in the "
-            f"runs that learning rates were chosen on; numbers are of other seeds. {self.samples}"
+            "Rewards where a training first reaches the drift, KL(policy || base) of the SDEs' paths in nats; between "
+            "two checkpoints they are interpolated linearly in the square root of the drift. Of a method's settings, "
+            "the one is shown that has the highest reward there in the runs on which learning rates were chosen; "
+            f"numbers are of other seeds. {self.samples}"
         )
-        return Table("equal_drift", "At equal drift from the base flow", rows, caption)
+        keys = ["reward", "drift", "method"]
+        return Table("equal_drift", "Rewards at equal drift from the base flow", rows, caption, keys=keys)
 
     def _pictures(self) -> list[Picture]:
         found = [
             Picture(
                 "reward_evaluations", "Reward against evaluations of training",
                 self._lines(lambda c: c.costs("nfe"), "evaluations of training"),
-                "Mean reward of samples by evaluations of networks and reward in training, gradients among them; 95 % "
-                "intervals shaded. The search for learning rates is not counted. Dashed: the base flow.",
+                "Mean reward of samples, by evaluations of networks and reward in training, gradients included. 95 % "
+                "intervals are shaded. The search for learning rates is not counted. The dashed line is the base flow.",
             ),
             Picture(
                 "reward_drift", "Reward against drift from the base flow",
                 self._lines(lambda c: [d.value for d in c.points("drift")], "KL(policy || base), nats"),
-                "The same checkpoints by drift. Up and to the left is better.",
+                "The same checkpoints, by drift. Higher and further left is better.",
             ),
         ]  # fmt: skip
         panels = {}
@@ -115,23 +133,37 @@ class FinetuningReport:
                     for c in curves
                 }
         if panels:
-            plot = plots.lines(panels, "mean reward", "held-out reward", xscale="linear", sharey=False)
-            caption = "Held-out rewards by the reward that was trained on: down is reward bought at their cost."
+            plot = plots.lines(
+                panels, "mean reward", "held-out reward", xscale="linear", sharey=False, mark=False, ours=self._strong()
+            )
+            caption = (
+                "Held-out rewards, by the reward that was trained on. A falling line means that the trained reward "
+                "rises at the cost of the held-out one."
+            )
             found.append(Picture("held_out", "Reward hacking", plot, caption))
         for reward, curves in self.curves.items():
             if curves[0].images.dim() == 4:
                 rows = [(f"{c.name}\n{c.points('rewards')[-1].value:.3g}", c.images) for c in curves]
-                caption = "The same noise in each column, at the end of training, with the mean reward."
-                found.append(Picture(f"samples_{reward}", f"Samples: {reward}", plots.gallery(rows), caption))
+                caption = "Each column starts from the same noise; at the end of training, with the mean reward."
+                plot = plots.gallery(rows, ours=self._strong())
+                found.append(Picture(f"samples_{reward}", f"Samples: {reward}", plot, caption))
         return found
 
-    def _lines(self, across: Callable[[Curve], list[float]], label: str) -> Figure:
+    def _strong(self) -> list[str]:
+        """Names of the lines of our method."""
+        curves = [c for found in self.curves.values() for c in found]
+        ours = family(self.ours, list(dict.fromkeys(c.method for c in curves)))
+        return list(dict.fromkeys(c.name for c in curves if c.method in ours))
+
+    def _lines(self, across: Callable[[Curve], list[float]], label: str) -> LineChart:
         panels: dict[str, dict[str, Any]] = {}
         for reward, curves in self.curves.items():
             panels[reward] = {"base flow": _before(curves)["rewards"]}
             for c in curves:
                 panels[reward][c.name] = list(zip(across(c), c.points("rewards"), strict=True))[1:]
-        return plots.lines(panels, label, "mean reward", sharey=False, mark=False)
+        return plots.lines(
+            panels, label, "mean reward", sharey=False, mark=False, ours=self._strong(), baselines=["base flow"]
+        )
 
     def _table(self) -> Table:
         rows = []
@@ -145,7 +177,8 @@ class FinetuningReport:
                         "drift": c.points("drift")[k],
                         **_values({name: c.points(name)[k] for name in c.runs[0].values}),
                     })  # fmt: skip
-        return Table("results", "All checkpoints", rows, self.samples, folded=True)
+        keys = ["reward", "method", "setting", "learning rate", "steps"]
+        return Table("results", "All checkpoints", rows, self.samples, folded=True, keys=keys)
 
 
 def _before(curves: Sequence[Curve]) -> dict[str, Measured]:
@@ -156,7 +189,7 @@ def _before(curves: Sequence[Curve]) -> dict[str, Measured]:
 
 def _values(found: Mapping[str, Measured | None]) -> dict[str, Any]:
     """Columns of a table; the drift has its own."""
-    words = {"rewards": "mean reward", "gain": "above the base flow"}
+    words = {"rewards": "mean reward", "gain": "gain over the base flow"}
     return {
         words.get(name, name.removeprefix(HELD_OUT)): value
         for name, value in found.items()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Picture, Table
+from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
 from mfm_benchmarks.claims import change, verdict
 from mfm_benchmarks.measure import measure, noise
 from mfm_benchmarks.suite import Cell, Outcome, Results
@@ -19,7 +19,7 @@ from mfm_lightning.alignment import AlignmentMethod, FeynmanKac, Steering, TimeG
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DPSGradient, DrawGradient, DrawGradientFree
 from mfm_lightning.metrics.distances import frequency_distance
-from mfm_lightning.metrics.measured import Measured, mean, mean_of, resampled
+from mfm_lightning.metrics.measured import Measured, mean, mean_of, resampled, rounded
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,13 @@ class FrequencyComparison:
             return []
         floor = float(((wanted * (1 - wanted)).sum() / self.num_samples).sqrt())
         caption = (
-            f"L2 between the class frequencies of {self.num_samples} samples and the weights "
-            f"({', '.join(f'{w:.2g}' for w in wanted.tolist())}); exact samples would be at about {floor:.3f}."
+            f"L2 between the class frequencies of {self.num_samples} samples and the requested weights "
+            f"({', '.join(f'{w:.2g}' for w in wanted.tolist())}). Lower is better; exact samples have about "
+            f"{floor:.3f}."
         )
         if self.population:
             caption += (
-                f" Populations: all {self.population} particles of {self.runs} runs are samples; their intervals "
+                f" Of populations, all {self.population} particles of {self.runs} runs are samples; their intervals "
                 "resample whole runs."
             )
         lines: dict[str, Any] = {
@@ -178,12 +179,36 @@ class FrequencyComparison:
         for key in found:
             if key[0] not in lines and not self._made[key].steps:
                 lines[f"{key[0]}, {key[1]} particles" if key[1] else key[0]] = found[key]
-        plot = plots.lines({"class mixture": lines}, "posterior draws N", "L2 to the weights", size=(7.6, 5.0))
+        ours = self._ours()
+        plot = plots.lines({"": lines}, "posterior draws N", "L2 to the weights", ours=ours)
+        strong = [name for name, _ in (row[0].split("\n") for row in gallery) if name.partition(", ")[0] in ours]
+        shown = "Each column starts from the same noise. Beside each row: the method, its N or particles, and its L2."
+        keys, only = ["method", "draws or particles"], [_cells_of(row) for row in rows]
         return [
+            *self._summary(found),
             Picture("class_frequencies", "Class frequencies against posterior draws", plot, caption),
-            Picture("class_samples", "Samples", plots.gallery(gallery), "The same noise in each column; L2 beside it."),
+            Picture("class_samples", "Samples of the class mixture", plots.gallery(gallery, ours=strong), shown),
             self._claims(found),
-            Table("class_frequencies", "Class frequencies", rows, caption, folded=True),
+            Table("class_frequencies", "Class frequencies", rows, caption, folded=True, keys=keys, only=only),
+        ]  # fmt: skip
+
+    def _summary(self, found: dict[tuple[str, int], Measured]) -> list[Block]:
+        """Our method with the most draws against the nearest of the others."""
+        mine = {n: value for (name, n), value in found.items() if name == self._ours()[0]}
+        others = {
+            _named(*key): v for key, v in found.items() if key[0] not in self._ours() and not self._made[key].steps
+        }
+        if not mine or not others:
+            return []
+        best = min(others, key=lambda name: others[name].value)
+        words = "further from the requested shares than", "closer to the requested shares than"
+        said = verdict(mine[max(mine)], {best: others[best]}, *words)
+        name = f"{self._ours()[0]} with N = {max(mine)}"
+        return [
+            Summary([
+                f"Class shares: {name} has an L2 of {rounded(mine[max(mine)].value)} and is {said} "
+                f"({rounded(others[best].value)}), the closest other method."
+            ])
         ]  # fmt: skip
 
     def _of_populations(self, outcome: Outcome, wanted: Tensor) -> tuple[Measured, Measured]:
@@ -212,6 +237,16 @@ class FrequencyComparison:
             words = verdict(here, more, "further from the weights than with", "closer to the weights than with")
             said.append(f"{ours[0]} with N = {fewest} and {self.steps} steps is {words}.")
         return Claims("Class frequencies", said)
+
+
+def _named(name: str, n: int) -> str:
+    return f"{name} with {n} particles" if n else name
+
+
+def _cells_of(row: dict[str, Any]) -> str:
+    """The beginning of the names of the results that a row is of."""
+    n = row["draws or particles"]
+    return f"frequencies, {row['method']}{f', {n}' if n else ''}, seed"
 
 
 def _mean_distance(frequencies: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:

@@ -230,19 +230,26 @@ class InverseProblems:
         if not rows:
             return []
         caption = (
-            f"{len(self._images)} test images, {self.num_samples} samples each, noise {self.noise_std:g} "
-            f"({self.ray_noise_std:g} of the {self.sources} x {self.receivers} ray sums of tomography). Energy and "
-            "class score: proper scores against the measured image, least for the exact posterior. Misfit: of the "
-            "measurement, in its noise's deviations (1 would be exact). Image error: root mean square a pixel. "
-            "Different digits among an image's samples, as the classifier sees them. Strength: of the steering; 1 is "
-            "what the theory asks for."
+            f"{len(self._images)} test images with {self.num_samples} samples each; noise {self.noise_std:g} "
+            f"({self.ray_noise_std:g} for the {self.sources} x {self.receivers} ray sums of tomography). Energy and "
+            "class score: proper scores against the measured image, smallest for the exact posterior. Misfit: of the "
+            "measurement, in standard deviations of its noise (1 is ideal). Image error: root-mean-square error per "
+            "pixel. Different digits: number of classes among an image's samples, by the classifier. Strength: of the "
+            "steering; 1 is what the theory asks for."
         )
         problems = list(dict.fromkeys(problem for problem, _ in scores))
         return [
             *(self._picture(problem, results) for problem in problems),
-            Claims("Inverse problems", [line for problem in problems for line in self._claims(problem, scores)]),
+            Claims("Scores of inverse problems", [x for problem in problems for x in self._claims(problem, scores)]),
             *self._equal_misfit(results),
-            Table("inverse_problems", "Inverse problems", rows, caption, folded=True),
+            Table(
+                "inverse_problems",
+                "Inverse problems",
+                rows,
+                caption,
+                folded=True,
+                keys=["problem", "method", "strength"],
+            ),
         ]
 
     def _equal_misfit(self, results: Results) -> list[Block]:
@@ -267,20 +274,21 @@ class InverseProblems:
                 others.append(name)
             rows.append({**row, **{title: mean_of(found[key]) for title, key in ERRORS.items()}})
         caption = (
-            f"Tomography at equal data misfit, {misfit:.3g} of the noise's deviations: the least that all methods "
-            f"reach. Each method is interpolated between its strengths ({', '.join(map(str, sorted({1.0, *self.strengths})))}), "  # noqa: E501
-            "linearly in the logarithm of the mean misfit; misfits: those that it was run at."
-            + (f" {', '.join(others)}: at the largest of its misfits, which is below." if others else "")
+            f"Tomography at an equal data misfit of {misfit:.3g} standard deviations of the noise, the smallest that "
+            "all "
+            f"methods reach. Each method is interpolated between its strengths ({', '.join(map(str, sorted({1.0, *self.strengths})))}), "  # noqa: E501
+            "linearly in the logarithm of the mean misfit. The column misfits has the range of its runs."
+            + (f" {', '.join(others)}: at the largest of its misfits, which is smaller." if others else "")
         )
         ours = [row for row in rows if row["method"].startswith("MFM-G,")]
         rest = [row for row in rows if not row["method"].startswith("MFM-G,")]
         lines = [
-            f"tomography at misfit {misfit:.3g}: the {title} of {row['method']}, {row[title].text()}, is "
+            f"Tomography at misfit {misfit:.3g}: the {title} of {row['method']}, {row[title].text()}, is "
             f"{verdict(row[title], {other['method']: other[title] for other in rest})}."
             for row, title in itertools.product(ours if rest else [], ERRORS)
         ]
         title = "Tomography at equal data misfit"
-        return [Claims(title, lines), Table("equal_misfit", title, rows, caption)]
+        return [Claims(f"{title}: differences", lines), Table("equal_misfit", title, rows, caption, keys=["method"])]
 
     def _picture(self, problem: str, results: Results) -> Picture:
         rows = []
@@ -290,8 +298,12 @@ class InverseProblems:
                 if of == problem and strength == 1 and cell in results:
                     rows.append((name, torch.cat([given, results[cell].tensors["images"][k]])))
         title = problem[0].upper() + problem[1:]
-        caption = "The test image, what is measured of it, and samples; three images, a row for each method."
-        return Picture(f"inverse_{self._problems[problem].file}", title, plots.gallery(rows), caption)
+        caption = (
+            "In each row: the test image, the measurement, then samples. Three test images, each with a row for each "
+            "method."
+        )
+        strong = [name for name, _ in rows if name.startswith("MFM-")]
+        return Picture(f"inverse_{self._problems[problem].file}", title, plots.gallery(rows, ours=strong), caption)
 
     def _claims(self, problem: str, scores: dict[tuple[str, str], dict[str, Measured]]) -> list[str]:
         """MFM-G against the methods that are not, by the proper scores."""

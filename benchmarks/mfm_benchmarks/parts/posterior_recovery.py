@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Picture, Table
+from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
+from mfm_benchmarks.charts import LineChart
 from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.measure import states_digest
 from mfm_benchmarks.suite import Cell, Outcome, Results
@@ -19,7 +19,7 @@ from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.posteriors import Posterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.evaluation.draws import DrawSettings, draw, draw_distance, noisy_states, posteriors
-from mfm_lightning.metrics.measured import Measured, mean_of
+from mfm_lightning.metrics.measured import Measured, mean_of, rounded
 
 REFERENCE, FLOOR = "reference", "SDE rollouts again (floor)"
 
@@ -99,20 +99,32 @@ class PosteriorRecovery(DrawSettings):
         if not rows:
             return []
         caption = (
-            f"Sliced W2 of {self.num_draws} draws to {self.num_draws} SDE rollouts, mean over {self.num_states} states."
+            f"Sliced W2 of {self.num_draws} posterior draws to {self.num_draws} SDE rollouts, mean over "
+            f"{self.num_states} states. Lower is better; the dashed line is the distance between two sets of rollouts."
         )
+        plot, title = self._plot(found, cost), "Posterior draws against SDE rollouts"
         return [
-            Picture(
-                "posterior_recovery",
-                "Posterior recovery",
-                self._plot(found, cost),
-                caption + " 95 % intervals over states.",
-            ),
+            *self._summary(found),
+            Picture("posterior_recovery", title, plot, f"{caption} 95 % intervals are over states."),
             self._claims(found),
-            Table("posterior_recovery", "Posterior recovery", rows, caption, folded=True),
+            Table("posterior_recovery", "Posterior draws", rows, caption, folded=True, keys=["t", "draws"]),
         ]
 
-    def _plot(self, found: dict[tuple[float, str], Measured], cost: dict[tuple[float, str], float]) -> Figure:
+    def _summary(self, found: dict[tuple[float, str], Measured]) -> list[Block]:
+        """One-step draws against the floor, at the middle time."""
+        times = [t for t in self.times if (t, f"MFM {self.model_steps[0]}") in found and (t, FLOOR) in found]
+        if not times:
+            return []
+        t = times[len(times) // 2]
+        mine, floor = found[t, f"MFM {self.model_steps[0]}"], found[t, FLOOR]
+        return [
+            Summary([
+                f"Posterior draws in {self.model_steps[0]} step(s) have a sliced W2 of {rounded(mine.value)} to SDE "
+                f"rollouts at t = {t:g}; two sets of rollouts have {rounded(floor.value)}."
+            ])
+        ]  # fmt: skip
+
+    def _plot(self, found: dict[tuple[float, str], Measured], cost: dict[tuple[float, str], float]) -> LineChart:
         kinds, words = {"MFM": self.model_steps, "GLASS": self.glass_steps}, "sliced W2 to SDE rollouts"
         return plots.by_steps(found, self.times, kinds, cost, words, lambda floor: floor, FLOOR, "log")
 
@@ -123,8 +135,8 @@ class PosteriorRecovery(DrawSettings):
             others = {f"GLASS {k}": found[t, f"GLASS {k}"] for k in self.glass_steps if (t, f"GLASS {k}") in found}
             if mine is not None and others:
                 words = verdict(mine, others, "further from the reference than", "closer to the reference than")
-                lines.append(f"t = {t:g}: draws of MFM {self.model_steps[0]} are {words}.")
-        return Claims("Posterior draws, by evaluations", lines)
+                lines.append(f"t = {t:g}: draws of the Meta Flow Map in {self.model_steps[0]} step(s) are {words}.")
+        return Claims("Posterior draws in one step against GLASS", lines)
 
 
 def _compare(draws: Outcome, reference: Outcome) -> Outcome:

@@ -59,8 +59,8 @@ class PromptDraws:
         parts = {"posterior draws": self.posterior, "values": self.value}
         states = " and ".join(f"{part.num_states} for {name}" for name, part in parts.items() if part is not None)
         return (
-            f"Noised states: test states of {type(self.data).__name__} in a random order, {states}, with their "
-            "captions as conditions. GLASS and rollouts are of the flow's own drift, MFM of the adapter."
+            f"Noised states are test states of {type(self.data).__name__} in a random order, {states}, with their "
+            "captions as conditions. GLASS and rollouts use the flow's own drift; MFM uses the adapter."
         )
 
     def cells(

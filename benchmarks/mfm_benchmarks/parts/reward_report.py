@@ -1,4 +1,4 @@
-"""What is made of aligned samples: reward by cost, what it costs in distance to the data, and who reaches Best-of-N."""
+"""The report of aligned samples: reward by cost, distance to the data, and which methods exceed Best-of-N."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import Any
 from torch import Tensor
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
-from mfm_benchmarks.claims import verdict
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table
+from mfm_benchmarks.charts import family
+from mfm_benchmarks.claims import TIMES, verdict
 from mfm_benchmarks.parts.entry import Entry
 from mfm_lightning.metrics.measured import Measured, rounded, simultaneous
 
 BASE, BEST = "base flow", "Best-of-N"
-FURTHER, CLOSER = "further from the shares than", "closer to the shares than"
+FURTHER, CLOSER = "further from the requested shares than", "closer to the requested shares than"
 
 
 @dataclass
 class RewardReport:
     """Args:
     entries: by reward.
-    scales: lambda, one a column of the figures.
+    scales: lambda, a panel of the figures for each.
     ours: the method that claims are about.
-    samples: what the table says of their number.
+    samples: what the table says about their number.
     candidates: how those of Best-of-N are made.
     frechet_limit: the headline takes settings whose Fréchet distance is at most so many times Best-of-N's.
     """
@@ -39,7 +40,7 @@ class RewardReport:
     frechet_limit: float = 1.5
 
     def blocks(self) -> list[Block]:
-        return [*self._reaching(), *self._shares(), self._claims(), *self._pictures(), self._table()]
+        return [*self._reaching(), *self._pictures(), *self._shares(), *self._claims(), self._table()]
 
     @property
     def _judged(self) -> bool:
@@ -47,7 +48,7 @@ class RewardReport:
 
     def _reaching(self) -> list[Block]:
         """For each method, the least cost at which its reward is above that of Best-of-N with the largest N."""
-        items, rows, said, number = [], [], [], "N"
+        items, rows, said, only, number, found_cheaper = [], [], [], list[str](), "N", dict[str, Contest]()
         short: dict[str, list[str]] = {}  # what does not reach it, in which rewards
         for reward, found in self.entries.items():
             best = next((e for e in reversed(found) if e.method == BEST), None)
@@ -59,71 +60,115 @@ class RewardReport:
             for method, scale in dict.fromkeys((e.method, e.scale) for e in settings):
                 line = [c for c in contests if (c.entry.method, c.entry.scale) == (method, scale) and c.above]
                 if line:
-                    rows.append(self._row(reward, min(line, key=lambda c: c.entry.nfe), best))
+                    fewest = min(line, key=lambda c: c.entry.nfe)
+                    rows.append(self._row(reward, fewest, best))
+                    only.append(_cells_of(fewest.entry, reward))
                 else:
                     short.setdefault(f"{method} (λ = {_lambda(scale)})", []).append(reward)
             cheaper = sorted((c for c in contests if c.above and c.entry.nfe < best.nfe), key=lambda c: c.entry.nfe)
+            if winner := next((c for c in cheaper if c.near > 0), None):
+                found_cheaper[reward] = winner
             aim = self._share_headline(reward) if best.shares else self._headline(reward, cheaper, best, number)
             items.append(aim)
             said.append(self._decided(reward, cheaper, number, len(settings)))
         caption = (
-            f"For each method the cheapest setting whose mean reward is above that of Best-of-{number} "
-            f"({self.candidates}), for all settings of a reward at once. Intervals in the table are of one comparison "
-            "each; ratios of evaluations are exact."
+            "For each method, the setting with the fewest evaluations whose mean reward is higher than that of "
+            f"Best-of-{number} ({self.candidates}); tested for all settings of a reward together. Intervals in the "
+            "table are of one comparison each; ratios of evaluations are exact."
         )
-        table = Table("reaching_best_of_n", f"Cost of reaching Best-of-{number}", rows, caption)
-        blocks = [Headline(items), table, Claims("What decided", said)]
+        table = Table(
+            "reaching_best_of_n", f"Cost of exceeding Best-of-{number}", rows, caption, keys=["reward", "method", "λ"],
+            only=only,
+        )  # fmt: skip
+        blocks = [Headline(items), table, Claims("How each result was decided", said)]
+        if items:
+            blocks.insert(0, self._summary(found_cheaper, number))
         if short:
             said = [f"{who}: {', '.join(rewards)}." for who, rewards in short.items()]
-            blocks.append(Claims(f"Not above Best-of-{number} in any setting", said))
+            blocks.append(Claims(f"No setting exceeds Best-of-{number}", said))
         return blocks
+
+    def _summary(self, cheaper: Mapping[str, Contest], number: str) -> Summary:
+        """The setting with the fewest evaluations for each reward; what it costs; what was compared."""
+        bests = {r: next((e for e in reversed(found) if e.method == BEST), None) for r, found in self.entries.items()}
+        won = [
+            f"{c.entry.method} with {rounded(best.nfe / c.entry.nfe)} times fewer evaluations ({reward})"
+            for reward, c in cheaper.items()
+            if (best := bests[reward]) is not None
+        ]
+        none = [reward for reward, best in bests.items() if best is not None and reward not in cheaper]
+        rest = f" For {_listed(none)}, no setting does so with fewer evaluations" if none else ""
+        rest += self._limit_words(" and") if none else ""
+        if won:
+            first = (
+                f"A higher mean reward than Best-of-{number} is reached by {_listed(won)}.{rest}{'.' if rest else ''}"
+            )
+        else:
+            first = (
+                f"No setting is shown to reach a higher mean reward than Best-of-{number} with fewer "
+                f"evaluations{self._limit_words(' and')}."
+            )
+        kept = [f"{c.ratio.text(2)} for {reward}" for reward, c in cheaper.items() if c.ratio is not None]
+        costs = (
+            f"The Fréchet distance to real images, relative to Best-of-{number}, is {_listed(kept)}." if kept else ""
+        )
+        methods = dict.fromkeys(e.method for found in self.entries.values() for e in found)
+        third = f"{len(methods)} methods were compared on the same model and the same noise, with {self.samples}"
+        return Summary([text for text in (first, costs, third) if text])
 
     def _row(self, reward: str, cheapest: Contest, best: Entry) -> dict[str, Any]:
         e = cheapest.entry
         row = {
             "reward": reward, "method": e.method, "λ": _lambda(e.scale), "setting": e.label, "NFE": round(e.nfe),
-            "times fewer NFE": best.nfe / e.nfe, "above by": cheapest.gain,
+            "times fewer NFE": best.nfe / e.nfe, "gain in reward": cheapest.gain,
         }  # fmt: skip
         if cheapest.ratio is None:
             return row
         near = {1: "yes", -1: "no", 0: "not decided"}[cheapest.near]
-        return {**row, f"Fréchet over {BEST}'s": cheapest.ratio, f"at most {self.frechet_limit:g}": near}
+        return {**row, "Fréchet ratio": cheapest.ratio, f"ratio at most {self.frechet_limit:g}": near}
 
     def _headline(self, reward: str, cheaper: Sequence[Contest], best: Entry, number: str) -> tuple[str, str]:
-        """The cheapest setting that is above and near; else whether there may be one."""
+        """The setting with the fewest evaluations that is above and near; else whether there may be one."""
         if near := [c for c in cheaper if c.near > 0]:
             e = near[0].entry
-            words = f"fewer evaluations than Best-of-{number} for a higher reward, {reward}: {_setting(e)}"
-            return f"{rounded(best.nfe / e.nfe)} x", words
-        words = f"above Best-of-{number} in {reward} with fewer evaluations{self._limit_words(' and')}"
+            words = f"fewer evaluations than Best-of-{number} for a higher reward ({reward}): {_setting(e)}"
+            return f"{rounded(best.nfe / e.nfe)} {TIMES}", words
+        words = f"higher {reward} than Best-of-{number} with fewer evaluations{self._limit_words(' and')}"
         if open_ := [c for c in cheaper if c.near == 0]:
             e = open_[0].entry
-            return "not decided", f"whether {_setting(e)}, {rounded(best.nfe / e.nfe)} times fewer, is {words}"
-        return "none", f"is {words}"
+            return (
+                "not decided",
+                f"whether {_setting(e)}, with {rounded(best.nfe / e.nfe)} times fewer, reaches a {words}",
+            )
+        return "none", f"of the settings is shown to reach a {words}"
 
     def _decided(self, reward: str, cheaper: Sequence[Contest], number: str, num: int) -> str:
         """The sentence on what decided a headline."""
         if not cheaper:
-            return f"{reward}: none of {num} settings has a reward above Best-of-{number}'s at fewer evaluations."
+            return f"{reward}: none of {num} settings has a higher reward than Best-of-{number} with fewer evaluations."
         winner = next((c for c in cheaper if c.near > 0), None)
         others = cheaper[: cheaper.index(winner)] if winner else cheaper
-        parts = [f"{_setting(winner.entry)} is {self._reasons(winner)}"] if winner else []
-        for sign, words in ((0, "not decided"), (-1, f"further than {self.frechet_limit:g} times")):
+        parts = [f"{_setting(winner.entry)} has {self._reasons(winner)}"] if winner else []
+        before = "Even fewer evaluations" if winner else "Higher reward with fewer evaluations"
+        limit = f"the limit of {self.frechet_limit:g} times the Fréchet distance"
+        for sign, words in ((0, f"it is not decided whether {limit} holds"), (-1, f"above {limit}")):
             if some := [f"{_setting(c.entry)} ({self._ratio(c)})" for c in others if c.near == sign]:
-                parts.append(f"{words}{', with fewer evaluations' if winner else ''}: {'; '.join(some)}")
+                parts.append(f"{before}, but {words}: {'; '.join(some)}")
         return f"{reward}: {'. '.join(parts)}."
 
     def _reasons(self, c: Contest) -> str:
-        above = f"above by {rounded(c.gain.value)} (at least {rounded(c.least)} for all settings at once)"
-        return above if c.ratio is None else f"{above}, at {self._ratio(c)}, at most {self.frechet_limit:g}"
+        above = (
+            f"a mean reward higher by {rounded(c.gain.value)} (at least {rounded(c.least)} for all settings together)"
+        )
+        return above if c.ratio is None else f"{above} and {self._ratio(c)} (limit {self.frechet_limit:g})"
 
     def _ratio(self, c: Contest) -> str:
-        return "" if c.ratio is None else f"{c.ratio.text()} times its Fréchet distance"
+        return "" if c.ratio is None else f"{c.ratio.text()} times the Fréchet distance of {BEST}"
 
     def _limit_words(self, before: str = " with") -> str:
         return f"{before} at most {self.frechet_limit:g} times its Fréchet distance" if self._judged else ""
 
-    def _claims(self) -> Claims:
+    def _claims(self) -> list[Claims]:
         """Our method against each of the others, all in their settings of most evaluations."""
         lines = []
         for (reward, found), scale in itertools.product(self.entries.items(), self.scales):
@@ -136,18 +181,21 @@ class RewardReport:
             lines.append(
                 f"{reward}, λ = {scale:g}: the mean reward of {mine.name}, {round(mine.nfe):,} NFE, is {said}."
             )
-        return Claims(f"{self.ours} against the others, each in its setting of most evaluations", lines)
+        title = f"{self.ours} against each other method, each in its setting with the most evaluations"
+        return [Claims(title, lines)] if lines else []
 
     def _share_headline(self, reward: str) -> tuple[str, str]:
         last = _most_evaluations(self.entries[reward], self.scales[0])
         mine = last.pop(self.ours, None)
         if mine is None or mine.shares is None:
-            return "n/a", f"{self.ours} has no result in {reward}"
+            return "n/a", f"{self.ours} has no result for {reward}"
         said = verdict(mine.shares, _shares_of(last), FURTHER, CLOSER)
-        return rounded(mine.shares.value), f"from the class shares asked for, {reward}: {_setting(mine)}; {said}"
+        return rounded(
+            mine.shares.value
+        ), f"distance (L2) to the requested class shares, {reward}: {_setting(mine)}; {said}"
 
     def _shares(self) -> list[Block]:
-        """Which methods find all modes of a mixture, in the shares that the reward asks for."""
+        """Which methods find all modes of a mixture, in the shares that the reward asks for: words, and a table."""
         lines = []
         for reward, found in self.entries.items():
             last = _most_evaluations(found, self.scales[0])
@@ -159,30 +207,36 @@ class RewardReport:
         if not lines:
             return []
         lines.append(
-            "A higher mean reward is no sign that all modes were found: it says nothing of their shares. Each method "
-            "is in its setting of most evaluations."
+            "The mean reward does not show whether all modes were found; the class shares do. Each method is in its "
+            "setting with the most evaluations."
         )
-        return [Claims("Class shares against those that a mixture asks for", lines)]
+        return [Claims("Class shares of samples against the requested ones", lines)]
 
     def _pictures(self) -> list[Picture]:
         found = [
             Picture(
-                "reward_nfe", "Reward against evaluations", plots.curves(self.entries, self.scales),
-                "Mean reward of single samples by network and reward evaluations a sample; 95 % intervals shaded. A "
-                "line joins the settings of a method. Trainings of policies and value networks are not counted.",
+                "reward_nfe", "Reward against evaluations", plots.curves(self.entries, self.scales, self.ours, BEST),
+                "Mean reward of single samples, by evaluations of networks and reward per sample (NFE). 95 % intervals "
+                "are shaded. A line joins the settings of a method. The training of policies and value networks is not "
+                "counted. Higher and further left is better.",
             ),
         ]  # fmt: skip
         if self._judged:
-            title = "What the reward costs in distance to the data"
-            caption = "Fréchet distance to real images by mean reward: up is reward bought by leaving the data."
-            found.append(Picture("reward_frechet", title, plots.hacking(self.entries, self.scales), caption))
+            title = "Reward against distance to the data"
+            caption = (
+                "Fréchet distance to real images, by mean reward. Lower and further right is better: a high distance "
+                "means that the reward was gained by leaving the data distribution."
+            )
+            chart = plots.hacking(self.entries, self.scales, self.ours, BEST)
+            found.append(Picture("reward_frechet", title, chart, caption))
         for reward, entries in self.entries.items():
             if entries[0].images.dim() == 4:
                 caption = (
-                    f"The same noise in each column, λ = {self.scales[0]:g}; beside each row the method, in its "
-                    "setting of most evaluations, and its mean reward."
+                    f"Each column starts from the same noise; λ = {self.scales[0]:g}. Each row has the name of the "
+                    "method, in its setting with the most evaluations, and its mean reward."
                 )
-                plot = plots.gallery(self._gallery(entries))
+                rows = self._gallery(entries)
+                plot = plots.gallery(rows, ours=family(self.ours, [name.partition("\n")[0] for name, _ in rows]))
                 found.append(Picture(f"samples_{_slug(reward)}", f"Samples: {reward}", plot, caption))
         return found
 
@@ -194,22 +248,24 @@ class RewardReport:
         return rows
 
     def _table(self) -> Table:
-        rows = []
+        rows, only = [], []
         for reward, found in self.entries.items():
             for e in found:
+                only.append(_cells_of(e, reward))
                 row = {
                     "reward": reward, "λ": _lambda(e.scale), "method": e.method, "setting": e.label,
                     "NFE": round(e.nfe), "mean reward": e.reward, "best look-ahead": e.best, "Fréchet": e.frechet,
                     "diversity": e.diversity, "L2 to the shares": e.shares,
-                    "trained first": "yes" if e.trained else "",
+                    "needs training": "yes" if e.trained else None,
                 }  # fmt: skip
                 rows.append({key: value for key, value in row.items() if value is not None})
         caption = (
-            "Mean reward of the images without multipliers; of the best look-ahead, the mean reward of the best clean "
-            "state that was scored on the way to each sample, at no further evaluations; diversity is the mean "
-            f"distance between the states of two samples. {self.samples}"
+            "Mean reward: of the images, without λ. Best look-ahead: mean reward of the best clean state that the "
+            "method scored on the way to each sample; it needs no further evaluations. Diversity: mean distance "
+            f"between two samples. {self.samples}"
         )
-        return Table("results", "All results", rows, caption, folded=True)
+        keys = ["reward", "λ", "method", "setting"]
+        return Table("results", "All results", rows, caption, folded=True, keys=keys, only=only)
 
 
 @dataclass
@@ -251,6 +307,17 @@ def contest(entries: Sequence[Entry], best: Entry, limit: float) -> list[Contest
             near = int(left > width) - int(left < -width)
         found.append(Contest(e, gain, gain.value - c * gain.error, ratio, near))
     return found
+
+
+def _cells_of(e: Entry, reward: str) -> str:
+    """The beginning of the names of the results that an entry is of."""
+    if e.method == BEST:
+        return f"{BEST}, {reward}"
+    return f"{e.name}, {reward}" + ("" if e.scale is None else f", λ = {e.scale:g}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _shares_of(entries: Mapping[str, Entry]) -> dict[str, Measured]:

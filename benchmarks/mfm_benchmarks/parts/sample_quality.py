@@ -135,8 +135,8 @@ class SampleQuality:
             features = torch.cat([outcome.tensors["features"] for outcome in done])
             found[name] = resampled(frechet_of_features, features, quality.gaussian, replicates=self.replicates)
         rows = [{"samples": name, "number": self.num_samples, "Fréchet": distance} for name, distance in found.items()]
-        caption = "Refinement samples (Algorithm 1) with classes in equal shares, against the reference features."
+        caption = "K-step refinement samples (Algorithm 1), classes in equal shares, against the reference features."
         if (base := found.get(self._base_row)) is not None:
-            rows = [{**row, "over the base flow's": found[row["samples"]].over(base)} for row in rows]
-            caption += " The ratio is paired by the noise that both began from."
-        return [Table("sample_quality", "Fréchet distance of K-step samples", rows, caption)]
+            rows = [{**row, "ratio to the base flow": found[row["samples"]].over(base)} for row in rows]
+            caption += " The ratio is paired: both start from the same noise."
+        return [Table("sample_quality", "Fréchet distance of K-step samples", rows, caption, keys=["samples"])]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Picture, Table
+from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
+from mfm_benchmarks.charts import LineChart
 from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.measure import states_digest
 from mfm_benchmarks.suite import Cell, Outcome, Results
@@ -20,7 +20,7 @@ from mfm_lightning.alignment.posteriors import RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DenoisedValue, DrawValue, ValueEstimator
 from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, estimate_values, noisy_states
-from mfm_lightning.metrics.measured import Measured
+from mfm_lightning.metrics.measured import Measured, rounded
 
 Found = dict[tuple[float, str], Measured]  # by time and estimator
 
@@ -94,20 +94,36 @@ class ValueComparison(DrawSettings):
         if not rows:
             return []
         caption = (
-            f"{self.num_states} states, V from {self.num_draws} draws against V from {self.num_draws} SDE rollouts of "
-            f"{self.rollout_steps} steps, which has an error of its own; 95 % intervals over states."
+            f"Values of {self.num_states} states from {self.num_draws} draws, against values from {self.num_draws} SDE "
+            f"rollouts of {self.rollout_steps} steps, which have an error of their own. 95 % intervals are over states."
         )
         correlation = self._plot(r, cost, "Pearson r with the reference")
         error = self._plot(squares, cost, "mean squared error", "log")
-        said = [*self._claims(r, "r"), *self._claims(squares, "squared error")]
+        said = [*self._claims(r, "Pearson r"), *self._claims(squares, "squared error")]
         return [
+            *self._summary(r),
             Picture("value_r_nfe", f"Value estimates{self._of}: correlation", correlation, caption),
             Picture("value_error_nfe", f"Value estimates{self._of}: error", error, caption),
             Claims(f"Value estimates from one-step draws{self._of}", said),
-            Table("value_estimates", f"Value estimates{self._of}", rows, caption, folded=True),
+            Table("value_estimates", f"Value estimates{self._of}", rows, caption, folded=True, keys=["t", "estimator"]),
         ]
 
-    def _plot(self, found: Found, cost: dict[tuple[float, str], float], words: str, yscale: str = "linear") -> Figure:
+    def _summary(self, r: Found) -> list[Block]:
+        """The correlation of values from one-step draws over the times."""
+        mine = [r[t, name].value for t in self.times if (t, name := f"MFM {self.model_steps[0]}") in r]
+        mine = [value for value in mine if not math.isnan(value)]
+        if not mine:
+            return []
+        return [
+            Summary([
+                f"Values{self._of} from draws in {self.model_steps[0]} step(s) correlate with those from rollouts with "
+                f"Pearson r = {rounded(min(mine))} to {rounded(max(mine))} over the times t."
+            ])
+        ]  # fmt: skip
+
+    def _plot(
+        self, found: Found, cost: dict[tuple[float, str], float], words: str, yscale: str = "linear"
+    ) -> LineChart:
         kinds = {"MFM": self.model_steps, "GLASS": self.glass_steps}
         point = next((value for (_, name), value in cost.items() if name == POINT), 1.0)
         return plots.by_steps(found, self.times, kinds, cost, words, lambda value: [(point, value)], POINT, yscale)

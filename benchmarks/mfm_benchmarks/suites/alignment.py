@@ -71,8 +71,8 @@ class AlignmentSuite(Suite):
     name = "alignment"
     title = "Reward against cost"
     about = (
-        "Alignment at inference time: the mean reward that each method reaches, by what it costs in evaluations of "
-        "networks and rewards (NFE; a backward counts as one more) and in distance to the data."
+        "The mean reward that each alignment method reaches at inference time, against its cost: evaluations of "
+        "networks and rewards (NFE), and distance to the data."
     )
 
     def __init__(
@@ -126,20 +126,20 @@ class AlignmentSuite(Suite):
         self.best_of_n.shrink()
         for name, method in self.methods.items():
             if method.fit:
-                self._skipped[name] = "needs training for each reward, which --quick has no time for"
+                self._skipped[name] = "not in --quick: it needs training for each reward"
             elif not method.quick:
-                self._skipped[name] = "is left out of --quick, for its time (quick: false)"
+                self._skipped[name] = "not in --quick, to save time (quick: false)"
         kept = {}
         for point in self._points:
             if point.method in self._skipped:
                 continue
             method = point.build()
             if isinstance(method, BestOfN) and method.num_candidates > self.best_of_n.numbers[-1]:
-                self._skipped[point.name] = "has more candidates than the Best-of-N of --quick"
+                self._skipped[point.name] = "not in --quick: it has more candidates than the Best-of-N there"
             else:
                 kept.setdefault(point.method, []).append(point)
         # the cheapest of each method, and of the first one also that in the middle: fewer settings are decided by fewer
-        # samples, and the dearest would take most of the time
+        # samples, and those with the most evaluations would take most of the time
         first, *others = kept.values() if kept else [[]]
         middle = [first[len(first) // 2]] if first[2:] else []
         self._points = [*first[:1], *middle, *(line[0] for line in others)]
@@ -269,7 +269,9 @@ class AlignmentSuite(Suite):
         entries = {reward: found for reward, found in entries.items() if found}
         if not entries:
             return [Text("No result", ["Every run failed; the messages are above."])]
-        samples = f"{self.num_samples} samples of each of {len(self.seeds)} seed(s)."
+        samples = (
+            f"{self.num_samples} samples{'' if len(self.seeds) == 1 else f' for each of {len(self.seeds)} seeds'}."
+        )
         candidates, ours = f"candidates of {self.best_of_n.steps} Euler steps", next(iter(self.methods), "")
         return RewardReport(entries, self.scales, ours, samples, candidates, self.frechet_limit).blocks()
 

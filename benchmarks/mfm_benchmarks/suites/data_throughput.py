@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table
+from mfm_benchmarks.charts import BarChart
 from mfm_benchmarks.parts.shard_readers import (
     READERS,
     can_drop,
@@ -45,7 +45,7 @@ class DataThroughputSuite(Suite):
     name = "data-throughput"
     title = "Reading sharded latents"
     about = (
-        "Samples a second of LatentShards (shuffled, flipped, drawn from the moments, in batches) by number of "
+        "Samples per second of LatentShards (shuffled, flipped, drawn from the moments, in batches), by number of "
         "workers, against a raw sequential read of the same tar files in the same run."
     )
     intervals = TIMED
@@ -92,7 +92,7 @@ class DataThroughputSuite(Suite):
 
     @property
     def skipped(self) -> dict[str, str]:
-        return {} if can_drop() else {DISK: "files cannot be dropped from the cache here"}
+        return {} if can_drop() else {DISK: "the operating system does not let files be dropped from its cache here"}
 
     def _cached(self) -> Outcome:
         data = LatentShards(str(self._folder), self.batch_size, val_shards=0)
@@ -128,20 +128,27 @@ class DataThroughputSuite(Suite):
         if not found:
             return []
         shares = {w: {name: ratio_of_runs(f[name], f[RAW]) for name in f} for w, f in found.items()}
-        headline, lines = [], []
+        headline, lines, said = [], [], []
         for where, share in shares.items():
             best = max((_ours(w) for w in self.workers), key=lambda name, share=share: share[name].value)
-            headline.append((f"{share[best].value:.0%}", f"of a raw read's speed, {where}: {best}"))
+            headline.append((f"{share[best].value:.0%}", f"of the speed of a raw read, {where}: {best}"))
+            said.append(f"{share[best].value:.0%} {where} ({best})")
             lines += [_claim(f"{where}: {name}", s) for name, s in share.items() if name != RAW]
         if CACHED in found:
             lines += [
                 _against(found[CACHED], _ours(w), other) for w in self.workers for other in READERS if other != RAW
             ]
+        sentences = [
+            f"The data loader reaches these shares of the speed of a raw sequential read: {'; '.join(said)}.",
+            f"The goal is at least {GOAL:.0%}.",
+            f"All readers take turns on the same files, {self.rounds} rounds.",
+        ]
         return [
+            Summary(sentences),
             Headline(headline),
-            Claims("Against a raw sequential read", lines),
-            Picture("throughput", "Samples a second", _picture(found), CAPTION),
-            Table("throughput", "Samples a second", self._rows(found, shares)),
+            Picture("throughput", "Samples per second", _picture(found), CAPTION),
+            Claims("Differences to a raw sequential read", lines),
+            Table("throughput", "All readers", self._rows(found, shares), keys=["files", "reader"]),
         ]
 
     def _rows(self, found: dict[str, Any], shares: dict[str, dict[str, Measured]]) -> list[dict[str, Any]]:
@@ -156,21 +163,21 @@ class DataThroughputSuite(Suite):
                         "reader": name,
                         "samples/s": speed,
                         "MB/s of tar": speed * (stride / 1e6),
-                        "of a raw read": share,
+                        "share of a raw read": share,
                     }
                 )
         return rows
 
 
 CAPTION = (
-    "'raw read': the bytes of the tar files, one after the other, in pieces of 1 MiB by Python's unbuffered "
-    "readinto, in one process; 'tarfile': their members by Python's tarfile; 'webdataset, decoded': webdataset with "
-    "its decoding of arrays, in one process. 'LatentShards': batches of drawn latents as they reach the training "
-    "process, which does nothing with them; 0 workers: read by that process itself. 'from disk': the files are "
-    "dropped from the operating system's cache before each reading, and the start of the workers is counted. 'from "
-    "the cache': the files are in memory, so that a raw read is nothing but a copy, and workers are timed when they "
-    "are at work. Means over rounds in which all take turns, with Student's 95 % interval; shares are geometric means "
-    "of the rounds' ratios. MB of tar: what was read of the files for those samples."
+    "'raw read': the bytes of the tar files, one after the other, in pieces of 1 MiB by Python's unbuffered readinto, "
+    "in one process; 'tarfile': their members by Python's tarfile; 'webdataset, decoded': webdataset with its "
+    "decoding of arrays, in one process. 'LatentShards': batches of drawn latents as they reach the training process, "
+    "which does nothing with them; 0 workers: read by that process itself. 'from disk': the files are dropped from "
+    "the operating system's cache before each reading, and the start of the workers is counted. 'from the cache': the "
+    "files are in memory, so that a raw read is only a copy, and workers are timed after their start. Means over "
+    "rounds in which all take turns, with Student's 95 % interval; shares are geometric means of the rounds' ratios. "
+    "MB of tar: bytes of the files that were read for those samples. The dashed line is half of the raw read."
 )
 
 
@@ -188,7 +195,7 @@ def _note(found: dict[str, list[float]], speeds: dict[str, float], round_: int) 
 
 def _against(found: dict[str, list[float]], name: str, other: str) -> str:
     times = ratio_of_runs(found[name], found[other])
-    return f"from the cache: {name}: {times.text(2)} times the samples in a second of {other}."
+    return f"From the cache: {name} gives {times.text(2)} times as many samples per second as {other}."
 
 
 def _ours(workers: int) -> str:
@@ -197,14 +204,12 @@ def _ours(workers: int) -> str:
 
 def _claim(name: str, share: Measured) -> str:
     goal = "at least" if share.low >= GOAL else "less than" if share.high < GOAL else "not significantly different from"
-    return f"{name}: {share.text(2)} of a raw read's samples in a second, {goal} {GOAL:.0%}."
+    return f"{name}: {share.text(2)} of the samples per second of a raw read, {goal} {GOAL:.0%}."
 
 
-def _picture(found: dict[str, dict[str, list[float]]]) -> Figure:
+def _picture(found: dict[str, dict[str, list[float]]]) -> BarChart:
     speeds = {where: {name: of_runs(v) for name, v in readers.items()} for where, readers in found.items()}
     half = {where: GOAL * readers[RAW].value for where, readers in speeds.items()}
 
-    def colour(name: str) -> str:
-        return "tab:blue" if name.startswith("LatentShards") else "tab:grey"
-
-    return plots.bars(speeds, colour, half, "samples in a second (dashed: half of the raw read)", dashed=True)
+    ours = [name for readers in found.values() for name in readers if name.startswith("LatentShards")]
+    return plots.bars(speeds, half, "samples per second", ours)

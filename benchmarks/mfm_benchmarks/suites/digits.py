@@ -35,8 +35,9 @@ class DigitsSuite(Suite):
     name = "digits"
     title = "Digits: class mixture, posterior draws, values"
     about = (
-        "A reward log Σ w_i p(y_i | x) asks for digits in given shares. How near each method comes to the shares by "
-        "posterior draws N; how near one-step posterior draws are to rollouts; and how well they estimate values."
+        "The reward log Σ w_i p(y_i | x) asks for digits in given shares. Measured are: how close each method comes "
+        "to the shares, by the number N of posterior draws; how close one-step posterior draws are to rollouts; and "
+        "how well they estimate values."
     )
 
     def __init__(

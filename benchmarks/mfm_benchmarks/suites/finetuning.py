@@ -128,14 +128,14 @@ class FinetuningSuite(Suite):
     name = "finetuning"
     title = "Fine-tuning methods at equal drift"
     about = (
-        "Fine-tuning to a reward: what each method reaches by the evaluations of networks and rewards that its "
-        "training takes (a backward counts as one more), and at equal drift from the base flow."
+        "Fine-tuning to a reward: the mean reward that each method reaches, by the evaluations of networks and "
+        "rewards in its training (NFE), and at equal drift from the base flow."
     )
     intervals = (
-        "Values have a 95 % interval, in brackets or shaded: of trainings (Student's t) where there are three seeds or "
-        "more, else of the samples of those that there are, which says nothing of other trainings. “Higher” or “lower” "
-        "is said only where the interval of the paired difference leaves out zero. Intervals are of one comparison "
-        "each. Seconds are of one run on a machine with other work, evaluations are exact."
+        "Values have a 95 % interval, beside the number or shaded. With three seeds or more it is over trainings "
+        "(Student's t); with fewer it is over the samples of those trainings, and says nothing about other trainings. "
+        "The page says “higher” or “lower” only if the interval of the paired difference excludes zero. Each interval "
+        "is of one comparison. Seconds are of one run on a machine with other work; evaluations are exact."
     )
 
     def __init__(
@@ -195,7 +195,7 @@ class FinetuningSuite(Suite):
                 found = self._settings[name]
                 self._settings[name] = [found[len(found) // 2]]
             else:
-                self._skipped[name] = "is left out of --quick, for its time (quick: false)"
+                self._skipped[name] = "not in --quick, to save time (quick: false)"
                 del self._settings[name]
 
     def missing(self) -> list[str]:
@@ -361,7 +361,7 @@ class FinetuningSuite(Suite):
             return [Text("No result", ["Every run failed; the messages are above."])]
         rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
         samples = (
-            f"{self.num_samples} samples of each of {len(self.seeds)} training seed(s); learning rates from {rates}, "
+            f"{self.num_samples} samples for each of {len(self.seeds)} training seed(s); learning rates from {rates}, "
             "the same for all methods."
         )
         return FinetuningReport(curves, self.drifts, next(iter(self._settings)), samples).blocks()

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table, Text
+from mfm_benchmarks.charts import CloudChart, LineChart
 from mfm_benchmarks.claims import change, verdict
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import noise
-from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, described
 from mfm_lightning.alignment import (
     AlignmentMethod,
     FeynmanKac,
@@ -80,10 +80,11 @@ class MixtureSuite(Suite):
     """
 
     name = "gmm"
-    title = "Mixture with an exact answer"
+    title = "Gaussian mixture with a known answer"
     about = (
-        "The paper's three Gaussians and its linear-Gaussian reward, whose tilted distribution is known: how close "
-        "each method's samples come to it, by the number of posterior draws N at a step."
+        "How close steered samples come to the exact tilted distribution, by the number N of posterior draws per "
+        "step. The data are the paper's three Gaussians and the reward is linear-Gaussian, so the answer is known in "
+        "closed form."
     )
 
     def __init__(
@@ -225,12 +226,17 @@ class MixtureSuite(Suite):
             return [Text("No result", ["Every run failed; the messages are above."])]
         found = {key: {what: _over_seeds(key[0], what, parts) for what in DISTANCES} for key, parts in done.items()}
         caption = (
-            f"{self.num_samples} samples against {self.num_reference} exact ones, {len(self.seeds)} seed(s), "
-            f"{self.steps} steps; the floor is exact samples against others."
+            f"{self.num_samples} samples of each method are compared with {self.num_reference} exact ones; "
+            f"{len(self.seeds)} seed(s), {self.steps} steps. Lower is better. The floor is the distance between two "
+            "sets of exact samples: no method can be reliably below it."
         )
-        below = " Unbiased, so it can be below zero; linear below 0.001."
-        clouds = "One seed; contours hold 50, 90 and 99 % of the exact tilted distribution, grey is the base mixture."
+        below = " The estimate is unbiased, so it can be negative; the axis is linear below 0.001."
+        clouds = (
+            "Samples of one seed. Contours contain 50, 90 and 99 % of the exact tilted distribution; grey dots are the "
+            "base mixture. Samples that cover the contours evenly are right."
+        )
         return [
+            *self._summary(found),
             *self._headline(found),
             Picture(
                 "w2", "Sliced W2 to the exact tilted distribution", self._plot(found, "W2", "sliced W2", "log"), caption
@@ -243,8 +249,41 @@ class MixtureSuite(Suite):
             ),
             Picture("samples", "Samples against the exact density", self._clouds(done), clouds),
             self._claims(found),
-            Table("distances", "All results", self._rows(done, found), caption),
-        ]
+            Table(
+                "distances", "All results", self._rows(done, found), caption, keys=["method", "N"],
+                only=[f"{name}, N = {n}, seed" if n else f"{name}, seed" for name, n in done],
+            ),
+        ]  # fmt: skip
+
+    def described(self) -> dict[str, Any]:
+        settings = {"samples": self.num_samples, "seeds": list(self.seeds)}
+        methods = self._methods()
+        last = {name: (n, method) for (name, n), method in methods.items()}
+        return {
+            name: {**settings, "N": [n for (other, n) in methods if other == name and n] or None, **described(method)}
+            for name, (_, method) in last.items()
+        }
+
+    def _summary(self, found: dict[Key, dict[str, Measured]]) -> list[Block]:
+        """Our best setting against the floor and the other methods; what draws do; what was compared."""
+        ours = {key: value["W2"] for key, value in found.items() if key[0] in OURS}
+        others = {key: value["W2"] for key, value in found.items() if key[0] not in OURS and not _is_reference(key[0])}
+        if not ours:
+            return []
+        name, n = min(ours, key=lambda key: ours[key].value)
+        mine = ours[name, n]
+        said = f"{name} with N = {n} draws has a sliced W2 of {rounded(mine.value)} to the exact distribution"
+        if (FLOOR, 0) in found:
+            said += f"; two sets of exact samples have {rounded(found[FLOOR, 0]['W2'].value)}"
+        sentences = [f"{said}."]
+        if others:
+            best = min(others, key=lambda key: others[key].value)
+            words = verdict(mine, {_named(*best): others[best]}, "further away than", "closer than")
+            value = rounded(others[best].value)
+            sentences.append(f"This is {words}, the best of the other methods ({value}).")
+        if len(by_draws := _by_draws(found, name, "W2")) > 1:
+            sentences.append(change(name, "sliced W2", by_draws))
+        return [Summary(sentences)]
 
     def _rows(self, done: dict[Key, list[Outcome]], found: dict[Key, dict[str, Measured]]) -> list[dict[str, Any]]:
         rows = []
@@ -256,7 +295,7 @@ class MixtureSuite(Suite):
                     what: found[name, n][what],
                     f"{what} std of seeds": float(values.std()) if len(parts) > 1 else None,
                 }
-            rows.append({**row, "NFE a sample": round(parts[0].numbers["nfe"])})
+            rows.append({**row, "NFE per sample": round(parts[0].numbers["nfe"])})
         return rows
 
     def _headline(self, found: dict[Key, dict[str, Measured]]) -> list[Block]:
@@ -264,12 +303,12 @@ class MixtureSuite(Suite):
         for name in OURS:
             mine = _by_draws(found, name, "W2")
             if mine:
-                items.append(_large(mine[max(mine)], f"sliced W2 of {name}, with N = {max(mine)}"))
+                items.append(_large(mine[max(mine)], f"sliced W2 of {name} with N = {max(mine)}"))
         if (FLOOR, 0) in found:
-            items.append(_large(found[FLOOR, 0]["W2"], "of exact samples: the floor"))
+            items.append(_large(found[FLOOR, 0]["W2"], "sliced W2 of exact samples: the floor"))
         return [Headline(items)]
 
-    def _plot(self, found: dict[Key, dict[str, Measured]], what: str, words: str, yscale: str) -> Figure:
+    def _plot(self, found: dict[Key, dict[str, Measured]], what: str, words: str, yscale: str) -> LineChart:
         panels: dict[str, dict[str, Any]] = {}
         for dynamics in ("ODE", "SDE"):
             lines: dict[str, Any] = {}
@@ -282,17 +321,14 @@ class MixtureSuite(Suite):
                     shown = name if name in PARTICLES else name.removesuffix(f", {dynamics}")
                     lines[shown] = found[name, 0][what]
             panels[dynamics] = lines
-        figure = plots.lines(panels, "posterior draws N", words, yscale=yscale, size=(5.2, 5.0))
-        if yscale == "symlog":
-            for axis in figure.axes:
-                axis.set_yscale("symlog", linthresh=1e-3)
-        return figure
+        ours = [name.partition(",")[0] for name in OURS]
+        return plots.lines(panels, "posterior draws N", words, yscale=yscale, ours=ours, baselines=[EXACT, FLOOR])
 
-    def _clouds(self, done: dict[Key, list[Outcome]]) -> Figure:
+    def _clouds(self, done: dict[Key, list[Outcome]]) -> CloudChart:
         most = max(self.draws)
         some = (self.draws[0], self.draws[len(self.draws) // 2])
         wanted = [key for key in done if key[1] in (0, most) or (key[0] == "MFM-G, ODE" and key[1] in some)]
-        panels = {f"{name}, N = {n}" if n else name: done[name, n][0].tensors["states"] for name, n in wanted}
+        panels = {_named(name, n): done[name, n][0].tensors["states"] for name, n in wanted}
 
         def density(points: Tensor) -> Tensor:
             return self._exact.log_prob(1.0, points)
@@ -302,6 +338,7 @@ class MixtureSuite(Suite):
             density,
             self._exact.sample(20000, torch.Generator().manual_seed(5)),
             self._oracle.sample(1500, torch.Generator().manual_seed(6)),
+            ours=[_named(name, n) for name, n in wanted if name in OURS],
         )
 
     def _claims(self, found: dict[Key, dict[str, Measured]]) -> Claims:
@@ -314,7 +351,15 @@ class MixtureSuite(Suite):
             family = name.partition("-")[0]  # others of several N are there with the largest
             others = {other: value["W2"] for (other, _), value in found.items() if not other.startswith(family)}
             lines.append(f"{name}, N = {max(mine)}: W2 is {verdict(mine[max(mine)], others)}.")
-        return Claims("What the intervals say", lines)
+        return Claims("Differences that the intervals decide", lines)
+
+
+def _named(name: str, n: int) -> str:
+    return f"{name}, N = {n}" if n else name
+
+
+def _is_reference(name: str) -> bool:
+    return name == FLOOR or name.startswith(EXACT)
 
 
 def _by_draws(found: dict[Key, dict[str, Measured]], name: str, what: str) -> dict[int, Measured]:

@@ -49,9 +49,9 @@ class MnistSuite(DigitsSuite):
     name = "mnist"
     title = "MNIST: rewards by cost, class mixture, inverse problems, values"
     about = (
-        "MNIST at 28x28, without labels: what each method costs to reach Best-of-N; how near it comes to class shares "
-        "that a reward log Σ w_i p(y_i | x) asks for; whether it finds all digits that fit half an image; and how near "
-        "one-step posterior draws and values are to rollouts."
+        "MNIST at 28x28, without labels. Measured are: the cost at which each method exceeds Best-of-N; how close it "
+        "comes to the class shares that the reward log Σ w_i p(y_i | x) asks for; whether it finds all digits that "
+        "fit half an image; and how close one-step posterior draws and values are to rollouts."
     )
 
     def __init__(

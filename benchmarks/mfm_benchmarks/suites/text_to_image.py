@@ -75,14 +75,15 @@ class TextToImageSuite(Suite):
     name = "text-to-image"
     title = "Text to image: reward against cost"
     about = (
-        "Alignment of a pretrained text-to-image flow with no training: the mean reward that each method reaches, by "
-        "evaluations of the transformer and of rewards (NFE; a backward counts as one more) and by seconds an image."
+        "Alignment of a pretrained text-to-image flow without training: the mean reward that each method reaches, by "
+        "evaluations of the transformer and of rewards (NFE), and by seconds per image."
     )
     intervals = (
-        "Means and differences have a 95 % interval, in brackets or shaded, over prompts: images of one prompt are not "
-        "independent, so each prompt's are averaged first. Differences are paired by prompt: all methods start from "
-        "the same noise. “Higher” or “lower” is said only where the interval leaves out zero. Intervals are of one "
-        "comparison each; what has the fewest evaluations, or seconds, is decided for all settings of a reward at once."
+        "Means and differences have a 95 % interval over prompts, beside the number or shaded. Images of one prompt "
+        "are not independent, so they are averaged first. Differences are paired by prompt: all methods start from "
+        "the same noise. The page says “higher” or “lower” only if the interval excludes zero. Each interval is of "
+        "one comparison; which setting has the fewest evaluations or seconds is decided for all settings of a reward "
+        "together."
     )
 
     def __init__(
@@ -162,7 +163,7 @@ class TextToImageSuite(Suite):
             if self.methods[point.method].quick:
                 kept.setdefault(point.method, point)
             else:
-                self._skipped[point.method] = "is left out of --quick, for its time (quick: false)"
+                self._skipped[point.method] = "not in --quick, to save time (quick: false)"
         self._points = list(kept.values())
 
     def missing(self) -> list[str]:
@@ -234,7 +235,7 @@ class TextToImageSuite(Suite):
             reward.to(self.device)
         self._probes = {name: self._probe(reward) for name, reward in self._measured.items()}
         if len(self._source.prompts) == 1:
-            self._skipped["intervals"] = "are over prompts, and there is one alone"
+            self._skipped["intervals"] = "are over prompts, and there is only one prompt"
 
     @torch.no_grad()
     def _probe(self, reward: Reward) -> list[str]:
@@ -274,7 +275,7 @@ class TextToImageSuite(Suite):
             self._skipped[point.method] = f"{error}{more}"
             return False
         if isinstance(method, BestOfN):
-            self._skipped[point.method] = "is there already: see best_of_n, whose candidates all rewards share"
+            self._skipped[point.method] = "measured already as best_of_n, whose candidates all rewards share"
             return False
         return True
 
@@ -293,25 +294,26 @@ class TextToImageSuite(Suite):
         if not any(entries.values()):
             return draws or [Text("No result", ["Every run failed; the messages are above."])]
         if gone := [e.folder for found in entries.values() for e in found if not len(e.images)]:
-            notes.append(f"Images are gone from {', '.join(dict.fromkeys(gone))}: they are in no picture.")
+            notes.append(f"The images in {', '.join(dict.fromkeys(gone))} were deleted, so they are in no picture.")
         shown = [prompt.text for prompt in self._source.prompts[: self.shown]]
-        report = PromptReport(entries, [*self._measured, *self.evaluations], shown)
+        report = PromptReport(entries, [*self._measured, *self.evaluations], shown, next(iter(self.methods), ""))
         return [*report.blocks(), *draws, Text("How it was measured", [*self._how(), *notes])]
 
     def _how(self) -> list[str]:
         number, K = len(self._source.prompts), self.images_per_prompt
-        found = [f"{number} prompts with {K} images each, on a {type(self._source.flow).__name__}."]
+        found = [f"{number} prompts with {K} images each; the flow is a {type(self._source.flow).__name__}."]
         if self.mfm is not None:
-            found.append(f"Draws in one step and flow maps are those of the adapter {self.mfm}; its base is the flow.")
+            found.append(f"One-step draws and flow maps are those of the adapter {self.mfm}, whose base is the flow.")
         if self._draws is not None:
             found.append(self._draws.how)
         if self._diversity is not None:
-            found.append(f"Diversity is the mean distance of two images of one prompt: {self._diversity.about}.")
+            found.append(f"Diversity is the mean distance between two images of one prompt: {self._diversity.about}.")
         if self.alignment:
             found.append(f"Alignment to the prompt is measured by {self._specs()['alignment']}.")
         found.append(
-            "Rewards are of the 8-bit images in the folders. Seconds are of one run, with decoding and the scoring of "
-            f"what a method returns: {self.batch_size} image(s) at once, {self.best_of_n.max_rows} candidate(s) "
-            f"of Best-of-N. The base flow has {self.best_of_n.steps} steps on its own times, as each candidate has."
+            "Rewards are of the 8-bit images in the folders. Seconds are of one run, including decoding and the "
+            f"scoring of the returned images, with {self.batch_size} image(s) at once and {self.best_of_n.max_rows} "
+            f"candidate(s) of Best-of-N at once. The base flow and each candidate take {self.best_of_n.steps} steps "
+            "on the flow's own times."
         )
         return found

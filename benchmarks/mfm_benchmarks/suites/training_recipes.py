@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Table, Text
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table, Text
+from mfm_benchmarks.charts import LineChart
+from mfm_benchmarks.claims import TIMES
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.parts.recipe_samples import RecipeSamples
 from mfm_benchmarks.parts.reference_draws import ReferenceDraws
 from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
 from mfm_lightning.checkpoints import is_there, load_model
-from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs
+from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs, rounded
+
+NO_DIFFERENCE, MISSED = "No significant difference", "Does not reach the distance"
 
 Found = dict[tuple[str, int], dict[int, float]]  # distances by recipe, steps and seed
 WARM_UP, TIMED_STEPS = 20, 120  # steps of a run that times steps
@@ -61,12 +64,12 @@ class TrainingRecipesSuite(Suite):
     name = "training-recipes"
     title = "Training recipes: time until draws are good"
     about = (
-        "Recipes of training a Meta Flow Map: the distance of one-step posterior draws to reference draws, against the "
-        "samples that training saw and the wall time that it took, all in turns on one machine."
+        "Recipes for training a Meta Flow Map: the distance of one-step posterior draws to reference draws, against "
+        "wall time and the number of training samples; all timed in turns on one machine."
     )
     intervals = (
-        "Intervals are of 95 %, Student's t over trainings (seeds), paired by the seed in ratios; times are of steps "
-        "that were measured in turns. Of one seed there is no interval, and nothing is called faster."
+        "Intervals are 95 % intervals by Student's t over trainings (seeds); ratios are paired by the seed. Times are "
+        "of steps that were measured in turns. With one seed there is no interval, and nothing is called faster."
     )
 
     def __init__(
@@ -102,7 +105,7 @@ class TrainingRecipesSuite(Suite):
             self.samples.shrink()
         first = next(iter(self.recipes))
         for name in [name for name, recipe in self.recipes.items() if not recipe.quick and name != first]:
-            self._skipped[name] = "is left out of --quick, for its time"
+            self._skipped[name] = "not in --quick, to save time"
             del self.recipes[name]
 
     def missing(self) -> list[str]:
@@ -198,32 +201,49 @@ class TrainingRecipesSuite(Suite):
             for steps in self.steps:
                 if (name, steps) in found:
                     row[f"distance, {steps} steps"] = of_runs(list(found[name, steps].values()))
-            row[f"time to the last of {first}"] = gains[name]
+            row["time to the same distance"] = gains[name]
             if self.samples is not None and name in frechet:
                 row[self.samples.column] = of_runs(list(frechet[name].values()))
             rows.append(row)
         caption = (
-            f"{self.draws.words}; {len(self.seeds)} training(s) of each, where all are there. Time of a step over "
-            f"{first}'s, of {self.rounds} rounds in turns. Time until the distance is what {first} has after "
-            f"{self.steps[-1]} steps, over the time of those: by the line through a recipe's own trainings on "
-            "logarithmic scales, where they reach it."
+            f"{self.draws.words}; {len(self.seeds)} training(s) of each recipe. Lower is better. Time of a step: "
+            f"ratio to that of {first}, of {self.rounds} rounds in turns. Time to the same distance: time until a "
+            f"recipe has the distance that {first} has after {self.steps[-1]} steps, as a ratio to the time of "
+            f"{first}; interpolated between a recipe's own trainings on logarithmic scales, where they reach it."
         )
         times = self._plot(found, lambda name, steps: steps * a_step[name], "seconds of training steps")
         seen = self._plot(found, lambda name, steps: steps * samples[name], "samples seen")
         return [
+            self._summary(gains, first),
             self._headline(gains, first),
             Picture("time", "Distance by wall time", times, caption),
             Picture("samples", "Distance by samples seen", seen, caption),
             self._claims(gains, first),
-            Table("recipes", "All recipes", rows, caption),
+            Table("recipes", "All recipes", rows, caption, keys=["recipe"]),
         ]
+
+    def _summary(self, gains: dict[str, Measured | None], first: str) -> Summary:
+        """The fastest recipe; how many are faster, slower or neither; what was compared."""
+        there = {n: g for n, g in gains.items() if n != first and g is not None and g.value < math.inf}
+        said = [f"No other recipe reaches the distance of {first}."]
+        if there:
+            best = min(there, key=lambda name: there[name].value)
+            time = there[best].text(2) if not math.isnan(there[best].low) else rounded(there[best].value, 2)
+            said = [f"{best} takes {time} times the time of {first} to the same distance, the least of all recipes."]
+            sides = [gain.side(1.0) for gain in there.values()]
+            said.append(
+                f"Of {len(there)} recipes that reach it, {sides.count(-1)} are significantly faster than {first} and "
+                f"{sides.count(1)} significantly slower."
+            )
+        said.append(f"Each recipe was trained {len(self.seeds)} time(s), with up to {self.steps[-1]} steps.")
+        return Summary(said)
 
     def _headline(self, gains: dict[str, Measured | None], first: str) -> Headline:
         there = {name: gain for name, gain in gains.items() if gain is not None and gain.value < math.inf}
         if not there:
-            return Headline([("none", f"comes to the distance of {first}")])
+            return Headline([("none", f"of the recipes reaches the distance of {first}")])
         name = min(there, key=lambda name: there[name].value)
-        return Headline([(f"{there[name].value:.2f} x", f"the time of {first} to the same distance: {name}")])
+        return Headline([(f"{there[name].value:.2f} {TIMES}", f"the time of {first} to the same distance: {name}")])
 
     def _time_ratio(self, name: str, first: str, found: Found, a_step: dict[str, float]) -> Measured | None:
         """Time to the reference's last distance over the time that it took, by the seeds whose trainings are all there;
@@ -241,19 +261,19 @@ class TrainingRecipesSuite(Suite):
         return ratio_of_runs(ratios, [1.0] * len(ratios))
 
     def _claims(self, gains: dict[str, Measured | None], first: str) -> Claims:
-        words: dict[str, list[str]] = {"Faster": [], "Slower": [], "Not decided": [], "Does not get there": []}
+        words: dict[str, list[str]] = {"Faster": [], "Slower": [], NO_DIFFERENCE: [], MISSED: []}
         for name, gain in gains.items():
             if name == first or gain is None:
                 continue
             if gain.value == math.inf:
-                words["Does not get there"].append(name)
+                words[MISSED].append(name)
             else:
-                kind = {-1: "Faster", 1: "Slower", 0: "Not decided"}[gain.side(1.0)]
+                kind = {-1: "Faster", 1: "Slower", 0: NO_DIFFERENCE}[gain.side(1.0)]
                 words[kind].append(f"{name} ({gain.text()})")
         said = [f"{kind}: {', '.join(names)}." for kind, names in words.items() if names]
-        return Claims(f"Time to the last distance of {first}, over its own", said)
+        return Claims(f"Time to the distance of {first}, as a ratio to its own time", said)
 
-    def _plot(self, found: Found, place: Callable[[str, int], float], label: str) -> Figure:
+    def _plot(self, found: Found, place: Callable[[str, int], float], label: str) -> LineChart:
         lines = {
             name: [
                 (place(name, steps), of_runs(list(found[name, steps].values())))
@@ -262,7 +282,8 @@ class TrainingRecipesSuite(Suite):
             ]
             for name in self.recipes
         }
-        return plots.lines({"": lines}, label, self.draws.words.partition(",")[0], yscale="log", size=(9.0, 5.6))
+        ylabel = self.draws.words.partition(",")[0]
+        return plots.lines({"": lines}, label, ylabel, yscale="log", mark=False, baselines=[next(iter(self.recipes))])
 
 
 def steps_to(goal: float, steps: Sequence[int], distances: Sequence[float]) -> float:
