@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import yaml
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar, ThroughputMonitor
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -19,8 +19,10 @@ from mfm_lightning.callbacks import (
     ExportModel,
     LastCheckpoint,
     PlainProgress,
+    RunRecord,
     SampleFID,
     StepProgressBar,
+    TrainingThroughput,
     progress,
 )
 from mfm_lightning.commands import fit
@@ -77,7 +79,8 @@ def test_a_job_has_its_own_settings_and_the_defaults(trainer_of, name):
     )  # fmt: skip
     assert (trainer.max_epochs, trainer.check_val_every_n_epoch, trainer.num_sanity_val_steps) == (-1, None, 0)
     # checkpoints come last by themselves
-    kinds = [PlainProgress, EMA, ExportModel, SaveConfigCallback, LastCheckpoint]  # no terminal here: no bar
+    monitors = [LearningRateMonitor, TrainingThroughput, RunRecord]
+    kinds = [PlainProgress, EMA, ExportModel, *monitors, SaveConfigCallback, LastCheckpoint]  # no terminal here: no bar
     assert [type(c) for c in trainer.callbacks] == kinds
     assert trainer.default_root_dir == f"outputs/{name}"
     logs = [(TensorBoardLogger, f"outputs/{name}/logs/tensorboard"), (CSVLogger, f"outputs/{name}/logs/csv")]
@@ -86,7 +89,9 @@ def test_a_job_has_its_own_settings_and_the_defaults(trainer_of, name):
 
 def test_loggers_and_callbacks_of_the_users_own(trainer_of):
     assert trainer_of("digits/steer", subcommand="predict").loggers == []
-    assert trainer_of("digits/flow", "--trainer.logger=false").loggers == []
+    silent = trainer_of("digits/flow", "--trainer.logger=false")
+    assert silent.loggers == []
+    assert not [c for c in silent.callbacks if isinstance(c, LearningRateMonitor | ThroughputMonitor)]
     (logger,) = trainer_of("digits/flow", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=mine").loggers
     assert Path(logger.save_dir) == Path("mine")
     trainer = trainer_of("digits/flow", "--ema.decay=0.9", f"--trainer.callbacks+={FID_PATH}",
