@@ -37,6 +37,7 @@ from mfm_lightning import (
     sample_refinement,
 )
 from mfm_lightning.interpolant import interpolate
+from mfm_rewards import Reward
 
 OUTPUT = Path(__file__).with_name("figures")
 BASE, TILTED, INK = "#8a93a6", "#d1495b", "#30343f"
@@ -190,20 +191,27 @@ def paths(method: Steering, target: Target, x0: Tensor) -> Tensor:
 
 
 def digits() -> Figure:
-    """MNIST digits of the base flow, and steered from the same noise to a reward that asks for a mixture of classes."""
-    model = load_model("mnist")
-    reward = mfm_rewards.build("class_mixture", classifier="mnist", weights=[1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
-    x0 = noise(12, 1, 28, 28, seed=0)
-    target = Target(model, reward, PixelDecoder())
-    method = Steering(DrawGradient(num_draws=1), TimeGrid(50), clip=2.0)
+    """MNIST digits of the base flow, and steered from the same noise to four rewards (MFM-G, four draws a step)."""
+    model, x0 = load_model("mnist"), noise(14, 1, 28, 28, seed=2)
+    rewards: list[tuple[str, Reward, float]] = [
+        ("more ink", mfm_rewards.build("brightness"), 50.0),
+        ("symmetric", mfm_rewards.build("symmetry"), 200.0),
+        ("a three", mfm_rewards.build("classifier", classifier="mnist", target=3), 2.5),
+        ("0 or 1", mfm_rewards.build("class_mixture", classifier="mnist", weights=[1, 1, *[0] * 8]), 1.0),
+    ]
+    method = Steering(DrawGradient(num_draws=4), TimeGrid(50), clip=2.0)
     with torch.no_grad():
-        before = sample_ode(model.drift, x0, 50)
-    after = method(target, x0, torch.Generator().manual_seed(0)).states
-    figure, rows = plt.subplots(2, len(x0), figsize=(9, 1.75))
-    for name, states, axes in zip(("base flow", "steered"), (before, after), rows, strict=True):
+        lines = [("base flow", sample_ode(model.drift, x0, 50))]
+    for name, reward, scale in rewards:
+        target = Target(model, reward, PixelDecoder(), reward_scale=scale)
+        lines.append((name, method(target, x0, torch.Generator().manual_seed(0)).states))
+    figure, rows = plt.subplots(len(lines), len(x0), figsize=(9, 3.6))
+    figure.subplots_adjust(wspace=0.06, hspace=0.06)
+    for (name, states), axes in zip(lines, rows, strict=True):
         for ax, picture in zip(axes, pixels(states), strict=True):
             image(ax, picture)
-        axes[0].set_ylabel(name, fontsize=9, color=INK)
+        bold = "normal" if name == "base flow" else "bold"
+        axes[0].set_ylabel(name, fontsize=9, color=INK, rotation=0, ha="right", va="center", weight=bold)
     return figure
 
 

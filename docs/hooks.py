@@ -1,6 +1,7 @@
-"""What mkdocs does beyond its plugins: equations as MathML, terms of the glossary on hover, and three marks.
+"""What mkdocs does beyond its plugins: equations as MathML, terms of the glossary on hover, and marks such as these.
 
 <!-- mfm sample --help -->                   what the command prints
+<!-- config pictures/mfm -->                 a packaged config
 <!-- code mfm_lightning.glass.FUNCTION -->   a function's source, without its docstring
 """
 
@@ -24,6 +25,7 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 TERM = re.compile(r"^(\S[^\n]*)\n:   (.+(?:\n    .+)*)", re.MULTILINE)
 CODE = re.compile(r"^<!-- code ([\w.]+) -->$", re.MULTILINE)
 FILE = re.compile(r"^<!-- file (.+) -->$", re.MULTILINE)
+CONFIG = re.compile(r"^<!-- config (.+) -->$", re.MULTILINE)
 HELP = re.compile(r"^<!-- mfm (.+) -->$", re.MULTILINE)
 PACKAGES = {"mfm_lightning": ROOT, "mfm_rewards": ROOT / "rewards", "mfm_benchmarks": ROOT / "benchmarks"}
 # browsers draw no letters by `mathvariant`
@@ -40,8 +42,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """What marks stand for in their place, and the glossary's terms as abbreviations."""
     markdown = FILE.sub(lambda found: moved((ROOT / found[1]).read_text()), markdown)
     markdown = CODE.sub(lambda found: f'```python title="{found[1]}"\n{source(found[1])}\n```', markdown)
+    markdown = CONFIG.sub(lambda found: config(found[1]), markdown)
     markdown = HELP.sub(lambda found: f"```text\n{output_of(found[1])}\n```", markdown)
     return markdown if page.file.src_uri == "glossary.md" else f"{markdown}\n\n{abbreviations()}\n"
+
+
+def config(name: str) -> str:
+    """A packaged config as a fence with its path."""
+    return f'```yaml title="configs/{name}.yaml"\n{(ROOT / "configs" / f"{name}.yaml").read_text()}```'
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -24,19 +24,20 @@ from mfm_lightning.utils.figures import image_grid
 _COLUMNS, _ROWS, _LOOKED_AT = 8, 20, 100
 
 
-def report(config: Path, folder: Path, pictures: int) -> None:
+def report(config: Path, folder: Path, pictures: int, source: str | None = None) -> None:
     """Print what a config's data are, and write `classes.csv`, `classes.json` and `batch.png`.
 
     Args:
         config: path or name of the config.
         folder: to write to.
         pictures: images of the batch that are drawn.
+        source: in place of the config's own.
 
     Raises:
         FileNotFoundError: if there is no such config, or what it reads is not there.
         ValueError: as `data_of_config`; if the data cannot be read.
     """
-    data = data_of_config(find_config(config))
+    data = data_of_config(find_config(config), source)
     terminal = console()
     if isinstance(data, ImageDataModule):
         terminal.print(data.summary())
@@ -51,8 +52,9 @@ def report(config: Path, folder: Path, pictures: int) -> None:
     _picture(data, folder / "batch.png", pictures)
 
 
-def data_of_config(path: Path) -> StepDataModule:
-    """The DataModule of a config; of fine-tuning, the one under `OffPolicyDataModule`.
+def data_of_config(path: Path, source: str | None = None) -> StepDataModule:
+    """The DataModule of a config, reading `source` in place of its own where given; of fine-tuning, the one under
+    `OffPolicyDataModule`.
 
     Raises:
         ValueError: if the config has no data section, one of unknown settings, or one without training batches by step.
@@ -62,6 +64,8 @@ def data_of_config(path: Path) -> StepDataModule:
     import_modules([imports] if isinstance(imports, str) else imports)
     if not isinstance(config.get("data"), dict):
         raise ValueError(f"{path} has no data section: expected data: {{class_path: ..., init_args: ...}}")
+    if source is not None:
+        config["data"].setdefault("init_args", {})["source"] = source
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=L.LightningDataModule)
     try:

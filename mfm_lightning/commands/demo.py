@@ -113,7 +113,7 @@ def _options(stage: Stage, fresh: bool, others: Sequence[str]) -> list[str] | No
     if stage.name == "predict":
         done = (folder / "predict" / "summary.json").exists() and not fresh
         again = ["--overwrite"] if fresh else []
-        return None if done else ["--return_predictions", "false", *again, *others]
+        return None if done else [*again, *others]
     last = ["--ckpt_path", str(folder / "last.ckpt")]
     if stage.name == "test":
         return [*last, *others]

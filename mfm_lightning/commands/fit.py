@@ -145,6 +145,8 @@ class MFMCLI(LightningCLI):
         settings.export.overwrite = settings.export.overwrite or settings.overwrite
         if "weights_only" in settings and settings.weights_only is None:
             settings.weights_only = True
+        if "return_predictions" in settings and settings.return_predictions is None:
+            settings.return_predictions = False  # a command returns nothing: results are in files
         if self.subcommand == "test":
             settings.verbose = False
         for noise in NOISE:

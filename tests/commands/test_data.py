@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from mfm_lightning.commands.data import data
+from mfm_lightning.commands.errors import CommandLineError
 from mfm_lightning.commands.main import call
 
 IMAGES = "mfm_lightning.data.ImageDataModule"
@@ -48,6 +49,17 @@ def test_it_shows_counts_sizes_and_a_batch(tmp_path, capsys):
     picture = Image.open(tmp_path / "out/batch.png")
     assert min(picture.size) > 100
     assert len(picture.convert("L").getcolors()) > 10
+
+
+def test_a_source_in_place_of_the_configs_own(tmp_path, capsys):
+    """Of a packaged config, whose own folder is not there; and of data that have no such option."""
+    root = images(tmp_path / "x", cat=10, dog=5, owl=7)
+    call(data, "data", ["--config", "pictures/mfm", "--source", str(root), "--output", str(tmp_path / "out")])
+    assert "22 images of 3 classes: 0 cat, 1 dog, 2 owl" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(CommandLineError, match="give --config, too"):
+        call(data, "data", ["--source", str(root), "--prompts", "geneval"])
+    with pytest.raises(ValueError, match=r"gmm/mfm\.yaml.*source"):
+        call(data, "data", ["--config", "gmm/mfm", "--source", str(root)])
 
 
 def test_it_shows_other_data(tmp_path, capsys, uneven, made):

@@ -25,6 +25,8 @@ PROMISES = {
     "assert 'top_heavy' in mfm_rewards.available()\n"
     "image = torch.ones(2, 1, 8, 8); image[1, :, :4] = 0\n"
     "assert mfm_rewards.build('top_heavy')(image).tolist() == [0, -1]",
+    "Steering(clip=2.0)": "assert result.images.shape == (16, 1, 28, 28) and result.nfe_per_sample == 500\n"
+    "assert result.rewards.mean() > 0.18",  # the base flow: 0.13
     "Steering(DrawGradient(num_draws=4))": "assert result.rewards.shape == (16,) and result.nfe_per_sample > 100\n"
     "from pathlib import Path\n"
     "assert Path('steered.png').stat().st_size > 100",

@@ -1,4 +1,4 @@
-"""docs/own_data.md as written: its YAML files and its commands in their order, on digits in class folders."""
+"""docs/own_data.md as written: its commands in their order, on digits in class folders, and its YAML."""
 
 import json
 import re
@@ -27,15 +27,13 @@ SHORT = {
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    """`pictures/` of 200 digits, the page's configs beside it, as the current folder."""
+    """`pictures/` of 200 digits, in the current folder."""
     monkeypatch.chdir(tmp_path)
     digits = load_digits()
     for i, (image, label) in enumerate(zip(digits.images[:200], digits.target[:200], strict=True)):
         path = Path(f"pictures/{label}/{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 255 / 16).astype(np.uint8)).save(path)
-    for name, text in re.findall(r"`(\w+\.yaml)`[^`]*```yaml\n(.*?)```", PAGE, re.DOTALL):
-        Path(name).write_text(text)
     return tmp_path
 
 
@@ -56,13 +54,13 @@ def test_the_page_works_as_written(pictures):
     assert Path("outputs/data/batch.png").is_file()
     assert len(list(Path("samples").glob("*.png"))) == 64
     assert Image.open(next(Path("samples").glob("*.png"))).size == (16, 16)
-    assert Path("outputs/steer/predict/before_after.png").is_file()
-    assert json.loads(Path("outputs/steer/predict/summary.json").read_text())["samples"] == 32
-    assert list(Path("outputs/pictures").rglob("samples.png"))
+    assert Path("outputs/pictures/steer/predict/before_after.png").is_file()
+    assert json.loads(Path("outputs/pictures/steer/predict/summary.json").read_text())["samples"] == 32
+    assert list(Path("outputs/pictures/mfm").rglob("samples.png"))
     evaluation = "--model.init_args.evaluation.init_args"
     few = [f"{evaluation}.num_samples=32", f"{evaluation}.ode_steps=3", f"{evaluation}.glass_steps=2"]
-    run(["test", "--config", "pictures.yaml", "--ckpt_path", "outputs/pictures/last.ckpt", *few])
-    assert list(Path("outputs/pictures").rglob("frechet.json"))
+    run(["test", "--config", "pictures/mfm", "--ckpt_path", "outputs/pictures/mfm/last.ckpt", *few])
+    assert list(Path("outputs/pictures/mfm").rglob("frechet.json"))
 
 
 def test_the_source_with_options_is_one_of_the_data_module(tmp_path):

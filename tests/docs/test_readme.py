@@ -1,5 +1,6 @@
 """The commands of README and docs/commands.md, and the README's Python, in their order."""
 
+import json
 import re
 from pathlib import Path
 
@@ -31,3 +32,26 @@ def test_commands_and_python_work_as_written(folder, digits_outputs, capsys):
     assert namespace["result"].rewards.shape == (16,)
     run([*short("validate", "digits/mfm"), "--ckpt_path", "outputs/digits/mfm/last.ckpt"])
     assert "val/loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_reward_of_readme_steers(folder):
+    """The reward of README in its file, with README's command, made short: upper halves become brighter."""
+    text = (ROOT / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "register" in block)
+    Path("my_rewards.py").write_text(code)
+    command = next(line.split() for line in text.splitlines() if line.startswith("mfm predict --config mnist/steer"))
+    run([*command[1:], "--data.num_samples", "8", "--model.method.grid.steps", "10", "--model.base_steps", "10"])
+    found = json.loads(Path("outputs/mnist/steer/predict/summary.json").read_text())
+    assert found["mean_reward"] > found["mean_reward_before"] + 0.02
+
+
+def test_commands_of_readme_are_those_of_the_pages():
+    """What a page explains, and its test runs, is what README says."""
+    text = (ROOT / "README.md").read_text()
+    commands = [line.split("  #")[0].strip() for line in text.splitlines() if line.startswith("mfm ")]
+    assert len(commands) == 7
+    pages = "\n".join((ROOT / f"docs/{name}.md").read_text() for name in ("own_data", "text_to_image"))
+    for command in commands[1:4]:
+        assert command.replace(" --data.source FOLDER", "") in pages, command
+    assert [command.removeprefix("mfm benchmark ") for command in commands[4:]] == ["gmm", "mnist", "imagenet256"]
