@@ -38,7 +38,10 @@ def test_the_time_to_a_distance_is_exact_for_a_power_law(power):
         assert steps_to(wanted**-power, steps, distances) == pytest.approx(wanted)
     assert steps_to(80**-power, steps, distances) == pytest.approx(80)  # before the first training
     assert steps_to(1e6, steps, distances) == 50  # at most half of it: further the line is not trusted
-    assert steps_to(500**-power, steps, distances) == math.inf
+    assert steps_to(500**-power, steps, distances) == pytest.approx(500)  # beyond the last one
+    assert steps_to(801**-power, steps, distances) == math.inf  # at most twice
+    assert steps_to(0.01, [100, 200], [0.5, 0.6]) == math.inf  # a line that does not fall
+    assert steps_to(0.01, [100], [0.5]) == math.inf
 
 
 def test_exact_draws_are_at_the_floor_and_others_are_not(monkeypatch):
@@ -78,9 +81,7 @@ def test_recipes_are_trained_timed_and_compared(tmp_path, monkeypatch):
     assert [row["recipe"] for row in rows] == names
     assert not json.loads(Path("out/report/environment.json").read_text())["failures"]
     assert float(rows[0]["time of a step"]) == 1
-    assert float(rows[0]["time to the last of released"]) == pytest.approx(
-        1
-    )  # its own last distance is after its last step
+    assert float(rows[0]["time to the same distance"]) == pytest.approx(1)  # its own last distance: after its last step
     assert float(rows[2]["time of a step"]) > 0
     config = yaml.safe_load(Path("out/models/together_60_1/config.yaml").read_text())
     optimization = config["model"]["init_args"]["optimization"]

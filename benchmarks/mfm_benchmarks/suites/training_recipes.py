@@ -16,7 +16,7 @@ import torch
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table, Text
 from mfm_benchmarks.charts import LineChart
-from mfm_benchmarks.claims import TIMES
+from mfm_benchmarks.claims import TIMES, counted
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.parts.recipe_samples import RecipeSamples
 from mfm_benchmarks.parts.reference_draws import ReferenceDraws
@@ -206,10 +206,11 @@ class TrainingRecipesSuite(Suite):
                 row[self.samples.column] = of_runs(list(frechet[name].values()))
             rows.append(row)
         caption = (
-            f"{self.draws.words}; {len(self.seeds)} training(s) of each recipe. Lower is better. Time of a step: "
+            f"{self.draws.words}; {counted(len(self.seeds), 'training')} of each recipe. Lower is better. Time of a step: "
             f"ratio to that of {first}, of {self.rounds} rounds in turns. Time to the same distance: time until a "
             f"recipe has the distance that {first} has after {self.steps[-1]} steps, as a ratio to the time of "
-            f"{first}; interpolated between a recipe's own trainings on logarithmic scales, where they reach it."
+            f"{first}; interpolated between a recipe's own trainings on logarithmic scales, or extrapolated to at most half "
+            "of the shortest and twice the longest."
         )
         times = self._plot(found, lambda name, steps: steps * a_step[name], "seconds of training steps")
         seen = self._plot(found, lambda name, steps: steps * samples[name], "samples seen")
@@ -235,7 +236,7 @@ class TrainingRecipesSuite(Suite):
                 f"Of {len(there)} recipes that reach it, {sides.count(-1)} are significantly faster than {first} and "
                 f"{sides.count(1)} significantly slower."
             )
-        said.append(f"Each recipe was trained {len(self.seeds)} time(s), with up to {self.steps[-1]} steps.")
+        said.append(f"Each recipe was trained {counted(len(self.seeds), 'time')}, with up to {self.steps[-1]:,} steps.")
         return Summary(said)
 
     def _headline(self, gains: dict[str, Measured | None], first: str) -> Headline:
@@ -287,8 +288,10 @@ class TrainingRecipesSuite(Suite):
 
 
 def steps_to(goal: float, steps: Sequence[int], distances: Sequence[float]) -> float:
-    """Steps after which a recipe has the distance `goal`, between its trainings by a line on logarithmic scales; beyond
-    the shortest one by the line of the first two, at most to half of it; infinite where it is not reached."""
+    """Steps after which a recipe has the distance `goal`, between its trainings by a line on logarithmic scales; before
+    the shortest one by the line of the first two, at most to half of it; beyond the longest one by the line of the last
+    two, at most to twice of it; infinite where it is not reached. Without the last rule one training of many that ends
+    just above the goal would make the mean infinite."""
     pairs = [(math.log(s), math.log(d)) for s, d in zip(steps, distances, strict=True)]
     aim = math.log(goal)
     if pairs[0][1] <= aim:  # at once: how much sooner, the slope of the first two tells
@@ -299,4 +302,8 @@ def steps_to(goal: float, steps: Sequence[int], distances: Sequence[float]) -> f
     for (s0, d0), (s1, d1) in itertools.pairwise(pairs):
         if d1 <= aim:
             return math.exp(s0 + (s1 - s0) * (aim - d0) / (d1 - d0))
+    if len(pairs) > 1 and pairs[-1][1] < pairs[-2][1]:
+        (s0, d0), (s1, d1) = pairs[-2:]
+        beyond = math.exp(s1 + (s1 - s0) * (aim - d1) / (d1 - d0))
+        return beyond if beyond <= 2 * steps[-1] else math.inf
     return math.inf
