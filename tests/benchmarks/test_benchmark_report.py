@@ -92,7 +92,11 @@ def test_the_headline_says_what_is_not_decided_and_the_page_what_decided():
         for name, nfe, frechet, seed in (("A", 50, 105, 1), ("B", 20, 160, 2), ("C", 10, 500, 3))
     )
     headline, _, decided = RewardReport({"r": [best, near, open_, far]}, [1.0], "A", "", "", 2.0).blocks()[1:4]
-    assert headline.items[0][0] == "20 ×"  # noqa: RUF001
+    assert headline.items[0] == (
+        "20 ×",  # noqa: RUF001
+        "fewer evaluations than Best-of-10 for a higher reward (r) at no more than 2 times its Fréchet distance: A, "
+        "λ = any; not decided for B, 50 times fewer",
+    )
     assert re.match(
         r"r: A, λ = any has a mean reward higher by 0.2 \(at least 0.1\d+ for all settings together\) and 1.05",
         decided.lines[0],

@@ -99,8 +99,11 @@ class RewardReport:
             reached = [f"{c.entry.method} with {self._fewer(c)} fewer evaluations ({r})" for r, c in won.items()]
             said.append(f"{goal[0].upper()}{goal[1:]} is reached by {listed(reached)}.")
         if none:
-            which = f" for {listed(none)}" if won or len(found) > 1 else ""
-            said.append(f"No setting is shown to reach {goal} with fewer evaluations{which}.")
+            which, what = (
+                f"For {listed(none)}, no" if won or len(found) > 1 else "No",
+                "do so" if won else f"reach {goal}",
+            )
+            said.append(f"{which} setting is shown to {what} with fewer evaluations.")
         for reward, contests in found.items():
             said += self._not_ours(reward, contests)
             said += self._open(reward, contests, len(found) > 1)
@@ -129,13 +132,8 @@ class RewardReport:
     def _open(self, reward: str, contests: Sequence[Contest], several: bool) -> list[str]:
         """Other methods' settings with a higher reward and even fewer evaluations, which are not shown to keep to the
         limit: the one with the fewest evaluations of each."""
-        winner, found = _winner(contests), dict[str, Contest]()
-        for c in contests:
-            fewer = c.fewer > (winner.fewer if winner else 1.0)
-            if c.above and c.near <= 0 and fewer and not (winner and c.entry.method == winner.entry.method):
-                found.setdefault(c.entry.method, c)
-        said = []
-        for method, c in found.items():
+        winner, said = _winner(contests), []
+        for method, c in _not_within(contests).items():
             gain = f"a gain of {rounded(c.gain.value)}"
             if winner:
                 gain += f", {winner.entry.method} {rounded(winner.gain.value)}"
@@ -161,8 +159,10 @@ class RewardReport:
         """The setting with the fewest evaluations that is above and near; else whether there may be one."""
         if near := [c for c in cheaper if c.near > 0]:
             e = near[0].entry
-            words = f"fewer evaluations than Best-of-{number} for a higher reward ({reward}): {_setting(e)}"
-            return f"{rounded(best.nfe / e.nfe)} {TIMES}", words
+            words = f"fewer evaluations than Best-of-{number} for a higher reward ({reward}){self._limit_words('')}"
+            others = [f"{c.entry.method}, {self._fewer(c)} fewer" for c in _not_within(cheaper).values() if not c.near]
+            open_ = f"; not decided for {listed(others)}" if others else ""
+            return f"{rounded(best.nfe / e.nfe)} {TIMES}", f"{words}: {_setting(e)}{open_}"
         words = f"higher {reward} than Best-of-{number} with fewer evaluations{self._limit_words(' and')}"
         if open_ := [c for c in cheaper if c.near == 0]:
             e = open_[0].entry
@@ -351,6 +351,17 @@ def _cells_of(e: Entry, reward: str) -> str:
 def _winner(contests: Sequence[Contest]) -> Contest | None:
     """Of contests by rising evaluations, the first that is above and near, with fewer evaluations than Best-of-N."""
     return next((c for c in contests if c.above and c.near > 0 and c.fewer > 1), None)
+
+
+def _not_within(contests: Sequence[Contest]) -> dict[str, Contest]:
+    """Of contests by rising evaluations, the first of each other method that is above with fewer evaluations than the
+    winner (or Best-of-N), and not shown to be near."""
+    winner, found = _winner(contests), dict[str, Contest]()
+    for c in contests:
+        fewer = c.fewer > (winner.fewer if winner else 1.0)
+        if c.above and c.near <= 0 and fewer and not (winner and c.entry.method == winner.entry.method):
+            found.setdefault(c.entry.method, c)
+    return found
 
 
 def _shares_of(entries: Mapping[str, Entry]) -> dict[str, Measured]:
