@@ -154,6 +154,7 @@ class Page:
         suite: its name, by which two runs are known to be of the same one.
         command: what was typed; `environment` says where.
         methods: settings of each method, by its name.
+        noise: what the noise of the samples is made from; two runs with the same are compared sample by sample.
     """
 
     title: str
@@ -168,6 +169,7 @@ class Page:
     suite: str = ""
     command: str = ""
     methods: dict[str, Any] = field(default_factory=dict)
+    noise: str = ""
 
     def summary(self) -> list[str]:
         """At most three sentences."""

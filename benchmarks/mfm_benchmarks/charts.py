@@ -107,6 +107,11 @@ class LineChart:
     baselines: Sequence[str] = ()
     threshold: float = 1e-3
 
+    def levels(self) -> set[str]:
+        """Names of the lines that are drawn across in all their panels."""
+        lines = [line for panel in self.panels for line in panel.lines]
+        return {line.name for line in lines if line.level} - {line.name for line in lines if not line.level}
+
     def names(self) -> list[str]:
         """Of all lines: ours first, baselines next."""
         found = list(dict.fromkeys(line.name for panel in self.panels for line in panel.lines))
@@ -195,6 +200,12 @@ class Look:
     @property
     def is_strong(self) -> bool:
         return self.colour == "ours"
+
+
+def level_dash(look: Look) -> tuple[float, ...]:
+    """The dash of a line across the panel, which is never solid: lines with points are."""
+    levels = dict(zip(DASHES, ((7.0, 4.0), (3.0, 3.0), (1.5, 3.0), (10.0, 3.0, 2.0, 3.0)), strict=True))
+    return levels[look.dash]
 
 
 def looks(names: Sequence[str], ours: Collection[str] = (), baselines: Collection[str] = ()) -> dict[str, Look]:

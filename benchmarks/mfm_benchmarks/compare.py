@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,13 @@ from mfm_lightning.commands.errors import CommandLineError
 if TYPE_CHECKING:
     from mfm_benchmarks.blocks import Block, Page, Pair, Table
     from mfm_benchmarks.charts import Interval
+    from mfm_lightning.metrics.measured import Measured
+
+    Samples = Mapping[tuple[str, int, str], Measured]
 
 OUTPUT = Path("outputs/benchmarks")
 FILES = "index.html", "page.json"
+HOW, PAIRED, INDEPENDENT = "taken as", "paired", "independent"  # a column, and what it says
 
 
 def report(a: Path, b: Path | None = None, *, output: Path | None = None) -> None:
@@ -42,12 +46,12 @@ def report(a: Path, b: Path | None = None, *, output: Path | None = None) -> Non
     if b is None:
         if output is not None:
             raise CommandLineError("--output is of a comparison: give two runs, mfm report A B --output FOLDER")
-        path = write_report(read_run(a), first)
+        path = write_report(read_run(a), first, with_samples=False)
     else:
         names = _name_of(a), _name_of(b)
         output = output or OUTPUT / "_and_".join(names)
         check_is_folder(output)
-        path = write_report(compared(read_run(a), read_run(b), names), output)
+        path = write_report(compared(read_run(a), read_run(b), names, (samples_of(a), samples_of(b))), output)
     console().print(f"Report: {path}", soft_wrap=True)
 
 
@@ -76,14 +80,24 @@ def read_run(run: Path) -> Page:
     return load_page(folder_of(run) / FILE)
 
 
+def samples_of(run: Path) -> Samples:
+    """What each sample of a run adds to its numbers; empty for a report of an earlier version."""
+    from mfm_benchmarks.page.stored import SAMPLES, load_samples
+
+    return load_samples(folder_of(run) / SAMPLES)
+
+
 def _name_of(run: Path) -> str:
     place = run.resolve()
     place = place.parent if place.name in FILES else place
     return place.parent.name if place.name == "report" else place.name
 
 
-def compared(a: Page, b: Page, names: tuple[str, str]) -> Page:
+def compared(a: Page, b: Page, names: tuple[str, str], samples: tuple[Samples, Samples] = ({}, {})) -> Page:
     """A page with both runs: what differs in their settings, rows in pairs, pictures side by side.
+
+    Args:
+        samples: of both runs' numbers. Where the runs have the same noise, differences are paired by them.
 
     Raises:
         CommandLineError: for runs of different suites.
@@ -96,7 +110,8 @@ def compared(a: Page, b: Page, names: tuple[str, str]) -> Page:
         )
     settings = list(differing(a.settings, b.settings))
     where = list(differing(a.environment, b.environment))
-    tables, said = _tables(a, b)
+    same = bool(a.noise) and a.noise == b.noise
+    tables, said = _tables(a, b, samples if same else ({}, {}))
     rows = [row for table in tables for row in table.rows]
     sure = [row for row in rows if (d := row.get("difference")) is not None and d.sign]
     keys = ", ".join(str(row["setting"]) for row in settings[:4])
@@ -106,7 +121,7 @@ def compared(a: Page, b: Page, names: tuple[str, str]) -> Page:
         f"A is {names[0]}, B is {names[1]}; "
         + (f"they differ in {keys}{more}." if settings else "their settings are the same."),
         f"Of {len(judged)} numbers with an interval that both runs have, {len(sure)} differ significantly.",
-        "Differences are B minus A, with the runs taken as independent.",
+        f"Differences are B minus A. {_how(a, b, samples, judged)}",
     ])  # fmt: skip
     blocks: list[Block] = [
         summary,
@@ -122,12 +137,33 @@ def compared(a: Page, b: Page, names: tuple[str, str]) -> Page:
         blocks.append(Claims("Rows that only one run has", said))
     about = f"Two runs of the suite {a.suite}: {a.title}. A is {names[0]}, B is {names[1]}."
     words = (
-        "Intervals are 95 % intervals of the difference of two independent numbers, from the intervals of both (Zou "
-        "and Donner, 2008). Runs with the same seeds have the same noise: then the intervals are wider than they need "
-        "be. Each is of one comparison, without a correction for their number."
+        "Intervals are 95 % intervals of differences. A paired one is made from the differences of single samples that "
+        "start from the same noise in both runs. One of independent numbers is made from the intervals of both (Zou "
+        "and Donner, 2008). Each is of one comparison, without a correction for their number."
     )
     commands = {"command of A": a.command, "command of B": b.command}
     return Page(f"{names[0]} and {names[1]}", about, blocks, environment=commands, intervals=words, suite=a.suite)
+
+
+def _how(a: Page, b: Page, samples: tuple[Samples, Samples], judged: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the runs were paired, and why not."""
+    paired = sum(row[HOW] == PAIRED for row in judged)
+    if paired == len(judged) and judged:
+        return f"Both runs have the same noise ({a.noise}), so that they are paired sample by sample."
+    if paired:
+        return (
+            f"Both runs have the same noise ({a.noise}): {paired} of {len(judged)} differences are paired sample by "
+            "sample, the others are of numbers taken as independent."
+        )
+    if not a.noise or not b.noise:
+        why = "it is not stored what their noise is made from"
+    elif a.noise != b.noise:
+        why = f"they have different noise: A has {a.noise}, B has {b.noise}"
+    elif not all(samples):
+        why = "a report of an earlier version has no samples.safetensors"
+    else:
+        why = "their numbers have different numbers of samples"
+    return f"The runs are taken as independent, for {why}."
 
 
 def differing(a: Any, b: Any, key: str = "") -> Iterator[dict[str, str]]:
@@ -148,7 +184,7 @@ def _pictures(a: Page, b: Page) -> list[Pair]:
     return [Pair((left.get(n) or right[n]).title, left.get(n), right.get(n)) for n in names]
 
 
-def _tables(a: Page, b: Page) -> tuple[list[Table], list[str]]:
+def _tables(a: Page, b: Page, samples: tuple[Samples, Samples]) -> tuple[list[Table], list[str]]:
     """For each table that both runs have, its numbers in pairs; and a sentence on rows that have no partner."""
     from mfm_benchmarks.blocks import Table
 
@@ -159,7 +195,7 @@ def _tables(a: Page, b: Page) -> tuple[list[Table], list[str]]:
             said.append(f"{table.title}: A alone has this table.")
             continue
         other = right[name]
-        rows = paired(table, other)
+        rows = paired(table, other, samples)
         keys = list(dict.fromkeys([*_keys(table), *_keys(other), "number"]))
         caption = (
             "The numbers of rows that both runs have. The difference is B minus A, in bold where it is significant."
@@ -179,25 +215,27 @@ def _keys(table: Table) -> list[str]:
     return [c for c in table.columns() if all(isinstance(row.get(c), str | None) for row in table.rows)]
 
 
-def _identified(table: Table, keys: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Rows by the values of their keys; of rows with the same ones, the second has a 2, and so on."""
+def _identified(table: Table, keys: Sequence[str]) -> dict[tuple[Any, ...], int]:
+    """Places of rows by the values of their keys; of rows with the same ones, the second has a 2, and so on."""
     found, count = {}, Counter[tuple[str, ...]]()
-    for row in table.rows:
+    for k, row in enumerate(table.rows):
         key = tuple("" if row.get(k) is None else str(row[k]) for k in keys)
         count[key] += 1
-        found[(*key, count[key])] = row
+        found[(*key, count[key])] = k
     return found
 
 
 def _alone(table: Table, other: Table) -> Iterator[str]:
     keys = _keys(table)
-    for key in _identified(table, keys).keys() - _identified(other, keys).keys():
+    there = _identified(other, keys)
+    for key in (key for key in _identified(table, keys) if key not in there):
         yield ", ".join(part for part in key[:-1] if part)
 
 
-def paired(a: Table, b: Table) -> list[dict[str, Any]]:
+def paired(a: Table, b: Table, samples: tuple[Samples, Samples] = ({}, {})) -> list[dict[str, Any]]:
     """A row for each number of the rows that both tables have: its keys, both values and B minus A.
 
+    Where `samples` has both numbers, of as many samples, the difference is of the samples; else of independent numbers.
     Numbers that are equal in both and have no interval, such as costs, are left out where no number of the column
     differs.
     """
@@ -206,11 +244,19 @@ def paired(a: Table, b: Table) -> list[dict[str, Any]]:
     columns = [c for c in a.columns() if c not in keys and c in b.columns()]
     by_column: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for column in columns:
-        for key, row in left.items():
-            mine, its = row.get(column), right.get(key, {}).get(column)
+        for key, k in left.items():
+            if key not in right:
+                continue
+            mine, its = a.rows[k].get(column), b.rows[right[key]].get(column)
             if (one := _number(mine)) is None or (two := _number(its)) is None:
                 continue
-            values = {"number": column, "A": mine, "B": its, "difference": two.minus(one)}
+            difference, how = two.minus(one), None
+            if difference.known:
+                how = INDEPENDENT
+            first, second = samples[0].get((a.name, k, column)), samples[1].get((b.name, right[key], column))
+            if first is not None and second is not None and first.samples == second.samples:
+                difference, how = one.of(second - first), PAIRED
+            values = {"number": column, "A": mine, "B": its, "difference": difference, HOW: how}
             by_column[column].append(dict(zip(keys, key[:-1], strict=True)) | values)
     rows = []
     for column, found in by_column.items():

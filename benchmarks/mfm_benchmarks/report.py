@@ -12,16 +12,18 @@ from pathlib import Path
 from mfm_benchmarks.blocks import Block, Drawing, Page, Picture, Table
 from mfm_benchmarks.page.figures import write_figures
 from mfm_benchmarks.page.html import render
-from mfm_benchmarks.page.stored import FILE, save_page
+from mfm_benchmarks.page.stored import FILE, SAMPLES, save_page, save_samples
 from mfm_lightning.utils.atomic import whole_file
 
 
-def write_report(page: Page, folder: Path) -> Path:
+def write_report(page: Page, folder: Path, with_samples: bool = True) -> Path:
     """Write the report's files, and return the path of its page.
 
     They are `index.html`, which needs no network and no other file; `NAME.png`, `NAME.svg` and `NAME.pdf` of each
     picture, the last at the width of a paper's column; `NAME.csv` and `NAME.json` of each table; `environment.json`;
-    and `page.json`, of which `mfm report` writes the page again.
+    `page.json`, of which `mfm report` writes the page again; and `samples.safetensors`, with what each sample adds to a
+    number, by which `mfm report A B` pairs two runs of the same noise. A page that was read from `page.json` has no
+    samples: then the file stays as it is, `with_samples=False`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,6 +37,8 @@ def write_report(page: Page, folder: Path) -> Path:
     record |= {"failures": page.failures, "skipped": page.skipped, "missing": page.missing}
     (folder / "environment.json").write_text(json.dumps(record, indent=1, default=str))
     save_page(page, folder / FILE)
+    if with_samples:
+        save_samples(page, folder / SAMPLES)
     path = folder / "index.html"
     with whole_file(path) as partial:
         partial.write_text(render(page))

@@ -163,4 +163,5 @@ def _page(suite: Suite, results: Results, how: Settings) -> Page:
         suite.name or type(suite).__name__,
         how.command,
         suite.described(),
+        suite.noise,
     )

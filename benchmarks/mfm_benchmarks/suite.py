@@ -126,6 +126,12 @@ class Suite(ABC):
     output: Path = Path("outputs/benchmarks")
 
     @property
+    def noise(self) -> str:
+        """What the noise of its samples is made from, such as the seeds and their number: two runs with the same text
+        have the same noise, sample by sample, and are compared so. Empty where runs have nothing in common."""
+        return ""
+
+    @property
     def skipped(self) -> dict[str, str]:
         return {}
 

@@ -14,14 +14,17 @@ from matplotlib.figure import Figure
 
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Claims, Headline, Page, Picture, Summary, Table, Text
-from mfm_benchmarks.charts import COLOURS, family, looks
+from mfm_benchmarks.charts import COLOURS, Interval, family, level_dash, looks
+from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.compare import report
+from mfm_benchmarks.page import svg
+from mfm_benchmarks.page.figures import write_figures
 from mfm_benchmarks.parts.entry import Entry
 from mfm_benchmarks.parts.reward_report import RewardReport, contest
 from mfm_benchmarks.report import write_report
 from mfm_lightning.commands.errors import CommandLineError
 from mfm_lightning.metrics.distances import frequency_distance
-from mfm_lightning.metrics.measured import Measured, mean_of, resampled, simultaneous
+from mfm_lightning.metrics.measured import Measured, interval, mean_of, of_runs, resampled, rounded, simultaneous
 
 
 def test_the_headline_takes_what_is_cheaper_above_and_near_the_data():
@@ -40,7 +43,10 @@ def test_the_headline_takes_what_is_cheaper_above_and_near_the_data():
     summary, headline, table, _, short = report.blocks()[:5]
     # A with the fewest evaluations is too far from the data, B needs more than Best-of-N, C is not above it
     assert headline.items[0][0] == "2 ×"  # noqa: RUF001
-    assert "reached by A with 2 times fewer evaluations (r)" in summary.sentences[0]
+    assert summary.sentences[0] == (
+        "A higher mean reward than Best-of-10, at no more than 1.5 times its Fréchet distance, is reached by A with 2 "
+        "times fewer evaluations (r)."
+    )
     assert "is 1.2 (1.2 to 1.2) for r" in summary.sentences[1]
     assert "A, λ = any, 25" in headline.items[0][1]
     assert [(row["method"], row["NFE"]) for row in table.rows] == [("A", 10), ("B", 200)]
@@ -86,7 +92,11 @@ def test_the_headline_says_what_is_not_decided_and_the_page_what_decided():
         for name, nfe, frechet, seed in (("A", 50, 105, 1), ("B", 20, 160, 2), ("C", 10, 500, 3))
     )
     headline, _, decided = RewardReport({"r": [best, near, open_, far]}, [1.0], "A", "", "", 2.0).blocks()[1:4]
-    assert headline.items[0][0] == "20 ×"  # noqa: RUF001
+    assert headline.items[0] == (
+        "20 ×",  # noqa: RUF001
+        "fewer evaluations than Best-of-10 for a higher reward (r) at no more than 2 times its Fréchet distance: A, "
+        "λ = any; not decided for B, 50 times fewer",
+    )
     assert re.match(
         r"r: A, λ = any has a mean reward higher by 0.2 \(at least 0.1\d+ for all settings together\) and 1.05",
         decided.lines[0],
@@ -99,6 +109,57 @@ def test_the_headline_says_what_is_not_decided_and_the_page_what_decided():
     assert "whether B, λ = any, with 50 times fewer" in items[0][1]
     blocks = RewardReport({"r": [best, far]}, [1.0], "A", "", "", 2.0).blocks()
     assert blocks[1].items[0][0] == "none"
+
+
+def first_sentence(*entries, ours="A"):
+    report = RewardReport({"r": list(entries)}, [1.0], ours, "", "", 2.0)
+    return report.blocks()[0].sentences[0]
+
+
+def test_the_summary_names_other_methods_with_fewer_evaluations_that_are_not_within_the_limit():
+    best = setting("Best-of-N", 1000, 1.0, 100.0, seed=0, label="N 10")
+    ours, open_, far = (
+        setting(name, nfe, reward, frechet, seed)
+        for name, nfe, reward, frechet, seed in (
+            ("A", 50, 1.2, 105, 1), ("B", 20, 1.4, 160, 2), ("C", 10, 1.3, 500, 3),
+        )
+    )  # fmt: skip
+    goal = "A higher mean reward than Best-of-10, at no more than 2 times its Fréchet distance, is reached by"
+    ratio = {e.method: e.frechet.over(best.frechet).text(2) for e in (open_, far)}
+    said = first_sentence(best, ours, open_, far)
+    assert said == (
+        f"{goal} A with 20 times fewer evaluations (r). "
+        "C has a higher mean reward with 100 times fewer evaluations (a gain of 0.3, A 0.2), "
+        f"but its Fréchet distance is above the limit: {ratio['C']} times. "
+        "B has a higher mean reward with 50 times fewer evaluations (a gain of 0.4, A 0.2), "
+        f"but whether its Fréchet distance is within the limit is not decided: {ratio['B']} times."
+    )
+    # without a setting within the limit, what is not decided is there all the same
+    said = first_sentence(best, open_)
+    assert said.startswith(
+        "No setting is shown to reach a higher mean reward than Best-of-10, at no more than 2 times its Fréchet "
+        "distance, with fewer evaluations. B has a higher mean reward with 50 times fewer evaluations (a gain of 0.4), "
+        "but whether its Fréchet distance is within the limit is not decided"
+    )
+    # ours with fewer evaluations that are not within the limit is no other method
+    assert first_sentence(best, ours, setting("A", 10, 1.2, 500, 3)) == f"{goal} A with 20 times fewer evaluations (r)."
+
+
+def test_the_summary_says_plainly_where_another_method_wins():
+    best, other = (
+        setting(name, nfe, reward, 100.0, seed, label=label)
+        for name, nfe, reward, seed, label in (("Best-of-N", 1000, 1.0, 0, "N 10"), ("B", 20, 1.4, 1, ""))
+    )
+    said = first_sentence(best, other, setting("A-G", 50, 1.2, 100.0, 2), setting("A-S", 10, 0.5, 100.0, 3), ours="A-G")
+    won = "For r, another method, B, needs the fewest evaluations:"
+    assert said.endswith(f"is reached by B with 50 times fewer evaluations (r). {won} A-G needs 2.5 times as many.")
+    said = first_sentence(best, other, setting("A-G", 50, 0.5, 100.0, 2), setting("A-S", 10, 0.5, 100.0, 3), ours="A-G")
+    assert said.endswith(f"{won} no setting of A-S or A-G is shown to reach this.")
+
+
+def test_without_an_interval_nothing_is_decided():
+    many, far, one = mean_of(samples(20, seed=0)), mean_of(9 + samples(20, seed=1)), of_runs([2.0])
+    assert verdict(many, {"one": one, "far": far}) == ("lower than far; not comparable, without an interval, with one")
 
 
 def test_a_mixture_is_judged_by_its_shares():
@@ -277,6 +338,55 @@ def brightness(colour):
     return sum(map(int, re.findall(r"\d+", colour)[:3])) / 765
 
 
+# -- values far from all others
+
+
+def diverging(yscale, value, other=1.0):
+    lines = {f"m{k}": [(n, measured(1.0 + 0.1 * k + 0.01 * n, 0.01)) for n in (1, 2, 4)] for k in range(4)}
+    lines["far"] = [(1, measured(other, 0.01)), (2, measured(value, 0.01)), (4, measured(2 * value, 0.01))]
+    return plots.lines({"p": lines}, "N", "W2", yscale=yscale)
+
+
+@pytest.mark.parametrize(("yscale", "value", "arrow"), [("log", 4e5, "↑"), ("linear", 4e5, "↑"), ("linear", -70, "↓")])
+def test_a_value_far_from_all_others_is_written_at_the_edge(tmp_path, yscale, value, arrow):
+    chart = diverging(yscale, value)
+    low, high = svg.y_limits(chart, chart.panels)
+    assert 0.5 < low < 1.01 < 1.34 < high < 2
+    ends = sorted((rounded(value), rounded(2 * value)), key=lambda text: float(text.replace(",", "")))
+    text = f"{arrow} far: {' to '.join(ends)}"
+    assert svg.beyond(chart.panels[0], (low, high)) == [text]
+    drawn = svg.line_panels(chart)[0][1]
+    assert f">{text}</text>" in drawn
+    assert f'data-y="{chart.panels[0].lines[-1].points[1][1].text()}"' in drawn  # the tip has it in full
+    assert svg.note(chart).startswith("An arrow at the edge marks a value beyond the axis.")
+    write_figures(chart, tmp_path / "far")
+    assert all(end in glyphs(tmp_path / "far.svg") for end in ends)
+
+
+def glyphs(path):
+    """The texts of a figure of matplotlib's, which stand there as comments."""
+    return " ".join(re.findall(r"<!-- (.*?) -->", path.read_text(), re.S))
+
+
+def test_an_axis_that_holds_all_values_stays_as_it_is():
+    chart = diverging("log", 3.0, other=2.0)  # no value is far: 1 to 6
+    low, high = svg.y_limits(chart, chart.panels)
+    assert low < 1.0
+    assert high > 6.0
+    assert svg.beyond(chart.panels[0], (low, high)) == []
+    assert "arrow" not in svg.note(chart)
+
+
+def test_a_line_across_the_panel_is_dashed_and_marked_as_in_the_legend():
+    chart = plots.lines({"p": {"a": [(1, measured(1.0)), (2, measured(2.0))], "floor": measured(0.5)}}, "N", "W2")
+    assert chart.levels() == {"floor"}
+    look = looks(chart.names())["floor"]
+    dash = f'stroke-dasharray="{" ".join(f"{d:g}" for d in level_dash(look))}"'
+    assert dash in svg.line_panels(chart)[0][1]
+    assert dash in svg.legend_mark(look, level=True)
+    assert len({level_dash(look) for look in looks([f"m{k}" for k in range(24)]).values()}) == 4
+
+
 # -- colours
 
 # of simulated protanopia and deuteranopia in linear RGB (Machado, Oliveira and Fernandes, 2009, severity 1)
@@ -385,6 +495,59 @@ def test_report_compares_two_runs(tmp_path):
         re.findall(r'text-anchor="end">([^<]*)<', svg) for svg in re.findall(r"<svg class=\"chart lines.*?</svg>", text)
     ]
     assert ticks[0] == ticks[3]
+
+
+def run_of(folder, shift, num=48, noise="48 samples of seeds [0]", of_suite="example"):
+    """A run whose samples are those of a seed, moved by `shift` and a little noise of its own."""
+    z, own = samples(48, seed=0)[:num], 0.05 * samples(48, seed=int(10 * shift) + 1)[:num]
+    x = z + shift + own
+    row = {"who": "a", "reward": mean_of(x), "spread": resampled(lambda x, weights: weights @ x.square() / len(x), x)}
+    page = Page("Title", "", [Table("numbers", "Numbers", [row | {"NFE": 3}], keys=["who"])], suite=of_suite)
+    page.noise = noise
+    write_report(page, folder / "report")
+    return row
+
+
+def test_runs_of_the_same_noise_are_paired_sample_by_sample(tmp_path):
+    one, two = run_of(tmp_path / "one", 0.0), run_of(tmp_path / "two", 0.3)
+    report(tmp_path / "one", tmp_path / "two", output=tmp_path / "both")
+    found = {row["number"]: row for row in numbers_of(tmp_path / "both")}
+    for name in ("reward", "spread"):
+        low, high = interval(two[name] - one[name])
+        assert found[name]["difference low"] == pytest.approx(low, abs=1e-9)
+        assert found[name]["difference high"] == pytest.approx(high, abs=1e-9)
+        assert found[name]["taken as"] == "paired"
+    # of independent numbers it is several times wider, and holds zero
+    alone = Interval.of(two["reward"]).minus(Interval.of(one["reward"]))
+    assert alone.high - alone.low > 5 * (found["reward"]["difference high"] - found["reward"]["difference low"])
+    assert alone.sign == 0 < found["reward"]["difference low"]
+    said = "Both runs have the same noise (48 samples of seeds [0]), so that they are paired sample by sample."
+    assert said in re.sub(r"</?abbr[^>]*>", "", (tmp_path / "both/index.html").read_text())
+    # writing a page again keeps its samples
+    before = (tmp_path / "two/report/samples.safetensors").read_bytes()
+    report(tmp_path / "two")
+    assert (tmp_path / "two/report/samples.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"noise": "48 samples of seeds [1]"}, "they have different noise: A has 48 samples of seeds [0], B has 48"),
+        ({"noise": ""}, "it is not stored what their noise is made from"),
+        ({"num": 40}, "their numbers have different numbers of samples"),
+        (None, "a report of an earlier version has no samples.safetensors"),
+    ],
+)
+def test_other_runs_are_taken_as_independent_and_the_page_says_why(tmp_path, change, said):
+    one, two = run_of(tmp_path / "one", 0.0), run_of(tmp_path / "two", 0.3, **(change or {}))
+    if change is None:
+        (tmp_path / "two/report/samples.safetensors").unlink()
+    report(tmp_path / "one", tmp_path / "two", output=tmp_path / "both")
+    row = next(row for row in numbers_of(tmp_path / "both") if row["number"] == "reward")
+    alone = Interval.of(two["reward"]).minus(Interval.of(one["reward"]))
+    assert (row["difference low"], row["difference high"]) == pytest.approx((alone.low, alone.high))
+    assert row["taken as"] == "independent"
+    assert f"The runs are taken as independent, for {said}" in (tmp_path / "both/index.html").read_text()
 
 
 def test_report_refuses_runs_of_different_suites_and_what_is_no_run(tmp_path):

@@ -1,6 +1,7 @@
 """Benchmark suites as a user runs them, on tiny models: cells, resuming, failures, reports, bad input."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -28,6 +29,7 @@ from mfm_lightning.checkpoints import save_model
 from mfm_lightning.commands.main import main
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import sample_generators
+from mfm_lightning.metrics.measured import rounded
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
 from tests.latent_data import small_vae
@@ -332,6 +334,22 @@ def test_gmm_suite(tmp_path, monkeypatch):
     # nothing that a random model draws is nearer than exact samples
     assert all(float(r["W2"]) > float(floor["W2"]) for (name, _), r in found.items() if "exact" not in name)
     assert all(float(r["W2 std of seeds"]) > 0 for r in found.values())
+    # the summary takes the largest N of each method, whatever the results are
+    page = re.sub(r"</?abbr[^>]*>", "", (tmp_path / "out/report/index.html").read_text())
+    values = [
+        f"{rounded(float(found[f'{name}, {way}', '2']['W2']))} for {name} ({way}, N = 2)"
+        for name, way in itertools.product(("MFM-G", "MFM-GF"), ("ODE", "SDE"))
+    ]
+    assert (
+        "The sliced W2 to the exact distribution, of each method with its largest N, is "
+        f"{', '.join(values[:-1])} and {values[-1]}; two sets of exact samples have {rounded(float(floor['W2']))}."
+    ) in page
+    others = {
+        key: float(r["W2"]) for key, r in found.items()
+        if not key[0].startswith(("MFM", "exact")) and (key[1] == "2" or not key[0].startswith("Diamond"))
+    }  # fmt: skip
+    assert f"has the smallest ({rounded(min(others.values()))})" in page
+    assert "2 seeds, 6 steps" in page
 
 
 @pytest.mark.slow

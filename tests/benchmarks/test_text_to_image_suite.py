@@ -197,7 +197,9 @@ def test_what_does_not_fit_is_left_out_and_said(found):
     assert "is not differentiable" in record["skipped"]["DPS, bytes"]
     assert "a SD3Flow gives none" in record["skipped"]["MFM-G"]
     page = words(found / "report/index.html")
-    assert "mean distance between two images of one prompt: root mean square difference of pixels" in page
+    assert (
+        "Diversity is the mean distance between two images of one prompt: root mean square difference of pixels" in page
+    )
     assert "GenEval: 11 of 11 settings have no results.jsonl in the folder of their images, such as outputs/" in page
     assert "brightness: DPS (steps 4), 24 NFE" in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)

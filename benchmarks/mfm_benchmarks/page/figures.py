@@ -25,10 +25,11 @@ from mfm_benchmarks.charts import (
     LineChart,
     Look,
     Panel,
+    level_dash,
     looks,
 )
 from mfm_benchmarks.page.stored import decoded
-from mfm_benchmarks.page.svg import limits, x_limits, y_limits
+from mfm_benchmarks.page.svg import beyond, limits, x_limits, y_limits
 from mfm_lightning.utils.figures import log_ticks
 
 COLUMN = 3.25  # inches
@@ -114,12 +115,17 @@ def _column_lines(chart: LineChart, panel: Panel) -> Figure:
 
 def _draw_lines(axis: Axes, chart: LineChart, panel: Panel, size: float, width: float) -> None:
     drawn = looks(chart.names(), chart.ours, chart.baselines)
+    of_y = y_limits(chart, chart.panels if chart.same_y else [panel])
     for line in sorted(panel.lines, key=lambda line: drawn[line.name].is_strong):
         look = drawn[line.name]
         style = _style(look, size, width)
         if line.level:
             y = line.points[0][1]
-            axis.axhline(y.value, color=style["color"], linestyle="--", linewidth=style["linewidth"], label=line.name)
+            style["linestyle"] = (0, tuple(d / 2 for d in level_dash(look)))
+            if not of_y[0] <= y.value <= of_y[1]:  # `_write_beyond` says so; the legend has it
+                axis.plot([], [], label=line.name, **style)
+                continue
+            axis.axhline(y.value, label=line.name, markevery=[1], clip_on=False, **style)
             if y.known:
                 axis.axhspan(y.low, y.high, color=style["color"], alpha=0.08, linewidth=0)
             continue
@@ -132,10 +138,10 @@ def _draw_lines(axis: Axes, chart: LineChart, panel: Panel, size: float, width: 
             axis.fill_between(x, low, high, color=style["color"], alpha=0.14, linewidth=0)
         elif len(x) == 1 and y[0].known:
             axis.errorbar(x, [y[0].value], yerr=_error(y), color=style["color"], fmt="none", capsize=2)
-    together = chart.panels if chart.same_y else [panel]
     axis.set(xscale=chart.xscale, title=panel.title, xlabel=chart.xlabel, ylabel=chart.ylabel)
     axis.set_yscale(chart.yscale, **({"linthresh": chart.threshold} if chart.yscale == "symlog" else {}))
-    axis.set(xlim=x_limits(chart, [panel]), ylim=y_limits(chart, together))
+    axis.set(xlim=x_limits(chart, [panel]), ylim=of_y)
+    _write_beyond(axis, chart, panel, of_y, size)
     axis.grid(alpha=0.25, linewidth=0.6)
     points = sorted({x for line in panel.lines if not line.level for x, _ in line.points})
     marked = points if chart.ticks_at_points and len(points) < 12 else []
@@ -145,6 +151,24 @@ def _draw_lines(axis: Axes, chart: LineChart, panel: Panel, size: float, width: 
         axis.set_xticks(marked, [f"{x:g}" for x in marked])
     if chart.yscale == "log":
         log_ticks(axis.yaxis, 7)
+
+
+def _write_beyond(axis: Axes, chart: LineChart, panel: Panel, of_y: tuple[float, float], size: float) -> None:
+    """Arrows at the edge for values beyond the axis, and the values in words."""
+    drawn = looks(chart.names(), chart.ours, chart.baselines)
+    for line in panel.lines:
+        for x, y in line.points:
+            if of_y[0] <= y.value <= of_y[1] or not math.isfinite(y.value):
+                continue
+            up, place = y.value > of_y[1], axis.get_xlim()[1] if line.level else x
+            axis.plot(
+                [place], [of_y[up]], marker="^" if up else "v", markersize=1.4 * size, clip_on=False, zorder=6,
+                color=COLOURS[drawn[line.name].colour][0],
+            )  # fmt: skip
+    if outside := beyond(panel, of_y):
+        text, font = "\n".join(["beyond the axis:", *outside]), FONT - 1
+        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5}
+        axis.text(0.98, 0.97, text, transform=axis.transAxes, ha="right", va="top", fontsize=font, bbox=box, zorder=7)
 
 
 def _style(look: Look, size: float, width: float) -> dict[str, Any]:

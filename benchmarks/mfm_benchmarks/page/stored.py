@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mfm_benchmarks import blocks, charts
 from mfm_benchmarks.blocks import Page
 from mfm_benchmarks.charts import Interval
-from mfm_lightning.metrics.measured import Measured
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.metrics.measured import Measured, of_parts
+from mfm_lightning.utils.atomic import save_tensors, whole_file
 
-FILE = "page.json"
+FILE, SAMPLES = "page.json", "samples.safetensors"
 FORMAT = 1  # another number for a file that other code cannot read
 LARGEST = 384  # pixels of a side of an image on the page
 PHOTO = 96  # from so many pixels on an image is a JPEG
@@ -62,6 +64,47 @@ def load_page(path: Path) -> Page:
     if not isinstance(page, Page):
         raise ValueError(f"{path} is no page of a report")
     return page
+
+
+def save_samples(page: Page, path: Path) -> None:
+    """Write what each of the samples adds to the numbers of the tables, by which another run's are paired with them."""
+    tensors, about = dict[str, Tensor](), dict[str, dict[str, Any]]()
+    for table in (block for block in page.blocks if isinstance(block, blocks.Table)):
+        for k, row in enumerate(table.rows):
+            for column, number in row.items():
+                if isinstance(number, Measured) and number.samples is not None and not math.isnan(number.error):
+                    name = f"{table.name}/{k}/{column}"
+                    tensors[name] = number.replicates if number.parts is None else number.parts
+                    about[name] = {"value": number.value, "samples": number.samples, "scale": number.scale}
+                    about[name] |= {"least": number.least, "parts": number.parts is not None}
+    if tensors:
+        stored = {name: tensor.detach().cpu().double().contiguous() for name, tensor in tensors.items()}
+        save_tensors(stored, path, {"numbers": json.dumps(about)})
+    else:
+        path.unlink(missing_ok=True)
+
+
+def load_samples(path: Path) -> dict[tuple[str, int, str], Measured]:
+    """What `save_samples` has written, by table, row and column; empty if there is no such file.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    found = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for name, about in json.loads(file.metadata()["numbers"]).items():
+                tensor, numbers = file.get_tensor(name), (about["value"], about["scale"], about["least"])
+                value, scale, least = numbers
+                number = Measured(value, tensor, samples=about["samples"], scale=scale, least=least)
+                number = of_parts(value, tensor, scale, least) if about["parts"] else number
+                table, row, column = name.split("/", 2)
+                found[table, int(row), column] = number
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): it is damaged; write it again with --report") from error
+    return found
 
 
 def _plain(value: Any) -> Any:

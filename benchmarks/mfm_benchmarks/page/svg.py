@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from matplotlib.ticker import MaxNLocator
 
-from mfm_benchmarks.charts import BarChart, BarPanel, Cloud, CloudChart, Interval, Line, LineChart, Look, Panel, looks
+from mfm_benchmarks.charts import (
+    BarChart,
+    BarPanel,
+    Cloud,
+    CloudChart,
+    Interval,
+    Line,
+    LineChart,
+    Look,
+    Panel,
+    level_dash,
+    looks,
+)
 from mfm_lightning.metrics.measured import rounded
 from mfm_lightning.utils.figures import round_numbers
 
@@ -34,17 +47,22 @@ class Axis:
     def __call__(self, value: float) -> float:
         """Where a number is drawn; what is outside the limits, at the nearest of them."""
         inside = min(max(value, self.low), self.high)
-        low, high = self._scaled(self.low), self._scaled(self.high)
-        share = (self._scaled(inside) - low) / (high - low) if high > low else 0.5
+        low, high = self.scaled(self.low), self.scaled(self.high)
+        share = (self.scaled(inside) - low) / (high - low) if high > low else 0.5
         return self.start + share * (self.end - self.start)
 
-    def _scaled(self, value: float) -> float:
+    def scaled(self, value: float) -> float:
+        """The number on the axis's scale."""
         if self.scale == "log":
             return math.log10(value)
         if self.scale == "symlog":
             size = abs(value) / self.threshold
             return math.copysign(size if size < 1 else 1 + math.log10(size), value)
         return value
+
+    def arrow(self, value: float) -> str:
+        """The marker of a value beyond the axis; empty for others."""
+        return "^" if value > self.high else "v" if value < self.low else ""
 
     def ticks(self, most: int, marked: Sequence[float] = ()) -> list[float]:
         """At most so many round numbers, or those of `marked` that are far enough apart."""
@@ -90,13 +108,75 @@ def limits(numbers: Iterable[float], scale: str, room: float = 0.06) -> tuple[fl
 
 
 def y_limits(chart: LineChart, panels: Iterable[Panel]) -> tuple[float, float]:
-    """Of the panels' values and intervals; on a logarithmic axis an interval may reach far below, and is cut."""
+    """Of the panels' values and intervals.
+
+    Values far from all others, such as of a method that diverges, are left out: `beyond` lists them, and each is
+    written on the chart. Intervals are cut where they reach further than the values' range on either side.
+    """
     points = [y for panel in panels for line in panel.lines for _, y in line.points]
-    if chart.yscale != "log":
-        return limits((n for y in points for n in (y.value, y.low, y.high)), chart.yscale)
-    low, high = limits((y.value for y in points), "log")
-    ends = [n for y in points for n in (y.low, y.high) if math.isfinite(n) and n > 0]
-    return max(min([low, *ends]), 0.6 * low), min(max([high, *ends]), 1.8 * high)
+    low, high = _usual([y.value for y in points], Axis(chart.yscale, 0.0, 1.0, 0.0, 1.0, chart.threshold))
+    points = [y for y in points if low <= y.value <= high]
+    if chart.yscale == "log":
+        low, high = limits((y.value for y in points), "log")
+        ends = [n for y in points for n in (y.low, y.high) if math.isfinite(n) and n > 0]
+        return max(min([low, *ends]), 0.6 * low), min(max([high, *ends]), 1.8 * high)
+    values = [y.value for y in points if math.isfinite(y.value)]
+    reach = max(values, default=0.0) - min(values, default=0.0) or math.inf
+    if chart.yscale == "symlog":
+        reach = math.inf
+    ends = [min(max(n, min(values) - reach), max(values) + reach) for y in points for n in (y.low, y.high) if n == n]
+    return limits([*values, *ends], chart.yscale)
+
+
+def _usual(values: Sequence[float], axis: Axis) -> tuple[float, float]:
+    """The ends between which values are not far from the others, on the axis's own scale.
+
+    Far are those beyond Tukey's outer fences (three times the distance of the quartiles from them) and, besides, beyond
+    a gap: of a decade on a logarithmic axis, of twice the others' range on a linear one.
+    """
+    kept = sorted(v for v in values if math.isfinite(v) and (axis.scale != "log" or v > 0))
+    if len(kept) < 8:
+        return -math.inf, math.inf
+    scaled = [axis.scaled(v) for v in kept]
+    first, _, third = statistics.quantiles(scaled, n=4)
+    fence = 3 * (third - first)
+    inside = [k for k, v in enumerate(scaled) if first - fence <= v <= third + fence]
+    low, high = inside[0], inside[-1]
+    gap = 2 * (scaled[high] - scaled[low]) if axis.scale == "linear" else 1.0
+    if gap <= 0:
+        return -math.inf, math.inf
+    while high + 1 < len(scaled) and scaled[high + 1] - scaled[high] <= gap:
+        high += 1
+    while low > 0 and scaled[low] - scaled[low - 1] <= gap:
+        low -= 1
+    return kept[low], kept[high]
+
+
+def beyond(panel: Panel, of_y: tuple[float, float]) -> list[str]:
+    """For each line with values outside the axis, a text with them, such as `DPS: 398,000`, after an arrow."""
+    found = []
+    for line in panel.lines:
+        for arrow, outside in (
+            ("\u2191", [y.value for _, y in line.points if of_y[1] < y.value]),
+            ("\u2193", [y.value for _, y in line.points if y.value < of_y[0]]),
+        ):
+            if outside:
+                ends = dict.fromkeys((rounded(min(outside)), rounded(max(outside))))
+                found.append(f"{arrow} {line.name}: {' to '.join(ends)}")
+    return found
+
+
+def note(chart: LineChart) -> str:
+    """What to say of values beyond the axes, and of intervals that are cut there; empty where there are none."""
+    values, ends = [], []
+    for panel in chart.panels:
+        low, high = y_limits(chart, chart.panels if chart.same_y else [panel])
+        points = [y for line in panel.lines for _, y in line.points]
+        values += [y for y in points if y.value < low or y.value > high]
+        ends += [y for y in points if y.low < low or y.high > high]
+    said = "An arrow at the edge marks a value beyond the axis. " if values else ""
+    said += "Intervals that reach beyond the axis are cut there. " if ends else ""
+    return f"{said}“Numbers of this chart” has them in full." if said else ""
 
 
 def x_limits(chart: LineChart, panels: Iterable[Panel]) -> tuple[float, float]:
@@ -152,6 +232,10 @@ def _line_panel(
     )
     order = sorted(panel.lines, key=lambda line: (drawn[line.name].is_strong, line.name in chart.baselines))
     parts += [_line(line, drawn[line.name], across, vertical) for line in order]
+    if outside := beyond(panel, of_y):
+        for k, text in enumerate(["beyond the axis:", *outside]):
+            place = f'x="{WIDTH - RIGHT - 4}" y="{TOP + 14 + 15 * k}"'
+            parts.append(f'<text class="beyond" {place} text-anchor="end">{escape(text)}</text>')
     said = "; ".join(_said(line) for line in panel.lines)
     about = f"{panel.title or chart.ylabel}: {chart.ylabel} by {chart.xlabel}. {said}"
     return _svg(parts, about, chart.xlabel, chart.ylabel, HEIGHT)
@@ -182,8 +266,12 @@ def _line(line: Line, look: Look, across: Axis, vertical: Axis) -> str:
         if y.known:
             low, high = vertical(y.low), vertical(y.high)
             parts.append(f'<path class="band" d="M{ends[0]:.1f} {low:.1f}H{ends[1]:.1f}V{high:.1f}H{ends[0]:.1f}Z"/>')
-        parts.append(f'<path class="way level" d="M{ends[0]:.1f} {vertical(y.value):.1f}H{ends[1]:.1f}"/>')
-        parts.append(_mark(ends[1], vertical(y.value), "o", 0.01, math.nan, y))
+        if arrow := vertical.arrow(y.value):
+            parts = [_mark(ends[1], vertical(y.value), arrow, 4.6, math.nan, y)]
+        else:
+            way = f"M{ends[0]:.1f} {vertical(y.value):.1f}H{ends[1]:.1f}"
+            parts.append(f'<path class="way" d="{way}" stroke-dasharray="{_numbers(level_dash(look))}"/>')
+            parts.append(_mark(ends[1], vertical(y.value), look.marker, 3.6, math.nan, y))
         return _group(line.name, look, parts)
     places = [(across(x), vertical(y.value)) for x, y in line.points if math.isfinite(y.value)]
     shown = [(x, y) for x, y in line.points if math.isfinite(y.value)]
@@ -192,7 +280,7 @@ def _line(line: Line, look: Look, across: Axis, vertical: Axis) -> str:
             upper = " ".join(f"{across(x):.1f} {vertical(y.high):.1f}" for x, y in shown)
             lower = " ".join(f"{across(x):.1f} {vertical(y.low):.1f}" for x, y in reversed(shown))
             parts.append(f'<path class="band" d="M{upper} {lower}Z"/>')
-        dash = f' stroke-dasharray="{" ".join(f"{d:g}" for d in look.dash)}"' if look.dash else ""
+        dash = f' stroke-dasharray="{_numbers(look.dash)}"' if look.dash else ""
         way = " ".join(f"{px:.1f} {py:.1f}" for px, py in places)
         parts.append(f'<path class="way" d="M{way}"{dash}/>')
     elif shown and shown[0][1].known:
@@ -204,8 +292,12 @@ def _line(line: Line, look: Look, across: Axis, vertical: Axis) -> str:
         )
     size = 4.6 if look.is_strong else 3.6
     for (px, py), (x, y) in zip(places, shown, strict=True):
-        parts.append(_mark(px, py, look.marker, size, x, y))
+        parts.append(_mark(px, py, vertical.arrow(y.value) or look.marker, size, x, y))
     return _group(line.name, look, parts)
+
+
+def _numbers(dash: Iterable[float]) -> str:
+    return " ".join(f"{d:g}" for d in dash)
 
 
 def _group(name: str, look: Look, parts: Iterable[str]) -> str:
@@ -317,9 +409,10 @@ def _dots(chart: CloudChart, points: Iterable[tuple[float, float]]) -> str:
     return "".join(f"M{place}h0" for place in _places(chart, inside))
 
 
-def legend_mark(look: Look) -> str:
+def legend_mark(look: Look, level: bool = False) -> str:
     """A short piece of a line for the legend."""
-    dash = f' stroke-dasharray="{" ".join(f"{d:g}" for d in look.dash)}"' if look.dash else ""
+    drawn = level_dash(look) if level else look.dash
+    dash = f' stroke-dasharray="{_numbers(drawn)}"' if drawn else ""
     return (
         f'<svg class="sample line {look.colour}" viewBox="0 0 34 14" aria-hidden="true">'
         f'<path class="way" d="M1 7H33"{dash}/>'

@@ -47,7 +47,8 @@ class FinetuningReport:
         first = f"{self.ours} is compared with the other methods at equal drift from the base flow"
         first = f"{first}: {'; '.join(said)}." if said else f"{first}; it reaches none of the chosen drifts."
         methods = dict.fromkeys(c.method for curves in self.curves.values() for c in curves)
-        second = f"{len(methods)} method(s) were trained with the same number of evaluations and the same optimiser."
+        were = "1 method was" if len(methods) == 1 else f"{len(methods)} methods were"
+        second = f"{were} trained with the same number of evaluations and the same optimiser."
         return Summary([first, second, f"Numbers are of {self.samples}"])
 
     def _chosen(self, reward: str, level: float) -> dict[str, Curve]:

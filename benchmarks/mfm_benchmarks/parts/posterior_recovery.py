@@ -12,7 +12,7 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
 from mfm_benchmarks.charts import LineChart
-from mfm_benchmarks.claims import verdict
+from mfm_benchmarks.claims import counted, verdict
 from mfm_benchmarks.measure import states_digest
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.nfe import Meter
@@ -119,8 +119,8 @@ class PosteriorRecovery(DrawSettings):
         mine, floor = found[t, f"MFM {self.model_steps[0]}"], found[t, FLOOR]
         return [
             Summary([
-                f"Posterior draws in {self.model_steps[0]} step(s) have a sliced W2 of {rounded(mine.value)} to SDE "
-                f"rollouts at t = {t:g}; two sets of rollouts have {rounded(floor.value)}."
+                f"Posterior draws in {counted(self.model_steps[0], 'step')} have a sliced W2 of "
+                f"{rounded(mine.value)} to SDE rollouts at t = {t:g}; two sets of rollouts have {rounded(floor.value)}."
             ])
         ]  # fmt: skip
 
@@ -135,7 +135,9 @@ class PosteriorRecovery(DrawSettings):
             others = {f"GLASS {k}": found[t, f"GLASS {k}"] for k in self.glass_steps if (t, f"GLASS {k}") in found}
             if mine is not None and others:
                 words = verdict(mine, others, "further from the reference than", "closer to the reference than")
-                lines.append(f"t = {t:g}: draws of the Meta Flow Map in {self.model_steps[0]} step(s) are {words}.")
+                lines.append(
+                    f"t = {t:g}: draws of the Meta Flow Map in {counted(self.model_steps[0], 'step')} are {words}."
+                )
         return Claims("Posterior draws in one step against GLASS", lines)
 
 

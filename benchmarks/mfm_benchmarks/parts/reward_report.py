@@ -13,7 +13,7 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table
 from mfm_benchmarks.charts import family
-from mfm_benchmarks.claims import TIMES, verdict
+from mfm_benchmarks.claims import TIMES, listed, verdict
 from mfm_benchmarks.parts.entry import Entry
 from mfm_lightning.metrics.measured import Measured, rounded, simultaneous
 
@@ -48,7 +48,7 @@ class RewardReport:
 
     def _reaching(self) -> list[Block]:
         """For each method, the least cost at which its reward is above that of Best-of-N with the largest N."""
-        items, rows, said, only, number, found_cheaper = [], [], [], list[str](), "N", dict[str, Contest]()
+        items, rows, said, only, number, every = [], [], [], list[str](), "N", dict[str, list[Contest]]()
         short: dict[str, list[str]] = {}  # what does not reach it, in which rewards
         for reward, found in self.entries.items():
             best = next((e for e in reversed(found) if e.method == BEST), None)
@@ -65,9 +65,8 @@ class RewardReport:
                     only.append(_cells_of(fewest.entry, reward))
                 else:
                     short.setdefault(f"{method} (λ = {_lambda(scale)})", []).append(reward)
-            cheaper = sorted((c for c in contests if c.above and c.entry.nfe < best.nfe), key=lambda c: c.entry.nfe)
-            if winner := next((c for c in cheaper if c.near > 0), None):
-                found_cheaper[reward] = winner
+            every[reward] = sorted(contests, key=lambda c: c.entry.nfe)
+            cheaper = [c for c in every[reward] if c.above and c.fewer > 1]
             aim = self._share_headline(reward) if best.shares else self._headline(reward, cheaper, best, number)
             items.append(aim)
             said.append(self._decided(reward, cheaper, number, len(settings)))
@@ -82,45 +81,74 @@ class RewardReport:
         )  # fmt: skip
         blocks = [Headline(items), table, Claims("How each result was decided", said)]
         if items:
-            blocks.insert(0, self._summary(found_cheaper, number))
+            blocks.insert(0, self._summary(every, number))
         if short:
             said = [f"{who}: {', '.join(rewards)}." for who, rewards in short.items()]
             blocks.append(Claims(f"No setting exceeds Best-of-{number}", said))
         return blocks
 
-    def _summary(self, cheaper: Mapping[str, Contest], number: str) -> Summary:
-        """The setting with the fewest evaluations for each reward; what it costs; what was compared."""
-        bests = {r: next((e for e in reversed(found) if e.method == BEST), None) for r, found in self.entries.items()}
-        won = [
-            f"{c.entry.method} with {rounded(best.nfe / c.entry.nfe)} times fewer evaluations ({reward})"
-            for reward, c in cheaper.items()
-            if (best := bests[reward]) is not None
-        ]
-        none = [reward for reward, best in bests.items() if best is not None and reward not in cheaper]
-        rest = f" For {_listed(none)}, no setting does so with fewer evaluations" if none else ""
-        rest += self._limit_words(" and") if none else ""
+    def _summary(self, found: Mapping[str, list[Contest]], number: str) -> Summary:
+        """For each reward, the setting with the fewest evaluations within the limit, and what needs fewer without being
+        shown to keep to it; what the distance is; what was compared."""
+        within = self._limit_words(",") + ("," if self._judged else "")
+        goal = f"a higher mean reward than Best-of-{number}{within}"
+        won = {reward: c for reward, contests in found.items() if (c := _winner(contests)) is not None}
+        none = [reward for reward in found if reward not in won]
+        said = []
         if won:
-            first = (
-                f"A higher mean reward than Best-of-{number} is reached by {_listed(won)}.{rest}{'.' if rest else ''}"
+            reached = [f"{c.entry.method} with {self._fewer(c)} fewer evaluations ({r})" for r, c in won.items()]
+            said.append(f"{goal[0].upper()}{goal[1:]} is reached by {listed(reached)}.")
+        if none:
+            which, what = (
+                f"For {listed(none)}, no" if won or len(found) > 1 else "No",
+                "do so" if won else f"reach {goal}",
             )
-        else:
-            first = (
-                f"No setting is shown to reach a higher mean reward than Best-of-{number} with fewer "
-                f"evaluations{self._limit_words(' and')}."
-            )
-        kept = [f"{c.ratio.text(2)} for {reward}" for reward, c in cheaper.items() if c.ratio is not None]
-        costs = (
-            f"The Fréchet distance to real images, relative to Best-of-{number}, is {_listed(kept)}." if kept else ""
-        )
-        methods = dict.fromkeys(e.method for found in self.entries.values() for e in found)
+            said.append(f"{which} setting is shown to {what} with fewer evaluations.")
+        for reward, contests in found.items():
+            said += self._not_ours(reward, contests)
+            said += self._open(reward, contests, len(found) > 1)
+        kept = [f"{c.ratio.text(2)} for {reward}" for reward, c in won.items() if c.ratio is not None]
+        costs = f"The Fréchet distance to real images, relative to Best-of-{number}, is {listed(kept)}." if kept else ""
+        methods = dict.fromkeys(e.method for entries in self.entries.values() for e in entries)
         third = f"{len(methods)} methods were compared on the same model and the same noise, with {self.samples}"
-        return Summary([text for text in (first, costs, third) if text])
+        return Summary([text for text in (" ".join(said), costs, third) if text])
+
+    def _fewer(self, c: Contest) -> str:
+        return f"{rounded(c.fewer)} times"
+
+    def _not_ours(self, reward: str, contests: Sequence[Contest]) -> list[str]:
+        """Where another method wins: a sentence that says so, and where ours is."""
+        winner, strong = _winner(contests), family(self.ours, list(dict.fromkeys(c.entry.method for c in contests)))
+        if winner is None or not strong or winner.entry.method in strong:
+            return []
+        names = listed(strong, "or")
+        mine = next((c for c in contests if c.entry.method in strong and c.above and c.near > 0), None)
+        if mine is None:
+            ends = f"no setting of {names} is shown to reach this"
+        else:
+            ends = f"{mine.entry.method} needs {rounded(mine.entry.nfe / winner.entry.nfe)} times as many"
+        return [f"For {reward}, another method, {winner.entry.method}, needs the fewest evaluations: {ends}."]
+
+    def _open(self, reward: str, contests: Sequence[Contest], several: bool) -> list[str]:
+        """Other methods' settings with a higher reward and even fewer evaluations, which are not shown to keep to the
+        limit: the one with the fewest evaluations of each."""
+        winner, said = _winner(contests), []
+        for method, c in _not_within(contests).items():
+            gain = f"a gain of {rounded(c.gain.value)}"
+            if winner:
+                gain += f", {winner.entry.method} {rounded(winner.gain.value)}"
+            exceeds = f"{method} has a higher mean reward with {self._fewer(c)} fewer evaluations ({gain})"
+            ratio = "" if c.ratio is None else f"{c.ratio.text(2)} times"
+            ends = "but whether its Fréchet distance is within the limit is not decided"
+            ends = ends if c.near == 0 else "but its Fréchet distance is above the limit"
+            said.append(f"{f'For {reward}, ' if several else ''}{exceeds}, {ends}: {ratio}.")
+        return said
 
     def _row(self, reward: str, cheapest: Contest, best: Entry) -> dict[str, Any]:
         e = cheapest.entry
         row = {
             "reward": reward, "method": e.method, "λ": _lambda(e.scale), "setting": e.label, "NFE": round(e.nfe),
-            "times fewer NFE": best.nfe / e.nfe, "gain in reward": cheapest.gain,
+            "times fewer NFE": cheapest.fewer, "gain in reward": cheapest.gain,
         }  # fmt: skip
         if cheapest.ratio is None:
             return row
@@ -131,8 +159,10 @@ class RewardReport:
         """The setting with the fewest evaluations that is above and near; else whether there may be one."""
         if near := [c for c in cheaper if c.near > 0]:
             e = near[0].entry
-            words = f"fewer evaluations than Best-of-{number} for a higher reward ({reward}): {_setting(e)}"
-            return f"{rounded(best.nfe / e.nfe)} {TIMES}", words
+            words = f"fewer evaluations than Best-of-{number} for a higher reward ({reward}){self._limit_words('')}"
+            others = [f"{c.entry.method}, {self._fewer(c)} fewer" for c in _not_within(cheaper).values() if not c.near]
+            open_ = f"; not decided for {listed(others)}" if others else ""
+            return f"{rounded(best.nfe / e.nfe)} {TIMES}", f"{words}: {_setting(e)}{open_}"
         words = f"higher {reward} than Best-of-{number} with fewer evaluations{self._limit_words(' and')}"
         if open_ := [c for c in cheaper if c.near == 0]:
             e = open_[0].entry
@@ -146,7 +176,7 @@ class RewardReport:
         """The sentence on what decided a headline."""
         if not cheaper:
             return f"{reward}: none of {num} settings has a higher reward than Best-of-{number} with fewer evaluations."
-        winner = next((c for c in cheaper if c.near > 0), None)
+        winner = _winner(cheaper)
         others = cheaper[: cheaper.index(winner)] if winner else cheaper
         parts = [f"{_setting(winner.entry)} has {self._reasons(winner)}"] if winner else []
         before = "Even fewer evaluations" if winner else "Higher reward with fewer evaluations"
@@ -165,8 +195,8 @@ class RewardReport:
     def _ratio(self, c: Contest) -> str:
         return "" if c.ratio is None else f"{c.ratio.text()} times the Fréchet distance of {BEST}"
 
-    def _limit_words(self, before: str = " with") -> str:
-        return f"{before} at most {self.frechet_limit:g} times its Fréchet distance" if self._judged else ""
+    def _limit_words(self, before: str) -> str:
+        return f"{before} at no more than {self.frechet_limit:g} times its Fréchet distance" if self._judged else ""
 
     def _claims(self) -> list[Claims]:
         """Our method against each of the others, all in their settings of most evaluations."""
@@ -277,6 +307,7 @@ class Contest:
         above: whether that is above 0.
         ratio: of the Fréchet distances; None where there are none.
         near: 1 where the ratio is at most the limit, -1 where it is above, 0 where that is not decided.
+        fewer: how many times fewer evaluations it needs than Best-of-N.
     """
 
     entry: Entry
@@ -284,6 +315,7 @@ class Contest:
     least: float
     ratio: Measured | None
     near: int
+    fewer: float
 
     @property
     def above(self) -> bool:
@@ -305,7 +337,7 @@ def contest(entries: Sequence[Entry], best: Entry, limit: float) -> list[Contest
         if room is not None:
             left, width = room.value + math.log(limit), c * room.error
             near = int(left > width) - int(left < -width)
-        found.append(Contest(e, gain, gain.value - c * gain.error, ratio, near))
+        found.append(Contest(e, gain, gain.value - c * gain.error, ratio, near, best.nfe / e.nfe))
     return found
 
 
@@ -316,8 +348,20 @@ def _cells_of(e: Entry, reward: str) -> str:
     return f"{e.name}, {reward}" + ("" if e.scale is None else f", λ = {e.scale:g}")
 
 
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _winner(contests: Sequence[Contest]) -> Contest | None:
+    """Of contests by rising evaluations, the first that is above and near, with fewer evaluations than Best-of-N."""
+    return next((c for c in contests if c.above and c.near > 0 and c.fewer > 1), None)
+
+
+def _not_within(contests: Sequence[Contest]) -> dict[str, Contest]:
+    """Of contests by rising evaluations, the first of each other method that is above with fewer evaluations than the
+    winner (or Best-of-N), and not shown to be near."""
+    winner, found = _winner(contests), dict[str, Contest]()
+    for c in contests:
+        fewer = c.fewer > (winner.fewer if winner else 1.0)
+        if c.above and c.near <= 0 and fewer and not (winner and c.entry.method == winner.entry.method):
+            found.setdefault(c.entry.method, c)
+    return found
 
 
 def _shares_of(entries: Mapping[str, Entry]) -> dict[str, Measured]:

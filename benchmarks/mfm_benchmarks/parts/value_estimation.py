@@ -13,7 +13,7 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
 from mfm_benchmarks.charts import LineChart
-from mfm_benchmarks.claims import verdict
+from mfm_benchmarks.claims import counted, verdict
 from mfm_benchmarks.measure import states_digest
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.posteriors import RolloutPosterior
@@ -116,8 +116,8 @@ class ValueComparison(DrawSettings):
             return []
         return [
             Summary([
-                f"Values{self._of} from draws in {self.model_steps[0]} step(s) correlate with those from rollouts with "
-                f"Pearson r = {rounded(min(mine))} to {rounded(max(mine))} over the times t."
+                f"Values{self._of} from draws in {counted(self.model_steps[0], 'step')} correlate with those "
+                f"from rollouts with Pearson r = {rounded(min(mine))} to {rounded(max(mine))} over the times t."
             ])
         ]  # fmt: skip
 

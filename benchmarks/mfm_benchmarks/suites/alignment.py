@@ -116,6 +116,10 @@ class AlignmentSuite(Suite):
     # what is run
 
     @property
+    def noise(self) -> str:
+        return f"{self.num_samples} samples of seeds {self.seeds}"
+
+    @property
     def skipped(self) -> dict[str, str]:
         return self._skipped
 
@@ -269,9 +273,9 @@ class AlignmentSuite(Suite):
         entries = {reward: found for reward, found in entries.items() if found}
         if not entries:
             return [Text("No result", ["Every run failed; the messages are above."])]
-        samples = (
-            f"{self.num_samples} samples{'' if len(self.seeds) == 1 else f' for each of {len(self.seeds)} seeds'}."
-        )
+        samples = f"{self.num_samples} samples for each of {len(self.seeds)} seeds."
+        if len(self.seeds) == 1:
+            samples = f"{self.num_samples} samples of 1 seed, so that intervals are over samples alone."
         candidates, ours = f"candidates of {self.best_of_n.steps} Euler steps", next(iter(self.methods), "")
         return RewardReport(entries, self.scales, ours, samples, candidates, self.frechet_limit).blocks()
 

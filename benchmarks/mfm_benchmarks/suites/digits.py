@@ -58,6 +58,10 @@ class DigitsSuite(Suite):
             frequencies or FrequencyComparison(), posterior or PosteriorRecovery(), value or ValueComparison(),
         )  # fmt: skip
 
+    @property
+    def noise(self) -> str:
+        return "states and draws of fixed seeds"
+
     def shrink(self) -> None:
         for part in (self.frequencies, self.posterior, self.value):
             part.shrink()

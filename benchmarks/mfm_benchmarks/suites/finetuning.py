@@ -198,6 +198,10 @@ class FinetuningSuite(Suite):
                 self._skipped[name] = "not in --quick, to save time (quick: false)"
                 del self._settings[name]
 
+    @property
+    def noise(self) -> str:
+        return f"{self.num_samples} samples of seeds {self.seeds}"
+
     def missing(self) -> list[str]:
         found = [*(self.model.missing() if self.model else ()), *(self.quality.missing() if self.quality else ())]
         self._built = {}
@@ -360,10 +364,10 @@ class FinetuningSuite(Suite):
         if not curves:
             return [Text("No result", ["Every run failed; the messages are above."])]
         rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
-        samples = (
-            f"{self.num_samples} samples for each of {len(self.seeds)} training seed(s); learning rates from {rates}, "
-            "the same for all methods."
-        )
+        seeds = f"for each of {len(self.seeds)} training seeds"
+        if len(self.seeds) == 1:
+            seeds = "of 1 training seed, so that intervals are over samples, not over trainings"
+        samples = f"{self.num_samples} samples {seeds}; learning rates from {rates}, the same for all methods."
         return FinetuningReport(curves, self.drifts, next(iter(self._settings)), samples).blocks()
 
 

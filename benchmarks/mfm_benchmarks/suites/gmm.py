@@ -12,7 +12,7 @@ from torch import Tensor
 from mfm_benchmarks import plots
 from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table, Text
 from mfm_benchmarks.charts import CloudChart, LineChart
-from mfm_benchmarks.claims import change, verdict
+from mfm_benchmarks.claims import change, listed, verdict
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import noise
 from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, described
@@ -128,6 +128,10 @@ class MixtureSuite(Suite):
             steps = {"trainer.max_steps": 1500, "trainer.val_check_interval": 1500, "trainer.limit_val_batches": 0}
             self._fit = Fit(self.fit_config, self.model, options | steps)
 
+    @property
+    def noise(self) -> str:
+        return f"{self.num_samples} samples and {self.num_reference} exact ones of seeds {self.seeds}"
+
     def missing(self) -> list[str]:
         if Path(self.model).is_file() or self.model == DEFAULT_MODEL or self.model.startswith(str(self.output)):
             return []
@@ -227,7 +231,7 @@ class MixtureSuite(Suite):
         found = {key: {what: _over_seeds(key[0], what, parts) for what in DISTANCES} for key, parts in done.items()}
         caption = (
             f"{self.num_samples} samples of each method are compared with {self.num_reference} exact ones; "
-            f"{len(self.seeds)} seed(s), {self.steps} steps. Lower is better. The floor is the distance between two "
+            f"{_seeds(len(self.seeds))}, {self.steps} steps. Lower is better. The floor is the distance between two "
             "sets of exact samples: no method can be reliably below it."
         )
         below = " The estimate is unbiased, so it can be negative; the axis is linear below 0.001."
@@ -265,24 +269,31 @@ class MixtureSuite(Suite):
         }
 
     def _summary(self, found: dict[Key, dict[str, Measured]]) -> list[Block]:
-        """Our best setting against the floor and the other methods; what draws do; what was compared."""
-        ours = {key: value["W2"] for key, value in found.items() if key[0] in OURS}
-        others = {key: value["W2"] for key, value in found.items() if key[0] not in OURS and not _is_reference(key[0])}
+        """Each of our methods with its largest N, a rule that no result chooses; the others; what draws do."""
+        ours = {name: by_draws for name in OURS if (by_draws := _by_draws(found, name, "W2"))}
         if not ours:
             return []
-        name, n = min(ours, key=lambda key: ours[key].value)
-        mine = ours[name, n]
-        said = f"{name} with N = {n} draws has a sliced W2 of {rounded(mine.value)} to the exact distribution"
+        last = {_spoken(name, max(by_draws)): by_draws[max(by_draws)] for name, by_draws in ours.items()}
+        values = [f"{rounded(value.value)} for {name}" for name, value in last.items()]
+        said = f"The sliced W2 to the exact distribution, of each method with its largest N, is {listed(values)}"
         if (FLOOR, 0) in found:
             said += f"; two sets of exact samples have {rounded(found[FLOOR, 0]['W2'].value)}"
         sentences = [f"{said}."]
+        others = {
+            _spoken(name, n): by_draws[n]
+            for name in dict.fromkeys(name for name, _ in found)
+            if name not in OURS and not _is_reference(name)
+            for by_draws in [_by_draws(found, name, "W2")]
+            for n in [max(by_draws)]
+        }
         if others:
-            best = min(others, key=lambda key: others[key].value)
-            words = verdict(mine, {_named(*best): others[best]}, "further away than", "closer than")
-            value = rounded(others[best].value)
-            sentences.append(f"This is {words}, the best of the other methods ({value}).")
-        if len(by_draws := _by_draws(found, name, "W2")) > 1:
-            sentences.append(change(name, "sliced W2", by_draws))
+            best = min(others, key=lambda name: others[name].value)
+            words = verdict(others[best], last, "further away than", "closer than")
+            sentences.append(f"Of the other methods, {best} has the smallest ({rounded(others[best].value)}): {words}.")
+        for name, by_draws in ours.items():
+            if len(by_draws) > 1:
+                sentences.append(change(_spoken(name), "sliced W2", by_draws))
+                break
         return [Summary(sentences)]
 
     def _rows(self, done: dict[Key, list[Outcome]], found: dict[Key, dict[str, Measured]]) -> list[dict[str, Any]]:
@@ -347,15 +358,23 @@ class MixtureSuite(Suite):
             mine = _by_draws(found, name, "W2")
             if len(mine) < 2:
                 continue
-            lines.append(change(name, "W2", mine))
+            lines.append(change(_spoken(name), "W2", mine))
             family = name.partition("-")[0]  # others of several N are there with the largest
-            others = {other: value["W2"] for (other, _), value in found.items() if not other.startswith(family)}
-            lines.append(f"{name}, N = {max(mine)}: W2 is {verdict(mine[max(mine)], others)}.")
+            largest = {other: n for other, n in found if not other.startswith(family)}
+            others = {_spoken(other, n): found[other, n]["W2"] for other, n in largest.items()}
+            lines.append(f"{_spoken(name, max(mine))}: W2 is {verdict(mine[max(mine)], others)}.")
         return Claims("Differences that the intervals decide", lines)
 
 
 def _named(name: str, n: int) -> str:
     return f"{name}, N = {n}" if n else name
+
+
+def _spoken(name: str, n: int = 0) -> str:
+    """A method's name in a sentence, where commas are between names: MFM-G (ODE, N = 16)."""
+    head, *rest = name.removesuffix(" (floor)").split(", ")
+    rest += [f"N = {n}"] if n else []
+    return f"{head} ({', '.join(rest)})" if rest else head
 
 
 def _is_reference(name: str) -> bool:
@@ -373,6 +392,13 @@ def _over_seeds(name: str, what: str, parts: list[Outcome]) -> Measured:
     if name in PARTICLES:
         return of_runs([o.numbers[what] for o in parts])
     return mean([Measured(o.numbers[what], o.tensors[what], samples=len(o.tensors["states"])) for o in parts])
+
+
+def _seeds(number: int) -> str:
+    """How many seeds, and what the intervals are over where it is one."""
+    if number > 1:
+        return f"{number} seeds"
+    return "1 seed, so that intervals are over its samples only, and methods of one population of particles have none"
 
 
 def _large(number: Measured, words: str) -> tuple[str, str]:

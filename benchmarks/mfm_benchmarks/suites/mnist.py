@@ -83,6 +83,10 @@ class MnistSuite(DigitsSuite):
         )  # fmt: skip
 
     @property
+    def noise(self) -> str:
+        return f"{super().noise}; {self.by_cost.noise}"
+
+    @property
     def skipped(self) -> dict[str, str]:
         return self.by_cost.skipped
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mfm_benchmarks.blocks import Block, Text
+from mfm_benchmarks.claims import counted
 from mfm_benchmarks.methods import MethodSettings, Point, points
 from mfm_benchmarks.parts.opened_flow import open_adapted, open_flow
 from mfm_benchmarks.parts.posterior_recovery import PosteriorRecovery
@@ -166,6 +169,12 @@ class TextToImageSuite(Suite):
                 self._skipped[point.method] = "not in --quick, to save time (quick: false)"
         self._points = list(kept.values())
 
+    @property
+    def noise(self) -> str:
+        prompts = [[prompt.text, prompt.seed] for prompt in self._source.prompts]
+        digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
+        return f"{self.images_per_prompt} images of each of {len(prompts)} prompts ({digest}), seed {self.seed}"
+
     def missing(self) -> list[str]:
         self._methods = {point: point.build() for point in self._points}
         self._measured: dict[str, Reward] = {}
@@ -312,8 +321,8 @@ class TextToImageSuite(Suite):
             found.append(f"Alignment to the prompt is measured by {self._specs()['alignment']}.")
         found.append(
             "Rewards are of the 8-bit images in the folders. Seconds are of one run, including decoding and the "
-            f"scoring of the returned images, with {self.batch_size} image(s) at once and {self.best_of_n.max_rows} "
-            f"candidate(s) of Best-of-N at once. The base flow and each candidate take {self.best_of_n.steps} steps "
-            "on the flow's own times."
+            f"scoring of the returned images, with {counted(self.batch_size, 'image')} at once and "
+            f"{counted(self.best_of_n.max_rows, 'candidate')} of Best-of-N at once. The base flow and each "
+            f"candidate take {self.best_of_n.steps} steps on the flow's own times."
         )
         return found
