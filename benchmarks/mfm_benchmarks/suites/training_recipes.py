@@ -206,11 +206,11 @@ class TrainingRecipesSuite(Suite):
                 row[self.samples.column] = of_runs(list(frechet[name].values()))
             rows.append(row)
         caption = (
-            f"{self.draws.words}; {counted(len(self.seeds), 'training')} of each recipe. Lower is better. Time of a step: "
-            f"ratio to that of {first}, of {self.rounds} rounds in turns. Time to the same distance: time until a "
-            f"recipe has the distance that {first} has after {self.steps[-1]} steps, as a ratio to the time of "
-            f"{first}; interpolated between a recipe's own trainings on logarithmic scales, or extrapolated to at most half "
-            "of the shortest and twice the longest."
+            f"{self.draws.words}; {counted(len(self.seeds), 'training')} of each recipe. Lower is better. Time of a "
+            f"step: ratio to that of {first}, of {counted(self.rounds, 'round')} in turns. Time to the same distance: "
+            f"time until a recipe has the distance that {first} has after {self.steps[-1]} steps, as a ratio to the "
+            f"time of {first}; interpolated between a recipe's own trainings on logarithmic scales, or extrapolated to "
+            "at most half of the shortest and twice the longest."
         )
         times = self._plot(found, lambda name, steps: steps * a_step[name], "seconds of training steps")
         seen = self._plot(found, lambda name, steps: steps * samples[name], "samples seen")
