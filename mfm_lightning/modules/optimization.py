@@ -11,7 +11,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.nn import Parameter
 
-OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW}
+from mfm_lightning.training.muon import MuonAdamW
+
+OPTIMIZERS = {"radam": torch.optim.RAdam, "adamw": torch.optim.AdamW, "muon": MuonAdamW}
 OWN = ("learning_rate", "betas", "weight_decay")  # settings of those; another has its own
 FUSED = ("adamw",)  # three times faster on CPU; torch has no fused RAdam
 
@@ -21,8 +23,8 @@ class Optimization:
     """The optimiser and its learning rate; defaults are the paper's for Meta Flow Maps (Table 5).
 
     Args:
-        optimizer: "radam" or "adamw"; or any by class path, `{class_path: torch.optim.SGD, init_args: {lr: 0.1}}`,
-            whose settings are then all in its init_args.
+        optimizer: "radam", "adamw" or "muon" (of matrices; AdamW of the rest); or any by class path, `{class_path:
+            torch.optim.SGD, init_args: {lr: 0.1}}`, whose settings are then all in its init_args.
         learning_rate: after the warm-up.
         betas: decay rates of the optimiser's moments.
         weight_decay: of the optimiser.
