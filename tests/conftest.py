@@ -18,9 +18,10 @@ from tests.short_jobs import short
 from tests.tiny_rewards import tiny_rewards
 
 ROOT = Path(__file__).parents[1]
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, and for the processes that it starts
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+# a core for each worker, and for the processes that it starts; in one process, too: a forked process has OpenMP's pool
+# without its threads, and threads that it starts (as torch.distributed.checkpoint does) would wait for them forever
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="module")
