@@ -69,7 +69,7 @@ def test_exact_draws_are_at_the_floor_and_others_are_not(monkeypatch):
 def test_recipes_are_trained_timed_and_compared(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = yaml.safe_load((ROOT / "configs/benchmarks/training-recipes.yaml").read_text())
-    names = ["released", "together", "semigroup"]
+    names = ["released", "one term, p = 0, Muon", "semigroup"]
     settings |= {"steps": [30, 60], "seeds": [1], "rounds": 1}
     settings["recipes"] = {name: settings["recipes"][name] for name in names}
     settings["draws"] |= {"num_states": 4, "num_draws": 64, "times": [0.5]}
@@ -83,10 +83,10 @@ def test_recipes_are_trained_timed_and_compared(tmp_path, monkeypatch):
     assert float(rows[0]["time of a step"]) == 1
     assert float(rows[0]["time to the same distance"]) == pytest.approx(1)  # its own last distance: after its last step
     assert float(rows[2]["time of a step"]) > 0
-    config = yaml.safe_load(Path("out/models/together_60_1/config.yaml").read_text())
+    config = yaml.safe_load(Path("out/models/one_term,_p_=_0,_Muon_60_1/config.yaml").read_text())
     optimization = config["model"]["init_args"]["optimization"]
     assert (config["seed_everything"], config["trainer"]["max_steps"]) == (1, 60)
-    assert optimization["final_learning_rate"] == 1e-5
+    assert (optimization["optimizer"], optimization["learning_rate"]) == ("muon", 4e-3)
     config = yaml.safe_load(Path("out/models/released_30_1/config.yaml").read_text())
     assert config["model"]["init_args"]["optimization"]["final_learning_rate"] is None
     assert config["model"]["init_args"]["objective"]["backend"] == "functorch"
@@ -147,7 +147,7 @@ def test_recipes_of_images_as_packaged(tmp_path, monkeypatch, name):
     if name == "fashion":  # its base flow is trained by a job of its own: here that of MNIST stands in
         Path("outputs/fashion/flow").mkdir(parents=True)
         save_model(load_model("mnist/flow"), Path("outputs/fashion/flow/model.safetensors"))
-        settings["recipes"] = {k: settings["recipes"][k] for k in ("released", "together")}
+        settings["recipes"] = {k: settings["recipes"][k] for k in ("released", "together, Muon")}
         settings["samples"]["quality"]["init_args"]["steps"] = 5
     Path("small.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     main(["benchmark", "training-recipes", "--config", "small.yaml", "--output", "out"])
