@@ -150,7 +150,9 @@ class AttentionTangents:
                     rows.append({**row, "failed": numbers["failures"].get(kind, "")})
                     continue
                 row["ms"] = of_runs(numbers["seconds"][kind]) * 1e3
-                row["time over the fastest"] = ratio_of_runs(numbers["seconds"][kind], ways[fastest]) if fastest else None
+                row["time over the fastest"] = (
+                    ratio_of_runs(numbers["seconds"][kind], ways[fastest]) if fastest else None
+                )
                 row["peak memory, MB"] = numbers["memory"][kind] / 1e6
                 row["error"] = numbers["error"].get(kind)
                 rows.append(row)
