@@ -14,7 +14,8 @@ from sklearn.datasets import load_sample_image
 
 from mfm_lightning.commands.main import run
 from tests import latent_data, processes
-from tests.short_jobs import short
+from tests.fashion_mnist import as_torchvision
+from tests.short_jobs import NEEDS, short
 from tests.tiny_rewards import tiny_rewards
 
 ROOT = Path(__file__).parents[1]
@@ -111,21 +112,49 @@ def _diffusers_attention() -> str:
 
 
 @pytest.fixture(scope="session")
-def _digits_runs(tmp_path_factory, worker_id):
-    # one folder for all workers of pytest-xdist
+def _short_fits(tmp_path_factory, worker_id):
+    """A folder in which each config is fitted once, by the first test of all workers of pytest-xdist that asks for it;
+    and the function that does it."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "digits"
-    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patched:
-        if not (folder / "outputs/digits/mfm/last.ckpt").exists():
+    folder = (base if worker_id == "master" else base.parent) / "short_fits"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
             folder.mkdir()
-            patched.chdir(folder)
-            patched.setattr(sys, "argv", ["mfm"])
-            for name in ("flow", "mfm"):
-                run(short("fit", f"digits/{name}"))
-    return folder / "outputs"
+            (folder / "configs").symlink_to(ROOT / "configs")
+            for name in ("MNIST", "FashionMNIST"):
+                as_torchvision(folder / "data", name)
+
+    def fit(config):
+        for needed in NEEDS.get(config, ()):
+            fit(needed)
+        done = folder / f"{config.replace('/', '_')}.done"
+        with FileLock(f"{done}.lock"), pytest.MonkeyPatch.context() as patched:
+            if not done.exists():
+                patched.chdir(folder)
+                patched.setattr(sys, "argv", ["mfm"])
+                run(short("fit", config))
+                done.touch()
+
+    return folder, fit
 
 
 @pytest.fixture
-def digits_outputs(_digits_runs, tmp_path):
-    """`outputs/` in the test's folder, after four steps of configs/digits/flow.yaml and mfm.yaml; trained once."""
-    return shutil.copytree(_digits_runs, tmp_path / "outputs")
+def fitted(_short_fits, tmp_path):
+    """`fitted(config, ...)`: the files of `mfm fit` with these configs, made short, and with those that they need, in
+    `outputs/` of the test's folder. Each is trained once, however many tests ask for it."""
+    source, fit = _short_fits
+
+    def copied(*configs):
+        for config in configs:
+            fit(config)
+            for name in (*NEEDS.get(config, ()), config):
+                place = Path("outputs") / name
+                shutil.copytree(source / place, tmp_path / place, dirs_exist_ok=True)
+
+    return copied
+
+
+@pytest.fixture
+def digits_outputs(fitted):
+    """`outputs/` in the test's folder, after four steps of configs/digits/flow.yaml and mfm.yaml."""
+    fitted("digits/mfm")

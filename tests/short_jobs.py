@@ -38,6 +38,16 @@ SHORT = {  # by config: what makes the rest of a job short
     "digits/steer": [f"{DATA_MODULE}.num_samples=4", "--model.init_args.method.init_args.grid.steps=2"],
 }
 
+NEEDS = {  # configs whose outputs a config reads, in the order in which they are made
+    "digits/mfm": ["digits/flow"],
+    "digits/value": ["digits/flow", "digits/mfm"],
+    "digits/finetune": ["digits/flow", "digits/mfm"],
+    "gmm/value": ["gmm/mfm"],
+    "gmm/finetune": ["gmm/mfm"],
+    "mnist/mfm": ["mnist/flow"],
+    "fashion/mfm": ["fashion/flow"],
+}
+
 
 def short(command: str, config: str) -> list[str]:
     """The command with a config by its name, such as "digits/mfm", and what makes it short."""

@@ -103,6 +103,7 @@ def compared(a: Page, b: Page, names: tuple[str, str], samples: tuple[Samples, S
         CommandLineError: for runs of different suites.
     """
     from mfm_benchmarks.blocks import Claims, Headline, Page, Summary, Table
+    from mfm_lightning.metrics.measured import rounded
 
     if a.suite != b.suite:
         raise CommandLineError(
@@ -120,7 +121,8 @@ def compared(a: Page, b: Page, names: tuple[str, str], samples: tuple[Samples, S
     summary = Summary([
         f"A is {names[0]}, B is {names[1]}; "
         + (f"they differ in {keys}{more}." if settings else "their settings are the same."),
-        f"Of {len(judged)} numbers with an interval that both runs have, {len(sure)} differ significantly.",
+        f"Of {len(judged)} numbers with an interval that both runs have, {len(sure)} differ significantly; if nothing "
+        f"differed, {rounded(0.05 * len(judged), 2)} would by chance.",
         f"Differences are B minus A. {_how(a, b, samples, judged)}",
     ])  # fmt: skip
     blocks: list[Block] = [

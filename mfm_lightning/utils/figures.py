@@ -12,7 +12,38 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+
+def page(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure with one axis of its whole size, in inches from its upper left corner, for `place`.
+
+    Axes for each image would take seconds to lay out, where there are a hundred.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axis.set(xlim=(0.0, width), ylim=(height, 0.0))
+    axis.axis("off")
+    return figure, axis
+
+
+def place(axis: Axes, image: Tensor, x: float, y: float, size: float) -> None:
+    """Draw an image `(C, H, W)` in [0, 1], as large as fits a square of `size` inches, in its middle.
+
+    Args:
+        axis: of `page`.
+        x, y: of the square's upper left corner.
+    """
+    H, W = image.shape[-2:]
+    width, height = size * min(1.0, W / H), size * min(1.0, H / W)
+    left, top = x + (size - width) / 2, y + (size - height) / 2
+    pixels = image.detach().cpu().float().permute(1, 2, 0).squeeze(-1).numpy()
+    ends = (left, left + width, top + height, top)
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=ends, aspect="auto")
 
 
 def image_grid(
@@ -30,26 +61,26 @@ def image_grid(
         captions: lines above each image, R rows of C.
         size: width of an image in inches.
     """
-    from matplotlib.figure import Figure
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     R, C = rows.shape[:2]
-    tallest = 1 if captions is None else 1 + max(text.count("\n") for row in captions for text in row)
-    height = size - 0.08 if captions is None else size + 0.15 * tallest
-    figure = Figure(figsize=(max(size * C, 4), height * R + 0.6), layout="constrained")
-    axes = figure.subplots(R, C, squeeze=False)
+    lines = 0 if captions is None else 1 + max(text.count("\n") for row in captions for text in row)
+    gap, above, head = 0.06, 0.13 * lines, 0.3 + (0.2 if len(columns) else 0.0)
+    width, height = max(size * C, 4.0), (size + above) * R + head + gap
+    figure, axis = page(width, height)
+    begin = (width - size * C) / 2
     for i in range(R):
+        y = head + i * (size + above) + above
         for j in range(C):
-            image = rows[i, j].detach().cpu().float().permute(1, 2, 0).squeeze(-1).numpy()
-            axes[i, j].imshow(image, cmap="gray", vmin=0, vmax=1)
-            axes[i, j].axis("off")
-            if captions is not None:
+            x = begin + j * size
+            place(axis, rows[i, j], x + gap / 2, y, size - gap)
+            if captions is not None and captions[i][j]:
                 alone = j + 1 < C and not captions[i][j + 1]  # there is room to its right
-                axes[i, j].set_title(captions[i][j], fontsize=7, pad=2, loc="left" if alone else "center")
-            elif i == 0 and j < len(columns):
-                axes[i, j].set_title(columns[j], fontsize=9)
-    figure.suptitle(title, fontsize=10)
+                at, side = (x + gap / 2, "left") if alone else (x + size / 2, "center")
+                axis.text(at, y - 0.02, captions[i][j], fontsize=7, ha=side, va="bottom", linespacing=1.05)
+            elif captions is None and i == 0 and j < len(columns):
+                axis.text(x + size / 2, y - 0.04, columns[j], fontsize=9, ha="center", va="bottom")
+    axis.text(width / 2, 0.06, title, fontsize=10, ha="center", va="top")
     figure.savefig(path, dpi=130)
 
 

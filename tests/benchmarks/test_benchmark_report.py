@@ -490,6 +490,7 @@ def test_report_compares_two_runs(tmp_path):
     text = (tmp_path / "both/index.html").read_text()
     assert text.count('<svg class="chart lines') == 6
     assert "they differ in scale, inner.seed" in text
+    assert "Of 2 numbers with an interval that both runs have, 2 differ significantly; if nothing differed, 0.1" in text
     # the same axes on both sides, though the numbers differ
     ticks = [
         re.findall(r'text-anchor="end">([^<]*)<', svg) for svg in re.findall(r"<svg class=\"chart lines.*?</svg>", text)

@@ -21,13 +21,13 @@ from mfm_lightning.checkpoints import (
 from mfm_lightning.commands.main import run
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import DiT
-from tests.fashion_mnist import as_torchvision
 from tests.latent_data import small_vae
 from tests.parity import NOT_IN_SHAPES, weights
 from tests.short_jobs import DATA_MODULE, EVALUATION, SHORT, short
 from tests.tiny_rewards import tiny_rewards
 
-# a config that is not here is a config that is not tested; flow and mfm of the digits are those of `digits_outputs`
+ROOT = Path(__file__).parents[2]
+# a config that is not here is a config that is not tested
 FIT = ["digits/flow", "digits/mfm", "digits/mfm_from_data", "digits/value", "gmm/mfm", "gmm/mean_flow", "gmm/semigroup"]
 FIT += ["digits/finetune", "gmm/value", "gmm/finetune"]
 FIT += [f"mnist/{name}" for name in ("flow", "mfm", "mfm_from_data", "classifier", "features", "value", "finetune")]
@@ -36,31 +36,39 @@ PREDICT = ["digits/steer", "mnist/steer", "mnist/search", "fashion/steer"]
 SHAPES = {"digits": (1, 8, 8), "gmm": (2,), "mnist": (1, 28, 28), "fashion": (1, 28, 28)}
 
 
-@pytest.mark.slow
-def test_every_config_runs(folder, digits_outputs):
+def test_every_config_is_tested():
     # benchmarks are test_benchmarks.py's
-    jobs = {str(p) for p in Path("configs").glob("*/*.yaml") if p.parent.name not in ("benchmarks", "imagenet256")}
+    jobs = {
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "configs").glob("*/*.yaml")
+        if p.parent.name not in ("benchmarks", "imagenet256")
+    }
     assert jobs == {f"configs/{name}.yaml" for name in FIT + PREDICT}
-    for name in ("MNIST", "FashionMNIST"):
-        as_torchvision(Path("data"), name)
-    for name in FIT:
-        config = Path(f"configs/{name}.yaml")
-        output = Path(yaml.safe_load(config.read_text())["trainer"]["default_root_dir"])
-        if not output.exists():
-            run(short("fit", name))
-        assert (output / "last.ckpt").is_file()
-        exported = output / ("value.safetensors" if "value" in name else "model.safetensors")
-        classifier = name in ("mnist/classifier", "mnist/features")
-        if classifier:
-            assert load_classifier(str(exported))(torch.rand(2, 1, 28, 28)).shape == (2, 10)
-        else:
-            load = load_value if "value" in name else load_model
-            assert tuple(load(exported).state_shape) == SHAPES[name.split("/")[0]]
-        rows = list(csv.DictReader((output / "logs/csv/metrics.csv").read_text().splitlines()))
-        assert any(row["train/loss"] for row in rows)
-        assert classifier or "value" in name or list((output / "pictures").rglob("*.png"))
-    # less than an interval of validation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIT)
+def test_every_config_runs(name, folder, fitted):
+    fitted(name)
+    output = Path(yaml.safe_load(Path(f"configs/{name}.yaml").read_text())["trainer"]["default_root_dir"])
+    assert (output / "last.ckpt").is_file()
+    exported = output / ("value.safetensors" if "value" in name else "model.safetensors")
+    classifier = name in ("mnist/classifier", "mnist/features")
+    if classifier:
+        assert load_classifier(str(exported))(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    else:
+        load = load_value if "value" in name else load_model
+        assert tuple(load(exported).state_shape) == SHAPES[name.split("/")[0]]
+    rows = list(csv.DictReader((output / "logs/csv/metrics.csv").read_text().splitlines()))
+    assert any(row["train/loss"] for row in rows)
+    assert classifier or "value" in name or list((output / "pictures").rglob("*.png"))
+
+
+@pytest.mark.slow
+def test_a_run_may_be_shorter_than_an_interval_of_validation(folder, fitted):
+    fitted("gmm/mfm")
     run(["fit", "--config", "configs/gmm/mfm.yaml", "--trainer.max_steps=2", "--overwrite"])
+    assert torch.load("outputs/gmm/mfm/last.ckpt", weights_only=True)["global_step"] == 2
 
 
 @pytest.mark.slow
@@ -112,12 +120,12 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
 
 
 @pytest.mark.slow
-def test_value_and_steering_on_digits(folder, digits_outputs):
+def test_value_and_steering_on_digits(folder, digits_outputs, fitted):
     run(short("test", "digits/value"))
     table = Path("outputs/digits/value/test/value_estimates.json")
     names = ["MFM 1", "MFM 2", "MFM 4", "GLASS 1", "GLASS 2", "SDE 3", "DPS point estimate"]
     assert [row["estimator"] for row in json.loads(table.read_text())] == names
-    run(short("fit", "digits/value"))
+    fitted("digits/value")
     run([*short("test", "digits/value"), "--ckpt_path=outputs/digits/value/last.ckpt"])
     assert [row["estimator"] for row in json.loads(table.read_text())] == [*names, "network"]
     assert (table.parent / "r_against_nfe.png").stat().st_size > 1000

@@ -30,7 +30,7 @@ from mfm_benchmarks.charts import (
 )
 from mfm_benchmarks.page.stored import decoded
 from mfm_benchmarks.page.svg import beyond, limits, x_limits, y_limits
-from mfm_lightning.utils.figures import log_ticks
+from mfm_lightning.utils.figures import log_ticks, page, place
 
 COLUMN = 3.25  # inches
 FONT = 8  # points, in a column
@@ -54,8 +54,8 @@ def write_figures(plot: Chart | Figure, path: Path) -> None:
         matplotlib.rc_context(small),
         PdfPages(path.with_suffix(".pdf"), metadata={"CreationDate": None, "ModDate": None}) as pages,
     ):
-        for page in [plot] if isinstance(plot, Figure) else _column(plot):
-            pages.savefig(page, dpi=300)
+        for sheet in [plot] if isinstance(plot, Figure) else _column(plot):
+            pages.savefig(sheet, dpi=300)
 
 
 def _wide(chart: Chart) -> Figure:
@@ -247,22 +247,23 @@ def _gallery(chart: Gallery, begin: int, end: int, columns: int, size: float, wi
     """Rows of images with their names on the left; `width` of the figure in inches."""
     rows = chart.rows[begin:end]
     columns = max(1, min(columns, *(len(row.images) for row in rows)))
-    font = FONT if width else 9
-    figure = Figure(
-        figsize=(width or size * columns + 2.0, 1.025 * size * len(rows) + 0.3 * bool(chart.titles)),
-        layout="constrained",
-    )
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for axis, title in zip(axes[0], chart.titles, strict=False):
-        axis.set_title(title, fontsize=font - 1)
-    for line, row in zip(axes, rows, strict=True):
+    font, gap = FONT if width else 9, 0.025 * size
+    line = 1.2 * font / 72  # inches
+    names = [textwrap.fill(row.name, 26 if width is None else 16, max_lines=6) for row in rows]
+    names = ["\n".join(text for text in (name, row.note) if text) for name, row in zip(names, rows, strict=True)]
+    heights = [max(size, line * (1 + name.count("\n"))) + gap for name in names]
+    titles = [str(title) for title in chart.titles[:columns]]
+    head = line * max((1 + title.count("\n") for title in titles), default=0) + gap
+    longest = max(len(text) for name in names for text in name.split("\n"))
+    full = width or size * columns + min(2.0, 0.15 + 0.6 * longest * font / 72)
+    figure, axis = page(full, sum(heights) + head)
+    left, y = full - size * columns, head
+    for j, title in enumerate(titles):
+        axis.text(left + (j + 0.5) * size, head - gap, title, fontsize=font - 1, ha="center", va="bottom")
+    for name, row, height in zip(names, rows, heights, strict=True):
         images = [decoded(image) if isinstance(image, str) else image for image in row.images[:columns]]
-        for axis, image in zip(line, images, strict=False):
-            axis.imshow(image.permute(1, 2, 0).squeeze(-1).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-        name = textwrap.fill(row.name, 26 if width is None else 16, max_lines=6)
-        name = "\n".join(text for text in (name, row.note) if text)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=font)
+        for j, image in enumerate(images):
+            place(axis, image.clamp(0, 1), left + j * size + gap / 2, y + (height - size) / 2, size - gap)
+        axis.text(left - 0.06, y + height / 2, name, fontsize=font, ha="right", va="center")
+        y += height
     return figure
