@@ -5,11 +5,24 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from mfm_lightning.commands.main import run
 from tests.short_jobs import short
 
 ROOT = Path(__file__).parents[2]
+
+
+def written_by_test_and_predict():
+    """Of `mfm test` and `mfm predict` with configs/digits/mfm.yaml."""
+    rows = json.loads(Path("outputs/digits/mfm/test/frechet.json").read_text())
+    assert {"MFM, refinement 1", "MFM, refinement 4", "posterior, MFM 1"} <= {row["samples"] for row in rows}
+    held_out = next(row for row in rows if row["samples"].startswith("held-out"))
+    assert held_out["as labelled"] > 0.95  # the classifier's accuracy
+    assert all(row["Fréchet"] > 3 * held_out["Fréchet"] for row in rows if row is not held_out)  # four steps: noise
+    assert len(list(Path("outputs/digits/mfm/test").glob("*.png"))) == 5
+    saved = load_file("outputs/digits/mfm/predict/batch_0000.safetensors")
+    assert saved["draws/t=0.2"].shape == (len(saved["x1"]), 8, 1, 8, 8)
 
 
 @pytest.mark.slow
@@ -26,6 +39,7 @@ def test_commands_and_python_work_as_written(folder, fitted, capsys):
             fitted(config)  # by the same command
         else:
             run([*short(name, config), *command[4:]])
+    written_by_test_and_predict()
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", pages["README.md"] + pages["docs/methods.md"], re.DOTALL):
         exec(block, namespace)

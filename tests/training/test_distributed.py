@@ -247,7 +247,7 @@ def test_a_save_in_shards_that_fails_leaves_the_one_before(tmp_path, monkeypatch
     assert_same_weights(tmp_path, "killed", "single")
 
 
-@pytest.mark.parametrize("strategy", ["--trainer.strategy=ddp", FSDP])
+@pytest.mark.parametrize("strategy", ["--trainer.strategy=ddp", pytest.param(FSDP, marks=pytest.mark.long)])
 def test_a_rank_that_dies_ends_the_job(tmp_path, strategy):
     write_config(tmp_path, "FailingPretraining")
     begin = time.monotonic()

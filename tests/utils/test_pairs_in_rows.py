@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from mfm_lightning.utils.figures import pairs_in_rows
+from mfm_lightning.utils.figures import image_grid, pairs_in_rows
 
 
 @pytest.mark.parametrize("number", [1, 3, 4, 5, 9])
@@ -16,3 +16,19 @@ def test_all_pairs_are_in_the_picture(tmp_path, number):
     page = np.asarray(Image.open(tmp_path / "pairs.png").convert("L"))
     _, found = ndimage.label(page < 50)
     assert found == 2 * number
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 8), (8, 16), (8, 8)])
+def test_images_keep_their_ratio_and_order(tmp_path, height, width):
+    """Six images of rising brightness, as connected regions of one value, in inches of 130 pixels."""
+    values = torch.linspace(0.1, 0.6, 6)
+    image_grid(values.view(2, 3, 1, 1, 1).expand(2, 3, 3, height, width), tmp_path / "grid.png", "", size=1.5)
+    page = np.asarray(Image.open(tmp_path / "grid.png").convert("L"))
+    marked, found = ndimage.label(page < 200)
+    assert found == 6
+    boxes = sorted(ndimage.find_objects(marked), key=lambda box: (round(box[0].start, -1), box[1].start))
+    for value, (rows, columns) in zip(values.tolist(), boxes, strict=True):
+        size = np.array([rows.stop - rows.start, columns.stop - columns.start]) / (130 * (1.5 - 0.06))
+        assert size == pytest.approx(np.array([height, width]) / max(height, width), abs=0.02)
+        middle = page[(rows.start + rows.stop) // 2, (columns.start + columns.stop) // 2]
+        assert middle == pytest.approx(255 * value, abs=2)
