@@ -4,13 +4,14 @@
 # The tests run in two processes; make test WORKERS=8 where there are more cores, WORKERS=0 for one process.
 # make mutations: one-line errors, each of which a test must catch; before a release. PART=smc for some of them.
 # make docs: the documentation site into site/, without a network; a warning is an error.
+# make notebooks: runs those of docs/notebooks and stores their outputs in them; after their code has changed.
 # make test COVERAGE=--cov also reports which lines ran; before Python 3.12 that takes about 40 % longer.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: setup demo test quick long mutations lint types docs format clean
+.PHONY: setup demo test quick long mutations lint types docs notebooks format clean
 
 setup: .venv/.installed
 
@@ -46,6 +47,9 @@ types: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
+
+notebooks: setup
+	$(BIN)/python docs/notebooks.py
 
 format: setup
 	$(BIN)/ruff format .
