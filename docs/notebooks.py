@@ -57,6 +57,7 @@ def execute(path: Path, values: Mapping[str, Any] | None = None, check: str = ""
         commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         # one thread: sums in another order are other pictures
         given = {"PATH": commands, "OMP_NUM_THREADS": "1", "IPYTHONDIR": folder, "MPLBACKEND": ""}
+        given["TTY_COMPATIBLE"] = "0"  # no moving bars of commands, which rich shows in a notebook otherwise
         place = {"metadata": {"path": str(Path(folder, "work"))}}
         Path(folder, "work").mkdir()
         client = NotebookClient(

@@ -15,11 +15,19 @@ pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("execute_notebooks", ROOT / "docs/notebooks.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-RUNNER = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(RUNNER)
+
+
+def module_of(path: Path):
+    """A file of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+RUNNER = module_of(ROOT / "docs/notebooks.py")
 NAMES = ("compare_methods", "finetune", "posterior_and_value", "steer_mnist", "text_to_image")
 LARGEST = 400_000  # bytes of a stored notebook
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
@@ -185,3 +193,19 @@ def test_a_notebook_takes_public_names_and_its_links_lead_somewhere(name):
                 if isinstance(node, ast.ImportFrom) and node.module == "mfm_lightning":
                     assert [alias.name for alias in node.names if alias.name not in face] == []
                     assert not any(alias.name.startswith("_") for alias in node.names)
+
+
+def test_a_notebook_becomes_a_page_of_the_site():
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    hooks = module_of(ROOT / "docs/hooks.py")
+    for name in NAMES:
+        text, files = hooks.notebook_page(RUNNER.NOTEBOOKS[name])
+        assert list(files.values()) == pictures(stored(name))
+        assert [file for file in files if f"]({file})" not in text] == []
+        assert text.startswith(f'{stored(name).cells[0].source.splitlines()[0]}\n\n<a href="{name}.ipynb" download>')
+        codes = [cell.source for cell in stored(name).cells if cell.cell_type == "code"]
+        assert [code for code in codes if f"```python\n{code}\n```" not in text] == []
+        assert f": notebooks/{name}.md\n" in (ROOT / "mkdocs.yml").read_text()
+    given = "[a](../notebooks/finetune.ipynb) [b](x.ipynb#keep-it) [c](x.md)"
+    assert hooks.NOTEBOOK.sub(hooks.page_link, given) == "[a](../notebooks/finetune.md) [b](x.md#keep-it) [c](x.md)"
