@@ -1,6 +1,6 @@
 """Executes the notebooks of docs/notebooks and stores their outputs in them, without times and paths.
 
-python docs/notebooks.py            all of them: about five minutes on one core
+python docs/notebooks.py            all of them: about four minutes on one core
 python docs/notebooks.py finetune   one of them
 """
 
