@@ -5,6 +5,7 @@
 # make mutations: one-line errors, each of which a test must catch; before a release. PART=smc for some of them.
 # make wheel: the source archive and the wheel into dist/.
 # make docs: the documentation site into site/, without a network; a warning is an error.
+# make notebooks: runs those of docs/notebooks and stores their outputs in them; after their code has changed.
 # make test COVERAGE=--cov also reports which lines ran; before Python 3.12 that takes about 40 % longer.
 # make setup CPU=1: PyTorch's builds for CPUs, without CUDA's libraries, by uv; docs/install.md says more.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
@@ -14,7 +15,7 @@ WORKERS ?= 2
 CPU ?= $(wildcard .venv/requirements-cpu.txt)
 CUDA_ONLY := ^(nvidia-|cuda-|triton=|jvp_flash_attention=)
 
-.PHONY: setup packages demo test quick long mutations lint types docs wheel format clean
+.PHONY: setup packages demo test quick long mutations lint types docs notebooks wheel format clean
 
 setup: .venv/.installed
 	@test -z "$(CPU)" || test -e .venv/requirements-cpu.txt || { echo ".venv has PyTorch with CUDA: make clean first"; exit 1; }
@@ -65,6 +66,9 @@ docs: setup
 
 wheel: setup
 	$(BIN)/python -m hatchling build -t sdist -t wheel
+
+notebooks: setup
+	$(BIN)/python docs/notebooks.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -3,12 +3,16 @@
 <!-- mfm sample --help -->                   what the command prints
 <!-- config pictures/mfm -->                 a packaged config
 <!-- code mfm_lightning.glass.FUNCTION -->   a function's source, without its docstring
+
+Notebooks of docs/notebooks become pages, as they are stored; a link to one leads to its page.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
 import html
+import json
 import os
 import re
 import subprocess
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -26,6 +31,7 @@ TERM = re.compile(r"^(\S[^\n]*)\n:   (.+(?:\n    .+)*)", re.MULTILINE)
 CODE = re.compile(r"^<!-- code ([\w.]+) -->$", re.MULTILINE)
 FILE = re.compile(r"^<!-- file (.+) -->$", re.MULTILINE)
 CONFIG = re.compile(r"^<!-- config (.+) -->$", re.MULTILINE)
+NOTEBOOK = re.compile(r"\]\(([\w./-]+)\.ipynb(#[^)]*)?\)")
 HELP = re.compile(r"^<!-- mfm (.+) -->$", re.MULTILINE)
 PACKAGES = {"mfm_lightning": ROOT, "mfm_rewards": ROOT / "rewards", "mfm_benchmarks": ROOT / "benchmarks"}
 # browsers draw no letters by `mathvariant`
@@ -38,11 +44,22 @@ PLAIN_TEXT = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 PLAIN_TERMS = {"oracle", "posterior draw", "posterior draws"}
 
 
+def on_files(files: Files, config: Any, **_: Any) -> Files:
+    """A page for each notebook, with its pictures beside it."""
+    for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
+        text, pictures = notebook_page(path)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=picture))
+    return files
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """What marks stand for in their place, and the glossary's terms as abbreviations."""
     markdown = FILE.sub(lambda found: moved((ROOT / found[1]).read_text()), markdown)
     markdown = CODE.sub(lambda found: f'```python title="{found[1]}"\n{source(found[1])}\n```', markdown)
     markdown = CONFIG.sub(lambda found: config(found[1]), markdown)
+    markdown = NOTEBOOK.sub(page_link, markdown)
     markdown = HELP.sub(lambda found: f"```text\n{output_of(found[1])}\n```", markdown)
     return markdown if page.file.src_uri == "glossary.md" else f"{markdown}\n\n{abbreviations()}\n"
 
@@ -63,6 +80,33 @@ def on_post_page(output: str, **_: Any) -> str:
     if found and 'rel="canonical"' not in found[0]:
         raise ValueError(f"the page fetches from another machine: {found[0]}")
     return output
+
+
+def page_link(found: re.Match[str]) -> str:
+    """A link to a notebook as one to its page."""
+    return f"]({found[1]}.md{found[2] or ''})"
+
+
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A stored notebook as Markdown, and its pictures by file name."""
+    parts, pictures = [], {}
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            shown = {kind: "".join(content) for kind, content in output.get("data", {}).items()}
+            if "image/png" in shown:
+                name = f"{path.stem}_{len(pictures)}.png"
+                pictures[name] = base64.b64decode(shown["image/png"])
+                parts.append(f"![Output of the cell above]({name})")
+            elif "text/markdown" in shown:
+                parts.append(shown["text/markdown"])
+            else:
+                printed = "".join(output.get("text", "")) or shown.get("text/plain", "")
+                parts.append(f"```text\n{printed.rstrip()}\n```")
+    title, *rest = parts[0].split("\n", 1)
+    parts[0] = f'{title}\n\n<a href="{path.name}" download>Download this page as a notebook</a>\n{"".join(rest)}'
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def mathml(latex: str, block: bool) -> str:

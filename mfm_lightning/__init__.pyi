@@ -75,6 +75,7 @@ from .glass import glass_velocity as glass_velocity
 from .models import MetaFlowMap as MetaFlowMap
 from .modules import Classification as Classification
 from .modules import MFMPretraining as MFMPretraining
+from .modules import Optimization as Optimization
 from .modules import PromptAlignment as PromptAlignment
 from .modules import RewardAlignment as RewardAlignment
 from .modules import RewardFinetuning as RewardFinetuning
