@@ -36,7 +36,10 @@ def place(axis: Axes, image: Tensor, x: float, y: float, size: float) -> None:
 
     Args:
         axis: of `page`.
-        x, y: of the square's upper left corner.
+        image: grey or colour.
+        x: of the square's upper left corner.
+        y: of the same corner.
+        size: of the square.
     """
     H, W = image.shape[-2:]
     width, height = size * min(1.0, W / H), size * min(1.0, H / W)
