@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mfm_lightning.commands.errors import CommandLineError, explain
+from mfm_lightning.commands.imports import split_imports
 from mfm_lightning.commands.options import add_options, help_only, strict_yaml
 
 if TYPE_CHECKING:
@@ -35,14 +36,14 @@ def benchmark(args: Sequence[str]) -> None:
     """
     name = args[0] if args and not args[0].startswith("-") else None
     if name is None:
-        if others := [arg for arg in args if arg not in ("-h", "--help")]:
+        if others := [arg for arg in split_imports(args)[0] if arg not in ("-h", "--help")]:
             raise CommandLineError(f"the suite comes first, as in mfm benchmark alignment --quick; got {others[0]}")
         print(_listing())
         return
     from mfm_lightning.utils.console import console
     from mfm_lightning.utils.stopping import stoppable
 
-    suite, settings, how = load_suite(name, args[1:])
+    suite, settings, how = load_suite(name, split_imports(args[1:])[0])  # imported they are; workers need them, too
     stem = how["config"].stem if how["config"] else suite.name or type(suite).__name__
     suite.output = how["output"] or OUTPUT / (f"{stem}_quick" if how["quick"] else stem)
     _check(how)

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from mfm_lightning.commands.errors import CommandLineError
 
 
-def import_named(args: Sequence[str]) -> list[str]:
-    """Import the modules of `--imports`, and return the other arguments.
+def split_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--imports`, and the modules that it names.
 
     Raises:
-        CommandLineError: if a module is not there.
+        CommandLineError: if it names none.
     """
     others: list[str] = []
+    modules: list[str] = []
     waiting = list(args)
     while waiting:
         arg = waiting.pop(0)
@@ -25,8 +26,9 @@ def import_named(args: Sequence[str]) -> list[str]:
             continue
         if not equals and not waiting:
             raise CommandLineError("--imports needs the name of a module: mfm ... --imports my_rewards")
-        import_modules((value if equals else waiting.pop(0)).strip("[]").split(","))
-    return others
+        given = (value if equals else waiting.pop(0)).strip("[]").split(",")
+        modules += filter(None, (module.strip() for module in given))
+    return others, modules
 
 
 def import_modules(names: Sequence[str]) -> None:

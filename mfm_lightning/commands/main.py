@@ -17,7 +17,7 @@ from typing import Any
 
 from mfm_lightning._version import __version__
 from mfm_lightning.commands.errors import CommandLineError, explain, unknown, users_line
-from mfm_lightning.commands.imports import import_named
+from mfm_lightning.commands.imports import import_modules, split_imports
 from mfm_lightning.commands.jobs import JOBS, short_help
 from mfm_lightning.utils.stopping import Stopped
 
@@ -81,7 +81,8 @@ def run(args: Sequence[str]) -> Any:
         raise CommandLineError(f"{unknown('command', name, [*JOBS, *tools])} (mfm --help lists all)")
     if "" not in sys.path:
         sys.path.append("")  # modules of the user's own, in the folder that the command runs in
-    given = import_named(spelled(given))
+    given, modules = split_imports(spelled(given))
+    import_modules(modules)
     if name in JOBS and {"-h", "--help"} & set(given):
         print(short_help(name))
         return None
@@ -89,16 +90,16 @@ def run(args: Sequence[str]) -> Any:
         from mfm_lightning.commands.fit import run_job
 
         return run_job(name, given, typed=args)
-    return call(tools[name].load(), name, given)
+    return call(tools[name].load(), name, given, modules)
 
 
-def call(tool: Callable[..., Any], name: str, args: Sequence[str]) -> Any:
+def call(tool: Callable[..., Any], name: str, args: Sequence[str], modules: Sequence[str] = ()) -> Any:
     """Call a tool with what the command line says: its parameters are the options. A tool whose only parameter is
-    `args` reads the command line by itself."""
+    `args` reads the command line by itself; it is given the imported modules, too, for commands that it makes of it."""
     from mfm_lightning.commands.options import parse
 
     if list(inspect.signature(tool).parameters) == ["args"]:
-        return tool(args)
+        return tool([*args, *(f"--imports={module}" for module in modules)])
     positional, options = parse(tool, f"mfm {name}", args)
     return tool(*positional, **options)
 

@@ -96,6 +96,22 @@ def test_processes_of_a_launcher_find_what_one_process_finds(workplace, capsys, 
     assert "7 results" in Path("many/report/index.html").read_text()
 
 
+@pytest.mark.slow
+def test_modules_of_the_users_own_are_imported_by_workers_and_are_in_the_command(workplace):
+    """What a module registers has a name in each process; the page's command can be copied."""
+    Path("my_names.py").write_text("import os, pathlib\npathlib.Path(f'imported_{os.getpid()}').touch()\n")
+    given = ("--launcher", "local", "--processes", 1, "--launcher-options.threads", 1)
+    benchmark("--output", "out", "--cells", 1, "--imports", "my_names", *given)
+    assert {path.name for path in Path().glob("imported_*")} > {f"imported_{os.getpid()}"}
+    assert len(list(Path().glob("imported_*"))) == 2
+    command = json.loads(Path("out/report/environment.json").read_text())["environment"]["command"]
+    assert command == "mfm benchmark my_suites.Numbers --output out --cells 1 --imports=my_names"
+    benchmark("--output", "here", "--cells", 1, "--imports", "my_names")
+    assert json.loads(Path("here/report/environment.json").read_text())["environment"]["command"].endswith(
+        " --imports=my_names"
+    )
+
+
 def test_a_run_says_where_it_is_and_reports_the_part_that_is_there(workplace, capsys):
     benchmark("--output", "out", "--fail", "true")
     status = read_status(Path("out/results"))
