@@ -62,7 +62,7 @@ def callback(trainer, kind):
 JOBS = {  # max_steps, val_check_interval, log_every_n_steps, precision, devices, EMA, exported file, steps of last.ckpt
     "digits/flow": (1000, 1000, 25, "32-true", 1, (0.995, 0), "model.safetensors", 500),
     "digits/value": (1200, 1200, 25, "32-true", 1, (0.995, 0), "value.safetensors", 500),
-    "gmm/mfm": (11500, 11500, 25, "32-true", 1, (0.999, 0), "model.safetensors", 500),
+    "gmm/mfm": (4000, 4000, 25, "32-true", 1, (0.999, 0), "model.safetensors", 500),
     "imagenet256/mfm_b2": (100000, 10000, 50, "bf16-mixed", 8, (0.9999, 0), "model.safetensors", 5000),
     "imagenet256/finetune": (10000, 500, 50, "bf16-mixed", 8, (0.999, 100), "model.safetensors", 500),
 }
