@@ -34,16 +34,17 @@ def benchmark(args: Sequence[str]) -> None:
         CommandLineError: for an unknown suite, or settings that do not fit it.
         MissingInput: if something that the suite must be given is not there.
     """
-    name = args[0] if args and not args[0].startswith("-") else None
+    given, _ = split_imports(args)  # imported they are; `args` have them for workers, and for the page's command
+    name = given[0] if given and not given[0].startswith("-") else None
     if name is None:
-        if others := [arg for arg in split_imports(args)[0] if arg not in ("-h", "--help")]:
+        if others := [arg for arg in given if arg not in ("-h", "--help")]:
             raise CommandLineError(f"the suite comes first, as in mfm benchmark alignment --quick; got {others[0]}")
         print(_listing())
         return
     from mfm_lightning.utils.console import console
     from mfm_lightning.utils.stopping import stoppable
 
-    suite, settings, how = load_suite(name, split_imports(args[1:])[0])  # imported they are; workers need them, too
+    suite, settings, how = load_suite(name, given[1:])
     stem = how["config"].stem if how["config"] else suite.name or type(suite).__name__
     suite.output = how["output"] or OUTPUT / (f"{stem}_quick" if how["quick"] else stem)
     _check(how)

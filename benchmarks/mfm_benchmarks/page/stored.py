@@ -96,12 +96,13 @@ def load_samples(path: Path) -> dict[tuple[str, int, str], Measured]:
     try:
         with safe_open(path, "pt") as file:
             for name, about in json.loads(file.metadata()["numbers"]).items():
-                tensor, numbers = file.get_tensor(name), (about["value"], about["scale"], about["least"])
-                value, scale, least = numbers
-                number = Measured(value, tensor, samples=about["samples"], scale=scale, least=least)
-                number = of_parts(value, tensor, scale, least) if about["parts"] else number
+                tensor, (value, scale, least) = file.get_tensor(name), (about[k] for k in ("value", "scale", "least"))
                 table, row, column = name.split("/", 2)
-                found[table, int(row), column] = number
+                found[table, int(row), column] = (
+                    of_parts(value, tensor, scale, least)
+                    if about["parts"]
+                    else Measured(value, tensor, samples=about["samples"], scale=scale, least=least)
+                )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}): it is damaged; write it again with --report") from error
     return found

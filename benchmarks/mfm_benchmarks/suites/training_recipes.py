@@ -294,16 +294,17 @@ def steps_to(goal: float, steps: Sequence[int], distances: Sequence[float]) -> f
     just above the goal would make the mean infinite."""
     pairs = [(math.log(s), math.log(d)) for s, d in zip(steps, distances, strict=True)]
     aim = math.log(goal)
+
+    def crossing(k: int) -> float:
+        """Steps at which the line through trainings k and k + 1 is at the goal."""
+        (s0, d0), (s1, d1) = pairs[k], pairs[k + 1]
+        return math.exp(s0 + (s1 - s0) * (aim - d0) / (d1 - d0))
+
+    falls = [after < before for (_, before), (_, after) in itertools.pairwise(pairs)]
     if pairs[0][1] <= aim:  # at once: how much sooner, the slope of the first two tells
-        if len(pairs) > 1 and pairs[1][1] < pairs[0][1]:
-            slope = (pairs[1][1] - pairs[0][1]) / (pairs[1][0] - pairs[0][0])
-            return max(math.exp(pairs[0][0] + (aim - pairs[0][1]) / slope), steps[0] / 2)
-        return float(steps[0])
-    for (s0, d0), (s1, d1) in itertools.pairwise(pairs):
-        if d1 <= aim:
-            return math.exp(s0 + (s1 - s0) * (aim - d0) / (d1 - d0))
-    if len(pairs) > 1 and pairs[-1][1] < pairs[-2][1]:
-        (s0, d0), (s1, d1) = pairs[-2:]
-        beyond = math.exp(s1 + (s1 - s0) * (aim - d1) / (d1 - d0))
-        return beyond if beyond <= 2 * steps[-1] else math.inf
-    return math.inf
+        return max(crossing(0), steps[0] / 2) if falls and falls[0] else float(steps[0])
+    for k, (_, distance) in enumerate(pairs[1:]):
+        if distance <= aim:
+            return crossing(k)
+    beyond = crossing(-2) if falls and falls[-1] else math.inf
+    return beyond if beyond <= 2 * steps[-1] else math.inf
