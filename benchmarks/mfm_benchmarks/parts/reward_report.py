@@ -67,7 +67,7 @@ class RewardReport:
                     short.setdefault(f"{method} (λ = {_lambda(scale)})", []).append(reward)
             every[reward] = sorted(contests, key=lambda c: c.entry.nfe)
             cheaper = [c for c in every[reward] if c.above and c.fewer > 1]
-            aim = self._share_headline(reward) if best.shares else self._headline(reward, cheaper, best, number)
+            aim = self._share_headline(reward) if best.shares else self._headline(reward, cheaper, number)
             items.append(aim)
             said.append(self._decided(reward, cheaper, number, len(settings)))
         caption = (
@@ -155,21 +155,17 @@ class RewardReport:
         near = {1: "yes", -1: "no", 0: "not decided"}[cheapest.near]
         return {**row, "Fréchet ratio": cheapest.ratio, f"ratio at most {self.frechet_limit:g}": near}
 
-    def _headline(self, reward: str, cheaper: Sequence[Contest], best: Entry, number: str) -> tuple[str, str]:
+    def _headline(self, reward: str, cheaper: Sequence[Contest], number: str) -> tuple[str, str]:
         """The setting with the fewest evaluations that is above and near; else whether there may be one."""
-        if near := [c for c in cheaper if c.near > 0]:
-            e = near[0].entry
+        if winner := _winner(cheaper):
             words = f"fewer evaluations than Best-of-{number} for a higher reward ({reward}){self._limit_words('')}"
             others = [f"{c.entry.method}, {self._fewer(c)} fewer" for c in _not_within(cheaper).values() if not c.near]
             open_ = f"; not decided for {listed(others)}" if others else ""
-            return f"{rounded(best.nfe / e.nfe)} {TIMES}", f"{words}: {_setting(e)}{open_}"
+            return f"{rounded(winner.fewer)} {TIMES}", f"{words}: {_setting(winner.entry)}{open_}"
         words = f"higher {reward} than Best-of-{number} with fewer evaluations{self._limit_words(' and')}"
-        if open_ := [c for c in cheaper if c.near == 0]:
-            e = open_[0].entry
-            return (
-                "not decided",
-                f"whether {_setting(e)}, with {rounded(best.nfe / e.nfe)} times fewer, reaches a {words}",
-            )
+        if undecided := next((c for c in cheaper if c.near == 0), None):
+            setting, fewer = _setting(undecided.entry), self._fewer(undecided)
+            return "not decided", f"whether {setting}, with {fewer} fewer, reaches a {words}"
         return "none", f"of the settings is shown to reach a {words}"
 
     def _decided(self, reward: str, cheaper: Sequence[Contest], number: str, num: int) -> str:
