@@ -17,7 +17,7 @@ from mfm_benchmarks.blocks import Claims, Headline, Page, Picture, Summary, Tabl
 from mfm_benchmarks.charts import COLOURS, Interval, family, level_dash, looks
 from mfm_benchmarks.claims import verdict
 from mfm_benchmarks.compare import report
-from mfm_benchmarks.page import svg
+from mfm_benchmarks.page import axes, svg
 from mfm_benchmarks.page.figures import write_figures
 from mfm_benchmarks.parts.entry import Entry
 from mfm_benchmarks.parts.reward_report import RewardReport, contest
@@ -350,15 +350,15 @@ def diverging(yscale, value, other=1.0):
 @pytest.mark.parametrize(("yscale", "value", "arrow"), [("log", 4e5, "↑"), ("linear", 4e5, "↑"), ("linear", -70, "↓")])
 def test_a_value_far_from_all_others_is_written_at_the_edge(tmp_path, yscale, value, arrow):
     chart = diverging(yscale, value)
-    low, high = svg.y_limits(chart, chart.panels)
+    low, high = axes.y_limits(chart, chart.panels)
     assert 0.5 < low < 1.01 < 1.34 < high < 2
     ends = sorted((rounded(value), rounded(2 * value)), key=lambda text: float(text.replace(",", "")))
     text = f"{arrow} far: {' to '.join(ends)}"
-    assert svg.beyond(chart.panels[0], (low, high)) == [text]
+    assert axes.beyond(chart.panels[0], (low, high)) == [text]
     drawn = svg.line_panels(chart)[0][1]
     assert f">{text}</text>" in drawn
     assert f'data-y="{chart.panels[0].lines[-1].points[1][1].text()}"' in drawn  # the tip has it in full
-    assert svg.note(chart).startswith("An arrow at the edge marks a value beyond the axis.")
+    assert axes.note(chart).startswith("An arrow at the edge marks a value beyond the axis.")
     write_figures(chart, tmp_path / "far")
     assert all(end in glyphs(tmp_path / "far.svg") for end in ends)
 
@@ -370,11 +370,11 @@ def glyphs(path):
 
 def test_an_axis_that_holds_all_values_stays_as_it_is():
     chart = diverging("log", 3.0, other=2.0)  # no value is far: 1 to 6
-    low, high = svg.y_limits(chart, chart.panels)
+    low, high = axes.y_limits(chart, chart.panels)
     assert low < 1.0
     assert high > 6.0
-    assert svg.beyond(chart.panels[0], (low, high)) == []
-    assert "arrow" not in svg.note(chart)
+    assert axes.beyond(chart.panels[0], (low, high)) == []
+    assert "arrow" not in axes.note(chart)
 
 
 def test_a_line_across_the_panel_is_dashed_and_marked_as_in_the_legend():

@@ -28,8 +28,8 @@ from mfm_benchmarks.charts import (
     level_dash,
     looks,
 )
+from mfm_benchmarks.page.axes import beyond, limits, x_limits, y_limits
 from mfm_benchmarks.page.stored import decoded
-from mfm_benchmarks.page.svg import beyond, limits, x_limits, y_limits
 from mfm_lightning.utils.figures import log_ticks, page, place
 
 COLUMN = 3.25  # inches

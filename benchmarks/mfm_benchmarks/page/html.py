@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from mfm_benchmarks.blocks import Block, Drawing, Headline, Page, Picture, Summary, Table, TableCell, table_cell
 from mfm_benchmarks.charts import COLOURS, BarChart, CloudChart, Interval, LineChart, Strip, looks
-from mfm_benchmarks.page import svg
+from mfm_benchmarks.page import axes, svg
 from mfm_benchmarks.page.glossary import Glossary
 from mfm_benchmarks.page.stored import decoded, svg_of, uris
 
@@ -40,7 +40,7 @@ def render(page: Page) -> str:
         "cloud_panels": _cloud_panels,
         "cloud_symbols": lambda chart, name: Markup(svg.cloud_symbols(chart, name)),
         "looks_of": lambda chart: looks(chart.names(), chart.ours, chart.baselines),
-        "note": svg.note,
+        "note": axes.note,
         "sample": lambda look, level: Markup(svg.legend_mark(look, level)),
         "numbers_of": _numbers,
         "images_of": lambda row: uris(row.images),
