@@ -68,7 +68,8 @@ def image_grid(
     path.parent.mkdir(parents=True, exist_ok=True)
     R, C = rows.shape[:2]
     lines = 0 if captions is None else 1 + max(text.count("\n") for row in captions for text in row)
-    gap, above, head = 0.06, 0.13 * lines, 0.3 + (0.2 if len(columns) else 0.0)
+    head = 0.13 + 0.17 * (1 + title.count("\n")) + (0.2 if len(columns) else 0.0)
+    gap, above = 0.06, 0.13 * lines
     width, height = max(size * C, 4.0), (size + above) * R + head + gap
     figure, axis = page(width, height)
     begin = (width - size * C) / 2

@@ -32,3 +32,13 @@ def test_images_keep_their_ratio_and_order(tmp_path, height, width):
         assert size == pytest.approx(np.array([height, width]) / max(height, width), abs=0.02)
         middle = page[(rows.start + rows.stop) // 2, (columns.start + columns.stop) // 2]
         assert middle == pytest.approx(255 * value, abs=2)
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3])
+def test_a_title_of_some_lines_stands_above_the_captions(tmp_path, lines):
+    """Bands of ink from the top: each line of the title, the captions, the images."""
+    title = "\n".join(["XX"] * lines)
+    image_grid(torch.zeros(1, 2, 1, 8, 8), tmp_path / "grid.png", title, captions=[["XX", "XX"]], size=1.5)
+    ink = (np.asarray(Image.open(tmp_path / "grid.png").convert("L")) < 200).any(axis=1)
+    _, bands = ndimage.label(ink)
+    assert bands == lines + 2
