@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,9 +69,13 @@ def image_grid(
     path.parent.mkdir(parents=True, exist_ok=True)
     R, C = rows.shape[:2]
     lines = 0 if captions is None else 1 + max(text.count("\n") for row in captions for text in row)
+    width = max(size * C, 4.0)
+    title = "\n".join(
+        textwrap.fill(line, int(12 * width)) for line in title.split("\n")
+    )  # letters an inch, of 10 points
     head = 0.13 + 0.17 * (1 + title.count("\n")) + (0.2 if len(columns) else 0.0)
     gap, above = 0.06, 0.13 * lines
-    width, height = max(size * C, 4.0), (size + above) * R + head + gap
+    height = (size + above) * R + head + gap
     figure, axis = page(width, height)
     begin = (width - size * C) / 2
     for i in range(R):

@@ -42,3 +42,12 @@ def test_a_title_of_some_lines_stands_above_the_captions(tmp_path, lines):
     ink = (np.asarray(Image.open(tmp_path / "grid.png").convert("L")) < 200).any(axis=1)
     _, bands = ndimage.label(ink)
     assert bands == lines + 2
+
+
+def test_a_title_that_is_wider_than_the_picture_is_broken(tmp_path):
+    """As of one pair of images: no letter touches the edges, where it would be cut off."""
+    title = "base flow (upper of each pair) and steered ode from the same noise (lower)\nmean reward 0.1 to 0.3"
+    image_grid(torch.zeros(1, 2, 1, 8, 8), tmp_path / "grid.png", title, captions=[["XX", "XX"]], size=1.5)
+    page = np.asarray(Image.open(tmp_path / "grid.png").convert("L")) < 200
+    assert not page[:, :5].any()
+    assert not page[:, -5:].any()
