@@ -71,7 +71,7 @@ def image_grid(
     lines = 0 if captions is None else 1 + max(text.count("\n") for row in captions for text in row)
     width = max(size * C, 4.0)
     title = "\n".join(
-        textwrap.fill(line, int(12 * width)) for line in title.split("\n")
+        textwrap.fill(line, int(13.4 * width)) for line in title.split("\n")
     )  # letters an inch, of 10 points
     head = 0.13 + 0.17 * (1 + title.count("\n")) + (0.2 if len(columns) else 0.0)
     gap, above = 0.06, 0.13 * lines
