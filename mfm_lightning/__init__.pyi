@@ -48,6 +48,7 @@ from .backbones import TextToImageFlow as TextToImageFlow
 from .backbones import ZImageFlow as ZImageFlow
 from .backbones import load_flow as load_flow
 from .callbacks import EMA as EMA
+from .callbacks import EMASnapshots as EMASnapshots
 from .callbacks import ExportModel as ExportModel
 from .callbacks import LastCheckpoint as LastCheckpoint
 from .callbacks import SampleFID as SampleFID

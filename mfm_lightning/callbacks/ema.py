@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mfm_lightning.checkpoints.post_hoc_ema import power
 from mfm_lightning.training.sharding import like, reshard, whole
 
 
@@ -25,12 +26,19 @@ class EMA(L.Callback):
     Args:
         decay: of the average; at step k the smaller of this and (1+k)/(10+k) is used, so that short runs work.
         start_step: before it the average is the parameters themselves.
+        sigma_rel: in place of the decay, the average's width as a share of the training so far: steps count by a power
+            of their number (Karras et al., arXiv 2312.02696, Section 3.1), so that one setting suits runs of any
+            length; in (0, 0.2887], such as 0.1.
+
+    Raises:
+        ValueError: for a decay or a width out of range.
     """
 
-    def __init__(self, decay: float = 0.9999, start_step: int = 0) -> None:
+    def __init__(self, decay: float = 0.9999, start_step: int = 0, sigma_rel: float | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"EMA decay {decay} must lie in [0, 1)")
-        self.decay, self.start_step = decay, start_step
+        self.decay, self.start_step, self.sigma_rel = decay, start_step, sigma_rel
+        self._power = None if sigma_rel is None else power(sigma_rel)
         self.average: dict[str, Tensor] = {}
         self.num_updates = 0
         self._kept: dict[str, Tensor] | None = None
@@ -55,13 +63,18 @@ class EMA(L.Callback):
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the parameters after optimiser step number `step`."""
         self.num_updates = step
-        k = self.num_updates - self.start_step
-        decay = min(self.decay, (1 + k) / (10 + k)) if k > 0 else 0.0
+        decay = self._decay_at(self.num_updates - self.start_step)
         parameters = [(self.average[name], p.detach().to(self.average[name].dtype)) for name, p in _trained(module)]
         # torch's optimisers average so, too; its types leave the function out
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [a for a, _ in parameters], [p for _, p in parameters], 1 - decay
         )
+
+    def _decay_at(self, k: int) -> float:
+        """What the average keeps of itself at its step k = 1, 2, ..."""
+        if k <= 0:
+            return 0.0
+        return min(self.decay, (1 + k) / (10 + k)) if self._power is None else (1 - 1 / k) ** (self._power + 1)
 
     @contextmanager
     def applied(self, module: L.LightningModule) -> Iterator[None]:

@@ -30,17 +30,21 @@ class WeightedTerm:
             the mean of the target x1 - eps, which is the velocity, towards its mode: the weight counts a sample for
             less, the further it is from the prediction. The paper's recipe on ImageNet has p > 0 on data, too.
         c: of the adaptive weight, positive.
+        clip: coordinates of the residual whose size is above it count linearly (a Huber loss), so that its gradient is
+            that of the residual clipped: sCM's clipped tangent (Lu & Song, arXiv 2410.11081, Section 4.1). That paper's
+            normalised tangent is p = 0.5. No clipping where None.
         weight: factor of the term.
         start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
         options: arguments of a term of your own, by name.
 
     Raises:
-        ValueError: for an unknown name, or options that the term does not take.
+        ValueError: for an unknown name, options that the term does not take, or a clip that is not positive.
     """
 
     name: str
     p: float | None = None
     c: float = 0.01
+    clip: float | None = None
     weight: float = 1.0
     start_step: int = 0
     options: dict[str, Any] = field(default_factory=dict)
@@ -48,6 +52,8 @@ class WeightedTerm:
     def __post_init__(self) -> None:
         if self.name in TERMS and self.options:
             raise ValueError(f"objective {self.name!r} has no options, got {', '.join(self.options)}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip {self.clip} of {self.name!r} must be positive; leave it out for none")
         _ = self.kind  # a name that is not known is refused here
 
     @cached_property
@@ -85,9 +91,17 @@ class WeightedTerm:
         return (0.0 if self.kind.noisy_target else 1.0) if self.p is None else self.p
 
 
-def squared_error(residual: Tensor) -> Tensor:
-    """Sum over the state's dimensions, `(B, *shape) -> (B,)`, in float32."""
-    return residual.float().flatten(1).square().sum(dim=1)
+def squared_error(residual: Tensor, clip: float | None = None) -> Tensor:
+    """Sum over the state's dimensions, `(B, *shape) -> (B,)`, in float32.
+
+    Args:
+        residual: `(B, *shape)`.
+        clip: size of a coordinate above which it counts linearly, by the slope that the square has there.
+    """
+    flat = residual.float().flatten(1)
+    if clip is None:
+        return flat.square().sum(dim=1)
+    return 2 * torch.nn.functional.huber_loss(flat, torch.zeros_like(flat), reduction="none", delta=clip).sum(dim=1)
 
 
 def adaptive_loss(error: Tensor, p: float, c: float = 0.01) -> Tensor:
@@ -179,10 +193,10 @@ class Objective:
             if step < settings.start_step:
                 continue
             residual = self.residual(term, model, teacher, pair, step, shared)
-            error = squared_error(residual)
+            error = squared_error(residual, settings.clip)
             key = settings.name.rpartition(".")[2]
             results[key] = adaptive_loss(error, settings.power, settings.c).mean()
-            results[f"error/{key}"] = error.detach().mean()
+            results[f"error/{key}"] = squared_error(residual.detach()).mean()
             total = total + settings.weight * results[key]
         errors = [error for name, error in results.items() if name.startswith("error/")]
         return {"loss": total, "mse": torch.stack(errors).mean() / x1[0].numel(), **results}

@@ -6,7 +6,17 @@ import torch
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT, UNet
-from mfm_lightning.objectives import TERMS, ConditionTimes, InnerTimes, Objective, Pair, PairSampler, WeightedTerm
+from mfm_lightning.objectives import (
+    TERMS,
+    ConditionTimes,
+    InnerTimes,
+    Objective,
+    Pair,
+    PairSampler,
+    WeightedTerm,
+    adaptive_loss,
+    squared_error,
+)
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
 from mfm_lightning.objectives.terms import Consistency, guided_data_velocity
 from tests.closed_form import MEAN, VARIANCE, gaussian_model, gaussian_teacher
@@ -160,3 +170,36 @@ def test_unknown_names_are_refused(bad):
     else:
         with pytest.raises(ValueError, match=r"at least one term|unknown tangent backend 'magic'"):
             Objective(**bad)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_a_clipped_term_has_the_gradient_of_the_clipped_residual(p):
+    """sCM's clipped tangent: dL/dv = 2 clip(r) / (e + c)^p, where r = v - target; below the clip as without one."""
+    target, c = torch.tensor([[0.0, 3.0, -5.0], [0.2, -0.4, 0.9]]), 0.01
+    v = torch.zeros(2, 3, requires_grad=True)
+    error = squared_error(v - target, clip=1.0)
+    adaptive_loss(error, p, c).sum().backward()
+    clipped = target.clamp(-1, 1)
+    counted = torch.tensor([2 * 3.0 - 1 + 2 * 5.0 - 1, 0.04 + 0.16 + 0.81])  # 2 |r| - 1 above 1, r^2 below
+    torch.testing.assert_close(error, counted)
+    torch.testing.assert_close(v.grad, -2 * clipped / (counted[:, None] + c) ** p)
+    torch.testing.assert_close(squared_error(v - target, clip=10.0), squared_error(v - target))
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
+def test_a_clip_that_is_not_positive_is_refused(clip):
+    with pytest.raises(ValueError, match=f"clip {clip} of 'eulerian_teacher' must be positive"):
+        WeightedTerm("eulerian_teacher", clip=clip)
+
+
+def test_an_objective_clips_the_terms_that_say_so_and_logs_errors_without():
+    torch.manual_seed(0)
+    model, x1 = MetaFlowMap(MLP(dim=2, hidden_size=8, depth=1)), 100 * torch.ones(4, 2)
+    losses = {}
+    for clip in (None, 0.5):
+        torch.manual_seed(1)
+        objective = Objective([WeightedTerm("data_diagonal", clip=clip)])
+        losses[clip] = objective(model, None, x1, Conditions())
+    plain, clipped = losses[None], losses[0.5]
+    torch.testing.assert_close(clipped["error/data_diagonal"], plain["error/data_diagonal"])
+    assert clipped["loss"] < 0.02 * plain["loss"]  # residuals of 100 count as 2 * 0.5 * 100 - 0.25
