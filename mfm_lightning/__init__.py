@@ -6,7 +6,7 @@ The names are those of `__init__.pyi`; each is imported from its room when it is
 
 - models: MetaFlowMap, VelocityNetwork (DiT, UNet, MLP)
 - their files: load_model, save_model, load_value, load_classifier, import_checkpoint, export_checkpoint
-- what is aligned to what: Target, Conditions, decoders (PixelDecoder, VAEDecoder, IdentityDecoder)
+- what is aligned to what: Target, Conditions, decoders (PixelDecoder, VAEDecoder, TinyDecoder, IdentityDecoder)
 - methods: Steering, Search, BestOfN, FeynmanKac, TwistedSMC, TrajectoryTilting, NoiseOptimisation, PolicySampling (as
   functions: steer, search, best_of_n, tilt_trajectories, optimise_noise)
 - estimators of the value: DrawValue, DrawGradient, DrawGradientFree, DiamondGradient, DiamondGradientFree, DPSGradient,

@@ -88,6 +88,7 @@ from .networks import DiT as DiT
 from .networks import IdentityDecoder as IdentityDecoder
 from .networks import ImageClassifier as ImageClassifier
 from .networks import PixelDecoder as PixelDecoder
+from .networks import TinyDecoder as TinyDecoder
 from .networks import UNet as UNet
 from .networks import VAEDecoder as VAEDecoder
 from .networks import ValueDiT as ValueDiT

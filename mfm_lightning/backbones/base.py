@@ -22,6 +22,7 @@ from mfm_lightning.backbones.prompted_pipeline import PromptedPipeline
 from mfm_lightning.backbones.schedulers import require_flow
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times, expand
+from mfm_lightning.networks.tiny_decoder import TinyDecoder
 from mfm_lightning.utils.devices import out_of_memory
 from mfm_lightning.utils.row_budget import MaxRows, RowBudget, check_max_rows, in_parts
 
@@ -127,10 +128,22 @@ class TextToImageFlow(PromptedPipeline):
         if getattr(self.decoder.vae, "_supports_gradient_checkpointing", False):
             cast(Any, self.decoder.vae).enable_gradient_checkpointing(self._recomputed)
 
+    def use_for_gradients(self, decoder: TinyDecoder) -> None:
+        """Differentiate rewards through a small decoder in the VAE's place; images are still the VAE's.
+
+        Raises:
+            ValueError: for a decoder of other latents.
+            FileNotFoundError, ImportError, CheckpointError: as `TinyDecoder`.
+        """
+        decoder.check_channels(self.channels)
+        self.decoder.gradients = decoder
+
     @property
     def identity(self) -> dict[str, Any]:
         """What its images depend on besides conditions, noise and times, as far as it is known: as JSON."""
+        small = self.decoder.gradients
         return {
+            **({} if small is None else {"gradients": repr(small)}),
             "flow": type(self).__name__, "config": repr(self.transformer.config), "weights": self._weights,
             "image_size": list(self.image_size), "dtype": str(self.transformer.dtype), "tiled": self.decoder.tiled,
             "attention": self.attention, "encoders": self._encoders, "tokens": self.max_sequence_length,

@@ -24,6 +24,9 @@ class LatentDecoder(Decoder):
         max_rows: latents at once; "auto" finds the most that a GPU has room for.
         tiled: decode large latents in overlapping tiles that are blended.
         place: device of the VAE, on which it stays; it moves with the decoder where None.
+
+    Attributes:
+        gradients: decodes in the VAE's place where a gradient is wanted; None for the VAE itself.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class LatentDecoder(Decoder):
         super().__init__()
         self.vae, self.unscaled, self.max_rows = vae.eval().requires_grad_(False), unscaled, max_rows
         self.place = place
+        self.gradients: Decoder | None = None
         self.budget, self.gradient_budget = RowBudget("the VAE"), RowBudget("the VAE with gradients")
         if place is not None:
             self.vae.to(place)
@@ -52,6 +56,8 @@ class LatentDecoder(Decoder):
         return f"max_rows={self.max_rows}" + (", tiled=True" if self.tiled else "")
 
     def forward(self, states: Tensor) -> Tensor:
+        if self.gradients is not None and torch.is_grad_enabled() and states.requires_grad:
+            return self.gradients(states)
         return ((self._images(states) + 1) / 2).clamp(0, 1)  # without a name, which would keep them in memory
 
     def _images(self, states: Tensor) -> Tensor:

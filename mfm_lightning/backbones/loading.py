@@ -17,7 +17,10 @@ from mfm_lightning.backbones.flux_map import FluxFlowMap
 from mfm_lightning.backbones.merging import lora_file, merge
 from mfm_lightning.backbones.placement import Placement
 from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_json
+from mfm_lightning.networks.tiny_decoder import TinyDecoder
 from mfm_lightning.utils.row_budget import MaxRows
+from mfm_rewards.execution import DTYPES as EXECUTED
+from mfm_rewards.execution import Precision
 from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.weights import CheckpointError
 
@@ -31,6 +34,7 @@ FAMILIES = {  # class of the pipeline: module and class here
     "QwenImagePipeline": ("qwen_image", "QwenImageFlow"),
     "ZImagePipeline": ("z_image", "ZImageFlow"),
 }
+PRECISIONS: dict[torch.dtype, Precision] = {kind: name for name, kind in EXECUTED.items()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,6 +60,7 @@ def load_flow(
     encoder_dtype: str | torch.dtype | None = None,
     transformer: bool = True,
     devices: dict[str, Any] | None = None,
+    gradient_vae: str | None = None,
 ) -> TextToImageFlow:
     """A pretrained text-to-image flow, without its text encoders: those are loaded where prompts are encoded that are
     not in the cache of embeddings, and dropped again.
@@ -88,6 +93,8 @@ def load_flow(
         devices: parts on devices of their own, where the flow is moved to, too: `{transformer: cuda:0, vae: cuda:1,
             text_encoders: cpu}`; the transformer over all GPUs: `{transformer: balanced}`, or by module as accelerate's
             `device_map` (`mfm_lightning.backbones.placement.Placement`).
+        gradient_vae: a small decoder (`mfm_lightning.networks.TinyDecoder`), folder or Hugging Face id, such as
+            madebyollin/taesd3: rewards are differentiated through it, and images are still the VAE's.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -118,6 +125,11 @@ def load_flow(
             raise ValueError(f"flow_map {flow_map} is a LoRA of FLUX's: a {family} takes none")
         two_times = find_file(flow_map, allow_download)  # before the pipeline is loaded
     merged = None if lora is None else lora_file(lora)
+    small = None
+    if gradient_vae is not None:
+        rows = 8 if isinstance(max_rows, str) else max_rows
+        small = TinyDecoder(gradient_vae, True, rows, PRECISIONS[dtype], allow_download)
+        small.load()
     encoders = [part for part in index if part.startswith("text_encoder")]
     common: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
     common |= {part: None for part, said in index.items() if said == [None, None]}  # such as SD3's T5, left out
@@ -182,6 +194,8 @@ def load_flow(
         fingerprint=fingerprint,
         **options,
     )
+    if small is not None:
+        flow.use_for_gradients(small)
     flow.opened_by = opening(
         str(name), vae=vae, image_size=image_size, torch_dtype=str(dtype).removeprefix("torch."),
         max_sequence_length=max_sequence_length, lora=lora, revision=revision, variant=variant,

@@ -22,7 +22,7 @@ LOADER = "mfm_lightning.backbones.load_flow"
 log = logging.getLogger(__name__)
 PASSED = (
     *("name", "image_size", "torch_dtype", "max_rows", "attention", "tiled", "true_guidance"),
-    *("vae", "max_sequence_length"),
+    *("vae", "max_sequence_length", "gradient_vae"),
 )
 
 

@@ -26,6 +26,7 @@ from mfm_lightning.backbones.published import PUBLISHED, Part
 from mfm_lightning.backbones.scratch import bare_pipeline
 from mfm_lightning.commands.planning import Allocations
 from mfm_lightning.conditions import Conditions
+from mfm_lightning.networks.tiny_decoder import TinyDecoder
 from mfm_rewards.hub import find_folder
 
 DRIFT, DECODING = "drift", "decoding"
@@ -83,6 +84,7 @@ def plan_flow(
     guidance: float | None = None,
     batch_size: int = 1,
     method: AlignmentMethod | None = None,
+    gradient_vae: str | None = None,
 ) -> FlowPlan:
     """Plan images of a flow by a method. What the allocator wastes, libraries' workspaces, the CUDA context (about
     0.5 GB) and rewards come on top.
@@ -101,6 +103,7 @@ def plan_flow(
         guidance: as the pipeline takes it; its own where None.
         batch_size: samples aligned at once.
         method: of alignment; the base flow alone where None.
+        gradient_vae: as `load_flow`; TAESD's sizes where it is no folder here.
 
     Raises:
         FileNotFoundError: if the folder is not there, and no such sizes are known.
@@ -117,6 +120,16 @@ def plan_flow(
     for part, network in made.items():
         found.parameters[part] = sum(p.numel() for p in network.parameters())
         found.weights[part] = _bytes(network)
+    if gradient_vae is not None:
+        file = Path(gradient_vae) / "config.json"
+        config = _read(file) if file.is_file() else {"latent_channels": flow.channels}
+        network: Any = _on_meta("diffusers", "AutoencoderTiny", config, DTYPES[torch_dtype])
+        with fake:
+            network.to_empty(device="cpu")
+        small = TinyDecoder.of_network(network, max_rows=max_rows)
+        flow.use_for_gradients(small)
+        found.parameters["gradient_vae"] = sum(p.numel() for p in small.load().parameters())
+        found.weights["gradient_vae"] = _bytes(small.load())
     gradient = _gradient(method)
     work: dict[str, Callable[[Tensor], object]] = {
         DRIFT: torch.no_grad()(lambda x: flow.drift(0.5, x, given)),

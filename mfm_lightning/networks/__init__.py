@@ -8,6 +8,7 @@ from mfm_lightning.networks.decoders import Decoder, IdentityDecoder, PixelDecod
 from mfm_lightning.networks.dit import DiT, architecture
 from mfm_lightning.networks.image_text import ImageTextEncoder
 from mfm_lightning.networks.mlp import MLP
+from mfm_lightning.networks.tiny_decoder import TinyDecoder
 from mfm_lightning.networks.unet import UNet
 from mfm_lightning.networks.value import ValueDiT, ValueMLP
 
@@ -27,6 +28,7 @@ __all__ = [
     "ImageClassifier",
     "ImageTextEncoder",
     "PixelDecoder",
+    "TinyDecoder",
     "UNet",
     "VAEDecoder",
     "ValueDiT",

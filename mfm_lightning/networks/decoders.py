@@ -113,6 +113,8 @@ class VAEDecoder(Decoder):
         allow_download: fetch the weights where they are not there.
         shift: what is subtracted from the latents before, or a number for each channel; the VAE's own (0 for SD's)
             where None.
+        gradients: decodes in its place where a gradient is wanted, such as a `TinyDecoder`: rewards are differentiated
+            through it, and told by the VAE.
 
     Raises:
         FileNotFoundError: when used, if the weights are not there.
@@ -131,6 +133,7 @@ class VAEDecoder(Decoder):
         precision: Precision = "fp32",
         allow_download: bool = False,
         shift: float | list[float] | None = None,
+        gradients: Decoder | None = None,
     ) -> None:
         super().__init__()
         for name, given in (("scale", scale), ("shift", shift)):
@@ -143,6 +146,7 @@ class VAEDecoder(Decoder):
         self.path, self.scale, self.shift, self.clamp, self.max_rows = path, scale, shift, clamp, max_rows
         self.tiled, self.allow_download = tiled, allow_download
         self.precision: Precision = precision
+        self.gradients = gradients
         self._vae: list[VAE] = []  # in a list, so that it is no part of a checkpoint
         self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
@@ -158,7 +162,7 @@ class VAEDecoder(Decoder):
             self._load()
         except (FileNotFoundError, ImportError) as error:
             return [str(error)]
-        return []
+        return [] if self.gradients is None else [f"gradients: {line}" for line in self.gradients.missing()]
 
     def check_latents(self, scale: Numbers, shift: Numbers, whose: str) -> None:
         if by_channel(scale, shift) and (self.scale is None or self.shift is None):
@@ -180,6 +184,8 @@ class VAEDecoder(Decoder):
 
     def forward(self, states: Tensor) -> Tensor:
         graph = torch.is_grad_enabled() and states.requires_grad
+        if graph and self.gradients is not None:
+            return self.gradients(states)
         if not graph and self._last is not None:
             last, version, images = self._last
             if last() is states and version == states._version:

@@ -138,13 +138,7 @@ def _variant(folder: Path) -> str | None:
 
 def _check(vae: Any, found: Mapping[str, Any], path: str) -> None:
     """Refuse what is not the VAE that its files say, and say what is a guess."""
-    if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(f"the VAE {path}: {len(missing)} weights are not in its file, first {missing[0]}")
-    if others := sorted(found["unexpected_keys"]):
-        log.warning("VAE %s: %d weights are no AutoencoderKL's and left out, first %s", path, len(others), others[0])
-    broken = next((name for name, p in vae.state_dict().items() if not torch.isfinite(p).all()), None)
-    if broken is not None:
-        raise CheckpointError(f"the VAE {path} holds numbers that are not finite, first in {broken}")
+    check_weights(vae, found, f"VAE {path}", "AutoencoderKL's")
     _check_unscaled(vae.config, f"the VAE {path}")
     if "scaling_factor" in vae.config.get("_use_default_values", ()):
         log.warning(
@@ -153,6 +147,22 @@ def _check(vae: Any, found: Mapping[str, Any], path: str) -> None:
             CONFIG,
             vae.config["scaling_factor"],
         )
+
+
+def check_weights(network: Any, found: Mapping[str, Any], what: str, kind: str) -> None:
+    """Refuse weights that are missing or not finite, by what diffusers tells of its loading; say which it left out.
+
+    Args:
+        what: it is, with its path, for messages.
+        kind: whose the weights would be.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"the {what}: {len(missing)} weights are not in its file, first {missing[0]}")
+    if others := sorted(found["unexpected_keys"]):
+        log.warning("%s: %d weights are no %s and left out, first %s", what, len(others), kind, others[0])
+    broken = next((name for name, p in network.state_dict().items() if not torch.isfinite(p).all()), None)
+    if broken is not None:
+        raise CheckpointError(f"the {what} holds numbers that are not finite, first in {broken}")
 
 
 def _check_unscaled(config: Mapping[str, Any], what: str) -> None:

@@ -1,0 +1,107 @@
+"""Steering with draws, or all of it, in bfloat16, against float32: reward, realism and time, from the same noise:
+
+    python -m mfm_benchmarks.draw_precision [--steps 10 25] [--samples 256] [--device cuda]
+
+By the MNIST model of the package, MFM-G with one draw. Times are of turns, one after the other in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mfm_benchmarks.measure import clock
+from mfm_benchmarks.quality import ClassifierQuality
+from mfm_lightning.alignment.method import TimeGrid
+from mfm_lightning.alignment.steering import Steering
+from mfm_lightning.alignment.target import Target
+from mfm_lightning.alignment.values import DrawGradient, Estimate
+from mfm_lightning.checkpoints import load_model
+from mfm_lightning.interpolant import Generators, Times
+from mfm_lightning.metrics.frechet import frechet_of_features
+from mfm_lightning.metrics.measured import Measured, mean_of, of_runs, ratio_of_runs, resampled
+from mfm_lightning.networks import PixelDecoder
+from mfm_lightning.utils.console import track, write_table
+from mfm_lightning.utils.devices import find_device
+from mfm_rewards import build
+from mfm_rewards.execution import autocast
+
+REWARDS: dict[str, tuple[dict[str, object], float]] = {
+    "brightness": ({"name": "brightness"}, 150.0),
+    "symmetry": ({"name": "symmetry"}, 1500.0),
+    "odd classes": ({"name": "class_mixture", "classifier": "mnist", "weights": [0, 1, 0, 1, 0, 2, 0, 2, 0, 4]}, 1.0),
+}
+FLOAT, DRAWS, ALL = "float32", "draws in bfloat16", "all in bfloat16"
+
+
+@dataclass
+class BfloatDraws(DrawGradient):
+    """MFM-G whose draws and their gradients are computed in bfloat16."""
+
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
+        with autocast(x.device, "bf16"):
+            return super().__call__(target, t, x, generator)
+
+
+def steered(target: Target, noise: Tensor, steps: int, precision: str) -> tuple[Tensor, float]:
+    """States, and the seconds that they took."""
+    estimator = BfloatDraws() if precision == DRAWS else DrawGradient()
+    method = Steering(estimator=estimator, grid=TimeGrid(steps), clip=2.0, base_step="flow_map")
+    generator = torch.Generator(noise.device).manual_seed(1)
+    began = clock(noise.device)
+    with autocast(noise.device, "bf16") if precision == ALL else nullcontext():
+        states = method(target, noise, generator).states
+    return states, clock(noise.device) - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 25], help="of the steering")
+    parser.add_argument("--samples", type=int, default=256, help="of each setting")
+    parser.add_argument("--rounds", type=int, default=3, help="of times")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    given = parser.parse_args()
+    device = find_device(given.device)
+    model = load_model("mnist").to(device).eval().requires_grad_(False)
+    quality = ClassifierQuality(classifier="mnist/features", reference="mnist/real_features")
+    quality.prepare(device)
+    noise = torch.randn(given.samples, *model.state_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    settings, rows = [(name, steps) for name in REWARDS for steps in given.steps], []
+    for name, steps in track(settings, describe=lambda setting: f"{setting[0]}, {setting[1]} steps"):
+        spec, scale = REWARDS[name]
+        target = Target(model, build(dict(spec)).to(device), PixelDecoder(), reward_scale=scale)
+        seconds: dict[str, list[float]] = {precision: [] for precision in (FLOAT, DRAWS, ALL)}
+        states: dict[str, Tensor] = {}
+        for _ in range(given.rounds):
+            for precision, times in seconds.items():
+                states[precision], taken = steered(target, noise, steps, precision)
+                times.append(taken)
+        with torch.no_grad():
+            rewards = {k: target.plain_rewards(x).cpu() for k, x in states.items()}
+            features = {k: quality.features(target.decoder(x)) for k, x in states.items()}
+        plain = _distance(features[FLOAT], quality)
+        for precision, values in rewards.items():
+            numbers = {
+                "value": mean_of(values),
+                "less float32's": mean_of(values - rewards[FLOAT]),
+                "Fréchet, ratio": _distance(features[precision], quality).over(plain),
+                "time, ratio": ratio_of_runs(seconds[precision], seconds[FLOAT]),
+                "seconds": of_runs(seconds[precision]),
+            }
+            said = {key: number.text(3) for key, number in numbers.items()}
+            rows.append({"reward": name, "steps": steps, "precision": precision, **said})
+    title = f"MFM-G of one draw in bfloat16 ({given.samples} samples, {device})"
+    write_table(rows, title, Path("outputs/draw_precision"), "draw_precision")
+
+
+def _distance(features: Tensor, quality: ClassifierQuality) -> Measured:
+    return resampled(lambda x, weights: frechet_of_features(x, quality.gaussian, weights), features)
+
+
+if __name__ == "__main__":
+    main()
