@@ -14,8 +14,8 @@ The names are those of `__init__.pyi`; each is imported from its room when it is
 - posteriors: FlowMapPosterior, GlassPosterior, DiamondPosterior, RolloutPosterior, OraclePosterior
 - samplers: sample_ode, sample_sde, sample_refinement, sample_posterior_glass, glass_velocity, velocity_and_jvp
 - oracles (Oracle): GaussianMixture, EmpiricalDistribution
-- training: MFMPretraining, ValueEstimation, RewardFinetuning, RewardAlignment, Classification, Objective,
-  Optimization, teachers, EMA
+- training: MFMPretraining, ValueEstimation, RewardFinetuning, RewardAlignment, Classification, Objective, PairSampler,
+  ConditionTimes, InnerTimes, Optimization, teachers, EMA, EMASnapshots
 - data: ImageDataModule, WebDatasetDataModule, LatentShards, LatentDataModule, DigitsDataModule, NoiseDataModule,
   GaussianMixtureDataModule, ModelSamplesDataModule, OffPolicyDataModule
 """

@@ -95,9 +95,12 @@ from .networks import ValueDiT as ValueDiT
 from .networks import ValueMLP as ValueMLP
 from .networks import VelocityNetwork as VelocityNetwork
 from .objectives import CheckpointTeacher as CheckpointTeacher
+from .objectives import ConditionTimes as ConditionTimes
+from .objectives import InnerTimes as InnerTimes
 from .objectives import ModelTeacher as ModelTeacher
 from .objectives import Objective as Objective
 from .objectives import OracleTeacher as OracleTeacher
+from .objectives import PairSampler as PairSampler
 from .objectives import Teacher as Teacher
 from .objectives import WeightedTerm as WeightedTerm
 from .oracles import EmpiricalDistribution as EmpiricalDistribution

@@ -109,6 +109,7 @@ class _Work:
         ]
         self.computed: set[str] = set()
         self._fitted: set[str] = set()
+        self._failed_fits: dict[str, str] = {}  # their words, by the training's lease
         self._looked, self._taken = 0.0, frozenset[str]()
         self._bar, self._task = progress_bar(), None
 
@@ -180,10 +181,16 @@ class _Work:
 
     def _fit(self, fit: Fit) -> None:
         """Have it run, by this process or by another that has begun."""
+        key = key_of_fit(fit)
+        if key in self._failed_fits:  # not for each cell again: it would take as long, and fail as it did
+            raise RuntimeError(f"its training failed before in this run ({fit.file}): {self._failed_fits[key]}")
         self._bar.stop()  # the training has a bar of its own
         try:
-            for _ in alone(self.leases, key_of_fit(fit), lambda: self._is_done(fit)):
+            for _ in alone(self.leases, key, lambda: self._is_done(fit)):
                 fit.run(self.suite.device)
+        except Exception as error:
+            self._failed_fits[key] = f"{type(error).__name__}: {error}"
+            raise
         finally:
             self._bar.start()
 

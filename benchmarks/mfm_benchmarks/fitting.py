@@ -17,6 +17,7 @@ import torch
 
 from mfm_benchmarks.spec import Spec
 from mfm_lightning.checkpoints import fingerprint
+from mfm_lightning.commands.imports import imported_modules
 from mfm_lightning.utils.configs import DEFAULTS, find_config
 from mfm_lightning.utils.distributed import Process
 
@@ -139,7 +140,8 @@ class Fit:
             raise ValueError(f"mfm fit --config {self.config} refuses the options {self.options}: {error}") from error
 
     def _run_apart(self, job: list[str], device: torch.device | None) -> None:
-        command = [sys.executable, "-m", "mfm_lightning.commands.main", *job]
+        modules = [f"--imports={name}" for name in imported_modules()]
+        command = [sys.executable, "-m", "mfm_lightning.commands.main", *job, *modules]
         process = subprocess.Popen(command, env=_of_one_process(device), preexec_fn=_ends_with_its_parent)
         try:
             code = process.wait()

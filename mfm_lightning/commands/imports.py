@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from mfm_lightning.commands.errors import CommandLineError
 
+_imported: dict[str, None] = {}  # in their order
+
 
 def split_imports(args: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments without `--imports`, and the modules that it names.
@@ -49,6 +51,13 @@ def import_modules(names: Sequence[str]) -> None:
             raise CommandLineError(
                 f"imports: no module {name!r} in {os.getcwd()} or among Python's packages"
             ) from error
+        _imported[name] = None
+
+
+def imported_modules() -> list[str]:
+    """The modules of the user's own that this process was told to import: what another one that goes on with its work
+    must import, too."""
+    return list(_imported)
 
 
 def _module_of(path: str) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from mfm_benchmarks.cells import compute
 from mfm_benchmarks.command import load_suite
+from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import measure
 from mfm_benchmarks.methods import MethodSettings, points
 from mfm_benchmarks.models import ModelSettings, compute_in
@@ -136,6 +137,33 @@ def test_a_part_of_a_suite_is_computed_with_what_it_needs(tmp_path):
     assert not results.missing
     with pytest.raises(ValueError, match=r"--only 'x': no result .* first, second, both"):
         compute(Counting(), Store(tmp_path), only="x")
+
+
+class FailingFit(Fit):
+    """A training that breaks down."""
+
+    ran = 0
+
+    def run(self, device=None):
+        type(self).ran += 1
+        raise FloatingPointError("its loss is NaN")
+
+
+class OfOneTraining(Counting):
+    """The two cells need the same training."""
+
+    def cells(self):
+        return [replace(cell, fit=FailingFit("none.yaml", "none.safetensors")) for cell in super().cells()[:2]]
+
+
+def test_a_training_that_fails_is_not_run_again_for_each_cell(tmp_path):
+    FailingFit.ran, suite = 0, OfOneTraining()
+    results, _ = compute(suite, Store(tmp_path))
+    assert (FailingFit.ran, suite.ran) == (1, [])
+    said = "its training failed before in this run (none.safetensors): FloatingPointError: its loss is NaN"
+    assert results.failures == {"first": "FloatingPointError: its loss is NaN", "second": f"RuntimeError: {said}"}
+    compute(OfOneTraining(), Store(tmp_path))  # another run tries it again
+    assert FailingFit.ran == 2
 
 
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from mfm_lightning.alignment import Steering, Target, TwistedSMC
 from mfm_lightning.checkpoints import CheckpointError, save_network
+from mfm_lightning.commands.imports import import_modules
 from mfm_lightning.data import DigitsDataModule
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import MFMPretraining, NonFiniteGradientError, NonFiniteLossError, Optimization
@@ -233,9 +234,16 @@ def test_a_benchmarks_fit_by_a_rank_is_of_one_process_and_its_failure_is_said(tm
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in {**ranks, "TORCHELASTIC_RUN_ID": "x", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "x"}.items():
         monkeypatch.setenv(name, value)
+    Path("of_a_user.py").write_text("import os\nwith open('imported', 'a') as file:\n    print(os.getpid(), file=file)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("mfm_lightning.commands.imports._imported", {})
+    import_modules(["of_a_user"])
     job = Fit("tiny.yaml", "run/model.safetensors", {"trainer.default_root_dir": "run", "trainer.max_steps": 2})
     job.run()
     assert job.is_done()
+    pids = Path("imported").read_text().split()
+    assert len(pids) == 2  # --imports of this process reach the training's
+    assert pids[0] == str(os.getpid()) != pids[1]
     with pytest.raises(RuntimeError, match=r"mfm fit --config tiny.yaml ended with status 2"):
         Fit("tiny.yaml", "run2/model.safetensors", {"trainer.no_such": 1}).run()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
