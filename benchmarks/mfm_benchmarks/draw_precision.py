@@ -59,6 +59,11 @@ def steered(target: Target, noise: Tensor, steps: int, precision: str) -> tuple[
     return states, clock(noise.device) - began
 
 
+def distance_of(features: Tensor, quality: ClassifierQuality) -> Measured:
+    """The Fréchet distance of features `(N, F)` to those of real images."""
+    return resampled(lambda x, weights: frechet_of_features(x, quality.gaussian, weights), features)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25], help="of the steering")
@@ -84,12 +89,12 @@ def main() -> None:
         with torch.no_grad():
             rewards = {k: target.plain_rewards(x).cpu() for k, x in states.items()}
             features = {k: quality.features(target.decoder(x)) for k, x in states.items()}
-        plain = _distance(features[FLOAT], quality)
+        plain = distance_of(features[FLOAT], quality)
         for precision, values in rewards.items():
             numbers = {
                 "value": mean_of(values),
                 "less float32's": mean_of(values - rewards[FLOAT]),
-                "Fréchet, ratio": _distance(features[precision], quality).over(plain),
+                "Fréchet, ratio": distance_of(features[precision], quality).over(plain),
                 "time, ratio": ratio_of_runs(seconds[precision], seconds[FLOAT]),
                 "seconds": of_runs(seconds[precision]),
             }
@@ -97,10 +102,6 @@ def main() -> None:
             rows.append({"reward": name, "steps": steps, "precision": precision, **said})
     title = f"MFM-G of one draw in bfloat16 ({given.samples} samples, {device})"
     write_table(rows, title, Path("outputs/draw_precision"), "draw_precision")
-
-
-def _distance(features: Tensor, quality: ClassifierQuality) -> Measured:
-    return resampled(lambda x, weights: frechet_of_features(x, quality.gaussian, weights), features)
 
 
 if __name__ == "__main__":
