@@ -4,7 +4,7 @@ amortised value beside a draw; reward, realism, and shares of classes, from the 
     python -m mfm_benchmarks.steering_variants [--value outputs/mnist/value/value.safetensors] [--budget 90]
 
 By the MNIST model of the package. A step with N draws takes 4 N + 1 evaluations: N draws and rewards forward and
-backward, and the drift. Each variant has as many steps as the budget has room for.
+backward, and the drift; an amortised value takes 2. Each variant has as many steps as the budget has room for.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def variants(budget: int, value: str | None) -> dict[str, tuple[Callable[[], Gra
     if value is not None:
         network = NetworkGradient(value)
         found |= {
-            "amortised value": (lambda: network, budget // 5),
-            "half a draw, half amortised": (lambda: Between(network, 0.5), budget // 5),
+            "amortised value": (lambda: network, budget // 3),
+            "half a draw, half amortised": (lambda: Between(network, 0.5), budget // 7),
         }
     return found
 
@@ -128,15 +128,15 @@ def main() -> None:
     quality = ClassifierQuality(classifier="mnist/features", reference="mnist/real_features")
     quality.prepare(device)
     noise = torch.randn(given.samples, *model.state_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    jobs = [(reward, name) for reward in given.rewards for name in variants(given.budget, None)]
-    if given.value is not None:
-        every = list(variants(given.budget, given.value))
-        jobs += [(MIXTURE, name) for name in every if (MIXTURE, name) not in jobs]
+    every = variants(given.budget, given.value)
+    plain = variants(given.budget, None)
+    # the value is that of the class mixture
+    jobs = [(reward, name) for reward in given.rewards for name in every if name in plain or reward == MIXTURE]
     rows, first = [], {}
     for reward, name in track(jobs, describe=lambda job: f"{job[0]}: {job[1]}"):
         spec, scale = REWARDS[reward]
         target = Target(model, build(dict(spec)).to(device), PixelDecoder(), reward_scale=scale)
-        make, steps = variants(given.budget, given.value)[name]
+        make, steps = every[name]
         method = Steering(make(), TimeGrid(steps), clip=2.0, base_step="flow_map")
         with autocast(device, given.precision):
             result = method(target, noise, torch.Generator(device).manual_seed(1))

@@ -129,7 +129,7 @@ class TextToImageFlow(PromptedPipeline):
             cast(Any, self.decoder.vae).enable_gradient_checkpointing(self._recomputed)
 
     def use_for_gradients(self, decoder: TinyDecoder) -> None:
-        """Differentiate rewards through a small decoder in the VAE's place; images are still the VAE's.
+        """Have the gradients of images go back through a small decoder; images are still the VAE's.
 
         Raises:
             ValueError: for a decoder of other latents.

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mfm_lightning.networks.decoders import Decoder, decoded_in_parts
+from mfm_lightning.networks.decoders import Decoder, GradientPath, decoded_in_parts
 from mfm_lightning.utils.devices import out_of_memory
 from mfm_lightning.utils.row_budget import MaxRows, RowBudget, in_parts
 
@@ -26,7 +26,7 @@ class LatentDecoder(Decoder):
         place: device of the VAE, on which it stays; it moves with the decoder where None.
 
     Attributes:
-        gradients: decodes in the VAE's place where a gradient is wanted; None for the VAE itself.
+        gradients: a small decoder, through which gradients go back; images are the VAE's. None for the VAE itself.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class LatentDecoder(Decoder):
         self.vae, self.unscaled, self.max_rows = vae.eval().requires_grad_(False), unscaled, max_rows
         self.place = place
         self.gradients: Decoder | None = None
+        self._path = GradientPath()
         self.budget, self.gradient_budget = RowBudget("the VAE"), RowBudget("the VAE with gradients")
         if place is not None:
             self.vae.to(place)
@@ -57,7 +58,7 @@ class LatentDecoder(Decoder):
 
     def forward(self, states: Tensor) -> Tensor:
         if self.gradients is not None and torch.is_grad_enabled() and states.requires_grad:
-            return self.gradients(states)
+            return self._path(self.gradients, states, self(states.detach()))
         return ((self._images(states) + 1) / 2).clamp(0, 1)  # without a name, which would keep them in memory
 
     def _images(self, states: Tensor) -> Tensor:

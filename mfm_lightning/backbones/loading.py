@@ -94,7 +94,7 @@ def load_flow(
             text_encoders: cpu}`; the transformer over all GPUs: `{transformer: balanced}`, or by module as accelerate's
             `device_map` (`mfm_lightning.backbones.placement.Placement`).
         gradient_vae: a small decoder (`mfm_lightning.networks.TinyDecoder`), folder or Hugging Face id, such as
-            madebyollin/taesd3: rewards are differentiated through it, and images are still the VAE's.
+            madebyollin/taesd3: gradients of images go back through it, and images are still the VAE's.
 
     Raises:
         FileNotFoundError: if it is not there, and may not be fetched.
@@ -129,7 +129,9 @@ def load_flow(
     if gradient_vae is not None:
         rows = 8 if isinstance(max_rows, str) else max_rows
         small = TinyDecoder(gradient_vae, True, rows, PRECISIONS[dtype], allow_download)
-        small.load()
+        config = read_json((folder / "vae" if vae is None else Path(vae)) / "config.json")
+        if (channels := config.get("latent_channels", config.get("z_dim"))) is not None:
+            small.check_channels(channels)
     encoders = [part for part in index if part.startswith("text_encoder")]
     common: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
     common |= {part: None for part, said in index.items() if said == [None, None]}  # such as SD3's T5, left out

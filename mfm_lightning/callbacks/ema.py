@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from mfm_lightning.checkpoints.post_hoc_ema import power
 from mfm_lightning.training.sharding import like, reshard, whole
+
+log = logging.getLogger(__name__)
 
 
 class EMA(L.Callback):
@@ -125,10 +128,15 @@ class EMA(L.Callback):
         average = dict(self.average)
         if any(isinstance(tensor, DTensor) for tensor in average.values()):
             average = whole(average, keep=dist.get_rank() == 0, device="cpu")  # the rank that writes it
-        return {"average": average, "num_updates": self.num_updates}
+        return {"average": average, "num_updates": self.num_updates, "sigma_rel": self.sigma_rel}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average, self.num_updates = dict(state_dict["average"]), state_dict["num_updates"]
+        if (before := state_dict.get("sigma_rel")) != self.sigma_rel:
+            log.warning(
+                "the average of the weights goes on with ema.sigma_rel %s, and was made with %s until step %d",
+                self.sigma_rel, before, self.num_updates,
+            )  # fmt: skip
 
 
 def _trained(module: nn.Module) -> list[tuple[str, Tensor]]:

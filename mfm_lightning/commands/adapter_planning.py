@@ -185,7 +185,7 @@ def _planned(
         adapters.extend(added(flow))
 
     source, _, flow, fake = flow_of_sizes(
-        options["name"], dtype, options.get("vae"), begin, max_rows=rows, **own, **more
+        options["name"], dtype, options.get("vae"), begin, options.get("gradient_vae"), max_rows=rows, **own, **more
     )
     given = conditions_of_sizes(flow, guidance, fake)
     if options.get("checkpointing"):

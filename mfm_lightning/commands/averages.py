@@ -8,6 +8,7 @@ from pathlib import Path
 from mfm_lightning.commands.errors import CommandLineError
 
 log = logging.getLogger(__name__)
+ROUNDED = 1e-3  # of the weights: from here on it is said
 MISSED = 0.1  # of a profile's norm: from here on it is said that the average is another one
 
 
@@ -31,13 +32,17 @@ def average(path: Path, *, sigma_rel: float, output: Path, step: int | None = No
     from mfm_lightning.checkpoints.post_hoc_ema import average_snapshots
 
     folder = path / "ema" if (path / "ema").is_dir() else path
-    found, number, missed = average_snapshots(folder, output, sigma_rel, step)
+    found = average_snapshots(folder, output, sigma_rel, step)
     log.info(
-        "average of sigma_rel %g up to step %d, of %d snapshots in %s, written to %s",
-        sigma_rel, found, number, folder, output,
+        "average of sigma_rel %g up to step %d, of %d snapshots in %s, written to %s; its profile is off by %.1f %%",
+        sigma_rel, found.profile.last, found.snapshots, folder, output, 100 * found.missed,
     )  # fmt: skip
-    if missed > MISSED:
+    if found.missed > MISSED:
+        log.warning("that is much: the snapshots are too few for this length, or of lengths too far from it")
+    if found.profile.begin:
+        log.warning("the averages begin at step %d: the width is a share of the steps since", found.profile.begin)
+    if found.rounding > ROUNDED:
         log.warning(
-            "its profile is off by %.0f %%: snapshots are too few for this length, or of lengths too far from it",
-            100 * missed,
-        )
+            "the rounding of the files' numbers becomes %.2f %% of the weights: for this length let EMASnapshots write "
+            "fp32", 100 * found.rounding,
+        )  # fmt: skip

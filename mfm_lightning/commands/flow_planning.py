@@ -67,7 +67,7 @@ class FlowPlan:
 
     def total(self, gradient: bool, checkpointing: bool) -> int:
         """Bytes that a method needs, with or without gradients, besides its reward."""
-        work = [CHECKPOINTED if checkpointing else GRADIENT] if gradient else [DRIFT, DECODING]
+        work = [CHECKPOINTED if checkpointing else GRADIENT, DECODING] if gradient else [DRIFT, DECODING]
         return self.resident + max(self.peaks[name] for name in work)
 
 
@@ -114,20 +114,13 @@ def plan_flow(
     options: dict[str, Any] = {"max_sequence_length": max_sequence_length}
     options |= {} if true_guidance is None else {"true_guidance": true_guidance}
     options |= {"image_size": image_size, "max_rows": max_rows, "attention": attention, "tiled": tiled}
-    source, made, flow, fake = flow_of_sizes(name, torch_dtype, vae, **options)
+    source, made, flow, fake = flow_of_sizes(name, torch_dtype, vae, gradient_vae=gradient_vae, **options)
     given = conditions_of_sizes(flow, guidance, fake)
     found = FlowPlan(source, flow.image_size, rows, max_rows)
     for part, network in made.items():
         found.parameters[part] = sum(p.numel() for p in network.parameters())
         found.weights[part] = _bytes(network)
-    if gradient_vae is not None:
-        file = Path(gradient_vae) / "config.json"
-        config = _read(file) if file.is_file() else {"latent_channels": flow.channels}
-        network: Any = _on_meta("diffusers", "AutoencoderTiny", config, DTYPES[torch_dtype])
-        with fake:
-            network.to_empty(device="cpu")
-        small = TinyDecoder.of_network(network, max_rows=max_rows)
-        flow.use_for_gradients(small)
+    if isinstance(small := flow.decoder.gradients, TinyDecoder):
         found.parameters["gradient_vae"] = sum(p.numel() for p in small.load().parameters())
         found.weights["gradient_vae"] = _bytes(small.load())
     gradient = _gradient(method)
@@ -148,6 +141,7 @@ def flow_of_sizes(
     torch_dtype: str,
     vae: str | None,
     begin: Callable[[TextToImageFlow], None] | None = None,
+    gradient_vae: str | None = None,
     **options: Any,
 ) -> tuple[str, dict[str, nn.Module], TextToImageFlow, FakeTensorMode]:
     """A flow on tensors without content: where its sizes are from, its parts, the flow, and the mode it runs in.
@@ -157,6 +151,7 @@ def flow_of_sizes(
         torch_dtype: as `plan_flow`.
         vae: as `plan_flow`.
         begin: called with the flow while its tensors have no memory either, to add modules to it.
+        gradient_vae: as `plan_flow`.
         options: of the flow.
     """
     if torch_dtype not in DTYPES:
@@ -180,6 +175,13 @@ def flow_of_sizes(
             begin(flow)
     with fake:
         flow.to_empty(device="cpu")
+    if gradient_vae is not None:
+        file = Path(gradient_vae) / "config.json"
+        config = _read(file) if file.is_file() else {"latent_channels": flow.channels}
+        network: Any = _on_meta("diffusers", "AutoencoderTiny", config, DTYPES[torch_dtype])
+        with fake:
+            network.to_empty(device="cpu")
+        flow.use_for_gradients(TinyDecoder.of_network(network, max_rows=options["max_rows"]))
     return source, made, flow, fake
 
 

@@ -107,6 +107,8 @@ class PromptFinetuning(TiltedTraining):
         self.policy = LoRANetwork.on_flow(flow, rank=rank, alpha=alpha, ranks=ranks, targets=targets)
         said = {"reward": reward, "scale": reward_scale, "guidance": guidance, "negative": negative}
         said |= {"rank": rank, "alpha": alpha, "ranks": ranks, "targets": targets}
+        if flow.decoder.gradients is not None:
+            said["gradients"] = repr(flow.decoder.gradients)
         self.identity = {
             "flow": self.policy.config["base"],
             "mfm": None if mfm is None else fingerprint(mfm),

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from mfm_lightning.networks.vae import VAE, load_vae, scale_and_shift
 from mfm_rewards.execution import Precision, autocast, check_precision
 
+log = logging.getLogger(__name__)
 Numbers = float | Sequence[float]
+ALIKE = 0.8  # correlation of images below which a small decoder is not taken for one of the same latents
 LATENTS = "latents"  # in a file's metadata: scale and shift of the latents that its model was trained on, as JSON
 
 
@@ -113,8 +118,7 @@ class VAEDecoder(Decoder):
         allow_download: fetch the weights where they are not there.
         shift: what is subtracted from the latents before, or a number for each channel; the VAE's own (0 for SD's)
             where None.
-        gradients: decodes in its place where a gradient is wanted, such as a `TinyDecoder`: rewards are differentiated
-            through it, and told by the VAE.
+        gradients: a `TinyDecoder` of the same latents, through which gradients go back; images are the VAE's.
 
     Raises:
         FileNotFoundError: when used, if the weights are not there.
@@ -146,7 +150,7 @@ class VAEDecoder(Decoder):
         self.path, self.scale, self.shift, self.clamp, self.max_rows = path, scale, shift, clamp, max_rows
         self.tiled, self.allow_download = tiled, allow_download
         self.precision: Precision = precision
-        self.gradients = gradients
+        self.gradients, self._path = gradients, GradientPath()
         self._vae: list[VAE] = []  # in a list, so that it is no part of a checkpoint
         self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
@@ -185,7 +189,7 @@ class VAEDecoder(Decoder):
     def forward(self, states: Tensor) -> Tensor:
         graph = torch.is_grad_enabled() and states.requires_grad
         if graph and self.gradients is not None:
-            return self.gradients(states)
+            return self._path(self.gradients, self._own_states(states), self(states.detach()))
         if not graph and self._last is not None:
             last, version, images = self._last
             if last() is states and version == states._version:
@@ -197,12 +201,22 @@ class VAEDecoder(Decoder):
         return images
 
     def _decode(self, vae: VAE, part: Tensor) -> Tensor:
-        own_scale, own_shift = scale_and_shift(vae)
+        with autocast(part.device, self.precision):
+            return vae.decode(self._latents(part)).sample.float()
+
+    def _own_states(self, states: Tensor) -> Tensor:
+        """As the VAE's own numbers make them of its latents, which a small decoder takes."""
+        if self.scale is None and self.shift is None:
+            return states
+        own_scale, own_shift = scale_and_shift(self._load())
+        return (self._latents(states) - own_shift) * own_scale
+
+    def _latents(self, states: Tensor) -> Tensor:
+        """What the VAE gave, in float32."""
+        own_scale, own_shift = scale_and_shift(self._load())
         scale = own_scale if self.scale is None else self.scale
         shift = own_shift if self.shift is None else self.shift
-        with autocast(part.device, self.precision):
-            latents = part.float() / self._of(part, "scale", scale) + self._of(part, "shift", shift)
-            return vae.decode(latents).sample.float()
+        return states.float() / self._of(states, "scale", scale) + self._of(states, "shift", shift)
 
     def _of(self, part: Tensor, name: str, given: Numbers) -> Tensor:
         """The numbers of channels, as they are computed with."""
@@ -210,6 +224,48 @@ class VAEDecoder(Decoder):
         if len(numbers) not in (1, part.shape[1]):
             raise ValueError(f"decoder.{name} has {len(numbers)} numbers, states have {part.shape[1]} channels")
         return numbers
+
+
+class GradientPath:
+    """Images of one decoder whose gradients go back through another, smaller one (straight-through): rewards are of the
+    images that there will be, and their derivative by pixels is exact; that of pixels by states is the small one's."""
+
+    def __init__(self) -> None:
+        self._looked = False
+
+    def __call__(self, small: Decoder, states: Tensor, images: Tensor) -> Tensor:
+        """`images` `(B, C, H, W)` of `states`, without a graph, with the gradient of the small decoder's.
+
+        Raises:
+            ValueError: if the small decoder's images are of another size.
+        """
+        through = small(states)
+        if through.shape != images.shape:
+            raise ValueError(
+                f"the small decoder gives images {tuple(through.shape[1:])}, and the VAE {tuple(images.shape[1:])}: it "
+                "is for other latents"
+            )
+        if not self._looked and not isinstance(images, FakeTensor):  # which has no numbers, when memory is planned
+            self._looked = True
+            alike = torch.corrcoef(torch.stack([through.detach().flatten(), images.flatten().to(through)]))[0, 1]
+            if alike < ALIKE:
+                log.warning(
+                    "the small decoder's images have a correlation of %.2f with the VAE's, so that gradients through "
+                    "it may be wrong: is it for these latents? (%s)", alike, small,
+                )  # fmt: skip
+        return _StraightThrough.apply(through, images)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of `images`, the gradient of `through`."""
+
+    @staticmethod
+    def forward(ctx: Any, through: Tensor, images: Tensor) -> Tensor:
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def decoded_in_parts(decode: Callable[[Tensor], Tensor], states: Tensor, max_rows: int) -> Tensor:

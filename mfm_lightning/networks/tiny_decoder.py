@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mfm_lightning.networks.decoders import Decoder, decoded_in_parts
 from mfm_lightning.networks.vae import CONFIG, check_weights
+from mfm_lightning.utils.devices import out_of_memory
 from mfm_rewards.execution import Precision, autocast, check_precision
 from mfm_rewards.weights import CheckpointError
 
@@ -18,8 +19,8 @@ from mfm_rewards.weights import CheckpointError
 class TinyDecoder(Decoder):
     """Latents to images by diffusers' AutoencoderTiny, such as TAESD (madebyollin/taesd for SD's latents, taesdxl for
     SDXL's, taesd3 for SD3's, taef1 for FLUX.1's). It takes states as flows have them, x = (z - shift) scale of the
-    latents z of the large VAE, and has no numbers of its own. Its images are blurred beside the VAE's: it is for
-    gradients of rewards, where most of the cost of the VAE is.
+    latents z of the large VAE by that VAE's own numbers. Its images are blurred beside the VAE's: it is for gradients
+    of rewards (`VAEDecoder.gradients`, `load_flow(gradient_vae=...)`), which take most memory and time there.
 
     Args:
         path: a folder that `AutoencoderTiny.from_pretrained` reads, or a Hugging Face id.
@@ -91,7 +92,7 @@ class TinyDecoder(Decoder):
         return images.clamp(0, 1) if self.clamp else images
 
     def _decode(self, network: Any, part: Tensor) -> Tensor:
-        with autocast(part.device, self.precision):
+        with out_of_memory("the small decoder", "max_rows"), autocast(part.device, self.precision):
             return network.decode(part.to(network.dtype)).sample.float()
 
 

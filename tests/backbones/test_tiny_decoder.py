@@ -12,12 +12,16 @@ from mfm_lightning.networks import TinyDecoder
 from mfm_rewards.weights import CheckpointError
 from tests.backbones import encoders, tiny
 
+# two pixels a latent, as `tiny.kl_vae`
+SIZES = {
+    "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}  # fmt: skip
+
 
 def small(channels=tiny.CHANNELS):
-    """Of diffusers' class, two pixels a latent as `tiny.kl_vae`."""
-    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
-    return tiny.random_weights(AutoencoderTiny(latent_channels=channels, **blocks, **counts), 3)
+    """Of diffusers' class."""
+    return tiny.random_weights(AutoencoderTiny(latent_channels=channels, **SIZES), 3)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,10 @@ def test_a_vae_told_by_itself_and_differentiated_through_the_small_one(folder):
     assert torch.equal(both(x), plain(x))
     with torch.no_grad():
         assert torch.equal(both(x.clone().requires_grad_()), plain(x))
-    torch.testing.assert_close(gradient(both, x), gradient(through, x))
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(through(leaf), leaf, 2 * plain(x))  # of the VAE's pixels, back by the small one
+    torch.testing.assert_close(gradient(both, x), expected)
+    assert torch.equal(both(x.clone().requires_grad_()).detach(), plain(x))  # what is scored is what there will be
     assert (gradient(both, x) - gradient(plain, x)).abs().max() > 1e-3
     assert both.missing() == []
     nowhere = VAEDecoder(str(folder / "vae"), gradients=TinyDecoder("nowhere"))
@@ -89,14 +96,67 @@ def test_a_flow_is_steered_through_it(folder):
     steered = method(Target(flow, reward, flow.decoder, given), x).states
     state = x.clone().requires_grad_()
     b = flow.drift(t, state, given)
-    images = ((small().decode(state + (1 - t) * b).sample + 1) / 2).clamp(0, 1)
-    (slope,) = torch.autograd.grad(reward(images).sum(), state)
+    denoised = state + (1 - t) * b
+    images = plain.decoder(denoised.detach())  # the VAE's, of which the reward is
+    slope = 2 * images / images[0].numel()
+    through = ((small().decode(denoised).sample + 1) / 2).clamp(0, 1)
+    (slope,) = torch.autograd.grad(through, state, slope)
     expected = x + (then - t) * (b.detach() + (1 - t) / t * slope)
     torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-5)
     other = method(Target(plain, reward, plain.decoder, given), x).states
     assert (steered - other).abs().max() > 1e-4
     assert "gradients" not in plain.identity  # folders of before are gone on with
     assert "small" in flow.identity["gradients"]
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"scale": 0.3}, {"shift": 0.5}, {"scale": [1.0, 2.0, 3.0, 4.0], "shift": [0.1, 0.2, 0.3, 0.4]}]
+)
+def test_states_with_numbers_of_their_own(folder, numbers):
+    """The small decoder takes latents z as (z - 0.11) 0.7, by the VAE's config, whatever x = (z - shift) scale is."""
+    z, through = latents(), TinyDecoder(str(folder / "small"))
+    scale, shift = (
+        torch.tensor(numbers.get(k, usual)).reshape(-1, 1, 1) for k, usual in (("scale", 0.7), ("shift", 0.11))
+    )
+    both = VAEDecoder(str(folder / "vae"), gradients=through, **numbers)
+    plain = VAEDecoder(str(folder / "vae"))
+    found = gradient(both, (z - shift) * scale)
+    leaf = ((z - 0.11) * 0.7).requires_grad_()
+    (expected,) = torch.autograd.grad(through(leaf), leaf, 2 * plain(leaf.detach()))
+    torch.testing.assert_close(found, expected * 0.7 / scale, rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_iterate_is_the_best_by_the_vae(folder):
+    """Scores with and without a gradient are compared with each other: both are of the VAE's images."""
+    both = VAEDecoder(str(folder / "vae"), gradients=TinyDecoder(str(folder / "small")))
+    plain = VAEDecoder(str(folder / "vae"))
+    x = latents().requires_grad_()
+    scores = [decoder(states).mean(dim=(1, 2, 3)) for decoder in (both, plain) for states in (x, x.detach())]
+    for score in scores[1:]:
+        assert torch.equal(score.detach(), scores[0].detach())
+
+
+def test_a_decoder_of_other_latents_is_said_or_refused(folder, caplog):
+    both = VAEDecoder(str(folder / "vae"), gradients=TinyDecoder(str(folder / "small")))
+    gradient(both, latents())
+    gradient(both, latents())
+    assert caplog.text.count("is it for these latents?") == 1  # of random weights, once
+
+    class Same(TinyDecoder):
+        def forward(self, states):
+            return VAEDecoder(str(folder / "vae"))(states)
+
+    caplog.clear()
+    gradient(VAEDecoder(str(folder / "vae"), gradients=Same("same")), latents())
+    assert "correlation" not in caplog.text
+    wide = AutoencoderTiny(
+        latent_channels=4, **{**SIZES, "num_decoder_blocks": (1, 1, 1), "decoder_block_out_channels": (8, 8, 8)}
+    )
+    other = VAEDecoder(str(folder / "vae"), gradients=TinyDecoder.of_network(wide))
+    with pytest.raises(
+        ValueError, match=r"gives images \(3, 16, 16\), and the VAE \(3, 8, 8\): it is for other latents"
+    ):
+        gradient(other, latents())
 
 
 def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
@@ -106,10 +166,9 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, monkeypatch):
         load_flow(folder / "sd3", gradient_vae="nowhere")
     with pytest.raises(CheckpointError, match=r"small decoder .*vae: .* weights are not in its file"):
         load_flow(folder / "sd3", gradient_vae=str(folder / "vae"))
-    assert not asked  # before the pipeline is read
-    monkeypatch.undo()
     with pytest.raises(ValueError, match="decodes latents of 3 channels, and these have 4"):
-        load_flow(folder / "sd3", torch_dtype="float32", gradient_vae=str(folder / "other"))
+        load_flow(folder / "sd3", gradient_vae=str(folder / "other"))
+    assert not asked  # before the pipeline is read
     with pytest.raises(ValueError, match="max_rows 0 must be at least 1"):
         TinyDecoder("any", max_rows=0)
     broken = small()

@@ -1,5 +1,6 @@
 """Power-function averages of weights, and those of any length from a run's snapshots."""
 
+import json
 from pathlib import Path
 
 import lightning as L
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from mfm_lightning.callbacks import EMA, EMASnapshots
 from mfm_lightning.checkpoints import CheckpointError, load_model, read_metadata
-from mfm_lightning.checkpoints.post_hoc_ema import Profile, combination, power
+from mfm_lightning.checkpoints.post_hoc_ema import Profile, combination, power, snapshots_in
 from mfm_lightning.commands.averages import average
 from mfm_lightning.commands.errors import CommandLineError
 from mfm_lightning.commands.main import call
-from mfm_lightning.modules import RewardFinetuning
-from tests.inputs.tiny_runs import CONFIG, fit
+from mfm_lightning.modules import Autoencoding, Classification, RewardFinetuning
+from tests.inputs.tiny_runs import CONFIG, fit, last
 from tests.processes import torchrun
 
 PATH = "mfm_lightning.callbacks.EMASnapshots"
@@ -37,10 +38,15 @@ def test_a_width_is_the_standard_deviation_of_its_profile(width):
     assert (square - mean**2).sqrt().item() == pytest.approx(width, rel=1e-4)
 
 
-@pytest.mark.parametrize("width", [0.0, -0.1, 0.3, float("nan")])
+@pytest.mark.parametrize("width", [0.0, -0.1, 0.289, float("nan")])
 def test_a_width_that_no_power_has_is_refused(width):
     with pytest.raises(ValueError, match=r"must lie in \(0, 0.2887\]"):
         EMA(sigma_rel=width)
+
+
+def test_the_longest_width_is_the_plain_mean():
+    assert power(0.2887) == power(12**-0.5) == 0
+    assert EMA(sigma_rel=0.2887)._decay_at(4) == 3 / 4
 
 
 @pytest.mark.parametrize("width", [0.05, 0.2])
@@ -68,7 +74,7 @@ def test_snapshots_add_up_to_another_profile(wanted, largest):
     assert sum(weights) == pytest.approx(1, abs=1e-9)
     found = torch.zeros(steps, dtype=torch.float64)
     for profile, weight in zip(kept, weights, strict=True):
-        found[: profile.step] += weight * shares(profile.step, power(profile.sigma_rel))
+        found[: profile.last] += weight * shares(profile.last, power(profile.sigma_rel))
     exact = shares(steps, power(wanted))
     error = ((found - exact).norm() / exact.norm()).item()
     assert error < largest
@@ -125,7 +131,10 @@ def test_the_average_of_a_run_after_the_fact(run, monkeypatch, caplog, width, st
     assert torch.cat(errors).norm() < within * torch.cat(moved).norm()
     assert torch.cat(moved).norm() > 0.05  # there is something to be wrong about
     said = read_metadata("found.safetensors")
-    assert (said["step"], said["sigma_rel"], said["kind"]) == (str(step), f"{width:g}", "meta_flow_map")
+    number = step + 2 * (step > 21)  # the end of the run that was stopped stays
+    assert (said["step"], said["kind"]) == (str(step), "meta_flow_map")
+    assert said["averaged"] == f"sigma_rel {width:g}, of {number} snapshots"
+    assert not {"sigma_rel", "begin"} & said.keys()  # it is no snapshot itself
     assert load_model("found.safetensors").state_shape == (1, 8, 8)
     # 21 is the end of the run that was stopped, and stays
     assert (
@@ -137,7 +146,7 @@ def test_the_average_of_a_run_after_the_fact(run, monkeypatch, caplog, width, st
 def test_a_length_far_from_those_kept_is_said(run, monkeypatch, caplog):
     monkeypatch.chdir(run)
     mfm_average("run/ema", "--sigma_rel=0.01", "--output=found.safetensors")
-    assert "its profile is off by" in caplog.text
+    assert "that is much: the snapshots are too few for this length" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -146,6 +155,7 @@ def test_a_length_far_from_those_kept_is_said(run, monkeypatch, caplog):
         (["run", "--sigma_rel=0.4", "--output=a.safetensors"], ValueError, r"sigma_rel 0.4 must lie in \(0, 0.2887\]"),
         (["run", "--sigma_rel=0.1", "--output=a.safetensors", "--step=3"], FileNotFoundError, "no snapshot of step 3"),
         (["run/logs", "--sigma_rel=0.1", "--output=a.safetensors"], FileNotFoundError, "no snapshots of averages in"),
+        (["run", "--sigma_rel=0.1", "--output=run/ema/a.safetensors"], ValueError, "would lie among the snapshots"),
         (["run", "--sigma_rel=0.1", "--output=a.pt"], CommandLineError, "expected a name that ends in .safetensors"),
     ],
 )
@@ -179,14 +189,68 @@ def test_a_run_anew_removes_the_snapshots_of_the_one_before(tmp_path, monkeypatc
     assert sorted(path.stem for path in Path("run/ema").iterdir()) == names
 
 
-def test_smaller_files(tmp_path, monkeypatch):
+def test_what_else_is_in_the_folder_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = '[{"class_path": "%s", "init_args": {"every": 2, "precision": "bf16", "sigma_rel": [0.1, 0.2]}}]'
-    fit("run", 2, "--trainer.callbacks", options % PATH)
+    fit("run", 2, "--trainer.callbacks", SNAPSHOTS)
+    mine = Path("run/ema/mine.safetensors")
+    mine.write_bytes(Path("run/model.safetensors").read_bytes())
+    fit("run", 2, "--trainer.callbacks", SNAPSHOTS, "--overwrite")
+    assert mine.is_file()
+    assert len(snapshots_in("run/ema")) == 2
+    copy = Path("run/ema/00000002-0.10.safetensors")
+    copy.write_bytes(Path("run/ema/00000002-0.1.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="are of one step and width: keep one of them"):
+        mfm_average("run", "--sigma_rel=0.07", "--output=a.safetensors")
+
+
+def test_averages_that_begin_at_a_later_step(run, tmp_path, monkeypatch, caplog):
+    """A run whose checkpoint has none: their profile is that of the steps since."""
+    monkeypatch.chdir(tmp_path)
+    recorder, Recorder.kept = f'{{"class_path": "{__name__}.Recorder"}}', {}
+    fit("run", 6, "--trainer.callbacks", f"[{recorder}]")
+    callbacks = f'[{{"class_path": "{PATH}", "init_args": {{"every": 4}}}}, {recorder}]'
+    fit("run", 10, "--trainer.callbacks", callbacks, "--ckpt_path=last")
+    assert "no averages of EMASnapshots: they begin at step 6" in caplog.text
+    fit("run", 14, "--trainer.callbacks", callbacks, "--ckpt_path=last")  # which knows where they began
+    (*_, last) = snapshots_in("run/ema")
+    assert (last.last, last.begin, last.steps) == (14, 6, 8)
+    mfm_average("run", "--sigma_rel=0.1", "--output=found.safetensors")
+    assert "the averages begin at step 6: the width is a share of the steps since" in caplog.text
+    for name, tensor in load_file("found.safetensors").items():
+        weights = torch.stack([Recorder.kept[k][name].double() for k in range(7, 15)])
+        exact = torch.tensordot(shares(8, power(0.1)), weights, dims=1)
+        torch.testing.assert_close(tensor.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_that_goes_on_with_another_profile_is_said(caplog):
+    module = nn.Linear(2, 2)
+    ema = EMA(sigma_rel=0.1)
+    ema.start(module)
+    ema.update(module, 1)
+    EMA(sigma_rel=0.1).load_state_dict(ema.state_dict())
+    EMA().load_state_dict({"average": {}, "num_updates": 3})  # of an older checkpoint
+    assert not caplog.text
+    EMA().load_state_dict(ema.state_dict())
+    assert "goes on with ema.sigma_rel None, and was made with 0.1 until step 1" in caplog.text
+
+
+@pytest.mark.parametrize(("precision", "trainer"), [("bf16", "32-true"), ("fp32", "bf16-true")])
+def test_the_numbers_of_files(tmp_path, monkeypatch, caplog, precision, trainer):
+    """As `precision` says, also where the weights are of 16 bits: the averages are float32."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"every": 2, "precision": precision, "sigma_rel": [0.1, 0.2]}
+    callbacks = json.dumps([{"class_path": PATH, "init_args": settings}])
+    fit("run", 2, "--trainer.callbacks", callbacks, f"--trainer.precision={trainer}")
     snapshot = load_file("run/ema/00000002-0.2.safetensors")
-    assert {tensor.dtype for tensor in snapshot.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    dtypes = {tensor.dtype for tensor in snapshot.values() if tensor.is_floating_point()}
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    averaged = last("run")["callbacks"]["EMASnapshots"]["averages"]["0.2"]["average"]
+    for name, tensor in averaged.items():
+        found = snapshot[name.removeprefix("model.network.")]
+        assert torch.equal(found, tensor.to(found.dtype)), name
     mfm_average("run", "--sigma_rel=0.1", "--output=a.safetensors")
     assert {tensor.dtype for tensor in load_file("a.safetensors").values()} == {torch.float32}
+    assert ("rounding of the files' numbers" in caplog.text) == (precision == "bf16")
 
 
 def test_settings_out_of_range():
@@ -196,15 +260,26 @@ def test_settings_out_of_range():
         EMASnapshots(0)
     with pytest.raises(ValueError, match="unknown precision 'half'"):
         EMASnapshots(10, precision="half")
+    for folder in (".", "", "/tmp", "../other"):
+        with pytest.raises(ValueError, match="one for the snapshots alone"):
+            EMASnapshots(10, folder=folder)
     callback = EMASnapshots(10, sigma_rel=(0.1, 0.2))
     with pytest.raises(ValueError, match=r"the checkpoint has averages of sigma_rel 0.05, 0.1, not 0.2"):
         callback.load_state_dict(EMASnapshots(10).state_dict())
 
 
-def test_merged_adapters_have_no_average(monkeypatch):
-    """Their file is a copy into which they are merged, which is no sum of the copies before it."""
+@pytest.mark.parametrize("kind", [Classification, Autoencoding])
+def test_a_file_that_says_more_than_weights_has_no_average(kind):
     module = nn.Module()
-    module.__class__ = type("Merged", (RewardFinetuning,), {"exported": property(lambda self: nn.Linear(1, 1))})
+    module.__class__ = kind
+    with pytest.raises(ValueError, match="made of more than its weights"):
+        EMASnapshots(10).setup(L.Trainer(logger=False, enable_checkpointing=False), module, "fit")
+
+
+def test_merged_adapters_have_no_average():
+    module = nn.Module()
+    module.__class__ = RewardFinetuning
+    module.adapters = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="made of more than its weights"):
         EMASnapshots(10).setup(L.Trainer(logger=False, enable_checkpointing=False), module, "fit")
 
