@@ -163,14 +163,14 @@ def average_snapshots(folder: str | Path, output: str | Path, sigma_rel: float, 
             steps.
     """
     power(sigma_rel)
-    if Path(output).resolve().parent == Path(folder).resolve():
-        raise ValueError(f"{output} would lie among the snapshots: write it elsewhere")
     there = snapshots_in(folder) if Path(folder).is_dir() else {}
     if not there:
         raise FileNotFoundError(
             f"no snapshots of averages in {folder}: the callback mfm_lightning.callbacks.EMASnapshots leaves them in "
             "RUN/ema"
         )
+    if Path(output).resolve().parent == Path(folder).resolve():
+        raise ValueError(f"{output} would lie among the snapshots: write it elsewhere")
     steps = sorted({profile.last for profile in there})
     step = steps[-1] if step is None else step
     if step not in steps:

@@ -154,6 +154,7 @@ def test_a_length_far_from_those_kept_is_said(run, monkeypatch, caplog):
     [
         (["run", "--sigma_rel=0.4", "--output=a.safetensors"], ValueError, r"sigma_rel 0.4 must lie in \(0, 0.2887\]"),
         (["run", "--sigma_rel=0.1", "--output=a.safetensors", "--step=3"], FileNotFoundError, "no snapshot of step 3"),
+        ([".", "--sigma_rel=0.1", "--output=a.safetensors"], FileNotFoundError, "no snapshots of averages in"),
         (["run/logs", "--sigma_rel=0.1", "--output=a.safetensors"], FileNotFoundError, "no snapshots of averages in"),
         (["run", "--sigma_rel=0.1", "--output=run/ema/a.safetensors"], ValueError, "would lie among the snapshots"),
         (["run", "--sigma_rel=0.1", "--output=a.pt"], CommandLineError, "expected a name that ends in .safetensors"),
