@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,7 +38,6 @@ REWARDS: dict[str, tuple[dict[str, object], float]] = {
 FLOAT, DRAWS, ALL = "float32", "draws in bfloat16", "all in bfloat16"
 
 
-@dataclass
 class BfloatDraws(DrawGradient):
     """MFM-G whose draws and their gradients are computed in bfloat16."""
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +35,6 @@ from mfm_rewards.execution import autocast
 FIRST, MIXTURE = "a draw a step, fresh noise", "odd classes"
 
 
-@dataclass
 class KeptNoise(DrawGradient):
     """MFM-G whose draws have the same noise at each step (common random numbers)."""
 

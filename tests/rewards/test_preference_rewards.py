@@ -273,8 +273,15 @@ def test_execution_changes_neither_values_nor_gradients(tiny, images, name):
     assert torch.cosine_similarity(gradient.flatten(), expected[1].flatten(), dim=0) > 0.95
 
 
-@pytest.mark.parametrize("name", ["pickscore", "image_reward"])
-@pytest.mark.parametrize("options", [{}, {"checkpoint_activations": True}], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param("pickscore", {}, marks=pytest.mark.long),
+        ("pickscore", {"checkpoint_activations": True}),
+        ("image_reward", {}),
+        ("image_reward", {"checkpoint_activations": True}),
+    ],
+)
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same(tiny, images, options, name):
     if not (shutil.which("g++") or shutil.which("clang++")):
