@@ -116,18 +116,18 @@ class ValueErrors:
     """Estimates against reference values, with intervals over states.
 
     r: Pearson's, mean over repeats; bias: mean error; squared: mean squared error; variance: of a state's estimates
-    over repeats, 0 of a single one.
+    over repeats, None of a single one, which does not tell it.
     """
 
     r: Measured
     bias: Measured
     squared: Measured
-    variance: float
+    variance: float | None
 
     @classmethod
     def of(cls, values: Tensor, reference: Tensor) -> ValueErrors:
         """Of estimates `(k, B)` and a reference `(B,)`."""
         error = values.double() - reference.double()
-        variance = values.var(dim=0).mean().item() if len(values) > 1 else 0.0
+        variance = values.var(dim=0).mean().item() if len(values) > 1 else None
         bias, squared = mean_of(error.mean(dim=0)), mean_of(error.square().mean(dim=0))
         return cls(correlation(values, reference), bias, squared, variance)

@@ -133,7 +133,7 @@ class ValueEvaluation(DrawSettings, Evaluation[ValueModule]):
                 "NFE": row["NFE"],
                 "Pearson r (95 %)": f"{row['r']:.3f} ({row['r low']:.3f} to {row['r high']:.3f})",
                 "bias": f"{row['bias']:+.3f}",
-                "variance": f"{row['variance']:.4f}",
+                "variance": "-" if row["variance"] is None else f"{row['variance']:.4f}",
                 "ESS": f"{row['ESS']:.0f}",
             }
             for row in self._rows
