@@ -15,26 +15,17 @@ import torch
 from torch import Tensor
 
 from mfm_benchmarks.measure import clock
-from mfm_benchmarks.quality import ClassifierQuality
+from mfm_benchmarks.mnist_steering import REWARDS, MnistSteering
 from mfm_lightning.alignment.method import TimeGrid
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawGradient, Estimate
-from mfm_lightning.checkpoints import load_model
 from mfm_lightning.interpolant import Generators, Times
-from mfm_lightning.metrics.frechet import frechet_of_features
-from mfm_lightning.metrics.measured import Measured, mean_of, of_runs, ratio_of_runs, resampled
-from mfm_lightning.networks import PixelDecoder
+from mfm_lightning.metrics.measured import mean_of, of_runs, ratio_of_runs
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.devices import find_device
-from mfm_rewards import build
 from mfm_rewards.execution import autocast
 
-REWARDS: dict[str, tuple[dict[str, object], float]] = {
-    "brightness": ({"name": "brightness"}, 150.0),
-    "symmetry": ({"name": "symmetry"}, 1500.0),
-    "odd classes": ({"name": "class_mixture", "classifier": "mnist", "weights": [0, 1, 0, 1, 0, 2, 0, 2, 0, 4]}, 1.0),
-}
 FLOAT, DRAWS, ALL = "float32", "draws in bfloat16", "all in bfloat16"
 
 
@@ -57,11 +48,6 @@ def steered(target: Target, noise: Tensor, steps: int, precision: str) -> tuple[
     return states, clock(noise.device) - began
 
 
-def distance_of(features: Tensor, quality: ClassifierQuality) -> Measured:
-    """The Fréchet distance of features `(N, F)` to those of real images."""
-    return resampled(lambda x, weights: frechet_of_features(x, quality.gaussian, weights), features)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25], help="of the steering")
@@ -70,29 +56,23 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     given = parser.parse_args()
     device = find_device(given.device)
-    model = load_model("mnist").to(device).eval().requires_grad_(False)
-    quality = ClassifierQuality(classifier="mnist/features", reference="mnist/real_features")
-    quality.prepare(device)
-    noise = torch.randn(given.samples, *model.state_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    setup = MnistSteering.prepared(given.samples, device)
     settings, rows = [(name, steps) for name in REWARDS for steps in given.steps], []
     for name, steps in track(settings, describe=lambda setting: f"{setting[0]}, {setting[1]} steps"):
-        spec, scale = REWARDS[name]
-        target = Target(model, build(dict(spec)).to(device), PixelDecoder(), reward_scale=scale)
+        target = setup.target(name)
         seconds: dict[str, list[float]] = {precision: [] for precision in (FLOAT, DRAWS, ALL)}
         states: dict[str, Tensor] = {}
         for _ in range(given.rounds):
             for precision, times in seconds.items():
-                states[precision], taken = steered(target, noise, steps, precision)
+                states[precision], taken = steered(target, setup.noise, steps, precision)
                 times.append(taken)
-        with torch.no_grad():
-            rewards = {k: target.plain_rewards(x).cpu() for k, x in states.items()}
-            features = {k: quality.features(target.decoder(x)) for k, x in states.items()}
-        plain = distance_of(features[FLOAT], quality)
-        for precision, values in rewards.items():
+        judged = {precision: setup.judge(target, x) for precision, x in states.items()}
+        plain = judged[FLOAT]
+        for precision, found in judged.items():
             numbers = {
-                "value": mean_of(values),
-                "less float32's": mean_of(values - rewards[FLOAT]),
-                "Fréchet, ratio": distance_of(features[precision], quality).over(plain),
+                "value": mean_of(found.rewards),
+                "less float32's": mean_of(found.rewards - plain.rewards),
+                "Fréchet, ratio": found.distance.over(plain.distance),
                 "time, ratio": ratio_of_runs(seconds[precision], seconds[FLOAT]),
                 "seconds": of_runs(seconds[precision]),
             }

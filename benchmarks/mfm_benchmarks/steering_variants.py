@@ -16,20 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mfm_benchmarks.draw_precision import REWARDS, distance_of
-from mfm_benchmarks.quality import ClassifierQuality
+from mfm_benchmarks.mnist_steering import REWARDS, Judged, MnistSteering
 from mfm_lightning.alignment.method import TimeGrid
 from mfm_lightning.alignment.steering import Steering
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawGradient, Estimate, GradientEstimator, NetworkGradient
-from mfm_lightning.checkpoints import load_model
 from mfm_lightning.interpolant import Generators, Times
 from mfm_lightning.metrics.distances import frequency_distance
 from mfm_lightning.metrics.measured import mean_of, resampled
-from mfm_lightning.networks import PixelDecoder
 from mfm_lightning.utils.console import track, write_table
 from mfm_lightning.utils.devices import find_device
-from mfm_rewards import build
 from mfm_rewards.execution import autocast
 
 FIRST, MIXTURE = "a draw a step, fresh noise", "odd classes"
@@ -122,40 +118,33 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     given = parser.parse_args()
     device = find_device(given.device)
-    model = load_model("mnist").to(device).eval().requires_grad_(False)
-    quality = ClassifierQuality(classifier="mnist/features", reference="mnist/real_features")
-    quality.prepare(device)
-    noise = torch.randn(given.samples, *model.state_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    setup = MnistSteering.prepared(given.samples, device)
     every = variants(given.budget, given.value)
     plain = variants(given.budget, None)
     # the value is that of the class mixture
     jobs = [(reward, name) for reward in given.rewards for name in every if name in plain or reward == MIXTURE]
-    rows, first = [], {}
+    rows: list[dict[str, object]] = []
+    first: dict[str, Judged] = {}
     for reward, name in track(jobs, describe=lambda job: f"{job[0]}: {job[1]}"):
-        spec, scale = REWARDS[reward]
-        target = Target(model, build(dict(spec)).to(device), PixelDecoder(), reward_scale=scale)
+        target = setup.target(reward)
         make, steps = every[name]
         method = Steering(make(), TimeGrid(steps), clip=2.0, base_step="flow_map")
         with autocast(device, given.precision):
-            result = method(target, noise, torch.Generator(device).manual_seed(1))
-        with torch.no_grad():
-            values = target.plain_rewards(result.states).cpu()
-            features = quality.features(target.decoder(result.states))
-        distance = distance_of(features, quality)
-        if name == FIRST:
-            first[reward] = values, distance
+            result = method(target, setup.noise, torch.Generator(device).manual_seed(1))
+        judged = setup.judge(target, result.states)
+        reference = first.setdefault(reward, judged)  # the first variant comes first
         numbers = {
-            "value": mean_of(values),
-            "less the first's": mean_of(values - first[reward][0]),
-            "Fréchet, ratio": distance.over(first[reward][1]),
+            "value": mean_of(judged.rewards),
+            "less the first's": mean_of(judged.rewards - reference.rewards),
+            "Fréchet, ratio": judged.distance.over(reference.distance),
         }
         said = {key: number.text(3) for key, number in numbers.items()}
         said["L2 to the shares"] = ""
         if reward == MIXTURE:
-            weights = torch.tensor(spec["weights"], dtype=torch.float64)
-            found = resampled(frequency_distance, quality.classes(features), weights / weights.sum())
+            weights = torch.tensor(REWARDS[reward][0]["weights"], dtype=torch.float64)
+            found = resampled(frequency_distance, setup.quality.classes(judged.features), weights / weights.sum())
             said["L2 to the shares"] = found.text(3)
-        nfe = round(result.nfe.total / len(noise))
+        nfe = round(result.nfe.total / given.samples)
         rows.append({"reward": reward, "variant": name, "steps": steps, "NFE": nfe, **said})
     title = f"MFM-G at {given.budget} evaluations ({given.samples} samples, {given.precision}, {device})"
     write_table(rows, title, Path("outputs/steering_variants"), "steering_variants")

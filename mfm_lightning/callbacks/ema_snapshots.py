@@ -122,15 +122,16 @@ class EMASnapshots(L.Callback):
         step, folder = trainer.global_step, Path(trainer.default_root_dir) / self.folder
         first, prefix = trainer.is_global_zero, f"{pl_module.exported_part()}."
         with pl_module.whole_weights(to_write=True):
+            exported = pl_module.exported
+            state = exported.state_dict() if first else {}
             for width, average in self.averages.items():
                 averaged = whole(average.average, keep=first, device="cpu")
                 if not first:
                     continue
-                exported = pl_module.exported
                 header = {**file_header(exported, plain_class(exported)), **pl_module.file_metadata()}
                 # the averages themselves: in the place of bfloat16 weights they would be rounded
                 named = {name.removeprefix(prefix): tensor for name, tensor in averaged.items()}
-                tensors = {**exported.state_dict(), **{k: v for k, v in named.items() if k in exported.state_dict()}}
+                tensors = state | {name: tensor for name, tensor in named.items() if name in state}
                 profile = Profile(step, width, self.begin)
                 write_snapshot(folder, profile, tensors, header, DTYPES[self.precision])
         self._written = step

@@ -10,9 +10,15 @@ from mfm_benchmarks import decoder_costs, draw_precision, steering_variants
 from mfm_lightning.alignment import DrawGradient, NetworkGradient, Steering, Target, TimeGrid
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.networks import PixelDecoder, ValueDiT
+from tests.processes import ended, forked
 
 
 def test_operations_of_a_decoder_are_those_of_its_convolutions():
+    """In a process of its own: a gradient of tensors without content starts threads, after which a fork has none."""
+    assert ended(forked(check_operations)) == 0
+
+
+def check_operations():
     """What the small decoder adds to the VAE's own images, against a count by hand: 2 products a weight and pixel,
     forward and for the input; and the VAE's attention has none that are not counted in both."""
     networks, counted = decoder_costs.networks(), {}
