@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,7 @@ __all__ = ["MetaFlowMap", "posterior_steps", "velocity_and_jvp"]
 
 Pair = tuple[Tensor, Tensor]
 log = logging.getLogger(__name__)
+UNTRAINED = "untrained_labels"  # in a file's metadata: labels without a training sample, as JSON
 
 
 class MetaFlowMap(nn.Module):
@@ -59,6 +61,11 @@ class MetaFlowMap(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.network.num_classes
+
+    @property
+    def untrained_labels(self) -> list[int]:
+        """Labels of which the training data had no sample, as its file says; none where it says nothing."""
+        return json.loads(self.metadata.get(UNTRAINED, "[]"))
 
     @property
     def guidance_scales(self) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +12,8 @@ from mfm_lightning.utils.stopping import stoppable
 if TYPE_CHECKING:
     from mfm_lightning.models import MetaFlowMap
     from mfm_lightning.networks.decoders import Decoder
+
+log = logging.getLogger(__name__)
 
 
 def sample(
@@ -49,7 +52,7 @@ def sample(
         output: folder to write to.
         format: of the files.
         num_samples: in all; 50,000 is what the paper takes for FID.
-        labels: classes, in turn, such as 281,282; all classes if left out.
+        labels: classes, in turn, such as 281,282; all that had training images if left out.
         sampler: by the kind of model if left out.
         steps: K refinements or flow-map steps (4 if left out), or ODE steps (250); with prompts, on the scheduler's
             times (28).
@@ -138,12 +141,19 @@ def sample(
 
 
 def _labels(given: Sequence[str] | None, model: MetaFlowMap) -> tuple[int, ...]:
+    missing = model.untrained_labels
     if given is None:
-        return tuple(range(model.num_classes)) or (0,)  # 0 is the null label of a model without classes
+        found = tuple(label for label in range(model.num_classes) if label not in missing)
+        if missing:
+            log.warning("labels %s had no training images and are left out (--labels)", ", ".join(map(str, missing)))
+        return found or (0,)  # 0 is the null label of a model without classes
     try:
-        return tuple(int(part) for text in given for part in text.split(",") if part)
+        found = tuple(int(part) for text in given for part in text.split(",") if part)
     except ValueError as error:
         raise ValueError(f"--labels {' '.join(given)}: expected whole numbers, e.g. 281,282 or 281 282") from error
+    if asked := [label for label in found if label in missing]:
+        log.warning("labels %s had no training images: their samples mean little", ", ".join(map(str, asked)))
+    return found
 
 
 def _decoder(

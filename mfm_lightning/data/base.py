@@ -238,6 +238,32 @@ def say_changed_order(
         log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
 
 
+def check_same_data(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Where a run goes on: refuse other names of its labels, warn of replaced samples.
+
+    Args:
+        saved: `class_names` and `contents` (a digest, or None) of the run before; older runs say neither.
+        ours: of this run.
+
+    Raises:
+        ValueError: where labels had other names.
+    """
+    before, now = (list(each.get("class_names") or []) for each in (saved, ours))
+    if before and before != now:
+        label = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
+        what = (
+            f"label {label} was {before[label]!r} and is {now[label]!r} now"
+            if label is not None
+            else f"there were {len(before)} classes and are {len(now)} now"
+        )
+        raise ValueError(f"the run before had other classes: {what}; give the same names, or begin a new run")
+    if None not in (saved.get("contents"), ours.get("contents")) and saved["contents"] != ours["contents"]:
+        log.warning(
+            "the training files are not as in the run before: some were added, removed or replaced, or all copied "
+            "(sizes or times differ)"
+        )
+
+
 def counted(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """How often each label is there, `(num_classes,)`."""
     return np.bincount(labels, minlength=num_classes)[:num_classes]

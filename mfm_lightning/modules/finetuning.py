@@ -14,7 +14,7 @@ from mfm_lightning.alignment.target import Target, TargetSettings
 from mfm_lightning.checkpoints import find_weights, fingerprint, load_model
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
-from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.models import UNTRAINED, MetaFlowMap
 from mfm_lightning.modules.normaliser import LogNormaliser
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.modules.tilting import DiffusionSchedule, TiltedTraining
@@ -128,7 +128,7 @@ class RewardFinetuning(TiltedTraining):
 
     def exported_metadata(self) -> dict[str, str]:
         said = self.base.metadata  # the data may be samples of a model, which do not say it
-        return {LATENTS: said[LATENTS]} if LATENTS in said else {}
+        return {name: said[name] for name in (LATENTS, UNTRAINED) if name in said}
 
     def to_device(self, device: torch.device) -> None:
         self.target.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mfm_lightning.backbones import FlowAdapter
 from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.conditions import INDEX, Batch, Conditions
 from mfm_lightning.evaluation.base import Evaluation, datamodule_of
-from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.models import UNTRAINED, MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.optimization import Optimization
@@ -89,6 +90,18 @@ class MFMPretraining(TrainingModule):
     @property
     def frozen(self) -> dict[str, Any]:
         return {"teacher": self.teacher.identity} if self.teacher is not None else {}
+
+    def file_metadata(self) -> dict[str, str]:
+        return super().file_metadata() | self._untrained
+
+    @cached_property
+    def _untrained(self) -> dict[str, str]:
+        """Labels of which the data have no training sample, which whoever samples should know."""
+        counts = getattr(datamodule_of(self.trainer), "label_counts", dict)()
+        if not self.num_classes or "train" not in counts:
+            return {}
+        missing = [label for label, count in enumerate(counts["train"]) if not count]
+        return {UNTRAINED: json.dumps(missing)} if missing else {}
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

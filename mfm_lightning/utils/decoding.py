@@ -116,6 +116,30 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
+_enlarged: set[int] = set()  # sizes of which this process has said that images are enlarged to them
+
+
+def cropped(image: Image.Image, size: int, place: str) -> np.ndarray:
+    """As `center_crop`. The first image of a process that is smaller, and so enlarged, is said.
+
+    Args:
+        place: of the image, for messages.
+
+    Raises:
+        ImageError: as `center_crop`, naming the image.
+    """
+    if min(image.size) < size and size not in _enlarged:
+        _enlarged.add(size)
+        log.warning(
+            "%s has %d x %d pixels: images smaller than %d are enlarged, of which this is the first",
+            place, image.width, image.height, size,
+        )  # fmt: skip
+    try:
+        return center_crop(image, size)
+    except ImageError as error:
+        raise ImageError(f"{place}: {error}") from error
+
+
 def _formats() -> list[str]:
     Image.init()
     # a colour profile or a note of more than 1 MB makes a whole image unreadable; their sum stays bounded

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mfm_lightning.utils.decoding import ImageError, ReadError, center_crop, decode, read_image
+from mfm_lightning.utils.decoding import ReadError, cropped, decode, read_image
 from mfm_lightning.utils.image_files import LeftOut, find_files, is_image
 from mfm_lightning.utils.loading import Computed, RaisingLoader
 from mfm_lightning.utils.sample_folder import check_finished
@@ -136,10 +136,7 @@ class ImageSet:
         return self._pixels(read_image(self.files[index]), str(self.files[index]))
 
     def _pixels(self, image: Image.Image, name: str) -> Tensor:
-        try:
-            pixels = np.array(image.convert("RGB")) if self.crop is None else center_crop(image, self.crop)
-        except ImageError as error:
-            raise ImageError(f"{name}: {error}") from error
+        pixels = np.array(image.convert("RGB")) if self.crop is None else cropped(image, self.crop, name)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -259,7 +259,7 @@ def test_classes_are_kept_and_not_renamed(classes, folder):
     data = ImageDataModule(str(folder), classes=classes)
     assert data.num_classes == 10
     assert {int(label) for name in data.splits for label in data.splits[name][1]} == {3, 8}
-    assert "classes kept: 0 3, 1 8" in data.summary()
+    assert data.summary().endswith("classes kept: 3, 8")
 
 
 # -- order -------------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_a_resumed_run_sees_what_it_would_have_seen(workers, folder, tmp_path, c
         first = _train(ImageDataModule(str(folder), **options, **memory), 4, tmp_path)
         rest = _train(ImageDataModule(str(folder), **options, **memory), 9, tmp_path, tmp_path / "last.ckpt")
     assert first + rest == whole
-    assert f"decoded for each batch by {workers} workers" in caplog.text
+    assert f"decoded for each batch by {f'{workers} workers' if workers else 'the process itself'}" in caplog.text
     _train(ImageDataModule(str(folder), **{**options, "batch_size": 32}), 10, tmp_path, tmp_path / "last.ckpt")
     assert "batch_size 64 to 32" in caplog.text
 

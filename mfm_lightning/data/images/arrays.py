@@ -28,6 +28,7 @@ class ArrayImages(LabelledImages):
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
+        self._others: list[str] = []  # arrays beside the images, for messages
 
     @abstractmethod
     def _read(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -48,7 +49,8 @@ class ArrayImages(LabelledImages):
                 "(N, H, W, 3)"
             )
         if labels is None:
-            log.warning("%s has no labels: its images are one class", self.path)
+            others = f" (its other arrays: {', '.join(self._others)})" if self._others else ""
+            log.warning("%s has no labels: its images are one class%s", self.path, others)
             labels = np.zeros(len(pixels), dtype=np.int64)
         if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
@@ -60,6 +62,10 @@ class ArrayImages(LabelledImages):
     def read_classes(self) -> tuple[np.ndarray, list[str]]:
         labels = self._arrays[1]
         return labels, number_names(labels, str(self.path))
+
+    @property
+    def contents(self) -> object:
+        return [self.path.stat().st_size, self.path.stat().st_mtime_ns]
 
     def image(self, i: int) -> Image.Image:
         return Image.fromarray(self._arrays[0][i])
@@ -74,13 +80,13 @@ class NpzImages(ArrayImages):
     Args:
         path: of the file.
         images: name of the images' array.
-        labels: name of the labels' array; without such an array all images are one class.
+        labels: name of the labels' array; left out, arr_1, and without it all images are one class.
 
     Raises:
         FileNotFoundError, ValueError: if it is not there, or not of that layout, when it is first read.
     """
 
-    def __init__(self, path: str, images: str = "arr_0", labels: str = "arr_1") -> None:
+    def __init__(self, path: str, images: str = "arr_0", labels: str | None = None) -> None:
         super().__init__(path)
         self.images_name, self.labels_name = images, labels
 
@@ -89,8 +95,10 @@ class NpzImages(ArrayImages):
             with np.load(self.path, allow_pickle=False) as arrays:
                 if self.images_name not in arrays:
                     raise ValueError(f"it has {', '.join(arrays.files) or 'no arrays'}, not {self.images_name!r}")
-                labels = arrays.get(self.labels_name)
-                return arrays[self.images_name], labels
+                if self.labels_name is not None and self.labels_name not in arrays:
+                    raise ValueError(f"it has {', '.join(arrays.files)}, not {self.labels_name!r}")
+                self._others = [name for name in arrays.files if name != self.images_name]
+                return arrays[self.images_name], arrays.get(self.labels_name or "arr_1")
         except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{self.path} cannot be read as an .npz of images: {error}") from error
 

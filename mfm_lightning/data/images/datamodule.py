@@ -11,13 +11,14 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mfm_lightning.data.base import counted, say_changed_order
+from mfm_lightning.data.base import check_same_data, counted, say_changed_order
 from mfm_lightning.data.images.opening import open_images
 from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.images.reading import SplitReader, TrainBatches
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
 from mfm_lightning.data.indexed import IndexedDataModule, Samples, part_fingerprint
+from mfm_lightning.utils.digests import digest_of
 
 log = logging.getLogger(__name__)
 FEW_CAPTIONS = 1000
@@ -64,7 +65,7 @@ class ImageDataModule(IndexedDataModule):
         size: int | None = None,
         channels: int | None = None,
         mirror: bool = False,
-        classes: list[int | str] | None = None,
+        classes: list[str | int] | None = None,
         val_source: str | LabelledImages | None = None,
         test_source: str | LabelledImages | None = None,
         val_fraction: float = 0.1,
@@ -93,7 +94,7 @@ class ImageDataModule(IndexedDataModule):
                 self.sources[name] = open_images(given)
         self.size, self.channels, self.mirror, self.classes = size, channels, mirror, classes
         self.fractions = {"val": val_fraction, "test": test_fraction}
-        self.memory, self.num_workers = memory, num_workers
+        self.memory, self.num_workers, self._said = memory, num_workers, False
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -132,11 +133,23 @@ class ImageDataModule(IndexedDataModule):
                 found[name] = found[other]
         for name, part in found.items():
             if not len(part):
+                more = f": raise {name}_fraction, or give {name}_source" if name in fractions else ""
                 raise ValueError(
                     f"no {name} images: {self.sources['train'].line()}, classes {self.classes or 'all'}, "
-                    f"{', '.join(f'{n}_fraction {f}' for n, f in self.fractions.items())}"
+                    f"{', '.join(f'{n}_fraction {f}' for n, f in self.fractions.items())}{more}"
                 )
         return found
+
+    def _say_what_there_is(self) -> None:
+        """What was read, what is missing from it, and what is in it twice."""
+        names, counts = self.class_names, self.label_counts()
+        log.info("%s", self.summary())
+        kept = range(len(names)) if self.classes is None else labels_of(self.classes, names)
+        if untrained := [label for label in kept if not counts["train"][label]]:
+            log.warning("no training images of %d classes: %s", len(untrained), names_line(names, untrained))
+        first = self.parts["train"].source.place(0)
+        for name in [name for name in self.sources if name != "train" and self.sources[name].place(0) == first]:
+            log.warning("%s_source is the training images: what is measured on it is not of held-out ones", name)
 
     @cached_property
     def captions(self) -> list[str]:
@@ -172,11 +185,17 @@ class ImageDataModule(IndexedDataModule):
         return Splits(self) if self.in_memory else None
 
     def setup(self, stage: str | None = None) -> None:
+        if not self._said:
+            self._said = True
+            self._say_what_there_is()
         if not self.in_memory:
+            readers = f"{self.num_workers} workers" if self.num_workers else "the process itself"
             log.warning(
-                "the images take %.0f MB decoded, more than memory: %g; they are decoded for each batch by %d workers",
-                self.megabytes, self.memory, self.num_workers,
+                "the images take %.3g MB decoded, more than memory: %g; they are decoded for each batch by %s",
+                self.megabytes, self.memory, readers,
             )  # fmt: skip
+            for part in self.parts.values():  # what does not fit is found out before training, not at its validation
+                self.form.read(part.source, int(part.rows[0]))
             return
         for name in ("train", "val") if stage in (None, "fit") else ("test",):
             if name in self.readers:
@@ -222,15 +241,24 @@ class ImageDataModule(IndexedDataModule):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _contents(self) -> str | None:
+        contents = self.sources["train"].contents
+        return None if contents is None else digest_of(contents)
+
     def state_dict(self) -> dict[str, Any]:
-        """What the order of batches depends on, to say so where a resumed run has another one."""
+        """What the order of batches depends on, to say so where a resumed run has another one; the names of the
+        labels, and what tells that images were replaced."""
         return {
             "images": len(self.parts["train"]), "seed": self.seed, "batch_size": self.batch_size,
             "mirror": self.mirror, "classes": self.classes, "world_size": self.rank()[1],
+            "class_names": self.class_names, "contents": self._contents,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        say_changed_order(state_dict, self.state_dict(), one_line=True, drawn="mirrored" if self.mirror else None)
+        check_same_data(state_dict, state := self.state_dict())
+        order = {key: value for key, value in state.items() if key not in ("class_names", "contents")}
+        say_changed_order(state_dict, order, one_line=True, drawn="mirrored" if self.mirror else None)
 
     def label_counts(self) -> dict[str, np.ndarray]:
         return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}
@@ -245,7 +273,7 @@ class ImageDataModule(IndexedDataModule):
         lines = [f"{name}: {source.line()}" for name, source in self.sources.items()]
         if self.classes is not None:
             kept = labels_of(self.classes, self.class_names)
-            lines.append(f"classes kept: {names_line([self.class_names[label] for label in kept])}")
+            lines.append(f"classes kept: {names_line(self.class_names, kept)}")
         return "\n".join(lines)
 
 

@@ -29,7 +29,12 @@ class ImageFolder(LabelledImages):
 
     @cached_property
     def _tree(self) -> ClassTree:
-        tree = find_images(self.root, self.class_index)
+        try:
+            tree = find_images(self.root, self.class_index)
+        except FileNotFoundError as error:
+            if (reader := _reader_of(self.root)) is None:
+                raise
+            raise FileNotFoundError(f"{error}: such a folder is read by {reader}") from error
         tree.left_out.report(self.root)
         return tree
 
@@ -50,3 +55,15 @@ class ImageFolder(LabelledImages):
 
     def line(self) -> str:
         return self._tree.line()
+
+
+def _reader_of(root: Path) -> str | None:
+    """What reads a folder of files that are no images, by the first of its files that says so."""
+    readers = {
+        ".parquet": "mfm_lightning.data.images.HuggingFaceImages (its path)",
+        ".arrow": "mfm_lightning.data.images.HuggingFaceImages (its path)",
+        ".tar": "mfm_lightning.data.WebDatasetDataModule (its urls)",
+        ".npy": "mfm_lightning.data.LatentDataModule (its source)",
+        ".safetensors": "mfm_lightning.data.LatentDataModule (its source)",
+    }
+    return next((readers[path.suffix] for path in sorted(root.rglob("*")) if path.suffix in readers), None)

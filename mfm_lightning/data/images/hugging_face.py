@@ -14,7 +14,7 @@ from mfm_lightning.utils.decoding import ImageError, decode, read_image
 
 
 class HuggingFaceImages(LabelledImages):
-    """A data set that `datasets.load_dataset` opens: a folder of parquet files or of images, or an id of the hub.
+    """A data set that `datasets` opens: a folder of parquet files, of images or of `save_to_disk`, or an id of the hub.
 
     Args:
         path: of a folder, or an id such as ylecun/mnist.
@@ -59,7 +59,7 @@ class HuggingFaceImages(LabelledImages):
                 f"no folder {self.path}: give one of parquet files or images, or download: true to fetch the id"
             )
         try:
-            found: Any = datasets.load_dataset(self.path, self.name, split=self.split, cache_dir=self.cache)
+            found: Any = self._opened(datasets)
         except (ValueError, FileNotFoundError, ConnectionError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"datasets cannot open {self.path} ({self.split}): {reason}") from error
@@ -74,6 +74,18 @@ class HuggingFaceImages(LabelledImages):
                 )
         self._check_captions(found)
         return found.cast_column(self.image_column, datasets.Image(decode=False))  # decoded as all others here
+
+    def _opened(self, datasets: Any) -> Any:
+        if not any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(self.path, self.name, split=self.split, cache_dir=self.cache)
+        found = datasets.load_from_disk(self.path)  # what `save_to_disk` left: one split, or several by name
+        if isinstance(found, dict):
+            if self.split not in found:
+                raise ValueError(f"it has the splits {', '.join(found)}: set split")
+            return found[self.split]
+        if self.split not in ("train", str(found.split)):
+            raise ValueError(f"it has one split, {found.split or 'without a name'}: leave split out")
+        return found
 
     def _check_captions(self, dataset: Any) -> None:
         """Refuse a column of captions that are not all texts."""

@@ -9,7 +9,7 @@ from mfm_lightning.data.images.arrays import IdxImages, NpzImages
 from mfm_lightning.data.images.folder import ImageFolder
 from mfm_lightning.data.images.source import LabelledImages
 
-_IDX = re.compile(r"(-ubyte|\.idx\d?)(\.gz)?$")
+_IDX = re.compile(r"(-ubyte|\.idx\d?)(\.gz)?$", re.IGNORECASE)
 
 
 def open_images(source: str | LabelledImages) -> LabelledImages:
@@ -26,7 +26,7 @@ def open_images(source: str | LabelledImages) -> LabelledImages:
         raise FileNotFoundError(f"no images at {source}: expected a folder, an .npz or an IDX file")
     if path.is_dir():
         return ImageFolder(source)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return NpzImages(source)
     if _IDX.search(path.name):
         return IdxImages(source)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mfm_lightning.data.images.source import LabelledImages
-from mfm_lightning.utils.decoding import ImageError, center_crop
+from mfm_lightning.utils.decoding import ImageError, cropped
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PixelForm:
         return self.pixels(source.image(i), source.place(i))
 
     def pixels(self, image: Image.Image, place: str) -> np.ndarray:
-        """An image as `(channels, size, size)` uint8: `center_crop`, grey levels by ITU-R 601.
+        """An image as `(channels, size, size)` uint8: `cropped`, grey levels by ITU-R 601.
 
         Args:
             place: of the image, for messages.
@@ -69,10 +69,7 @@ class PixelForm:
         if not self.given_channels and self.channels == 1 and image.mode != "L":
             raise ImageError(f"{place} is in colour, the first image is grey: give channels, 1 or 3")
         if image.size != wanted:
-            try:
-                image = Image.fromarray(center_crop(image, self.size))
-            except ImageError as error:
-                raise ImageError(f"{place}: {error}") from error
+            image = Image.fromarray(cropped(image, self.size, place))
         pixels = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
         return pixels[None] if self.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

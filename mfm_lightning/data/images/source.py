@@ -66,10 +66,10 @@ class LabelledImages(ABC):
         return f"{len(self.labels)} images of {len(self.class_names)} classes: {names_line(self.class_names)}"
 
 
-def names_line(names: Sequence[str]) -> str:
-    """Labels with their names, the first ones and the last."""
-    numbered = [f"{label} {name}" if name != str(label) else name for label, name in enumerate(names)]
-    return ", ".join(shortened(numbered))
+def names_line(names: Sequence[str], labels: Sequence[int] | None = None) -> str:
+    """Labels with their names, the first ones and the last; of all of them, or of these labels."""
+    kept = range(len(names)) if labels is None else labels
+    return ", ".join(shortened([f"{i} {names[i]}" if names[i] != str(i) else names[i] for i in kept]))
 
 
 def number_names(labels: np.ndarray, where: str) -> list[str]:

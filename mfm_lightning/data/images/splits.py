@@ -54,6 +54,9 @@ def whole(source: LabelledImages, names: Sequence[str], where: str) -> Split:
 def stratified(labels: np.ndarray, fractions: Sequence[float], seed: int = 0) -> list[np.ndarray]:
     """Indices of parts that have these fractions of each class, rounded, and last of what is left; each sorted.
 
+    Each class keeps one for what is left. Classes so small that a fraction rounds to none give that fraction of all
+    of them together, drawn among them.
+
     Args:
         labels: `(N,)`.
         fractions: of all parts but the last.
@@ -61,11 +64,23 @@ def stratified(labels: np.ndarray, fractions: Sequence[float], seed: int = 0) ->
     """
     random = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[] for _ in range(len(fractions) + 1)]
+    small: list[np.ndarray] = []
     for label in np.unique(labels):
         index = random.permutation(np.flatnonzero(labels == label))
         ends = np.round(np.cumsum([0.0, *fractions]) * len(index)).astype(int)
+        if (np.diff(ends)[np.asarray(fractions) > 0] < 1).any():
+            small.append(index)
+            continue
+        ends = np.minimum(ends, len(index) - 1)
         for part, first, last in zip(parts, ends, [*ends[1:], len(index)], strict=True):
             part.append(index[first:last])
+    if small:
+        spare = random.permutation(np.concatenate([index[1:] for index in small]))
+        ends = np.round(np.cumsum([0.0, *fractions]) * sum(map(len, small))).astype(int)
+        ends = np.minimum(ends, len(spare))
+        for part, first, last in zip(parts, ends, [*ends[1:], len(spare)], strict=True):
+            part.append(spare[first:last])
+        parts[-1].extend(index[:1] for index in small)
     return [np.sort(np.concatenate(part)) for part in parts]
 
 
@@ -73,10 +88,15 @@ def labels_of(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
     """Labels of classes that are given by label or by name.
 
     Raises:
-        ValueError: for one that there is not.
+        ValueError: for one that there is not, and for a number that is the label of one class and the name of another.
     """
     found = []
     for each in classes:
+        if isinstance(each, int) and 0 <= each < len(names) and str(each) in names and names[each] != str(each):
+            raise ValueError(
+                f"classes: {each} is the label of {names[each]!r} and the name of another class (label "
+                f"{names.index(str(each))}): give names as text, '{each}' or {names[each]!r} in quotes"
+            )
         if isinstance(each, str) and each in names:
             found.append(names.index(each))
         elif isinstance(each, int) and 0 <= each < len(names):

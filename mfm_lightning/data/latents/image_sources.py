@@ -25,7 +25,7 @@ from mfm_lightning.data.images.hugging_face import HuggingFaceImages
 from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.data.latents.urls import check_url, expand, from_webdataset, local_path, open_url
 from mfm_lightning.data.web.fields import Fields
-from mfm_lightning.utils.decoding import ImageError, center_crop, decode, read_image
+from mfm_lightning.utils.decoding import cropped, decode, read_image
 from mfm_lightning.utils.image_files import TARS, LeftOut, check_tar, image_endings, is_image, is_junk, is_tar, walk
 from mfm_lightning.utils.tar import SKIPPED, tar_files
 
@@ -57,10 +57,7 @@ class RawImage:
             image = read_image(self.data)
         else:
             image = decode(self.data, self.place) if isinstance(self.data, bytes) else self.data()
-        try:
-            return center_crop(image, size)
-        except ImageError as error:
-            raise ImageError(f"{self.place or self.data} cannot be decoded: {error}") from error
+        return cropped(image, size, self.place or str(self.data))
 
 
 class ImageSource(ABC):

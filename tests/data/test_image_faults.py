@@ -1,0 +1,189 @@
+"""What goes wrong with folders of images of one's own: said before training, by name, and never taken for something
+else."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mfm_lightning.checkpoints import load_model
+from mfm_lightning.commands.main import run
+from mfm_lightning.data import ImageDataModule
+from mfm_lightning.data.images import HuggingFaceImages, ImageFolder, NpzImages
+from mfm_lightning.data.images.splits import labels_of, stratified
+from mfm_lightning.utils import decoding
+
+
+def classes(root: Path, numbers: dict[str, int], size: int = 8) -> Path:
+    """A folder of so many grey images for each class."""
+    for name, number in numbers.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(number):
+            Image.new("L", (size, size), 10 * i % 250).save(root / name / f"{i:03d}.png")
+    return root
+
+
+def test_a_class_is_its_name_and_a_number_with_two_meanings_is_refused(tmp_path):
+    names = ["1", "2", "3", "10"]
+    assert labels_of(["2", "10"], names) == [1, 3]
+    assert labels_of([0], names) == [0]
+    with pytest.raises(
+        ValueError, match=r"2 is the label of '3' and the name of another class \(label 1\): give names"
+    ):
+        labels_of([2], names)
+    root = classes(tmp_path, {"1": 10, "2": 10, "3": 10, "10": 10})
+    data = ImageDataModule(str(root), classes=["2", "10"])
+    assert data.summary().splitlines()[-1] == "classes kept: 1 2, 3 10"
+    assert set(data.splits["train"][1].tolist()) == {1, 3}
+
+
+def test_a_name_in_quotes_stays_a_name_on_the_command_line(tmp_path, monkeypatch):
+    root = classes(tmp_path / "images", {"1": 20, "2": 20, "3": 20})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(
+        "data: {class_path: mfm_lightning.data.ImageDataModule, "
+        f"init_args: {{source: {root}, batch_size: 4, classes: ['2']}}}}\n"
+    )
+    run(["data", "--config", "c.yaml"])
+    rows = json.loads(next(tmp_path.rglob("classes.json")).read_text())
+    assert [row["train"] for row in rows] == [0, 16, 0]
+
+
+@pytest.mark.parametrize("fractions", [[0.1, 0.1], [0.05], [0.45, 0.45], [0.0, 0.2]])
+@pytest.mark.parametrize("sizes", [[4] * 200, [1] * 30 + [500], [1, 2, 3, 50]])
+def test_small_classes_give_their_share_together_and_keep_one_each(sizes, fractions):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    parts = stratified(labels, fractions)
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+    assert (np.bincount(labels[parts[-1]], minlength=len(sizes)) >= 1).all()
+    spare = len(labels) - len(sizes)  # one of each class stays
+    for part, fraction in zip(parts, fractions, strict=False):
+        assert (len(part) > 0) == (fraction > 0)
+        if sum(fractions) * len(labels) < spare:  # else there are too few
+            assert abs(len(part) - fraction * len(labels)) <= len(sizes) / 2
+
+
+def test_large_classes_are_split_as_before():
+    """Each its own fraction, rounded."""
+    labels = np.repeat([0, 1], [100, 36])
+    held_out, rest = stratified(labels, [0.05])
+    assert np.bincount(labels[held_out]).tolist() == [5, 2]
+    assert len(rest) == 129
+
+
+def test_what_was_read_is_said_before_training(tmp_path, caplog):
+    root = classes(tmp_path / "images", {"2": 20, "10": 20})
+    with caplog.at_level(logging.INFO):
+        ImageDataModule(str(root)).setup("fit")
+    assert "train: 40 images of 2 classes (names are whole numbers, in numeric order): 0 2, 1 10" in caplog.messages
+    (tmp_path / "index.json").write_text(json.dumps({"2": 0, "10": 1, "cow": 2}))
+    caplog.clear()
+    ImageDataModule(ImageFolder(str(root), str(tmp_path / "index.json"))).setup("fit")
+    assert "no training images of 1 classes: 2 cow" in caplog.messages
+
+
+def test_training_images_as_held_out_ones_are_said(tmp_path, caplog):
+    root, other = (classes(tmp_path / name, {"a": 20}) for name in ("x", "y"))
+    ImageDataModule(str(root), val_source=f"{root}/.", test_source=str(other)).setup("fit")
+    found = [message for message in caplog.messages if "training images" in message]
+    assert found == ["val_source is the training images: what is measured on it is not of held-out ones"]
+
+
+def test_a_run_goes_on_with_the_same_classes_alone(tmp_path, caplog):
+    root = classes(tmp_path / "x", {"cat": 20, "dog": 20})
+    saved = ImageDataModule(str(root)).state_dict()
+    ImageDataModule(str(root)).load_state_dict(saved)
+    assert not caplog.messages
+    (root / "cat").rename(root / "zebra")
+    with pytest.raises(ValueError, match="label 0 was 'cat' and is 'dog' now"):
+        ImageDataModule(str(root)).load_state_dict(saved)
+    (root / "zebra").rename(root / "cat")
+    Image.new("L", (8, 8), 255).save(root / "cat/000.png")
+    ImageDataModule(str(root)).load_state_dict(saved)
+    assert [m for m in caplog.messages if "added, removed or replaced" in m]
+    classes(root, {"eel": 20})
+    with pytest.raises(ValueError, match="there were 2 classes and are 3 now"):
+        ImageDataModule(str(root)).load_state_dict(saved)
+    old = {key: value for key, value in saved.items() if key not in ("class_names", "contents")}
+    shutil.rmtree(root / "eel")
+    ImageDataModule(str(root)).load_state_dict(old)  # of an older version
+
+
+def test_held_out_images_that_do_not_fit_are_found_before_training(tmp_path):
+    root = classes(tmp_path / "x", {"a": 20})
+    other = classes(tmp_path / "y", {"a": 20}, size=9)
+    for memory in (0.0, 100.0):
+        with pytest.raises(ValueError, match=r"000\.png has 9 x 9 pixels, the first 8 x 8: give a size"):
+            ImageDataModule(str(root), val_source=str(other), memory=memory).setup("fit")
+
+
+def test_images_that_do_not_fit_in_memory_are_decoded_by_the_process_without_workers(tmp_path, caplog):
+    ImageDataModule(str(classes(tmp_path, {"a": 20})), memory=0).setup("fit")
+    assert "0.00128 MB decoded, more than memory: 0; they are decoded for each batch by the process" in caplog.text
+
+
+def test_enlarged_images_are_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(decoding, "_enlarged", set())
+    ImageDataModule(str(classes(tmp_path, {"a": 20})), size=16).setup("fit")
+    found = [message for message in caplog.messages if "enlarged" in message]
+    assert len(found) == 1
+    assert "png has 8 x 8 pixels: images smaller than 16 are enlarged, of which this is the first" in found[0]
+    caplog.clear()
+    ImageDataModule(str(tmp_path), size=8).setup("fit")
+    assert "enlarged" not in caplog.text
+
+
+def test_labels_of_a_wrong_name_are_refused(tmp_path, caplog):
+    np.savez(tmp_path / "k.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.arange(4))
+    with pytest.raises(ValueError, match="it has images, labels, not 'lables'"):
+        _ = NpzImages(str(tmp_path / "k.npz"), images="images", labels="lables").labels
+    assert NpzImages(str(tmp_path / "k.npz"), images="images", labels="labels").labels.tolist() == [0, 1, 2, 3]
+    assert NpzImages(str(tmp_path / "k.npz"), images="images").labels.tolist() == [0, 0, 0, 0]
+    assert "its images are one class (its other arrays: labels)" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "reader"), [("a.parquet", "HuggingFaceImages"), ("a.tar", "WebDatasetDataModule")])
+def test_a_folder_of_something_else_names_what_reads_it(tmp_path, name, reader):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"no images .*: such a folder is read by .*{reader}"):
+        _ = ImageFolder(str(tmp_path)).labels
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_save_to_disk_left_is_read(tmp_path, splits):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    pictures = [Image.new("L", (4, 4), i) for i in range(4)]
+    found = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 1, 0]}, features=features)
+    (datasets.DatasetDict(train=found) if splits else found).save_to_disk(tmp_path / "set")
+    source = HuggingFaceImages(str(tmp_path / "set"))
+    assert source.labels.tolist() == [0, 1, 1, 0]
+    assert source.class_names == ["a", "b"]
+    assert np.asarray(source.image(3))[0, 0] == 3
+    with pytest.raises(ValueError, match="has the splits train: set split" if splits else "has one split"):
+        _ = HuggingFaceImages(str(tmp_path / "set"), split="val").labels
+
+
+def test_classes_without_training_images_are_not_sampled(tmp_path, monkeypatch, caplog):
+    """As a user would: two of three classes are trained, and `mfm sample` draws those."""
+    root = classes(tmp_path / "images", {"a": 20, "b": 20, "c": 20})
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "depth": 1, "encoder_depth": 1, "num_heads": 2}
+    small = [f"--model.network.{name}={number}" for name, number in sizes.items()]
+    run([
+        "fit", "--config", "pictures/mfm", "--data.source", str(root), "--data.classes", "[a, c]", "--data.size", "8",
+        "--data.batch_size", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "2",
+        "--trainer.limit_val_batches", "0", "--trainer.accelerator", "cpu", *small,
+    ])  # fmt: skip
+    model = next(tmp_path.rglob("model.safetensors"))
+    assert load_model(str(model)).untrained_labels == [1]
+    options = ["--num-samples", "4", "--steps", "1", "--device", "cpu"]
+    run(["sample", str(model), "--output", "s", *options])
+    assert json.loads(next((tmp_path / "s").rglob("samples.json")).read_text())["labels"] == [0, 2]
+    assert "labels 1 had no training images and are left out" in caplog.text
+    run(["sample", str(model), "--output", "t", "--labels", "1", *options])
+    assert "labels 1 had no training images: their samples mean little" in caplog.text
