@@ -279,8 +279,8 @@ def test_files_that_are_listed_or_there_alone(tmp_path, caplog, zipped):
     found = folder(rows[:10])
     found.setup()
     place = tmp_path / "a.zip" if zipped else root
-    said = "10 of 20 .npy are left out, for dataset.json does not list them: 00001/img-mean-std-00000010.npy, ..."
-    assert caplog.messages == [f"{place}: {said}"]
+    (line,) = caplog.messages
+    assert line.startswith(f"{place}: 10 of 20 .npy are left out, for dataset.json does not list them: 00001/img-mean")
     assert len(found.parts["train"]) == 10
     with pytest.raises(
         FileNotFoundError, match=r"2 of the 22 files that .*dataset.json lists are not there, .*020.npy"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfm_lightning.data.class_folders import shortened
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import native
 from mfm_lightning.utils.image_files import is_junk, walk
@@ -96,8 +97,8 @@ class LatentFolder(StoredLatents):
             )
         if left_out := there - listed.keys():
             log.warning(
-                "%s: %d of %d .npy are left out, for %s does not list them: %s, ...",
-                self.root, len(left_out), len(there), INDEX, min(left_out),
+                "%s: %d of %d .npy are left out, for %s does not list them: %s",
+                self.root, len(left_out), len(there), INDEX, ", ".join(shortened(sorted(left_out))),
             )  # fmt: skip
 
     def read_labels(self) -> tuple[int, np.ndarray | None]:
