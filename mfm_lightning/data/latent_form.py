@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 Holds = Literal["latent", "mean_std", "mean_logvar"]
 HOLDS = ("latent", "mean_std", "mean_logvar")
 
@@ -39,16 +41,26 @@ class LatentForm:
         cls,
         array: np.ndarray | Tensor,
         place: str,
-        holds: Holds,
+        holds: Holds | None,
         scale: float | Sequence[float],
         shift: float | Sequence[float] = 0.0,
     ) -> LatentForm:
-        """Of arrays like this one; raises as the class, naming its place."""
-        form = cls(holds, _numbers(scale), _numbers(shift), tuple(array.shape))
+        """Of arrays like this one; raises as the class and `check`, naming its place.
+
+        Args:
+            holds: None: latents, which is said where they could be moments, too: of an even number of channels.
+        """
+        form = cls(holds or "latent", _numbers(scale), _numbers(shift), tuple(array.shape))
         try:
             form._check()
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+        form.check(array, place)
+        if holds is None and (channels := form.stored_shape[0]) % 2 == 0:
+            log.warning(
+                "%s: arrays %s are taken for latents of %d channels (holds: latent); if they are moments of %d "
+                "channels, set holds: mean_std, or mean_logvar", place, form.stored_shape, channels, channels // 2,
+            )  # fmt: skip
         return form
 
     @property
@@ -95,7 +107,9 @@ class LatentForm:
             given = torch.as_tensor(array)
         except (TypeError, ValueError) as error:  # texts, dates and other kinds that torch does not have
             raise ValueError(f"{place} has {array.dtype}, expected floats") from error
-        if tuple(given.shape) != self.stored_shape or not given.is_floating_point():
+        if not given.is_floating_point():
+            raise ValueError(f"{place} has {given.dtype}, expected floats: float16, bfloat16, float32 or float64")
+        if tuple(given.shape) != self.stored_shape:
             raise ValueError(
                 f"{place} has {given.dtype} {tuple(given.shape)}, expected floats {self.stored_shape} as of the first"
             )

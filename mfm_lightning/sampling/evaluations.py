@@ -74,7 +74,7 @@ def read_evaluation(path: str | Path, folder: PromptFolder) -> dict[int, float]:
 
 
 def _geneval(path: Path) -> Iterator[tuple[str, str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             where = f"{path}, row {number}"
             row = _object(_json(line, where), ("filename", "correct"), where, "GenEval's")

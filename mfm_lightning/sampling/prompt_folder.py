@@ -178,7 +178,7 @@ def _ends_with_a_line(path: Path) -> bool:
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines; a kill may have left half of one."""
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").split("\n"):  # a prompt may have U+2028 in it
         try:
             line = json.loads(text)
         except ValueError:

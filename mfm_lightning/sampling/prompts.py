@@ -79,7 +79,7 @@ def _of_file(path: Path, column: str) -> list[Prompt]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: prompts are read from {', '.join(SUFFIXES)}")
     if path.suffix == ".txt":
-        texts = path.read_text(encoding="utf-8-sig").splitlines()
+        texts = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028, which may be in a text
         found = [Prompt(text.strip()) for text in texts if text.strip()]
     else:
         found = [_prompt(row, column, f"{path}, row {number}") for number, row in read_rows(path, column)]
@@ -92,7 +92,7 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]
     """Rows of a file by column, with their numbers from 1 on: .jsonl, .json, .parquet, .csv or .tsv. Texts of a JSON
     list are in `column`. Raises as `read_prompts`."""
     if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
             try:

@@ -73,11 +73,14 @@ class LeftOut:
             log.warning("%s: %s", where, line)
 
 
-def find_files(folder: Path, deep: bool = True) -> tuple[list[Path], list[Path], LeftOut]:
+def find_files(
+    folder: Path, deep: bool = True, others: list[str] | None = None
+) -> tuple[list[Path], list[Path], LeftOut]:
     """Images and readable tars of a folder, sorted, and what else is there.
 
     Args:
         deep: look into its folders, too; without, their images count as left out.
+        others: where names of all other files are put, of a caller that reads some; they do not count as left out here.
 
     Raises:
         FileNotFoundError, NotADirectoryError: if it is not there, or is a file.
@@ -99,6 +102,8 @@ def find_files(folder: Path, deep: bool = True) -> tuple[list[Path], list[Path],
         elif is_tar(name):
             check_tar(str(path))
             tars.append(path)
+        elif others is not None:
+            others.append(name)
         else:
             left_out.add_file(name)
     return sorted(images), sorted(tars), left_out

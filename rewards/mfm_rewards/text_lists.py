@@ -96,9 +96,10 @@ def read_list(path: str | Path) -> list[Entry]:
 
 
 def _of_lines(text: str, path: str | Path) -> list[Entry]:
-    lines = {i: line.strip() for i, line in enumerate(text.splitlines(), 1) if not line.startswith("#")}
+    every = re.split(r"\r\n?|\n", text)  # not at U+2028, which may be in a name
+    lines = {i: line.strip() for i, line in enumerate(every, 1) if not line.startswith("#")}
     names = {i: line for i, line in lines.items() if line}
-    begun = min(names, default=0) if len(lines) < len(text.splitlines()) else 1  # empty lines may follow a comment
+    begun = min(names, default=0) if len(lines) < len(every) else 1  # empty lines may follow a comment
     if gap := next((i for i, line in lines.items() if not line and begun <= i < max(names, default=0)), None):
         raise TextListError(
             f"{path}: line {gap} is empty, and the labels of all names after it would be wrong: fill it"

@@ -280,6 +280,66 @@ def test_lists_of_captions(tmp_path, caplog):
         _ = CaptionedFolder(str(root), "titles").labels
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "coco"])
+def test_the_first_of_several_captions_is_taken_and_said(tmp_path, caplog, kind):
+    root = pictures(tmp_path / "images", ["", ""])
+    rows = [("1.png", "first"), ("0.png", "only"), ("1.png", "second"), ("1.png", "third")]
+    if kind == "csv":
+        (root / "captions.csv").write_text("image,caption\n" + "".join(f"{name},{text}\n" for name, text in rows))
+    elif kind == "jsonl":
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+        (root / "metadata.jsonl").write_text("\n".join(lines))
+    else:
+        texts = [{"image_id": int(name[0]), "caption": text} for name, text in rows]
+        coco = {"images": [{"id": i, "file_name": f"{i}.png"} for i in (0, 1)], "annotations": texts}
+        (tmp_path / "coco.json").write_text(json.dumps(coco))
+    found = CaptionedFolder(str(root), str(tmp_path / "coco.json") if kind == "coco" else None)
+    assert [found.caption(i) for i in (0, 1)] == ["only", "first"]
+    assert f"{root}: 1 images have several captions, of which the first is taken: 1.png" in caplog.messages
+    assert f"{root}: 2 files left out: 2 .txt (0.txt, 1.txt)" in "\n".join(caplog.messages)  # the list is read
+
+
+def test_what_is_left_out_of_captioned_pictures_and_empty_captions_are_said(tmp_path, caplog):
+    root = pictures(tmp_path / "images", ["a", "", "b"])
+    for name in ("2.caption", "x/lone.txt", "c.heic", "d.tar", ".hidden"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"-")
+    found = CaptionedFolder(str(root))
+    assert [found.caption(i) for i in range(3)] == ["a", "", "b"]
+    left_out = "1 .tar, 1 .caption, 1 .heic, 1 captions without an image (d.tar, 2.caption, c.heic, ...)"
+    assert caplog.messages == [
+        f"{root}: 4 files left out: {left_out}",
+        f"{root}: 1 captions are empty: they become the empty prompt: 1.png",
+    ]
+
+
+def test_which_list_and_column_captions_are_from(tmp_path, caplog):
+    root = pictures(tmp_path / "images", ["beside"])
+    row = {"file_name": "0.png", "image": "z.png", "text": "of text", "caption": "of caption"}
+    (root / "metadata.jsonl").write_text(json.dumps(row))
+    (root / "captions.csv").write_text("file_name,caption\n0.png,of the other list\n")
+    assert CaptionedFolder(str(root)).caption(0) == "of text"
+    assert f"{root}: captions are from metadata.jsonl, not captions.csv: give the path of another" in caplog.messages
+    assert f"{root}/metadata.jsonl: captions are those of column text, not caption" in caplog.messages
+    assert f"{root}/metadata.jsonl: names of files are those of column file_name, not image" in caplog.messages
+    for given, expected in (
+        ("caption", "of caption"),
+        ("txt", "beside"),
+        (f"{root}/metadata.jsonl:caption", "of caption"),
+        (f"{root}/captions.csv", "of the other list"),
+    ):
+        assert CaptionedFolder(str(root), given).caption(0) == expected
+    (root / "0.txt").unlink()
+    with pytest.raises(ValueError, match=r"no column txt, only file_name, .*; and no \.txt is beside an image"):
+        CaptionedFolder(str(root), "txt").caption(0)
+    with pytest.raises(FileNotFoundError, match=r"no list of captions at .*none\.csv"):
+        CaptionedFolder(str(root), f"{root}/none.csv:caption").caption(0)
+    texts = [{"image_id": 0, "caption": None}]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 0, "file_name": "0.png"}], "annotations": texts}))
+    with pytest.raises(ValueError, match=r"as COCO's: TypeError: the caption of 0\.png is no text"):
+        CaptionedFolder(str(root), str(tmp_path / "coco.json")).caption(0)
+
+
 def test_a_data_set_of_hugging_face(made, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = {"image": [str(made / f"pictures/{i}.png") for i in range(3)], "caption": ["a cat", "a dog", "a mat"]}

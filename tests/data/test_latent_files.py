@@ -226,12 +226,10 @@ def test_arrays_are_mapped_and_compressed_ones_said(tmp_path, caplog):
 def test_what_cannot_be_read_is_named(tmp_path):
     root = Path(edm2(tmp_path / "a"))
     (root / "00001/img-mean-std-00000009.npy").write_bytes(b"\x93NUMPY")
-    (root / "00001/img-mean-std-00000010.npy").unlink()
     np.save(root / "00001/img-mean-std-00000011.npy", np.ones((4, 3, 2), np.float32))
     found = data(source=str(root), holds="mean_std")
     for i, kind, message in (
         (9, ValueError, r"img-mean-std-00000009.npy cannot be read as .npy"),
-        (10, FileNotFoundError, r"img-mean-std-00000010.npy"),
         (11, ValueError, r"00000011.npy has torch.float32 \(4, 3, 2\), expected floats \(4, 3, 3\)"),
     ):
         with pytest.raises(kind, match=message):
@@ -239,7 +237,14 @@ def test_what_cannot_be_read_is_named(tmp_path):
     for workers in (0, 2):
         with pytest.raises((ValueError, FileNotFoundError)):
             list(data(source=str(root), holds="mean_std", val_source=str(root), num_workers=workers).val_dataloader())
+    (root / "a.npy").write_bytes(npy(moments(0)))
     for content, message in (
+        ('{"labels": [["a.npy", 1], ["./a.npy", 2]]}', r"dataset.json lists a.npy twice, with the labels 1 and 2"),
+        (
+            '{"labels": [["a.npy", 1], ["a.npy", 1]]}',
+            r"lists a.npy twice, with the labels 1 and 1: expected each file o",
+        ),
+        ('{"labels": [["._a.npy", 1]]}', r"names '._a.npy': expected a .npy inside of .* that is not hidden"),
         ('{"labels": [["a.npy", "cat"]]}', "has 1 latents and labels"),
         ('{"labels": [["../a.npy", 1]]}', r"names '../a.npy': expected a .npy inside of"),
         ('{"labels": [["a.png", 1]]}', r"names 'a.png': expected a .npy"),
@@ -253,6 +258,103 @@ def test_what_cannot_be_read_is_named(tmp_path):
             len(LatentFolder(str(root)))
     with pytest.raises(FileNotFoundError, match=r"no dataset.json in"):
         len(LatentFolder(str(tmp_path)))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_that_are_listed_or_there_alone(tmp_path, caplog, zipped):
+    """20 files, of which 10 are listed, beside a hidden one; and a list of files that are not there."""
+    root = Path(edm2(tmp_path / "a"))
+    (root / "00000/._x.npy").write_bytes(b"of macOS")
+    rows = [[f"{i // 8:05d}/img-mean-std-{i:08d}.npy", 0] for i in range(22)]
+
+    def folder(labels: list | None) -> LatentDataModule:
+        (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+        if not zipped:
+            return data(source=str(root), holds="mean_std")
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            for path in filter(Path.is_file, root.rglob("*")):
+                archive.write(path, path.relative_to(root))
+        return data(source=str(tmp_path / "a.zip"), holds="mean_std")
+
+    found = folder(rows[:10])
+    found.setup()
+    place = tmp_path / "a.zip" if zipped else root
+    (line,) = caplog.messages
+    assert line.startswith(f"{place}: 10 of 20 .npy are left out, for dataset.json does not list them: 00001/img-mean")
+    assert len(found.parts["train"]) == 10
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of the 22 files that .*dataset.json lists are not there, .*020.npy"
+    ):
+        folder(rows).setup()
+    every = folder(None)
+    every.setup()
+    assert sorted(numbers([every.batches()(step) for step in range(5)])) == list(range(20))
+
+
+def test_a_share_for_validation_that_is_none_is_refused(tmp_path):
+    source = lightning_dit(tmp_path)
+    wanted = (
+        r"no val latents: val_fraction 0.01 of each class of the 20 of .* \(at most 7 in one\) leaves none: set 0.14 or"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        LatentDataModule(source, 1.0, num_workers=0).setup()
+    assert len(data(source=source, val_fraction=0.14).parts["val"]) == 3
+    with pytest.raises(ValueError, match=r"no train latents: val_fraction 0.95 .* leaves none: lower it"):
+        data(source=source, val_fraction=0.95).setup()
+
+
+@pytest.mark.parametrize("web", [False, True])
+def test_what_arrays_are_taken_for_is_said_where_they_could_be_moments(tmp_path, caplog, web):
+    def of(array: np.ndarray, **more):
+        if web:
+            write(tmp_path / "a.tar", [{"npy": npy(array)}])
+            return WebDatasetDataModule(str(tmp_path / "a.tar"), latent="npy", label=None, scale=1.0, **more)
+        np.savez(tmp_path / "a.npz", latents=array[None])
+        return data(source=LatentArrays(str(tmp_path / "a.npz"), labels=None), **more)
+
+    even, odd = np.ones((8, 4, 4), np.float32), np.ones((3, 4, 4), np.float32)
+    assert of(even).state_shape == (8, 4, 4)
+    (said,) = caplog.messages
+    assert "arrays (8, 4, 4) are taken for latents of 8 channels (holds: latent); if they are moments of 4 chan" in said
+    assert ("folder/00000.npy" if web else "latent 0 of ") in said
+    caplog.clear()
+    assert of(odd).state_shape == (3, 4, 4)
+    assert of(even, holds="latent").state_shape == (8, 4, 4)
+    assert of(even, holds="mean_std").state_shape == (4, 4, 4)
+    assert not caplog.messages
+    for wrong, message in (
+        (even.astype(np.int8), r"has torch.int8, expected floats: float16, bfloat16"),
+        (even * np.nan, "has numbers that are not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            of(wrong).state_shape  # noqa: B018 # at setup, not in the batch that draws one
+
+
+def test_validation_on_the_training_latents_is_said(tmp_path, caplog):
+    """Also of a copy of them; not of as many others."""
+    first, copy, other = (lightning_dit(tmp_path / name) for name in "abc")
+    arrays = {"latents": torch.rand(7, *SHAPE), "latents_flip": torch.rand(7, *SHAPE), "labels": torch.zeros(7).long()}
+    save_file(arrays, Path(other) / "latents_rank00_shard002.safetensors")
+    data(source=first, val_source=other).setup()
+    assert "validation is on" not in caplog.text
+    data(source=first, val_source=copy).setup()
+    assert f"val_source {copy} has the same 20 latents as source {first}: validation is on what" in caplog.text
+
+
+def test_other_latents_in_a_resumed_run_are_said(tmp_path, caplog):
+    root = Path(edm2(tmp_path))
+    given = {"source": str(root), "holds": "mean_std"}
+    saved = data(**given).state_dict()
+    data(**given).load_state_dict(saved)
+    data(**given).load_state_dict({key: value for key, value in saved.items() if key != "contents"})  # an older run's
+    assert not caplog.messages
+    index = json.loads((root / "dataset.json").read_text())
+    index["labels"] = [[name, {0: 1, 1: 0}.get(label, label)] for name, label in index["labels"]]
+    (root / "dataset.json").write_text(json.dumps(index))
+    (root / "00002/img-mean-std-00000019.npy").write_bytes(npy(moments(3)))
+    data(**given).load_state_dict(saved)
+    said = "the latents are not those of the run that goes on, or are scaled otherwise; there changed"
+    assert caplog.messages == [f"{root}: {said} labels, the last latent"]
 
 
 def test_arrays_that_do_not_fit_are_named(tmp_path):

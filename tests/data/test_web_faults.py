@@ -1,12 +1,14 @@
 """Shards that others made: what is refused, named, or counted where it is damaged; against tars written by tarfile."""
 
 import io
+import json
 import logging
 
 import numpy as np
 import pytest
 
 from mfm_lightning.data.images.pixels import PixelForm
+from mfm_lightning.data.latents.image_sources import WebDatasetSource
 from tests.data.web_shards import data, image_shards, latents, numbers, sample, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*")
@@ -76,6 +78,70 @@ def test_captions_that_are_no_text_are_found_when_samples_are_counted(tmp_path):
     with pytest.raises(ValueError, match=r"0.tar:folder/00001.json:text is 3, expected a text"):
         data(str(tmp_path / "0.tar"), caption="json:text").num_samples  # noqa: B018
     assert data(str(tmp_path / "0.tar"), caption="json:text", corrupt="skip").num_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("2", 2),
+        (" +2\n", 2),
+        ("002", 2),
+        ("1_0", None),
+        ("\uff17", None),
+        ("\u0967", None),
+        ("", None),
+        ("1.0", None),
+        ("- 1", None),
+    ],
+)
+def test_labels_are_digits_in_ascii(tmp_path, text, label):
+    """`int` would read 1_0 as 10, and digits of other scripts; also for the shards of `mfm prepare-latents`."""
+    write(tmp_path / "0.tar", [sample(0) | {"cls": text.encode(), "json": json.dumps({"label": text}).encode()}])
+    by_command = WebDatasetSource([str(tmp_path / "0.tar")])
+    if label is None:
+        for key in ("cls", "json:label"):
+            with pytest.raises(
+                ValueError, match=rf"0.tar:folder/00000.{key} is {text!r}, expected a label, a whole num"
+            ):
+                data(str(tmp_path / "0.tar"), label=key).num_classes  # noqa: B018
+        with pytest.raises(ValueError, match="not a label in ASCII"):
+            list(by_command.read(0))
+        return
+    assert [data(str(tmp_path / "0.tar"), label=key).num_classes for key in ("cls", "json:label")] == [label + 1] * 2
+
+
+def test_shards_that_are_given_twice_are_said(urls, tmp_path, caplog):
+    folder = tmp_path / "shards"
+    (tmp_path / "link.tar").symlink_to(folder / "003.tar")
+    data(f"{folder}/{{000..001}}.tar", val_urls=f"{folder}/{{002..003}}.tar")
+    assert not caplog.messages
+    data(f"{folder}/000.tar::file:{folder}/000.tar", val_urls=f"{folder}/001.tar")
+    assert caplog.messages == [f"urls have 1 shards more than once: {folder}/000.tar"]
+    caplog.clear()
+    WebDatasetSource([f"{folder}/{{000..002}}.tar", f"{folder}/002.tar"])  # of mfm prepare-latents
+    assert caplog.messages == [f"urls have 1 shards more than once: {folder}/002.tar"]
+    caplog.clear()
+    data(urls, val_urls=f"{tmp_path}/link.tar")
+    said = "val_urls have 1 shards of urls: validation is on what is trained on"
+    assert caplog.messages == [f"{said}: {folder}/003.tar"]
+
+
+def test_a_wrong_number_of_samples_is_refused_where_they_are_read_or_said_in_training(urls, caplog):
+    for wrong in (31, 1000):
+        with pytest.raises(
+            ValueError, match=rf"num_samples {wrong}: .*000.tar, .* have 32; give that, or leave it out"
+        ):
+            data(urls, num_samples=wrong).num_classes  # noqa: B018
+    assert data(urls, num_samples=32).num_classes == 3
+    given = {"num_classes": 3, "size": 8, "channels": 3}
+    for number, world in ((32, 1), (32, 2), (48, 1)):
+        for rank in range(world):
+            list(data(urls, num_samples=number, **given).loader(rank, world, length=30))
+    list(data(urls, num_samples=4, resampled=True, batch_size=100, **given).loader(length=2))
+    assert not caplog.messages
+    list(data(urls, num_samples=1000, **given).loader(length=30))
+    (said,) = caplog.messages
+    assert said.startswith("the shards of a data worker have 32 samples, and its epoch 1000: num_samples is too large")
 
 
 # -- what is wrong -----------------------------------------------------------------------------------------------------

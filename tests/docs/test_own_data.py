@@ -93,7 +93,7 @@ def test_shards_of_others_as_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("zipped", [False, True])
 def test_latents_of_others_as_written(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
-    found = edm2(tmp_path / "latents", 70, zipped=zipped)
+    found = edm2(tmp_path / "latents", 160, zipped=zipped)
     section = block("LatentDataModule")
     section["data"]["init_args"]["source"] = found if zipped else section["data"]["init_args"]["source"]
     Path("a.yaml").write_text(yaml.safe_dump(section))

@@ -37,6 +37,7 @@ def asked(tmp_path):
 
 
 READ = {  # name of the file, its bytes, and the names by label
+    "separator.txt": ("tench\u2028a fish\ngoldfish\r\nshark\r".encode(), ["tench\u2028a fish", "goldfish", "shark"]),
     "notepad.txt": (codecs.BOM_UTF8 + b"tench\r\ngoldfish\r\n", ["tench", "goldfish"]),
     "notepad.json": (codecs.BOM_UTF8 + b'["tench", "goldfish"]', ["tench", "goldfish"]),
     "no_end.txt": (b"tench\ngoldfish", ["tench", "goldfish"]),

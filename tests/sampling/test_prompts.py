@@ -11,7 +11,7 @@ from PIL import Image
 from mfm_lightning.sampling.prompt_folder import PromptFolder
 from mfm_lightning.sampling.prompts import Prompt, as_prompts, read_prompts
 
-TEXTS = ["a red cat", "über, 'quoted' \"text\"", "日本"]
+TEXTS = ["a red cat", "über, 'quoted' \"text\"", "日本 \u2028of two \x85lines"]  # a text's own ends are no rows
 
 
 def write(path, rows):
@@ -121,7 +121,7 @@ def test_several_processes_and_a_kill(tmp_path):
     one, two = (PromptFolder(tmp_path, prompts, rank=rank) for rank in (0, 1))
     for folder in (one, two):
         folder.claim({"seed": 0})
-    one.write(0, IMAGE, {"by": 0})
+    one.write(0, IMAGE, {"by": 0, "said": "a\u2028b"})
     two.write(1, IMAGE, {"by": 1})
     with open(tmp_path / "lines_0.jsonl", "a") as file:
         file.write('{"index": 2, "file": "0000')  # half a line, of a kill

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,17 @@ class CaptionedFolder(LabelledImages):
 
     - a list: metadata.jsonl or .csv, as Hugging Face's image folders, or captions.jsonl, .csv, .tsv; a row names a file
       (column file_name, filename, file, image or path) and has its text;
-    - COCO's JSON (`images` and `annotations`), given by its path; of several captions of an image the first;
+    - COCO's JSON (`images` and `annotations`), given by its path;
     - a file of the image's name that ends with .txt or .caption.
 
-    Images without a caption, and rows without an image, are left out, and counted in a warning.
+    Of several captions of an image the first is taken; of several lists, or columns, the first of those above. Images
+    without a caption, captions without an image, and files that are neither are left out; an empty caption is the empty
+    prompt. Each of these is said in a warning, with their number.
 
     Args:
         root: of the images.
-        captions: the list's path, a column of it (text, caption or prompt where None), or txt or caption: the ending of
-            files beside the images.
+        captions: the list's path, a column of it (text, caption or prompt where None), PATH:COLUMN, or txt or caption:
+            the ending of files beside the images; where there is no such file, a column of that name.
 
     Raises:
         FileNotFoundError: if there is no such folder, list or image with a caption, when it is first read.
@@ -53,11 +56,28 @@ class CaptionedFolder(LabelledImages):
     @cached_property
     def _found(self) -> list[tuple[str, str]]:
         """Names of files, from the root on, with their captions, in the order of names."""
-        images, _, _ = find_files(self.root)
+        others: list[str] = []
+        images, tars, left_out = find_files(self.root, others=others)
         names = [path.relative_to(self.root).as_posix() for path in images]
         ending = self.given if self.given in ENDINGS else None
-        path = None if ending else self._list()
-        captions = dict(self._beside(names, ending) if path is None else _listed(path, self._columns()))
+        beside = _beside(names, others, [ending] if ending else ENDINGS)
+        path, columns = (None, []) if ending and beside else self._list()
+        used = set(beside.values()) if path is None else {Path(os.path.relpath(path, self.root)).as_posix()}
+        stems = {os.path.splitext(name)[0] for name in names}
+        for name in (*(tar.relative_to(self.root).as_posix() for tar in tars), *others):
+            stem, end = os.path.splitext(name)
+            if path is None and end[1:] in ENDINGS and stem not in stems:
+                left_out.add("captions without an image", name)
+            elif name not in used:
+                left_out.add_file(name)
+        left_out.report(self.root)
+        captions: dict[str, str] = {}
+        several: set[str] = set()
+        texts = ((name, _text(self.root / text)) for name, text in beside.items())
+        for name, text in texts if path is None else _listed(path, columns):
+            if name in captions:
+                several.add(name)
+            captions.setdefault(name, text)
         found = [(name, captions[name]) for name in names if name in captions]
         if not found:
             looked = f"in {path}" if path else f"beside the images (.{' or .'.join([ending] if ending else ENDINGS)})"
@@ -65,39 +85,36 @@ class CaptionedFolder(LabelledImages):
                 f"no captions {looked} for the {len(names)} images of {self.root}: expected one of {', '.join(LISTS)} "
                 "with the files' names and texts, or a text of each image's name"
             )
-        for what, left in (
-            ("images without a caption", [name for name in names if name not in captions]),
-            ("captions without an image", sorted(captions.keys() - set(names))),
+        for what, which in (
+            ("images without a caption are left out", [name for name in names if name not in captions]),
+            ("captions without an image are left out", sorted(captions.keys() - set(names))),
+            ("images have several captions, of which the first is taken", [n for n, _ in found if n in several]),
+            ("captions are empty: they become the empty prompt", [name for name, text in found if not text]),
         ):
-            if left:
-                log.warning("%s: %d %s are left out: %s", self.root, len(left), what, ", ".join(shortened(left)))
+            if which:
+                log.warning("%s: %d %s: %s", self.root, len(which), what, ", ".join(shortened(which)))
         return found
 
-    def _list(self) -> Path | None:
-        given = None if self.given is None else Path(self.given)
-        if given is not None and (given.suffix or given.is_file()):
-            if not given.is_file():
+    def _list(self) -> tuple[Path | None, Sequence[str]]:
+        """The list of captions, if there is one, and the columns of which the first that is there has them."""
+        given, columns = self.given, CAPTION_COLUMNS.split(";")
+        if given is not None and ":" in given and not Path(given).is_file():
+            given, _, column = given.rpartition(":")
+            columns = [column]
+        if given is not None and (Path(given).suffix or Path(given).is_file()):
+            if not Path(given).is_file():
                 raise FileNotFoundError(f"no list of captions at {given}")
-            return given
-        found = next((path for name in LISTS if (path := self.root / name).is_file()), None)
-        if found is None and given is not None:
+            return Path(given), columns
+        found = [self.root / name for name in LISTS if (self.root / name).is_file()]
+        if not found and given is not None and given not in ENDINGS:
             raise FileNotFoundError(
                 f"captions {self.given!r} is none of a file, {' and '.join(ENDINGS)}, and {self.root} has no list of "
                 f"captions ({', '.join(LISTS)}) with such a column"
             )
-        return found
-
-    def _columns(self) -> list[str]:
-        own = self.given is not None and not Path(self.given).suffix
-        return [self.given] if own and self.given else CAPTION_COLUMNS.split(";")
-
-    def _beside(self, names: list[str], ending: str | None) -> Iterator[tuple[str, str]]:
-        for name in names:
-            for each in [ending] if ending else ENDINGS:
-                path = (self.root / name).with_suffix(f".{each}")
-                if path.is_file():
-                    yield name, _text(path)
-                    break
+        if found[1:]:
+            unused = ", ".join(path.name for path in found[1:])
+            log.warning("%s: captions are from %s, not %s: give the path of another", self.root, found[0].name, unused)
+        return (found[0] if found else None), columns if given is None else [given]
 
     @property
     def contents(self) -> object:
@@ -129,33 +146,46 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is no UTF-8: {error}") from error
 
 
-def _listed(path: Path, columns: list[str]) -> Iterator[tuple[str, str]]:
+def _beside(names: Sequence[str], others: Sequence[str], endings: Sequence[str]) -> dict[str, str]:
+    """The text of an image's name with one of the endings, the first that is there, by the image."""
+    there = set(others)
+    texts = {name: [f"{os.path.splitext(name)[0]}.{ending}" for ending in endings] for name in names}
+    return {name: text for name in names if (text := next((t for t in texts[name] if t in there), None))}
+
+
+def _listed(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Names of files with the captions of a list."""
-    if path.suffix == ".json" and (coco := _coco(path)) is not None:
+    if path.suffix == ".json" and (coco := _coco(path, columns[0] if len(columns) == 1 else "caption")) is not None:
         yield from coco
         return
+    said = set()
     for number, row in read_rows(path, columns[0]):
         where, named = f"{path}, row {number}", {str(key).lower(): key for key in row}
-        file = next((named[name] for name in FILE_COLUMNS if name in named), None)
-        text = next((named[name.lower()] for name in columns if name.lower() in named), None)
-        if file is None or text is None:
-            missing = FILE_COLUMNS if file is None else columns
-            raise ValueError(f"{where}: no column {' or '.join(missing)}, only {', '.join(map(str, row))}")
+        files, texts = ([named[n.lower()] for n in wanted if n.lower() in named] for wanted in (FILE_COLUMNS, columns))
+        if not files or not texts:
+            missing = columns if files else FILE_COLUMNS
+            beside = f"; and no .{missing[0]} is beside an image" if missing[0] in ENDINGS and len(missing) == 1 else ""
+            raise ValueError(f"{where}: no column {' or '.join(missing)}, only {', '.join(map(str, row))}{beside}")
+        for what, there in (("names of files", files), ("captions", texts)):
+            if there[1:] and what not in said:
+                said.add(what)
+                log.warning("%s: %s are those of column %s, not %s", path, what, there[0], ", ".join(there[1:]))
+        file, text = files[0], texts[0]
         if not isinstance(row[file], str) or not isinstance(row[text], str):
             raise ValueError(f"{where}: {file} is {row[file]!r} and {text} {row[text]!r}: expected two texts")
         yield Path(row[file]).as_posix(), row[text].strip()
 
 
-def _coco(path: Path) -> list[tuple[str, str]] | None:
-    """The first caption of each image of COCO's JSON; None for another one."""
+def _coco(path: Path, key: str) -> list[tuple[str, str]] | None:
+    """The captions of COCO's JSON with their images' names; None for another one."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(found, dict) or not {"images", "annotations"} <= found.keys():
             return None
         names = {image["id"]: str(image["file_name"]) for image in found["images"]}
-        texts: dict[str, str] = {}
-        for annotation in found["annotations"]:
-            texts.setdefault(names[annotation["image_id"]], str(annotation["caption"]).strip())
+        texts = [(names[annotation["image_id"]], annotation[key]) for annotation in found["annotations"]]
+        if wrong := [name for name, text in texts if not isinstance(text, str)]:
+            raise TypeError(f"the {key} of {wrong[0]} is no text")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no list of captions as COCO's: {type(error).__name__}: {error}") from error
-    return list(texts.items())
+    return [(name, text.strip()) for name, text in texts]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import native
+from mfm_lightning.utils.image_files import is_junk
 
 log = logging.getLogger(__name__)
 ENDINGS = (".safetensors", ".npz")
@@ -60,7 +61,7 @@ class LatentArrays(StoredLatents):
         """In the order in which they are read."""
         if self.path.is_file():
             return [self.path]
-        found = {end: sorted(self.path.glob(f"*{end}")) for end in ENDINGS}
+        found = {end: sorted(p for p in self.path.glob(f"*{end}") if not is_junk(p.name)) for end in ENDINGS}
         kinds = [end for end in ENDINGS if found[end]]
         if not kinds:
             raise FileNotFoundError(f"no latents at {self.path}: expected a file or a folder of {' or '.join(ENDINGS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,9 @@ from mfm_lightning.data.latent_files.opening import open_latents
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
 from mfm_lightning.networks.decoders import Decoder, decoded
+
+log = logging.getLogger(__name__)
+CONTENTS = {"labels": "labels", "first": "the first latent", "last": "the last latent"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +99,7 @@ class LatentDataModule(IndexedDataModule):
         source: a folder (or .zip) with dataset.json and .npy files, a .safetensors or .npz file, a folder of such, or a
             source of `mfm_lightning.data.latent_files`.
         scale: factor of latents, or one for each channel: 0.18215 for SD's VAE, 1 where they are scaled.
-        holds: what arrays hold: latent, mean_std or mean_logvar, the mean first.
+        holds: what arrays hold: latent, mean_std or mean_logvar, the mean first; None: latent, which is said.
         shift: what is subtracted from latents before.
         batch_size: training batch on each device.
         flip: take the mirror image's latents for half of the training samples, from a source that has them.
@@ -108,14 +112,15 @@ class LatentDataModule(IndexedDataModule):
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        ValueError: for settings out of range, or labels outside of num_classes.
+        ValueError: for settings out of range, labels outside of num_classes, latents that are no floats, or a
+            val_fraction that leaves none for validation.
     """
 
     def __init__(
         self,
         source: str | StoredLatents,
         scale: float | list[float],
-        holds: Holds = "latent",
+        holds: Holds | None = None,
         shift: float | list[float] = 0.0,
         batch_size: int = 256,
         flip: bool = False,
@@ -127,7 +132,7 @@ class LatentDataModule(IndexedDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed)
-        check_holds(holds)
+        check_holds(holds or "latent")
         if decoder is not None:
             decoder.check_latents(scale, shift, "the latents")
         if not 0 <= val_fraction < 1 or num_workers < 0 or seed < 0 or (num_classes or 0) < 0:
@@ -139,7 +144,7 @@ class LatentDataModule(IndexedDataModule):
         if flip and not self.source.has_mirrored:
             raise ValueError(f"{self.source} has no latents of mirror images: set flip: false, or name their array")
         self.scale, self.shift, self.flip = scale, shift, flip
-        self.holds: Holds = holds
+        self.holds: Holds | None = holds
         self.given_classes, self.val_fraction = num_classes, val_fraction
         self.decoder, self.num_workers = decoder, num_workers
 
@@ -171,19 +176,30 @@ class LatentDataModule(IndexedDataModule):
     def parts(self) -> dict[str, LatentSplit]:
         """The latents of "train" and, where there are any, "val"."""
         rows = {"train": np.arange(len(self.source))}
+        labels = np.zeros(len(self.source)) if self.source.labels is None else self.source.labels
         if self.val_source is None and self.val_fraction:
-            labels = np.zeros(len(self.source)) if self.source.labels is None else self.source.labels
             rows["val"], rows["train"] = stratified(labels, [self.val_fraction])
         found = {name: LatentSplit(self.source, index, self.form, self.num_classes) for name, index in rows.items()}
         if self.val_source is not None:
             self._check_like_training(self.val_source)
             index = np.arange(len(self.val_source))
             found["val"] = LatentSplit(self.val_source, index, self.form, self.num_classes)
-        if not len(found["train"]):
-            raise ValueError(
-                f"no latents to train on: of {len(self.source)} val_fraction {self.val_fraction} leaves none"
-            )
-        return {name: part for name, part in found.items() if len(part)}
+        for name, part in found.items():
+            if not len(part):
+                most = np.bincount(labels.astype(np.int64)).max()
+                hint = (
+                    f"set {1 / most:.2g} or more, 0 for no validation, or val_source" if name == "val" else "lower it"
+                )
+                raise ValueError(
+                    f"no {name} latents: val_fraction {self.val_fraction} of each class of the {len(self.source)} of "
+                    f"{self.source} (at most {most} in one) leaves none: {hint}"
+                )
+        if self.val_source is not None and (same := _fingerprint(found["train"])) == _fingerprint(found["val"]):
+            log.warning(
+                "val_source %s has the same %d latents as source %s: validation is on what is trained on",
+                self.val_source, same["samples"], self.source,
+            )  # fmt: skip
+        return found
 
     def _check_like_training(self, held_out: StoredLatents) -> None:
         """Raise ValueError unless both have labels, of the same classes, or none, and arrays of one shape."""
@@ -228,7 +244,7 @@ class LatentDataModule(IndexedDataModule):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Of each split `part_fingerprint`."""
-        return {name: part_fingerprint(part.labels, part.sample) for name, part in self.parts.items()}
+        return {name: _fingerprint(part) for name, part in self.parts.items()}
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents to images in [0, 1], by the decoder; as they are without one."""
@@ -236,13 +252,29 @@ class LatentDataModule(IndexedDataModule):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _contents(self) -> dict[str, Any]:
+        return _fingerprint(self.parts["train"])
+
     def state_dict(self) -> dict[str, Any]:
-        """What the order of batches depends on, to say so where a resumed run has another one."""
+        """What the order of batches depends on, and what tells the training latents from others, to say so where a
+        resumed run has another order, or others."""
         return {
             "latents": len(self.parts["train"]), "seed": self.seed, "batch_size": self.batch_size, "flip": self.flip,
-            "world_size": self.rank()[1],
+            "world_size": self.rank()[1], "contents": self._contents,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        drawn = "drawn from their moments, or mirrored," if self.flip or self.holds != "latent" else None
-        say_changed_order(state_dict, self.state_dict(), one_line=True, drawn=drawn)
+        drawn = "drawn from their moments, or mirrored," if self.flip or self.form.holds != "latent" else None
+        ours = self.state_dict()
+        before, now = state_dict.get("contents", {}), ours.pop("contents")
+        say_changed_order(state_dict, ours, one_line=True, drawn=drawn)
+        if changed := [what for key, what in CONTENTS.items() if before.get(key, now[key]) != now[key]]:
+            log.warning(
+                "%s: the latents are not those of the run that goes on, or are scaled otherwise; there changed %s",
+                self.source, ", ".join(changed),
+            )  # fmt: skip
+
+
+def _fingerprint(part: LatentSplit) -> dict[str, Any]:
+    return part_fingerprint(part.labels, part.sample)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import posixpath
 import zipfile
 import zlib
 from functools import cached_property
@@ -14,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfm_lightning.data.class_folders import shortened
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import native
+from mfm_lightning.utils.image_files import is_junk, walk
 
+log = logging.getLogger(__name__)
 INDEX = "dataset.json"
 
 
@@ -25,15 +30,15 @@ class LatentFolder(StoredLatents):
 
     Written by `dataset_tool.py encode` of EDM2 (NVlabs/edm2) and `preprocessing/dataset_tools.py encode` of REPA
     (sihyun-yu/REPA), whose arrays are `(2C, H, W)`, mean and standard deviation (`holds: mean_std`); other scripts of
-    that layout write latents, or mean and log-variance. With `{"labels": null}` all `.npy` in it are taken, in the
-    order of their names, without labels.
+    that layout write latents, or mean and log-variance. With `{"labels": null}` all `.npy` in it that are not hidden
+    are taken, in the order of their names, without labels. Else a `.npy` that is not listed is left out, and said.
 
     Args:
         root: folder, or `.zip` of it.
 
     Raises:
-        FileNotFoundError: without a `dataset.json`, when it is first read.
-        LatentFileError: if it is something else, or names files outside of the folder.
+        FileNotFoundError: without a `dataset.json`, or a file that it lists, when it is first read.
+        LatentFileError: if it is something else, lists a file twice, or files outside of the folder or hidden.
     """
 
     def __init__(self, root: str) -> None:
@@ -59,7 +64,7 @@ class LatentFolder(StoredLatents):
         try:
             found = json.loads(content)["labels"]
             if found is None:
-                return sorted(name for name in self._names() if name.endswith(".npy")), None
+                return sorted(self._names()), None
             names, labels = [str(name) for name, _ in found], np.array([label for _, label in found])
         except (KeyError, TypeError, ValueError) as error:
             raise LatentFileError(
@@ -67,9 +72,34 @@ class LatentFolder(StoredLatents):
             ) from error
         for name in names:
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or path.suffix != ".npy":
-                raise LatentFileError(f"{self.root / INDEX} names {name!r}: expected a .npy inside of {self.root}")
+            if path.is_absolute() or ".." in path.parts or path.suffix != ".npy" or _hidden(name):
+                raise LatentFileError(
+                    f"{self.root / INDEX} names {name!r}: expected a .npy inside of {self.root} that is not hidden"
+                )
+        self._check_listed(names, labels.tolist())
         return names, labels
+
+    def _check_listed(self, names: list[str], labels: list[object]) -> None:
+        """Raise unless each file is listed once and is there; say which are there and not listed."""
+        listed: dict[str, object] = {}
+        for name, label in zip(map(posixpath.normpath, names), labels, strict=True):
+            if name in listed:
+                raise LatentFileError(
+                    f"{self.root / INDEX} lists {name} twice, with the labels {listed[name]} and {label}: expected "
+                    "each file once"
+                )
+            listed[name] = label
+        there = {posixpath.normpath(name) for name in self._names()}
+        if missing := [name for name in listed if name not in there]:
+            raise FileNotFoundError(
+                f"{len(missing)} of the {len(listed)} files that {self.root / INDEX} lists are not there, the first "
+                f"{self.root / missing[0]}"
+            )
+        if left_out := there - listed.keys():
+            log.warning(
+                "%s: %d of %d .npy are left out, for %s does not list them: %s",
+                self.root, len(left_out), len(there), INDEX, ", ".join(shortened(sorted(left_out))),
+            )  # fmt: skip
 
     def read_labels(self) -> tuple[int, np.ndarray | None]:
         return len(self._entries[0]), self._entries[1]
@@ -86,9 +116,10 @@ class LatentFolder(StoredLatents):
         return str(self.root / self._entries[0][i])
 
     def _names(self) -> list[str]:
-        if self._zipped:
-            return self._zip().namelist()
-        return [path.relative_to(self.root).as_posix() for path in self.root.rglob("*.npy")]
+        """Of all `.npy` that are not hidden."""
+        begin = len(os.path.join(self.root, ""))
+        names = self._zip().namelist() if self._zipped else [entry.path[begin:] for entry in walk(self.root)]
+        return [name for name in names if name.endswith(".npy") and not _hidden(name)]
 
     def _read(self, name: str) -> bytes:
         return self._zip().read(name) if self._zipped else (self.root / name).read_bytes()
@@ -100,3 +131,7 @@ class LatentFolder(StoredLatents):
             except zipfile.BadZipFile as error:
                 raise LatentFileError(f"{self.root} is no zip, or damaged: {error}") from error
         return self._archive[1]
+
+
+def _hidden(name: str) -> bool:
+    return any(is_junk(part) for part in PurePosixPath(name).parts)

@@ -24,7 +24,8 @@ from mfm_lightning.data.images.folder import ImageFolder
 from mfm_lightning.data.images.hugging_face import HuggingFaceImages
 from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.data.latents.urls import check_url, expand, from_webdataset, local_path, open_url
-from mfm_lightning.data.web.fields import Fields
+from mfm_lightning.data.web.fields import Fields, whole_number
+from mfm_lightning.data.web.shards import say_shared
 from mfm_lightning.utils.decoding import cropped, decode, read_image
 from mfm_lightning.utils.image_files import TARS, LeftOut, check_tar, image_endings, is_image, is_junk, is_tar, walk
 from mfm_lightning.utils.tar import SKIPPED, tar_files
@@ -200,6 +201,7 @@ class WebDatasetSource(ImageSource):
             check_tar(url)
             if (path := local_path(url)) is not None and not path.is_file():
                 raise FileNotFoundError(f"{path} is no plain file" if path.exists() else f"no shard {path}")
+        say_shared(self.urls, [])
         labels = None if class_index is None else _sha256(json.dumps(class_index, sort_keys=True))
         local = [os.stat(path) for url in self.urls if (path := local_path(url)) is not None]
         self.found = f"{self.units} shards of images"
@@ -253,7 +255,7 @@ class WebDatasetSource(ImageSource):
             if name not in ("cls", images[0], *endings):
                 self.left_out.add_file(f"{sample['__key__']}.{name}", url)
         try:
-            label = int(sample.get("cls", b"0"))
+            label = whole_number(sample.get("cls", b"0").decode())
         except ValueError as error:
             raise InputError(f"{where}: cls is {sample['cls']!r}, not a label in ASCII") from error
         limit = MOST_CLASSES if self.class_to_idx is None else len(self.class_to_idx)

@@ -75,18 +75,26 @@ class Epochs:
             partial(_mapped, read=self.read, random=random, faults=self.faults),
         )
         batches = batched(self.batch_size, collation_fn=self.read.collate, partial=False)
-        yield from islice(batches(self._passes(samples, order)), number)
+        share = self.batches * self.batch_size // (1 if worker is None else worker.num_workers)
+        said_once = (start, self.rank.number, 0 if worker is None else worker.id) == (0, 0, 0)
+        drawn = self.resampled and self.batches == 1  # a batch of more samples than there are
+        yield from islice(batches(self._passes(samples, order, share if said_once and not drawn else 0)), number)
 
-    def _passes(self, samples: Any, order: ShardOrder) -> Iterator[Any]:
-        """Samples of pass after pass. After one without any (its shards are damaged) all shards are gone through."""
+    def _passes(self, samples: Any, order: ShardOrder, share: int) -> Iterator[Any]:
+        """Samples of pass after pass. After one without any (its shards are damaged) all shards are gone through. A
+        first one of less than half of `share`, the samples of an epoch, is said."""
         while True:
-            found = False
-            for sample in samples:
-                found = True
+            found = 0
+            for found, sample in enumerate(samples, 1):  # noqa: B007
                 yield sample
             if not found and order.all_shards:
                 raise ValueError(f"no sample that can be used in {named(self.urls)}")
-            order.all_shards = not found
+            if 2 * found < share and found:
+                log.warning(
+                    "the shards of a data worker have %d samples, and its epoch %d: num_samples is too large, or "
+                    "shards are very uneven; %s", found, share, named(self.urls),
+                )  # fmt: skip
+            order.all_shards, share = not found, 0
 
 
 def _shuffled(samples: Iterator[Any], size: int, seed: int) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
 from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.data.web.samples import SampleReader, count_labels
-from mfm_lightning.data.web.shards import Corrupt, Faults, Rank, expand_urls, named, of_worker, pipeline
+from mfm_lightning.data.web.shards import Corrupt, Faults, Rank, expand_urls, named, of_worker, pipeline, say_shared
 from mfm_lightning.networks.decoders import Decoder, decoded
 from mfm_lightning.utils.digests import digest_of
 
@@ -51,11 +51,12 @@ class WebDatasetDataModule(StepDataModule):
         label: ending of labels, such as cls, or json:label for a key of a JSON file; null: no labels.
         caption: ending of texts, such as txt, or json:caption; they become prompts.
         num_classes: number of labels; counted where left out.
-        num_samples: in all shards; counted where left out. Counting reads all shards, each time.
+        num_samples: in all shards; counted where left out. Counting reads all shards, each time. A wrong one is refused
+            where they are read anyway, to count classes; else training warns of one that is more than twice too large.
         size: height and width to which images are cut, as in ADM; left out, that of the first, which all must have.
         channels: 1 (grey) or 3 (colour); left out, that of the first image.
         mirror: take half of the training images mirrored.
-        holds: what arrays hold: latent, mean_std or mean_logvar, the mean first.
+        holds: what arrays hold: latent, mean_std or mean_logvar, the mean first; None: latent, which is said.
         scale: factor of latents, or one for each channel: 0.18215 for SD's VAE, 1 where they are scaled.
         shift: what is subtracted from latents before.
         decoder: for pictures, from latents to images.
@@ -86,7 +87,7 @@ class WebDatasetDataModule(StepDataModule):
         size: int | None = None,
         channels: int | None = None,
         mirror: bool = False,
-        holds: Holds = "latent",
+        holds: Holds | None = None,
         scale: float | list[float] | None = None,
         shift: float | list[float] = 0.0,
         decoder: Decoder | None = None,
@@ -103,13 +104,13 @@ class WebDatasetDataModule(StepDataModule):
             raise ValueError("give image or latent: the ending of the files, such as image: jpg;png, or latent: npy")
         if latent is not None and (size, channels, mirror) != (None, None, False):
             raise ValueError("size, channels and mirror are for images, not for latents")
-        if image is not None and (holds, scale, shift) != ("latent", None, 0.0):
+        if image is not None and (holds or "latent", scale, shift) != ("latent", None, 0.0):
             raise ValueError("holds, scale and shift are for latents, not for images")
         if latent is not None and scale is None:
             raise ValueError("scale must be given for latents: 0.18215 for SD's VAE, 1 where they are scaled already")
         if num_classes == 0 and label is not None:
             raise ValueError(f"num_classes 0 with label {label}: set label: null, or leave num_classes out")
-        check_holds(holds)
+        check_holds(holds or "latent")
         if decoder is not None and latent is not None:
             decoder.check_latents(scale or 1.0, shift, "the latents")
         if channels not in (None, 1, 3):
@@ -124,9 +125,10 @@ class WebDatasetDataModule(StepDataModule):
             raise ValueError(f"corrupt {corrupt!r}: expected one of raise, skip")
         self.urls = expand_urls(urls, allow_pipe)
         self.val_urls = None if val_urls is None else expand_urls(val_urls, allow_pipe)
+        say_shared(self.urls, self.val_urls or [])
         self.fields = Fields(image or latent or "", label, caption, num_classes)
         self.is_latent, self.size, self.channels, self.mirror = latent is not None, size, channels, mirror
-        self.holds: Holds = holds
+        self.holds: Holds | None = holds
         self.scale, self.shift, self.decoder = scale, shift, decoder
         self.given_classes, self.given_samples = num_classes, num_samples
         self.resampled, self.shuffle_buffer, self.num_workers = resampled, shuffle_buffer, num_workers
@@ -177,6 +179,10 @@ class WebDatasetDataModule(StepDataModule):
         """Samples of each label, `(classes,)`; of samples without labels their number, `(1,)`."""
         found = count_labels(self.urls, self.fields, self._faults())
         classes = len(found) if self.fields.label is not None else self.given_classes or 0
+        if self.given_samples not in (None, found.sum()) and self.corrupt == "raise":  # else some may be skipped
+            raise ValueError(
+                f"num_samples {self.given_samples}: {named(self.urls)} have {found.sum()}; give that, or leave it out"
+            )
         log.info(
             "%d shards read once: num_samples: %d, num_classes: %d; give both to begin at once",
             len(self.urls), found.sum(), classes,

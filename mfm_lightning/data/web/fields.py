@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,10 +77,8 @@ class Fields:
             return self.num_classes or 0
         found, place = _value(sample, self.label)
         try:
-            if isinstance(found, bool | float):
-                raise ValueError
-            label = int(found)
-        except (TypeError, ValueError) as error:
+            label = whole_number(found)
+        except ValueError as error:
             raise ValueError(f"{place} is {found!r}, expected a label, a whole number from 0 on") from error
         limit = MOST_CLASSES if self.num_classes is None else self.num_classes
         if not 0 <= label < limit:
@@ -96,6 +95,19 @@ class Fields:
         if not isinstance(found, str):
             raise ValueError(f"{place} is {found!r}, expected a text")
         return found.strip()
+
+
+def whole_number(found: object) -> int:
+    """A label: a whole number, or its digits in ASCII, with white space around them or not; not 1_0, as `int` has it.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(found, str) and re.fullmatch(r"[+-]?[0-9]+", found.strip()):
+        return int(found)
+    if isinstance(found, int) and not isinstance(found, bool):
+        return found
+    raise ValueError(f"{found!r} is no whole number")
 
 
 def _value(sample: Mapping[str, Any], key: str) -> tuple[Any, str]:

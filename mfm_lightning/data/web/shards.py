@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import tarfile as tars
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +22,7 @@ from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.utils.image_files import check_tar
 from mfm_lightning.utils.tar import tar_files
 
+log = logging.getLogger(__name__)
 Corrupt = Literal["raise", "skip"]
 CUT = "__cut__"  # ending of a file that stands for all that a sample lacks because its shard is cut off within it
 
@@ -185,6 +189,20 @@ def expand_urls(given: str | Sequence[str], allow_pipe: bool = False) -> list[st
         if (path := local_path(url)) is not None and not path.is_file():
             raise FileNotFoundError(f"no shard {path}: expected a tar" + " (a folder is none)" * path.is_dir())
     return urls
+
+
+def say_shared(urls: Sequence[str], val_urls: Sequence[str]) -> None:
+    """Warn of shards that are given twice, or for training and for validation."""
+    train, val = (
+        [url if (path := local_path(url)) is None else os.path.realpath(path) for url in g] for g in (urls, val_urls)
+    )
+    for what, found in (
+        ("urls have %d shards more than once", [url for url, number in Counter(train).items() if number > 1]),
+        ("val_urls have %d shards more than once", [url for url, number in Counter(val).items() if number > 1]),
+        ("val_urls have %d shards of urls: validation is on what is trained on", sorted({*train} & {*val})),
+    ):
+        if found:
+            log.warning(f"{what}: %s", len(found), named(found))
 
 
 def named(urls: Sequence[str]) -> str:
