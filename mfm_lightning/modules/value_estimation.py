@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, Posterior
 from mfm_lightning.alignment.target import TargetSettings
 from mfm_lightning.alignment.values import log_mean_exp
+from mfm_lightning.checkpoints import CheckpointError, load_model
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.evaluation.base import Evaluation
 from mfm_lightning.interpolant import randn
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.optimization import Optimization
-from mfm_lightning.networks.value import ValueNetwork
+from mfm_lightning.networks.dit import DiT
+from mfm_lightning.networks.value import ValueDiT, ValueNetwork
 from mfm_lightning.objectives import ConditionTimes, Pair, noised
 from mfm_lightning.objectives.value import amortised_value_loss
 
@@ -30,12 +32,15 @@ class ValueEstimation(TrainingModule):
         class_dropout: probability that a label becomes the null label.
         num_draws: posterior draws for each state.
         posterior: source of draws; one step of the flow map where None.
+        initial: flow from whose weights the network starts (`ValueDiT.start_from`): a `model.safetensors`, a name
+            ("mnist/flow") or a Hugging Face id; random weights where None.
         optimization: the optimiser and its learning rate.
         evaluation: what `test` measures.
 
     Raises:
         ValueError: if the network's states or classes are not the model's, or the reward needs labels that class
             dropout takes away.
+        CheckpointError: for an initial flow of another architecture.
     """
 
     exported_kind = "value"
@@ -49,6 +54,7 @@ class ValueEstimation(TrainingModule):
         class_dropout: float = 0.2,
         num_draws: int = 1,
         posterior: Posterior | None = None,
+        initial: str | None = None,
         optimization: Optimization | None = None,
         evaluation: Evaluation | None = None,
     ) -> None:
@@ -62,6 +68,8 @@ class ValueEstimation(TrainingModule):
                 f"{model.state_shape} with {model.num_classes}"
             )
         self.target.check_labels(all_labelled=class_dropout == 0)
+        if initial is not None:
+            _initialise(self.network, initial)
         if num_draws < 1 or not 0 <= class_dropout <= 1:
             raise ValueError(f"num_draws {num_draws} must be at least 1 and class_dropout {class_dropout} in [0, 1]")
         self.times, self.class_dropout = times or ConditionTimes(power=1.0, zero_rate=0.05), class_dropout
@@ -107,3 +115,12 @@ class ValueEstimation(TrainingModule):
         target = self.target(pair.conditions)
         draws = self.posterior(target, pair.t, x_t, noise)
         return target.rewards(draws.flatten(0, 1)).reshape(len(x_t), self.num_draws)
+
+
+def _initialise(network: ValueNetwork, path: str) -> None:
+    if not isinstance(network, ValueDiT):
+        raise ValueError(f"initial: a {type(network).__name__} cannot start from a flow, a ValueDiT can")
+    try:
+        network.start_from(cast(DiT, load_model(path).network))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error

@@ -341,7 +341,13 @@ class DiT(TwoTimeNetwork):
 
         With `tangents` (ds, du, dx) also its derivative along them, without a graph.
         """
-        start, end, state = duals(s, u, x, tangents)
+        velocity = self.by_token(*duals(s, u, x, tangents), t, x_t, conditions).map(self._unpatchify)
+        if self.flip_time:
+            velocity = velocity.map(torch.neg)
+        return result(velocity, tangents)
+
+    def by_token(self, start: Dual, end: Dual, state: Dual, t: Tensor, x_t: Tensor, conditions: Conditions) -> Dual:
+        """What the final layer makes of each patch, `(B, tokens, F)`; the arguments are those of `forward`."""
         if self.flip_time:
             start, end = (
                 Dual(1 - time.value, None if time.tangent is None else -time.tangent) for time in (start, end)
@@ -352,10 +358,7 @@ class DiT(TwoTimeNetwork):
         tokens = add(self.x_embedder(state), Dual(self.pos_embed), condition)
         for i, block in enumerate(self.blocks):
             tokens = self.through(block, tokens, encoder if i < self.encoder_depth else decoder)
-        velocity = self.final_layer(tokens, decoder).map(self._unpatchify)
-        if self.flip_time:
-            velocity = velocity.map(torch.neg)
-        return result(velocity, tangents)
+        return self.final_layer(tokens, decoder)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         C, H, W = self.state_shape

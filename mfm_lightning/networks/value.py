@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.networks.base import given_sizes
-from mfm_lightning.networks.dit import AdaLN, Block, PatchEmbedding
-from mfm_lightning.networks.dual import Dual, add, layer_norm, modulate
-from mfm_lightning.networks.embeddings import TimeEmbedding, TimeFeatures, sincos_positions
+from mfm_lightning.networks.dit import DiT, FinalLayer, QKNorm
+from mfm_lightning.networks.dual import Dual
+from mfm_lightning.networks.embeddings import TimeFeatures
 
 
 class ValueNetwork(nn.Module, ABC):
@@ -22,7 +23,6 @@ class ValueNetwork(nn.Module, ABC):
 
     state_shape: tuple[int, ...]
     num_classes: int
-    output: nn.Linear
     config: dict[str, Any]
 
     @property
@@ -42,12 +42,19 @@ class ValueNetwork(nn.Module, ABC):
     @torch.no_grad()
     def set_level(self, level: Tensor | float) -> None:
         """Make the network constant, V = `level`, until it is trained further."""
-        self.output.weight.zero_()
-        self.output.bias.fill_(float(level))
+        last = self.last_layer()
+        last.weight.zero_()
+        last.bias.fill_(float(level))
+
+    @abstractmethod
+    def last_layer(self) -> nn.Linear:
+        """To one number."""
 
 
 class ValueDiT(ValueNetwork):
-    """A DiT on images or latents whose tokens are averaged to one number; conditioned on t and the label.
+    """A `DiT` whose final layer makes one number of each token, averaged; it sees (t, x_t) as a base flow sees (s, x).
+
+    So it can start from the weights of a flow of the same sizes (`start_from`), which knows images already.
 
     In a config `input_size`, `in_channels` and `num_classes` may be left out: they are those of the data.
 
@@ -60,9 +67,11 @@ class ValueDiT(ValueNetwork):
         num_heads: attention heads of a block.
         num_classes: number of labels; label `num_classes` is the null label.
         mlp_ratio: width of a block's MLP, in widths of the transformer.
+        encoder_depth: as of `DiT`; all blocks where None.
+        qk_norm: as of `DiT`.
+        guidance_scales: as of `DiT`; values of guided flows.
+        flip_time: as of `DiT`.
     """
-
-    pos_embed: Tensor
 
     def __init__(
         self,
@@ -74,44 +83,56 @@ class ValueDiT(ValueNetwork):
         num_heads: int = 6,
         num_classes: int | None = None,
         mlp_ratio: float = 4.0,
+        encoder_depth: int | None = None,
+        qk_norm: QKNorm = False,
+        guidance_scales: Sequence[float] = (),
+        flip_time: bool = False,
     ) -> None:
         super().__init__()
         input_size, in_channels, num_classes = given_sizes(
             "a ValueDiT", input_size=input_size, in_channels=in_channels, num_classes=num_classes
         )
-        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(
-                f"input_size {input_size} must be a multiple of patch_size {patch_size}, and hidden_size {hidden_size} "
-                f"of num_heads {num_heads} and of 4"
-            )
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.state_shape, self.num_classes = (in_channels, input_size, input_size), num_classes
-        self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
-        self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size))
-        self.time_embedding = TimeEmbedding(hidden_size)
-        self.label_embedding = nn.Embedding(num_classes + 1, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, qk_norm=False) for _ in range(depth))
-        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.modulation = AdaLN(hidden_size, 2)
-        self.output = nn.Linear(hidden_size, 1)
-        nn.init.normal_(self.label_embedding.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, AdaLN):
-                module.zero_output()
+        self.flow = DiT(
+            input_size, patch_size, in_channels, hidden_size, depth, num_heads,
+            depth if encoder_depth is None else encoder_depth, num_classes, mlp_ratio, qk_norm, guidance_scales,
+            flip_time,
+        )  # fmt: skip
+        self.config = dict(self.flow.config)
+        self.state_shape, self.num_classes = self.flow.state_shape, num_classes
+        self.flow.final_layer = FinalLayer(hidden_size, 1)
+        self.flow.final_layer.adaLN_modulation.zero_output()
         self.set_level(0.0)
+
+    @property
+    def null_conditions(self) -> Conditions:
+        return self.flow.null_conditions
 
     @property
     def regions(self) -> list[nn.Module]:
         """As in `DiT`."""
-        return list(self.blocks)
+        return self.flow.regions
+
+    def last_layer(self) -> nn.Linear:
+        return self.flow.final_layer.linear
+
+    def start_from(self, flow: DiT) -> None:
+        """Take the weights of a flow of the same sizes, all but what makes its velocity.
+
+        Raises:
+            ValueError: for a network of another kind, or other sizes.
+        """
+        if not isinstance(flow, DiT):
+            raise ValueError(f"a ValueDiT starts from a DiT, not from a {type(flow).__name__}")
+        if different := [
+            f"{k} {flow.config[k]} there, {v} here" for k, v in self.config.items() if flow.config[k] != v
+        ]:
+            raise ValueError(f"another architecture than the value network's: {', '.join(different)}")
+        weights = {name: each for name, each in flow.state_dict().items() if not name.startswith("final_layer.linear")}
+        self.flow.load_state_dict(weights, strict=False)
 
     def value(self, t: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
-        condition = add(self.time_embedding(Dual(t)), Dual(self.label_embedding(conditions.label)))
-        tokens = add(self.x_embedder(Dual(x)), Dual(self.pos_embed))
-        for block in self.blocks:
-            tokens = block(tokens, condition)
-        tokens = modulate(layer_norm(self.norm, tokens), *self.modulation(condition))
-        return self.output(tokens.value.mean(dim=1)).squeeze(1)
+        time, zero = Dual(t), torch.zeros_like(t)
+        return self.flow.by_token(time, time, Dual(x), zero, torch.zeros_like(x), conditions).value.mean(dim=(1, 2))
 
 
 class ValueMLP(ValueNetwork):
@@ -140,6 +161,9 @@ class ValueMLP(ValueNetwork):
         self.output = nn.Linear(hidden_size, 1)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
         self.set_level(0.0)
+
+    def last_layer(self) -> nn.Linear:
+        return self.output
 
     def value(self, t: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
         h = self.input(torch.cat([x, self.time_features(Dual(t)).value], dim=1)) + self.label_embedding(

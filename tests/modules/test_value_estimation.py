@@ -16,7 +16,7 @@ from mfm_lightning.data import GaussianMixtureDataModule
 from mfm_lightning.evaluation import ValueEvaluation
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import Optimization, ValueEstimation
-from mfm_lightning.networks import MLP, ValueDiT, ValueMLP
+from mfm_lightning.networks import MLP, DiT, ValueDiT, ValueMLP
 from mfm_lightning.objectives import ConditionTimes
 from mfm_lightning.objectives.value import amortised_value_loss
 from mfm_lightning.oracles import GaussianMixture
@@ -100,6 +100,44 @@ def test_networks_are_saved_and_told_apart(tmp_path, model_file):
         load_model(path)
     with pytest.raises(CheckpointError, match="holds a MLP"):
         NetworkGradient(model_file)
+
+
+@pytest.mark.parametrize("flip_time", [False, True])
+def test_a_value_network_starts_from_a_flow(flip_time, tmp_path):
+    """With the mean of the flow's last rows for its own last layer it is the mean pixel of the flow's velocity."""
+    sizes = {"hidden_size": 16, "depth": 3, "num_heads": 2, "num_classes": 4, "encoder_depth": 2}
+    flow = DiT(8, 4, 1, **sizes, guidance_scales=[], flip_time=flip_time)
+    for p in flow.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=seeded(1))
+    path = str(save_model(MetaFlowMap(flow), tmp_path / "flow.safetensors"))
+    target = TargetSettings(path, {"name": "brightness"})
+    module = ValueEstimation(ValueDiT(8, 4, 1, **sizes, flip_time=flip_time), target, initial=path)
+    network = module.network
+    x, t, label = torch.randn(5, 1, 8, 8), torch.rand(5), torch.arange(5)
+    assert torch.equal(network(t, x), torch.zeros(5))
+    network.set_level(-2.0)
+    assert torch.equal(network(t, x), torch.full((5,), -2.0))
+    last = network.last_layer()
+    with torch.no_grad():
+        last.weight.copy_(flow.final_layer.linear.weight.mean(0, keepdim=True))
+        last.bias.copy_(flow.final_layer.linear.bias.mean(0, keepdim=True))
+    expected = load_model(path).drift(t, x, label=label).mean(dim=(1, 2, 3))
+    sign = -1 if flip_time else 1  # such a flow's velocity has the other sign
+    torch.testing.assert_close(sign * network(t, x, Conditions(label=label)), expected)
+    network(t, x).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())  # else DDP waits for them
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path, model_file):
+    flow = DiT(8, 4, 1, 16, 2, 2, encoder_depth=1, num_classes=4, guidance_scales=[])
+    path = str(save_model(MetaFlowMap(flow), tmp_path / "flow.safetensors"))
+    target = TargetSettings(path, {"name": "brightness"})
+    with pytest.raises(CheckpointError, match="another architecture than the value network's: depth 2 there, 3 here"):
+        ValueEstimation(ValueDiT(8, 4, 1, 16, 3, 2, num_classes=4, encoder_depth=1), target, initial=path)
+    with pytest.raises(ValueError, match="a ValueMLP cannot start from a flow, a ValueDiT can"):
+        ValueEstimation(ValueMLP(2), TargetSettings(model_file, MILD), initial=model_file)
+    with pytest.raises(CheckpointError, match="a ValueDiT starts from a DiT, not from a MLP"):
+        ValueEstimation(ValueDiT(8, 4, 1, 16, 2, 2, num_classes=4), target, initial=model_file)
 
 
 def test_what_does_not_fit_is_refused(tmp_path, model_file):
