@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from mfm_lightning.commands.main import run
+from mfm_lightning.utils import decoding
 from tests import latent_data, processes
 from tests.fashion_mnist import as_torchvision
 from tests.short_jobs import NEEDS, short
@@ -41,6 +42,12 @@ def made(tmp_path_factory):
     with processes.one_thread():
         run(["prepare-latents", *latent_data.arguments(folder, vae), "--output", str(folder / "shards"), "--verify"])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_yet():
+    """What a process says once, each test may see."""
+    decoding._enlarged.value = False
 
 
 @pytest.fixture(autouse=True, scope="session")

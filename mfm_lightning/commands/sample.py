@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mfm_lightning.data.class_folders import shortened
 from mfm_lightning.utils.stopping import stoppable
 
 if TYPE_CHECKING:
@@ -145,14 +146,16 @@ def _labels(given: Sequence[str] | None, model: MetaFlowMap) -> tuple[int, ...]:
     if given is None:
         found = tuple(label for label in range(model.num_classes) if label not in missing)
         if missing:
-            log.warning("labels %s had no training images and are left out (--labels)", ", ".join(map(str, missing)))
+            names = ", ".join(shortened(list(map(str, missing))))
+            log.warning("labels %s had no training images and are left out (--labels)", names)
         return found or (0,)  # 0 is the null label of a model without classes
     try:
         found = tuple(int(part) for text in given for part in text.split(",") if part)
     except ValueError as error:
         raise ValueError(f"--labels {' '.join(given)}: expected whole numbers, e.g. 281,282 or 281 282") from error
     if asked := [label for label in found if label in missing]:
-        log.warning("labels %s had no training images: their samples mean little", ", ".join(map(str, asked)))
+        names = ", ".join(shortened(list(map(str, asked))))
+        log.warning("labels %s had no training images: their samples mean little", names)
     return found
 
 

@@ -11,13 +11,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from mfm_lightning.conditions import INDEX, Batch
+from mfm_lightning.data.class_folders import shortened
 from mfm_lightning.data.stream import BatchStream, StepLoader
 from mfm_lightning.utils.digests import digest, digest_of
+from mfm_lightning.utils.distributed import is_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +103,12 @@ class StepDataModule(L.LightningDataModule, ABC):
         can be told without reading all of a large set. Asked for after `setup`; here the labels' numbers."""
         counts = {name: count.tolist() for name, count in self.label_counts().items()}
         return {name: {"samples": sum(count), "labels": digest_of(count)} for name, count in counts.items()}
+
+    @property
+    def trains(self) -> bool:
+        """Whether the trainer fits, or there is none; else it evaluates or predicts."""
+        state = getattr(self.trainer, "state", None)
+        return state is None or state.fn == TrainerFn.FITTING
 
     def rank(self) -> tuple[int, int]:
         """This process's rank, and how many there are; without a trainer it is alone."""
@@ -238,30 +247,38 @@ def say_changed_order(
         log.warning("the order of batches is another one than before, for it went from %s", ", ".join(changed))
 
 
-def check_same_data(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Where a run goes on: refuse other names of its labels, warn of replaced samples.
+def check_same_data(saved: Mapping[str, Any], ours: Mapping[str, Any], trains: bool = True) -> None:
+    """Where a run goes on: refuse labels that mean other classes, warn of other names and of replaced samples.
 
     Args:
-        saved: `class_names` and `contents` (a digest, or None) of the run before; older runs say neither.
+        saved: of the run before: `class_names`, `contents` (what tells the training files) and `rows` (which are held
+            out); older runs do not say all of them.
         ours: of this run.
+        trains: it is trained on; else what was refused is a warning.
 
     Raises:
-        ValueError: where labels had other names.
+        ValueError: where a class has another label than before.
     """
+    say = log.warning if is_first_rank() else log.debug
     before, now = (list(each.get("class_names") or []) for each in (saved, ours))
     if before and before != now:
-        label = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), None)
-        what = (
-            f"label {label} was {before[label]!r} and is {now[label]!r} now"
-            if label is not None
-            else f"there were {len(before)} classes and are {len(now)} now"
-        )
-        raise ValueError(f"the run before had other classes: {what}; give the same names, or begin a new run")
-    if None not in (saved.get("contents"), ours.get("contents")) and saved["contents"] != ours["contents"]:
-        log.warning(
+        moved = next((name for i, name in enumerate(before) if name in now and now.index(name) != i), None)
+        if moved is not None:
+            what = f"{moved!r} had the label {before.index(moved)}, and has {now.index(moved)} now"
+            if trains:
+                raise ValueError(f"the run before had other classes: {what}; give the same ones, or begin a new run")
+            say("the model was trained on other classes: %s", what)
+        else:
+            old, new = (" ".join(shortened(names)) for names in (before, now))
+            say("classes have other names than in the run before: %s, before %s", new, old)
+    known = {key for key in ("contents", "rows") if None not in (saved.get(key), ours.get(key))}
+    if "contents" in known and saved["contents"] != ours["contents"]:
+        say(
             "the training files are not as in the run before: some were added, removed or replaced, or all copied "
-            "(sizes or times differ)"
+            "(sizes, times or captions differ)"
         )
+    elif "rows" in known and saved["rows"] != ours["rows"]:
+        say("other samples are held out than in the run before, which trained on some of them")
 
 
 def counted(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfm_lightning.utils.distributed import is_first_rank
+
 log = logging.getLogger(__name__)
 Holds = Literal["latent", "mean_std", "mean_logvar"]
 HOLDS = ("latent", "mean_std", "mean_logvar")
@@ -56,7 +58,7 @@ class LatentForm:
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         form.check(array, place)
-        if holds is None and (channels := form.stored_shape[0]) % 2 == 0:
+        if holds is None and is_first_rank() and (channels := form.stored_shape[0]) % 2 == 0:
             log.warning(
                 "%s: arrays %s are taken for latents of %d channels (holds: latent); if they are moments of %d "
                 "channels, set holds: mean_std, or mean_logvar", place, form.stored_shape, channels, channels // 2,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import io
 import logging
+import multiprocessing
 import time
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+
+from mfm_lightning.utils.distributed import is_first_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,11 +120,11 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return pixels[top : top + size, left : left + size]
 
 
-_enlarged: set[int] = set()  # sizes of which this process has said that images are enlarged to them
+_enlarged = multiprocessing.Value(ctypes.c_bool, False)  # whether it was said, by this process or a worker of it
 
 
 def cropped(image: Image.Image, size: int, place: str) -> np.ndarray:
-    """As `center_crop`. The first image of a process that is smaller, and so enlarged, is said.
+    """As `center_crop`. The first image that is smaller, and so enlarged, is said, by the first rank.
 
     Args:
         place: of the image, for messages.
@@ -128,8 +132,8 @@ def cropped(image: Image.Image, size: int, place: str) -> np.ndarray:
     Raises:
         ImageError: as `center_crop`, naming the image.
     """
-    if min(image.size) < size and size not in _enlarged:
-        _enlarged.add(size)
+    if min(image.size) < size and not _enlarged.value and is_first_rank():
+        _enlarged.value = True
         log.warning(
             "%s has %d x %d pixels: images smaller than %d are enlarged, of which this is the first",
             place, image.width, image.height, size,

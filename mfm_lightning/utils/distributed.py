@@ -41,6 +41,14 @@ def _number(name: str) -> int:
         raise ValueError(f"the environment says {name}={os.environ[name]!r}: expected a whole number") from None
 
 
+def is_first_rank() -> bool:
+    """Whether this is the process whose messages are for all ranks: the first, or the only one; also before there is a
+    trainer."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # takes seconds, which small commands do not wait
+
+    return not getattr(rank_zero_only, "rank", 0)
+
+
 def gather_ranks(mine: Any) -> list[Any]:
     """What every rank has, by rank; called by all of them."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,8 @@ from PIL import Image
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.commands.main import run
 from mfm_lightning.data import ImageDataModule
-from mfm_lightning.data.images import HuggingFaceImages, ImageFolder, NpzImages
+from mfm_lightning.data.images import CaptionedFolder, HuggingFaceImages, ImageFolder, NpzImages
 from mfm_lightning.data.images.splits import labels_of, stratified
-from mfm_lightning.utils import decoding
 
 
 def classes(root: Path, numbers: dict[str, int], size: int = 8) -> Path:
@@ -87,30 +87,65 @@ def test_what_was_read_is_said_before_training(tmp_path, caplog):
 
 
 def test_training_images_as_held_out_ones_are_said(tmp_path, caplog):
-    root, other = (classes(tmp_path / name, {"a": 20}) for name in ("x", "y"))
+    """The same folder, and a copy; not other images of as many, nor other labels of the same file."""
+    root = classes(tmp_path / "x", {"a": 20})
+    shutil.copytree(root, tmp_path / "copy")
+    other = classes(tmp_path / "other", {"a": 20})
+    Image.new("L", (8, 8), 77).save(other / "a/019.png")
     ImageDataModule(str(root), val_source=f"{root}/.", test_source=str(other)).setup("fit")
+    ImageDataModule(str(root), test_source=str(tmp_path / "copy")).setup("fit")
+    images = np.zeros((4, 8, 8), np.uint8)
+    np.savez(tmp_path / "k.npz", x_train=images, y_train=np.arange(4), x_test=images, y_test=np.array([0, 1, 3, 3]))
+    train, test = (NpzImages(str(tmp_path / "k.npz"), f"x_{part}", f"y_{part}") for part in ("train", "test"))
+    ImageDataModule(train, test_source=test, val_fraction=0).setup("fit")
     found = [message for message in caplog.messages if "training images" in message]
-    assert found == ["val_source is the training images: what is measured on it is not of held-out ones"]
+    end = "_source has the training images: what is measured on it is not of held-out ones"
+    assert found == [f"{name}{end}" for name in ("val", "test")]
 
 
 def test_a_run_goes_on_with_the_same_classes_alone(tmp_path, caplog):
     root = classes(tmp_path / "x", {"cat": 20, "dog": 20})
+
+    def load(state: dict, trains: bool = True, **given) -> list[str]:
+        data = ImageDataModule(str(root), **given)
+        if not trains:
+            data.trainer = SimpleNamespace(state=SimpleNamespace(fn="test"), global_rank=0, world_size=1)
+        caplog.clear()
+        data.load_state_dict(state)
+        return caplog.messages
+
     saved = ImageDataModule(str(root)).state_dict()
-    ImageDataModule(str(root)).load_state_dict(saved)
-    assert not caplog.messages
+    assert load(saved) == []
+    assert load(saved, val_fraction=0.2)[0].startswith("other samples are held out than in the run before")
     (root / "cat").rename(root / "zebra")
-    with pytest.raises(ValueError, match="label 0 was 'cat' and is 'dog' now"):
-        ImageDataModule(str(root)).load_state_dict(saved)
-    (root / "zebra").rename(root / "cat")
-    Image.new("L", (8, 8), 255).save(root / "cat/000.png")
-    ImageDataModule(str(root)).load_state_dict(saved)
-    assert [m for m in caplog.messages if "added, removed or replaced" in m]
-    classes(root, {"eel": 20})
-    with pytest.raises(ValueError, match="there were 2 classes and are 3 now"):
-        ImageDataModule(str(root)).load_state_dict(saved)
-    old = {key: value for key, value in saved.items() if key not in ("class_names", "contents")}
-    shutil.rmtree(root / "eel")
-    ImageDataModule(str(root)).load_state_dict(old)  # of an older version
+    with pytest.raises(ValueError, match="'dog' had the label 1, and has 0 now; give the same ones, or begin a new"):
+        load(saved)
+    assert load(saved, trains=False)[0].startswith("the model was trained on other classes: 'dog' had the label 1")
+    (root / "zebra").rename(root / "bat")
+    assert load(saved) == ["classes have other names than in the run before: bat dog, before cat dog"]
+    (root / "bat").rename(root / "cat")
+    Image.new("L", (9, 9), 255).save(root / "cat/000.png")
+    assert load(saved)[0].startswith("the training files are not as in the run before")
+    older = {key: value for key, value in saved.items() if key not in ("class_names", "contents", "rows")}
+    assert load(older) == []
+
+
+def test_a_checkpoint_is_written_when_the_file_is_gone(tmp_path):
+    np.savez(tmp_path / "k.npz", np.zeros((20, 8, 8), np.uint8), np.zeros(20, np.int64))
+    data = ImageDataModule(str(tmp_path / "k.npz"))
+    data.setup("fit")
+    (tmp_path / "k.npz").unlink()
+    assert data.state_dict()["images"] == 16
+
+
+def test_changed_captions_and_labels_are_said(tmp_path, caplog):
+    root = classes(tmp_path, {"a": 20}) / "a"
+    for i in range(20):
+        (root / f"{i:03d}.txt").write_text("a square")
+    saved = ImageDataModule(CaptionedFolder(str(root))).state_dict()
+    (root / "003.txt").write_text("a circle")
+    ImageDataModule(CaptionedFolder(str(root))).load_state_dict(saved)
+    assert "captions differ" in caplog.text
 
 
 def test_held_out_images_that_do_not_fit_are_found_before_training(tmp_path):
@@ -126,9 +161,11 @@ def test_images_that_do_not_fit_in_memory_are_decoded_by_the_process_without_wor
     assert "0.00128 MB decoded, more than memory: 0; they are decoded for each batch by the process" in caplog.text
 
 
-def test_enlarged_images_are_said_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(decoding, "_enlarged", set())
-    ImageDataModule(str(classes(tmp_path, {"a": 20})), size=16).setup("fit")
+def test_enlarged_images_are_said_once(tmp_path, caplog):
+    data = ImageDataModule(str(classes(tmp_path, {"a": 20})), size=16, memory=0, num_workers=2)
+    data.setup("fit")
+    assert len(list(data.test_dataloader())) == 1  # by workers
+    data.val_dataloader()
     found = [message for message in caplog.messages if "enlarged" in message]
     assert len(found) == 1
     assert "png has 8 x 8 pixels: images smaller than 16 are enlarged, of which this is the first" in found[0]
@@ -151,6 +188,12 @@ def test_a_folder_of_something_else_names_what_reads_it(tmp_path, name, reader):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=f"no images .*: such a folder is read by .*{reader}"):
         _ = ImageFolder(str(tmp_path)).labels
+    (tmp_path / "a").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "a/0.png")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(FileNotFoundError, match="no valid file for the classes b") as error:  # there are images
+        _ = ImageFolder(str(tmp_path)).labels
+    assert "is read by" not in str(error.value)
 
 
 @pytest.mark.parametrize("splits", [False, True])
@@ -164,7 +207,9 @@ def test_what_save_to_disk_left_is_read(tmp_path, splits):
     assert source.labels.tolist() == [0, 1, 1, 0]
     assert source.class_names == ["a", "b"]
     assert np.asarray(source.image(3))[0, 0] == 3
-    with pytest.raises(ValueError, match="has the splits train: set split" if splits else "has one split"):
+    with pytest.raises(
+        ValueError, match="has the splits train: set split" if splits else "without a name: set split: train"
+    ):
         _ = HuggingFaceImages(str(tmp_path / "set"), split="val").labels
 
 

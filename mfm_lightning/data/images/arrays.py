@@ -65,7 +65,11 @@ class ArrayImages(LabelledImages):
 
     @property
     def contents(self) -> object:
-        return [self.path.stat().st_size, self.path.stat().st_mtime_ns]
+        return [(path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
+
+    def files(self) -> list[Path]:
+        """What is read."""
+        return [self.path]
 
     def image(self, i: int) -> Image.Image:
         return Image.fromarray(self._arrays[0][i])
@@ -118,14 +122,18 @@ class IdxImages(ArrayImages):
         super().__init__(path)
         self.labels_path = None if labels is None else Path(labels)
 
+    def files(self) -> list[Path]:
+        if self.labels_path is not None:
+            return [self.path, self.labels_path]
+        if "images" not in self.path.name:
+            return [self.path]
+        return [self.path, self.path.with_name(self.path.name.replace("images", "labels").replace("idx3", "idx1"))]
+
     def _read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        labels = self.labels_path
-        if labels is None and "images" in self.path.name:
-            name = self.path.name.replace("images", "labels").replace("idx3", "idx1")
-            labels = self.path.with_name(name)
-            if not labels.is_file():
-                raise FileNotFoundError(f"no labels at {labels}, beside {self.path.name}: give their file as labels")
-        return read_idx(self.path), None if labels is None else read_idx(labels)
+        images, *labels = self.files()
+        if labels and self.labels_path is None and not labels[0].is_file():
+            raise FileNotFoundError(f"no labels at {labels[0]}, beside {images.name}: give their file as labels")
+        return read_idx(images), read_idx(labels[0]) if labels else None
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -106,6 +106,11 @@ class JoinedImages(LabelledImages):
         labels = [source.labels + first for source, first in zip(self.sources, firsts, strict=True)]
         return np.concatenate(labels), names
 
+    @property
+    def contents(self) -> object:
+        found = [source.contents for source in self.sources]
+        return None if None in found else found
+
     def _find(self, i: int) -> tuple[LabelledImages, int]:
         k = int(np.searchsorted(self._ends, i, side="right"))
         return self.sources[k], i - (int(self._ends[k - 1]) if k else 0)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,7 +19,8 @@ from mfm_lightning.data.images.reading import SplitReader, TrainBatches
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
 from mfm_lightning.data.indexed import IndexedDataModule, Samples, part_fingerprint
-from mfm_lightning.utils.digests import digest_of
+from mfm_lightning.utils.digests import digest, digest_of
+from mfm_lightning.utils.distributed import is_first_rank
 
 log = logging.getLogger(__name__)
 FEW_CAPTIONS = 1000
@@ -133,7 +135,7 @@ class ImageDataModule(IndexedDataModule):
                 found[name] = found[other]
         for name, part in found.items():
             if not len(part):
-                more = f": raise {name}_fraction, or give {name}_source" if name in fractions else ""
+                more = f": raise {name}_fraction, set it to 0, or give {name}_source" if name in fractions else ""
                 raise ValueError(
                     f"no {name} images: {self.sources['train'].line()}, classes {self.classes or 'all'}, "
                     f"{', '.join(f'{n}_fraction {f}' for n, f in self.fractions.items())}{more}"
@@ -147,9 +149,18 @@ class ImageDataModule(IndexedDataModule):
         kept = range(len(names)) if self.classes is None else labels_of(self.classes, names)
         if untrained := [label for label in kept if not counts["train"][label]]:
             log.warning("no training images of %d classes: %s", len(untrained), names_line(names, untrained))
-        first = self.parts["train"].source.place(0)
-        for name in [name for name in self.sources if name != "train" and self.sources[name].place(0) == first]:
-            log.warning("%s_source is the training images: what is measured on it is not of held-out ones", name)
+        for name, source in self.sources.items():
+            if name != "train" and self._is_training_source(source):
+                log.warning("%s_source has the training images: what is measured on it is not of held-out ones", name)
+
+    def _is_training_source(self, source: LabelledImages) -> bool:
+        """Whether it has as many images, of the same labels, and the same first and last one."""
+        train, read = self.sources["train"], self.form.read
+        ends = (0, len(train.labels) - 1)
+        return source is train or (
+            np.array_equal(source.labels, train.labels)
+            and all(np.array_equal(read(source, i), read(train, i)) for i in ends)
+        )
 
     @cached_property
     def captions(self) -> list[str]:
@@ -185,7 +196,8 @@ class ImageDataModule(IndexedDataModule):
         return Splits(self) if self.in_memory else None
 
     def setup(self, stage: str | None = None) -> None:
-        if not self._said:
+        self._identity  # noqa: B018 # files may change later
+        if not self._said and is_first_rank():
             self._said = True
             self._say_what_there_is()
         if not self.in_memory:
@@ -242,22 +254,25 @@ class ImageDataModule(IndexedDataModule):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _contents(self) -> str | None:
-        contents = self.sources["train"].contents
-        return None if contents is None else digest_of(contents)
+    def _identity(self) -> dict[str, Any]:
+        """The names of the labels, what tells that images or captions were replaced, and which are held out."""
+        source, rows = self.sources["train"], self.parts["train"].rows
+        texts = [source.caption(i) for i in range(len(source.labels))] if source.has_captions else []
+        contents = None if source.contents is None else digest_of([source.contents, texts])
+        return {"class_names": self.class_names, "contents": contents, "rows": digest(torch.from_numpy(rows))}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of batches depends on, to say so where a resumed run has another one; the names of the
-        labels, and what tells that images were replaced."""
+        """What the order of batches depends on, and what tells the images from others, to say so where a resumed run
+        has another order, or others."""
         return {
             "images": len(self.parts["train"]), "seed": self.seed, "batch_size": self.batch_size,
             "mirror": self.mirror, "classes": self.classes, "world_size": self.rank()[1],
-            "class_names": self.class_names, "contents": self._contents,
+            **self._identity,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_same_data(state_dict, state := self.state_dict())
-        order = {key: value for key, value in state.items() if key not in ("class_names", "contents")}
+        order = {key: value for key, value in self.state_dict().items() if key not in self._identity}
+        check_same_data(state_dict, self._identity, self.trains)
         say_changed_order(state_dict, order, one_line=True, drawn="mirrored" if self.mirror else None)
 
     def label_counts(self) -> dict[str, np.ndarray]:

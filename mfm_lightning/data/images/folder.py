@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,9 @@ from PIL import Image
 from mfm_lightning.data.class_folders import ClassTree, find_images
 from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.utils.decoding import read_image
+from mfm_lightning.utils.image_files import is_image, walk
+
+_LOOKED_AT = 10_000  # files, to tell what a folder without images is
 
 
 class ImageFolder(LabelledImages):
@@ -58,7 +63,8 @@ class ImageFolder(LabelledImages):
 
 
 def _reader_of(root: Path) -> str | None:
-    """What reads a folder of files that are no images, by the first of its files that says so."""
+    """What reads a folder without images, by the first files that say so; None where there is an image, or none says
+    so."""
     readers = {
         ".parquet": "mfm_lightning.data.images.HuggingFaceImages (its path)",
         ".arrow": "mfm_lightning.data.images.HuggingFaceImages (its path)",
@@ -66,4 +72,9 @@ def _reader_of(root: Path) -> str | None:
         ".npy": "mfm_lightning.data.LatentDataModule (its source)",
         ".safetensors": "mfm_lightning.data.LatentDataModule (its source)",
     }
-    return next((readers[path.suffix] for path in sorted(root.rglob("*")) if path.suffix in readers), None)
+    found = None
+    for entry in islice(walk(root), _LOOKED_AT) if root.is_dir() else ():
+        if is_image(entry.name):
+            return None
+        found = found or readers.get(os.path.splitext(entry.name)[1].lower())
+    return found

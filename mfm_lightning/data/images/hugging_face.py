@@ -83,8 +83,10 @@ class HuggingFaceImages(LabelledImages):
             if self.split not in found:
                 raise ValueError(f"it has the splits {', '.join(found)}: set split")
             return found[self.split]
-        if self.split not in ("train", str(found.split)):
-            raise ValueError(f"it has one split, {found.split or 'without a name'}: leave split out")
+        if self.split != str(found.split or "train"):
+            raise ValueError(
+                f"it has one split, {found.split or 'without a name'}: set split: {found.split or 'train'}"
+            )
         return found
 
     def _check_captions(self, dataset: Any) -> None:

@@ -19,6 +19,7 @@ from mfm_lightning.data.latent_files.opening import open_latents
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
 from mfm_lightning.networks.decoders import Decoder, decoded
+from mfm_lightning.utils.distributed import is_first_rank
 
 log = logging.getLogger(__name__)
 CONTENTS = {"labels": "labels", "first": "the first latent", "last": "the last latent"}
@@ -186,15 +187,17 @@ class LatentDataModule(IndexedDataModule):
             found["val"] = LatentSplit(self.val_source, index, self.form, self.num_classes)
         for name, part in found.items():
             if not len(part):
-                most = np.bincount(labels.astype(np.int64)).max()
-                hint = (
-                    f"set {1 / most:.2g} or more, 0 for no validation, or val_source" if name == "val" else "lower it"
-                )
+                enough = "" if len(np.unique(labels)) == len(labels) else f"set {1 / len(labels):.2g} or more, "
                 raise ValueError(
-                    f"no {name} latents: val_fraction {self.val_fraction} of each class of the {len(self.source)} of "
-                    f"{self.source} (at most {most} in one) leaves none: {hint}"
+                    f"no {name} latents: val_fraction {self.val_fraction} of the {len(self.source)} of {self.source}, "
+                    f"of which each class keeps one for training, is none: {enough}set 0 for no validation, or give "
+                    "val_source"
                 )
-        if self.val_source is not None and (same := _fingerprint(found["train"])) == _fingerprint(found["val"]):
+        if (
+            self.val_source is not None
+            and is_first_rank()
+            and (same := _fingerprint(found["train"])) == _fingerprint(found["val"])
+        ):
             log.warning(
                 "val_source %s has the same %d latents as source %s: validation is on what is trained on",
                 self.val_source, same["samples"], self.source,
@@ -261,7 +264,7 @@ class LatentDataModule(IndexedDataModule):
         resumed run has another order, or others."""
         return {
             "latents": len(self.parts["train"]), "seed": self.seed, "batch_size": self.batch_size, "flip": self.flip,
-            "world_size": self.rank()[1], "contents": self._contents,
+            "world_size": self.rank()[1], "val_fraction": self.val_fraction, "contents": self._contents,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -269,6 +272,8 @@ class LatentDataModule(IndexedDataModule):
         ours = self.state_dict()
         before, now = state_dict.get("contents", {}), ours.pop("contents")
         say_changed_order(state_dict, ours, one_line=True, drawn=drawn)
+        if state_dict.get("val_fraction", self.val_fraction) != self.val_fraction:
+            return  # which is said
         if changed := [what for key, what in CONTENTS.items() if before.get(key, now[key]) != now[key]]:
             log.warning(
                 "%s: the latents are not those of the run that goes on, or are scaled otherwise; there changed %s",

@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 
 from mfm_lightning.data.latents.urls import check_url, from_webdataset, local_path
 from mfm_lightning.data.skipped import Skipped
+from mfm_lightning.utils.distributed import is_first_rank
 from mfm_lightning.utils.image_files import check_tar
 from mfm_lightning.utils.tar import tar_files
 
@@ -201,7 +202,7 @@ def say_shared(urls: Sequence[str], val_urls: Sequence[str]) -> None:
         ("val_urls have %d shards more than once", [url for url, number in Counter(val).items() if number > 1]),
         ("val_urls have %d shards of urls: validation is on what is trained on", sorted({*train} & {*val})),
     ):
-        if found:
+        if found and is_first_rank():
             log.warning(f"{what}: %s", len(found), named(found))
 
 
