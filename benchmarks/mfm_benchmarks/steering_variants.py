@@ -114,12 +114,18 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=90, help="evaluations a sample")
     parser.add_argument("--samples", type=int, default=128, help="of each variant")
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=list(REWARDS))
+    parser.add_argument("--variants", nargs="+", help="names, or how they begin; the first variant is always run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     given = parser.parse_args()
     device = find_device(given.device)
     setup = MnistSteering.prepared(given.samples, device)
     every = variants(given.budget, given.value)
+    if given.variants:
+        unknown = [name for name in given.variants if not any(each.startswith(name) for each in every)]
+        if unknown:
+            parser.error(f"no variant begins with {unknown[0]!r}: there are {'; '.join(every)}")
+        every = {name: each for name, each in every.items() if name.startswith((FIRST, *given.variants))}
     plain = variants(given.budget, None)
     # the value is that of the class mixture
     jobs = [(reward, name) for reward in given.rewards for name in every if name in plain or reward == MIXTURE]
