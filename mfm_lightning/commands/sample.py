@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mfm_lightning.data.class_folders import shortened
 from mfm_lightning.utils.stopping import stoppable
 
 if TYPE_CHECKING:
@@ -142,6 +141,8 @@ def sample(
 
 
 def _labels(given: Sequence[str] | None, model: MetaFlowMap) -> tuple[int, ...]:
+    from mfm_lightning.data.class_folders import shortened
+
     missing = model.untrained_labels
     if given is None:
         found = tuple(label for label in range(model.num_classes) if label not in missing)

@@ -16,11 +16,12 @@ import webdataset
 from PIL import Image
 
 from mfm_lightning.commands.main import run
-from mfm_lightning.data.latents.image_sources import InputError, WebDatasetSource, center_crop
+from mfm_lightning.data.latents.image_sources import InputError, WebDatasetSource
 from mfm_lightning.data.latents.index import LatentIndex
 from mfm_lightning.data.latents.moments import MomentEncoder
 from mfm_lightning.data.latents.preparation import Preparation, prepare
 from mfm_lightning.data.latents.shard_writer import finished, write_shard
+from mfm_lightning.utils.decoding import center_crop
 from mfm_lightning.utils.distributed import Process
 from tests.latent_data import arguments, photographs
 from tests.processes import forked

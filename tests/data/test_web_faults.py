@@ -127,6 +127,7 @@ def test_shards_that_are_given_twice_are_said(urls, tmp_path, caplog):
 
 
 def test_a_wrong_number_of_samples_is_refused_where_they_are_read_or_said_in_training(urls, caplog):
+    caplog.set_level(logging.WARNING)
     for wrong in (31, 1000):
         with pytest.raises(
             ValueError, match=rf"num_samples {wrong}: .*000.tar, .* have 32; give that, or leave it out"
