@@ -145,7 +145,7 @@ class _Work:
         if fit is None or fit.file in self._fitted:
             return True
         if (now := time.monotonic()) - self._looked > 1.0:
-            self._looked, self._taken = now, frozenset(self.leases.holders())
+            self._looked, self._taken = now, frozenset(self.leases.at_work())
         return key_of_fit(fit) not in self._taken or self._is_done(fit)
 
     def _is_done(self, fit: Fit) -> bool:

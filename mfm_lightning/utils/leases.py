@@ -217,6 +217,11 @@ class Leases:
         holders = {name: self.holder(name, generation) for name, generation in sorted(found.items())}
         return {name: holder for name, holder in holders.items() if holder is not None}
 
+    def at_work(self) -> set[str]:
+        """Names of pieces that some process has: without those whose lease has lapsed, as far as this one has watched
+        them; to ask again and again is to watch."""
+        return {name for name, holder in self.holders().items() if not self._has_lapsed(name, holder.generation)}
+
     def claimed(self) -> set[str]:
         """Names of pieces that some process has, or had when it died, by one look at the folder."""
         try:

@@ -3,8 +3,12 @@
 import csv
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mfm_benchmarks.cells import compute
+from mfm_benchmarks.cells import compute, leases_of
 from mfm_benchmarks.command import load_suite
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import measure
@@ -164,6 +168,38 @@ def test_a_training_that_fails_is_not_run_again_for_each_cell(tmp_path):
     assert results.failures == {"first": "FloatingPointError: its loss is NaN", "second": f"RuntimeError: {said}"}
     compute(OfOneTraining(), Store(tmp_path))  # another run tries it again
     assert FailingFit.ran == 2
+
+
+class KilledFit(Fit):
+    """A training that kills its process where the file `kill` is there, else is done."""
+
+    def run(self, device=None):
+        if Path("kill").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        Path(self.file).write_text("done")
+
+
+class OfOneKilledTraining(Counting):
+    def cells(self):
+        return [replace(super().cells()[0], fit=KilledFit("none.yaml", "done.safetensors"))]
+
+
+def test_a_training_whose_process_was_killed_is_taken_over(tmp_path, monkeypatch):
+    """Also where no other cell is left to do meanwhile: the dead one's lease of the training lapses, too."""
+    monkeypatch.chdir(tmp_path)
+    Path("kill").touch()
+    process = multiprocessing.get_context("fork").Process(target=compute, args=(OfOneKilledTraining(), Store(tmp_path)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert {name.split("-")[0] for name in leases_of(Store(tmp_path)).holders()} == {"first", "fit"}
+    Path("kill").unlink()
+    suite = OfOneKilledTraining()
+    done = threading.Thread(target=compute, args=(suite, Store(tmp_path)), daemon=True)
+    done.start()
+    done.join(60)
+    assert not done.is_alive()
+    assert suite.ran == ["first"]
 
 
 def test_a_failure_is_noted_and_the_others_go_on(tmp_path):

@@ -48,6 +48,7 @@ def test_a_lease_lapses_for_who_watched_it_for_its_length(tmp_path):
     assert theirs.claim("a") is None  # from here on it is watched
     for clock.now in (40.0, 80.0, 99.0):
         assert theirs.claim("a") is None
+        assert theirs.at_work() == {"a"}
     assert third.claim("a") is None  # begins to watch late
     os.utime(path, (5, 5))  # a sign
     clock.now = 101.0
@@ -55,6 +56,8 @@ def test_a_lease_lapses_for_who_watched_it_for_its_length(tmp_path):
     for clock.now in (140.0, 180.0, 200.0):
         assert theirs.claim("a") is None
     clock.now = 205.0
+    assert theirs.at_work() == set()
+    assert third.at_work() == {"a"}
     taken = theirs.claim("a")
     assert taken.generation == 1
     assert taken.is_held
@@ -129,6 +132,9 @@ def test_of_a_process_of_this_machine_that_was_killed_it_lapses_at_once(tmp_path
     if collected:
         process.join()
     deadline = time.monotonic() + 30
+    while leases.at_work() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert leases.holders()["a"].process == process.pid
     while (lease := leases.claim("a")) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert lease.generation == 1
