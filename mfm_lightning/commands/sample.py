@@ -143,20 +143,21 @@ def sample(
 def _labels(given: Sequence[str] | None, model: MetaFlowMap) -> tuple[int, ...]:
     from mfm_lightning.data.class_folders import shortened
 
+    def named(found: Sequence[int]) -> str:
+        return ", ".join(shortened(list(map(str, found))))
+
     missing = model.untrained_labels
     if given is None:
         found = tuple(label for label in range(model.num_classes) if label not in missing)
         if missing:
-            names = ", ".join(shortened(list(map(str, missing))))
-            log.warning("labels %s had no training images and are left out (--labels)", names)
+            log.warning("labels %s had no training images and are left out (--labels)", named(missing))
         return found or (0,)  # 0 is the null label of a model without classes
     try:
         found = tuple(int(part) for text in given for part in text.split(",") if part)
     except ValueError as error:
         raise ValueError(f"--labels {' '.join(given)}: expected whole numbers, e.g. 281,282 or 281 282") from error
     if asked := [label for label in found if label in missing]:
-        names = ", ".join(shortened(list(map(str, asked))))
-        log.warning("labels %s had no training images: their samples mean little", names)
+        log.warning("labels %s had no training images: their samples mean little", named(asked))
     return found
 
 

@@ -65,21 +65,22 @@ def stratified(labels: np.ndarray, fractions: Sequence[float], seed: int = 0) ->
     random = np.random.default_rng(seed)
     parts: list[list[np.ndarray]] = [[] for _ in range(len(fractions) + 1)]
     small: list[np.ndarray] = []
+
+    def deal(index: np.ndarray, ends: np.ndarray) -> None:
+        for part, first, last in zip(parts, ends, [*ends[1:], len(index)], strict=True):
+            part.append(index[first:last])
+
     for label in np.unique(labels):
         index = random.permutation(np.flatnonzero(labels == label))
         ends = np.round(np.cumsum([0.0, *fractions]) * len(index)).astype(int)
         if (np.diff(ends)[np.asarray(fractions) > 0] < 1).any():
             small.append(index)
             continue
-        ends = np.minimum(ends, len(index) - 1)
-        for part, first, last in zip(parts, ends, [*ends[1:], len(index)], strict=True):
-            part.append(index[first:last])
+        deal(index, np.minimum(ends, len(index) - 1))
     if small:
         spare = random.permutation(np.concatenate([index[1:] for index in small]))
         ends = np.round(np.cumsum([0.0, *fractions]) * sum(map(len, small))).astype(int)
-        ends = np.minimum(ends, len(spare))
-        for part, first, last in zip(parts, ends, [*ends[1:], len(spare)], strict=True):
-            part.append(spare[first:last])
+        deal(spare, np.minimum(ends, len(spare)))
         parts[-1].extend(index[:1] for index in small)
     return [np.sort(np.concatenate(part)) for part in parts]
 
