@@ -18,7 +18,7 @@ from mfm_lightning.models import UNTRAINED, MetaFlowMap
 from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.optimization import Optimization
-from mfm_lightning.networks.base import EmbedsPrompts
+from mfm_lightning.networks.base import EmbedsPrompts, differing
 from mfm_lightning.objectives import Objective
 from mfm_lightning.objectives.teachers import ModelTeacher, Teacher
 
@@ -135,9 +135,6 @@ def _initialise(model: MetaFlowMap, path: str) -> None:
     kinds = type(model.network).__name__, type(start.network).__name__
     if kinds[0] != kinds[1]:
         raise CheckpointError(f"{path} holds a {kinds[1]}, but model.network is a {kinds[0]}")
-    # not only the shapes: weights of another convention of time would fit, too
-    ours, theirs = model.network.config, start.network.config
-    different = [f"{k} {theirs.get(k)} there, {ours.get(k)} here" for k in ours if ours[k] != theirs.get(k)]
-    if different:
+    if different := differing(model.network.config, start.network.config):
         raise CheckpointError(f"{path} has another architecture than model.network: {', '.join(different)}")
     model.load_state_dict(start.state_dict())

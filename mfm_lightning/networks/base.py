@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,12 @@ def label_and_guidance(conditions: Conditions) -> tuple[Tensor, Tensor]:
     if conditions.label is None or conditions.guidance is None:
         raise ValueError("a class-conditional network needs label and guidance: call it through a MetaFlowMap")
     return conditions.label, conditions.guidance
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What a network's config has otherwise than ours, in words; not only the shapes of weights, which fit another
+    convention of time, too."""
+    return [f"{k} {theirs.get(k)} there, {ours[k]} here" for k in ours if ours[k] != theirs.get(k)]
 
 
 def given_sizes(kind: str, **sizes: int | None) -> list[int]:

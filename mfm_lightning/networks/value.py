@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.networks.base import given_sizes
+from mfm_lightning.networks.base import differing, given_sizes
 from mfm_lightning.networks.dit import DiT, FinalLayer, QKNorm
 from mfm_lightning.networks.dual import Dual
 from mfm_lightning.networks.embeddings import TimeFeatures
@@ -123,9 +123,7 @@ class ValueDiT(ValueNetwork):
         """
         if not isinstance(flow, DiT):
             raise ValueError(f"a ValueDiT starts from a DiT, not from a {type(flow).__name__}")
-        if different := [
-            f"{k} {flow.config[k]} there, {v} here" for k, v in self.config.items() if flow.config[k] != v
-        ]:
+        if different := differing(self.config, flow.config):
             raise ValueError(f"another architecture than the value network's: {', '.join(different)}")
         weights = {name: each for name, each in flow.state_dict().items() if not name.startswith("final_layer.linear")}
         self.flow.load_state_dict(weights, strict=False)
