@@ -202,7 +202,7 @@ def sample_refinement(
 
 
 def _grid(times: Tensor | Sequence[float]) -> list[float]:
-    times = torch.as_tensor(times, dtype=torch.float64).tolist()
+    times = times.tolist() if isinstance(times, Tensor) else [float(t) for t in times]
     if len(times) < 2 or any(b <= a for a, b in itertools.pairwise(times)):
         raise ValueError(f"times must be at least two increasing numbers, got {times[:4]}...")
     return times

@@ -141,7 +141,7 @@ class _NoTeacher(Teacher):
 
 def _teacher_rows(objective: Objective) -> float:
     """Evaluations of the teacher for each sample of a step."""
-    asked = sum(term.needs_teacher for term in objective.built_terms)
+    asked = sum(term.teacher_evaluations for term in objective.built_terms)
     at_start = sum(term.teacher_at_start for term in objective.built_terms)
     evaluations = asked - at_start + (min(1, at_start) if objective.share_inner else at_start)
     guided = objective.pairs.guidance_scale != 1

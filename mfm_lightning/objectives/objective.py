@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class WeightedTerm:
             normalised tangent is p = 0.5. No clipping where None.
         weight: factor of the term.
         start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
-        options: arguments of a term of your own, by name.
+        options: arguments of the term by name, such as `steps` of ode_teacher; those of a term of your own.
 
     Raises:
         ValueError: for an unknown name, options that the term does not take, or a clip that is not positive.
@@ -50,11 +51,12 @@ class WeightedTerm:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name in TERMS and self.options:
-            raise ValueError(f"objective {self.name!r} has no options, got {', '.join(self.options)}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip {self.clip} of {self.name!r} must be positive; leave it out for none")
-        _ = self.kind  # a name that is not known is refused here
+        taken = [name for name in signature(self.kind).parameters if name != "backend"]  # refuses an unknown name, too
+        if self.name in TERMS and (unknown := [name for name in self.options if name not in taken]):
+            has = f"has the options {', '.join(taken)}" if taken else "has no options"
+            raise ValueError(f"objective {self.name!r} {has}, got {', '.join(unknown)}")
 
     @cached_property
     def kind(self) -> type[Term]:

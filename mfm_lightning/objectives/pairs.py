@@ -118,7 +118,8 @@ class InnerTimes:
             the cost of one.
 
     Raises:
-        ValueError: for an unknown distribution, a rate outside [0, 1], or a shift that is not positive.
+        ValueError: for an unknown distribution, rates outside [0, 1] or of more than 1 together, or a shift that is not
+            positive.
     """
 
     distribution: str = "uniform"
@@ -127,10 +128,14 @@ class InnerTimes:
     annealing_steps: int = 0
     equal_rate: float = 0.0
     shift: float = 1.0
+    draw_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.equal_rate <= 1:
-            raise ValueError(f"equal_rate {self.equal_rate} must be in [0, 1]")
+        for name in ("equal_rate", "draw_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be in [0, 1]")
+        if self.equal_rate + self.draw_rate > 1:
+            raise ValueError(f"equal_rate {self.equal_rate} and draw_rate {self.draw_rate} are more than 1 together")
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift {self.shift} must be positive")
         if self.distribution not in ("uniform", "logit_normal"):
@@ -154,6 +159,8 @@ class InnerTimes:
         s, u = torch.minimum(a, b), torch.maximum(a, b)
         k = self.num_equal(num)
         u = torch.cat([s[:k], u[k:]])
+        if d := min(round(self.draw_rate * num), num - k):
+            s, u = torch.cat([s[:-d], torch.zeros_like(s[-d:])]), torch.cat([u[:-d], torch.ones_like(u[-d:])])
         if self.annealing_steps:
             u = s + (u - s) * min(1.0, step / self.annealing_steps)
         return s, u

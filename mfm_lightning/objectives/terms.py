@@ -15,6 +15,7 @@ from mfm_lightning.interpolant import expand
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.objectives.pairs import InnerSample, Pair
 from mfm_lightning.objectives.teachers import Teacher, teacher_velocity
+from mfm_lightning.samplers import integrate
 from mfm_lightning.tangents import velocity_and_jvp
 
 
@@ -39,6 +40,11 @@ class Term(ABC):
     noisy_target: bool = False
     pins_diagonal: bool = False
     base_flow_only: bool = False
+
+    @property
+    def teacher_evaluations(self) -> int:
+        """Evaluations of the teacher for each sample, those that terms can share included."""
+        return int(self.needs_teacher)
 
     def condition(self, pair: Pair) -> Pair:
         """What the term is conditioned on."""
@@ -220,6 +226,56 @@ class EulerianTeacher(_Eulerian):
         return inner.at_start
 
 
+class ODETeacher(Consistency):
+    """v_{s,u}(x) = (X_{s,u}(x) - x) / (u - s), X_{s,u} the teacher's GLASS flow from s to u, solved step by step.
+
+    What knowledge distillation does to a one-step sampler (Luhman & Luhman, arXiv 2101.02388), for all s <= u: no
+    derivative, and no bias by the network's own; 2 `steps` evaluations of the teacher. At u = s it is its velocity.
+
+    Args:
+        backend: of tangents, which are not needed.
+        steps: of Heun between s and u, at least 1.
+
+    Raises:
+        ValueError: for less than one step.
+    """
+
+    needs_teacher = pins_diagonal = True
+
+    def __init__(self, backend: str = "auto", steps: int = 4) -> None:
+        super().__init__(backend)
+        if steps < 1:
+            raise ValueError(f"steps {steps} of ode_teacher must be at least 1")
+        self.steps = steps
+
+    @property
+    def teacher_evaluations(self) -> int:
+        return 2 * self.steps
+
+    def residual(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
+        s, u, x = inner.s, inner.u, inner.x
+
+        def velocity(share: Tensor, mean: Tensor) -> Tensor:
+            """d/dr of the mean velocity r -> (X_{s, s + r (u-s)} - x) / (u-s): nothing divides by u - s."""
+            state = x + expand(u - s, x) * mean
+            return self._velocity(teacher, s + share * (u - s), state, pair).to(x.dtype)
+
+        grid = [k / self.steps for k in range(self.steps + 1)]
+        with torch.no_grad():
+            target = integrate(velocity, torch.zeros_like(x), grid, "heun")
+        return model(s, u, x, pair.t, pair.x_t, pair.conditions) - target
+
+    def diagonal(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
+        target = self._velocity(teacher, inner.s, inner.x, pair)
+        return model(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions) - target
+
+    @staticmethod
+    def _velocity(teacher: Teacher | None, s: Tensor, x: Tensor, pair: Pair) -> Tensor:
+        if teacher is None:
+            raise ValueError("ode_teacher needs a teacher")
+        return teacher_velocity(teacher, s, x, pair.t, pair.x_t, pair.conditions)
+
+
 class MeanFlow(_Eulerian):
     """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s = x1 - eps of the data, with model guidance
     (Eq. 69). The target is affine in v_s, so that its mean is that of `EulerianTeacher` with the exact velocity."""
@@ -239,5 +295,6 @@ TERMS: dict[str, type[Term]] = {
     "lagrangian_teacher": LagrangianTeacher,
     "eulerian_self": EulerianSelf,
     "eulerian_teacher": EulerianTeacher,
+    "ode_teacher": ODETeacher,
     "mean_flow": MeanFlow,
 }

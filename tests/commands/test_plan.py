@@ -78,6 +78,16 @@ def test_every_config_can_be_planned(path, tmp_path):
     assert (plan.teacher > 0) == ("teacher:" in path.read_text())
 
 
+def test_a_solved_teacher_counts_each_of_its_evaluations():
+    def teacher_flops(term: WeightedTerm) -> int:
+        with FakeTensorMode() as fake:
+            network = DiT(**NETWORK)
+        return plan_training(network, Objective([term]), 8, precision="fp32", fake=fake).teacher_flops
+
+    one, solved = teacher_flops(WeightedTerm("eulerian_teacher")), WeightedTerm("ode_teacher", options={"steps": 3})
+    assert teacher_flops(solved) == 6 * one > 0
+
+
 @pytest.mark.slow
 def test_sharding_divides_what_is_trained():
     plan = plan_config("configs/imagenet256/mfm_b2.yaml", devices=16, batch_size=1)

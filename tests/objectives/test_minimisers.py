@@ -26,7 +26,7 @@ from tests.objectives.test_objectives import gaussian_pair
 
 DATA = ["flow_matching", "data_diagonal", "mean_flow"]
 SELF = ["semigroup", "lagrangian_self", "eulerian_self"]
-PINNING = ["data_diagonal", "distilled_diagonal", "mean_flow", "lagrangian_teacher", "eulerian_teacher"]
+PINNING = ["data_diagonal", "distilled_diagonal", "mean_flow", "lagrangian_teacher", "eulerian_teacher", "ode_teacher"]
 
 
 def slope(v: float, p: float, c: float) -> float:
@@ -125,7 +125,7 @@ def test_a_constant_map_satisfies_the_terms_that_do_not_pin(equal_rate):
         error = objective.residual(TERMS[name](), model, None, pair).square().sum(dim=1)
         expected = sum((p - q) ** 2 for p, q in zip(a, MEAN, strict=True)) + 2 * (VARIANCE + 1)
         assert abs(error.mean() - expected) < 4.5 * error.std() / num**0.5, name
-    for name in ("distilled_diagonal", "lagrangian_teacher", "eulerian_teacher"):
+    for name in ("distilled_diagonal", "lagrangian_teacher", "eulerian_teacher", "ode_teacher"):
         error = objective.residual(TERMS[name](), model, gaussian_teacher(), pair).square().sum(dim=1)
         assert error.mean() > 0.1, name
 

@@ -1,5 +1,7 @@
 """Objectives on a flow map known in closed form, and at the ends of every time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -45,6 +47,65 @@ def test_residual_vanishes_on_the_exact_flow_map(name):
     times = torch.rand(2, 500, dtype=torch.float64).sort(dim=0).values
     residual = residual_at(name, gaussian_model(), gaussian_teacher(), pair, *times)
     assert residual.abs().max() < 1e-9
+
+
+def test_a_solved_teacher_is_the_exact_flow_map_to_second_order():
+    """Heun's error falls by four where the steps are halved; on the last step to u = 1 it is of the same order. A flow
+    map that is wrong by a tenth is seen. Each step asks the teacher twice, and u = s once."""
+    torch.manual_seed(0)
+    pair, model, teacher, asked = gaussian_pair(500), gaussian_model(), gaussian_teacher(), []
+    times = torch.rand(2, 500, dtype=torch.float64).sort(dim=0).values
+    for ends in (times, (torch.zeros_like(times[0]), torch.ones_like(times[1]))):
+        inner = pair.inner(*ends)
+        by_steps = [
+            WeightedTerm("ode_teacher", options={"steps": n}).build("auto")(model, teacher, pair, inner).abs().mean()
+            for n in (8, 16, 32, 64)
+        ]
+        assert by_steps[-1] < 1e-3
+        assert all(3.3 < coarse / fine < 5 for coarse, fine in pairwise(by_steps)), by_steps
+    term, drift = WeightedTerm("ode_teacher", options={"steps": 3}).build("auto"), teacher.drift
+    teacher.drift = lambda *args: (asked.append(1), drift(*args))[1]
+    term(model, teacher, pair, pair.inner(*times))
+    assert len(asked) == term.teacher_evaluations == 6
+    s = times[0]
+    assert term(model, teacher, pair, pair.inner(s, s.clone(), num_equal=500)).abs().max() < 1e-9  # exact: no step
+    assert len(asked) == 7
+    with torch.no_grad():
+        model.network.one.fill_(1.1)
+    assert term(model, teacher, pair, inner).abs().mean() > 1e-2
+
+
+def test_a_share_of_the_inner_times_is_the_step_of_a_draw():
+    torch.manual_seed(0)
+    s, u = InnerTimes(equal_rate=0.25, draw_rate=0.5).two(64, torch.device("cpu"))
+    assert torch.equal(s[:16], u[:16])
+    assert bool((s[16:32] < u[16:32]).all())
+    assert bool((s[:32] > 0).all() and (u[:32] < 1).all())
+    assert torch.equal(s[32:], torch.zeros(32))
+    assert torch.equal(u[32:], torch.ones(32))
+    s, u = InnerTimes(equal_rate=0.5, draw_rate=0.5).two(3, torch.device("cpu"))  # rates that do not divide the batch
+    assert s.tolist()[2:] == [0.0]
+    assert torch.equal(s[:2], u[:2])
+    for equal, draw, said in (
+        (0.6, 0.5, "more than 1 together"),
+        (0.0, 1.5, "draw_rate 1.5"),
+        (0.0, -1, "draw_rate -1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            InnerTimes(equal_rate=equal, draw_rate=draw)
+
+
+def test_options_of_a_term_are_its_own():
+    for name, options, said in (
+        ("ode_teacher", {"step": 8}, "'ode_teacher' has the options steps, got step"),
+        ("ode_teacher", {"backend": "functorch"}, "has the options steps, got backend"),
+        ("mean_flow", {"steps": 8}, "'mean_flow' has no options, got steps"),
+        ("data_diagonal", {"steps": 8}, "'data_diagonal' has no options, got steps"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            WeightedTerm(name, options=options)
+    with pytest.raises(ValueError, match="steps 0 of ode_teacher must be at least 1"):
+        Objective([WeightedTerm("ode_teacher", options={"steps": 0})])
 
 
 def test_residual_detects_a_wrong_flow_map():
