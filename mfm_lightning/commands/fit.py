@@ -38,6 +38,7 @@ from mfm_lightning.training.logs import own_logs
 from mfm_lightning.training.run_checkpoints import check_checkpoint
 from mfm_lightning.utils.configs import DEFAULTS, find_config, read_config
 from mfm_lightning.utils.console import console
+from mfm_lightning.utils.distributed import is_first_rank
 
 log = logging.getLogger(__name__)
 CALLBACKS = {"ema": EMA, "export": ExportModel, "checkpoint": LastCheckpoint}  # of every run, by their key
@@ -324,6 +325,9 @@ def _quiet() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+    if not is_first_rank():  # the first one says for all what is read and found; warnings are each process's own
+        for name in ("mfm_lightning", "mfm_rewards"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -281,3 +282,26 @@ def test_fine_tuning_on_two_processes(tmp_path):
     resumed = torch.load(last, weights_only=True)
     assert resumed["state_dict"]["normaliser.updates"].tolist() == [8, 8]
     assert load_model(tmp_path / "outputs/gmm/finetune/model.safetensors").state_shape == (2,)
+
+
+@pytest.mark.slow
+def test_what_was_read_is_said_once(tmp_path):
+    """By the first of the processes that Lightning starts, and not by each: 40 images of 8x8, held out by tenths."""
+    images = np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", arr_0=images, labels=np.arange(40) % 2)
+    data = [
+        "--data=ImageDataModule",
+        "--data.source=NpzImages",
+        "--data.source.path=own.npz",
+        "--data.source.labels=labels",
+        "--data.batch_size=4",
+    ]
+    data += ["--data.val_fraction=0.1", "--data.test_source=null", "--model.network.num_classes=2"]
+    network = ["--model.network.width=8", "--model.optimization.warmup_steps=1", "--trainer.logger=false"]
+    steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    config = f"--config={ROOT / 'configs/mnist/classifier.yaml'}"
+    done = start(tmp_path, "fit", config, *data, *network, *steps, "--trainer.default_root_dir=run")
+    assert done.returncode == 0, done.stderr
+    said = (done.stderr + done.stdout).splitlines()
+    assert len([line for line in said if "images decoded into" in line and line.startswith("train")]) == 1, said
+    assert len([line for line in said if "GLOBAL_RANK: 1" in line]) == 1  # there were two
