@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_json
 from mfm_lightning.utils.leases import Lease, Leases
 from mfm_lightning.utils.shared_work import Board, Piece, share
 
@@ -57,8 +57,7 @@ def worker(folder: Path, pieces: list[Piece], seconds: float, lease: float) -> d
         nonlocal done, last
         time.sleep(seconds)
         if held.is_held:
-            with whole_file(folder / f"{piece.key}.json") as partial:
-                partial.write_text(json.dumps({"by": os.getpid()}))
+            save_json({"by": os.getpid()}, folder / f"{piece.key}.json")
             done, last = done + 1, time.monotonic()
 
     share(pieces, Board(folder), Leases(folder / "claims", lease), do)

@@ -18,6 +18,7 @@ import torch
 from mfm_benchmarks.spec import Spec
 from mfm_lightning.checkpoints import fingerprint
 from mfm_lightning.commands.imports import imported_modules
+from mfm_lightning.utils.atomic import save_json
 from mfm_lightning.utils.configs import DEFAULTS, find_config
 from mfm_lightning.utils.distributed import Process
 
@@ -124,7 +125,7 @@ class Fit:
             raise FileNotFoundError(f"{self.config} did not write {self.file}: is it stopped, or of another folder?")
         if self.remember:
             note = {"identity": self.identity(), "sha256": fingerprint(self.file)}
-            self._note.write_text(json.dumps(note, indent=1))
+            save_json(note, self._note)
 
     def _run_here(self, job: list[str]) -> None:
         from mfm_lightning.commands.errors import CommandLineError

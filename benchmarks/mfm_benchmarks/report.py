@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from mfm_benchmarks.blocks import Block, Drawing, Page, Picture, Table
 from mfm_benchmarks.page.figures import write_figures
 from mfm_benchmarks.page.html import render
 from mfm_benchmarks.page.stored import FILE, SAMPLES, save_page, save_samples
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_json, whole_file
 
 
 def write_report(page: Page, folder: Path, with_samples: bool = True) -> Path:
@@ -35,7 +34,7 @@ def write_report(page: Page, folder: Path, with_samples: bool = True) -> Path:
             _write_table(block, folder / block.name)
     record = {"environment": {"command": page.command, **page.environment}, "settings": page.settings}
     record |= {"failures": page.failures, "skipped": page.skipped, "missing": page.missing}
-    (folder / "environment.json").write_text(json.dumps(record, indent=1, default=str))
+    save_json(record, folder / "environment.json", default=str)
     save_page(page, folder / FILE)
     if with_samples:
         save_samples(page, folder / SAMPLES)
@@ -65,4 +64,4 @@ def _write_table(table: Table, path: Path) -> None:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    path.with_suffix(".json").write_text(json.dumps(rows, indent=1, default=str))
+    save_json(rows, path.with_suffix(".json"), default=str)

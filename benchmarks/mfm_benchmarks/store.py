@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mfm_benchmarks.suite import Cell, Outcome
-from mfm_lightning.utils.atomic import save_tensors, whole_file
+from mfm_lightning.utils.atomic import save_json, save_tensors
 
 
 class Store:
@@ -61,8 +61,7 @@ class Store:
             "numbers": outcome.numbers,
             "tensors": sorted(outcome.tensors),
         }
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(content, indent=1, default=str))
+        save_json(content, path, default=str)
 
     def remove(self, cell: Cell) -> None:
         """Forget the cell's outcome; no effect where there is none."""

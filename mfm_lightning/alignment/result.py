@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 from mfm_lightning.alignment.lookahead import Best
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.target import Target
-from mfm_lightning.utils.atomic import save_tensors, whole_file
+from mfm_lightning.utils.atomic import save_json, save_tensors
 from mfm_rewards import RewardError
 
 
@@ -91,10 +90,7 @@ class AlignmentResult:
         """
         folder = Path(folder)
         save_tensors({**self.tensors(), **(more or {})}, folder / f"{name}.safetensors")
-        path = folder / f"{name}.json"
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(self.summary(), indent=1))
-        return path
+        return save_json(self.summary(), folder / f"{name}.json")
 
 
 class Run:

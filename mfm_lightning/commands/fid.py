@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mfm_lightning.commands.errors import CommandLineError
+from mfm_lightning.utils.atomic import save_json
 
 if TYPE_CHECKING:
     from mfm_lightning.metrics.fid import Quality, Statistics
@@ -108,7 +108,6 @@ def fid(
 def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> None:
     from rich.table import Table
 
-    from mfm_lightning.utils.atomic import whole_file
     from mfm_lightning.utils.console import console
 
     table = Table("samples", "images", "FID", "Inception score")
@@ -119,5 +118,4 @@ def _show(quality: Quality, settings: dict[str, str], output: Path | None) -> No
     table.add_row(settings["samples"], str(quality.num_samples or ""), fid, score)
     console().print(table)
     if output is not None:
-        with whole_file(output) as partial:
-            partial.write_text(json.dumps({**asdict(quality), **settings}, indent=1))
+        save_json({**asdict(quality), **settings}, output)

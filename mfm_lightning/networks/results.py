@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from mfm_lightning.networks.files import fingerprint, weights_fingerprint
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_json
 
 log = logging.getLogger(__name__)
 NOTES = "weights.json"
@@ -39,8 +39,7 @@ def measured_on(
         weights = weights_fingerprint(network)
     written = [path for path in _tables(folder) if before.get(path) != path.stat().st_mtime_ns]
     notes = {**_notes(folder), **{path.name: {"table": fingerprint(path), "weights": weights} for path in written}}
-    with whole_file(folder / NOTES) as partial:
-        partial.write_text(json.dumps(notes, indent=1))
+    save_json(notes, folder / NOTES)
 
 
 def measured_of(network: nn.Module, folder: str | Path) -> dict[str, list[dict[str, Any]]]:

@@ -7,7 +7,6 @@ Every file appears whole, by a rename, and its name says which samples it holds.
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import zipfile
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from mfm_lightning.sampling.plan import SamplePlan
 from mfm_lightning.sampling.resumable import DELETE, compare_settings, write_json
-from mfm_lightning.utils.atomic import check_is_folder, clear_partials, whole_file
+from mfm_lightning.utils.atomic import check_is_folder, clear_partials, save_json, whole_file
 from mfm_lightning.utils.sample_folder import PARTS, SETTINGS
 
 
@@ -180,8 +179,7 @@ class WebDatasetShards(_Parts):
                     png = encode_png(torch.from_numpy(image).permute(2, 0, 1))
                     tar.write({"__key__": f"{i:08d}", "png": png, "cls": int(self.plan.label([i]))})
             sizes[shard.name] = size
-        with whole_file(index) as partial:
-            partial.write_text(json.dumps({"samples": self.plan.num_samples, "shards": sizes}, indent=1))
+        save_json({"samples": self.plan.num_samples, "shards": sizes}, index)
 
 
 OUTPUTS: dict[str, Callable[[Path, SamplePlan], Output]] = {

@@ -17,7 +17,7 @@ from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.sampling.outputs import encode_png
 from mfm_lightning.sampling.prompts import Prompt
 from mfm_lightning.sampling.resumable import DELETE, ResumableFolder, plain
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_json, whole_file
 from mfm_lightning.utils.images import to_uint8
 
 
@@ -152,8 +152,7 @@ class PromptFolder(ResumableFolder):
         file = self.path / self.files[index]
         if self.layout == "geneval":
             metadata = {"prompt": one.prompt.text, **one.prompt.more}
-            with whole_file(file.parents[1] / "metadata.jsonl") as partial:
-                partial.write_text(json.dumps(metadata, ensure_ascii=False, default=plain))
+            save_json(metadata, file.parents[1] / "metadata.jsonl", indent=None, ensure_ascii=False, default=plain)
         _store(image, file)
         line = {"index": index, "prompt_index": one.prompt_index, "number": one.number, "prompt": one.prompt.text}
         line |= {"file": self.files[index], **measured, "written": round(time.time(), 3)}

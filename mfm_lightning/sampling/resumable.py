@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mfm_lightning.utils.atomic import check_is_folder, whole_file
+from mfm_lightning.utils.atomic import check_is_folder, save_json
 
 DELETE = "give another folder, or delete it"
 OVERWRITE = "take another folder by --trainer.default_root_dir, or write over it by --overwrite"
@@ -65,8 +65,7 @@ class ResumableFolder(ABC):
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole; several processes may do so at once with the same content."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=plain), encoding="utf-8")
+    save_json(content, path, ensure_ascii=False, default=plain)
 
 
 def compare_settings(note: Path, settings: Mapping[str, Any], what: str, remedy: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import stat
@@ -68,6 +69,13 @@ def save_tensors(tensors: Mapping[str, Any], path: str | Path, metadata: dict[st
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with whole_file(path) as partial:
         save_file(plain, partial, metadata=metadata)
+    return Path(path)
+
+
+def save_json(content: Any, path: str | Path, indent: int | None = 1, **options: Any) -> Path:
+    """Write one whole JSON file in UTF-8; `options` are those of `json.dumps`."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=indent, **options), encoding="utf-8")
     return Path(path)
 
 

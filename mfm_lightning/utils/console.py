@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,8 @@ from rich import get_console
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from mfm_lightning.utils.atomic import save_json
 
 log = logging.getLogger(__name__)
 Job = TypeVar("Job")
@@ -89,4 +90,4 @@ def write_table(
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    (folder / f"{name}.json").write_text(json.dumps(list(rows), indent=1))
+    save_json(list(rows), folder / f"{name}.json")

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_json
 
 log = logging.getLogger(__name__)
 ROWS = "max_rows.json"  # in a run's folder
@@ -138,8 +138,7 @@ class RowsNote:
         """Write it where something new was found."""
         content = self._content()
         if content != self._written and any(budget.fails is not None for budget in self.budgets.values()):
-            with whole_file(self.path) as partial:
-                partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            save_json(content, self.path)
             self._written = content
 
     def _content(self) -> dict[str, Any]:

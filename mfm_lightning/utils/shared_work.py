@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_json
 from mfm_lightning.utils.leases import Lease, Leases
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,7 @@ class Board:
     def fail(self, piece: Piece, error: str) -> None:
         """Write down what went wrong."""
         note = {"piece": piece.name, "error": error, "id": uuid.uuid4().hex, "host": socket.gethostname()}
-        with whole_file(self.failures / f"{piece.key}.json") as partial:
-            partial.write_text(json.dumps(note, indent=1))
+        save_json(note, self.failures / f"{piece.key}.json")
 
     def forgive(self, key: str) -> None:
         """It is done after all."""

@@ -22,7 +22,7 @@ from mfm_benchmarks import blocks, charts
 from mfm_benchmarks.blocks import Page
 from mfm_benchmarks.charts import Interval
 from mfm_lightning.metrics.measured import Measured, of_parts
-from mfm_lightning.utils.atomic import save_tensors, whole_file
+from mfm_lightning.utils.atomic import save_json, save_tensors
 
 FILE, SAMPLES = "page.json", "samples.safetensors"
 FORMAT = 1  # another number for a file that other code cannot read
@@ -40,8 +40,7 @@ KINDS = {
 
 def save_page(page: Page, path: Path) -> None:
     """Write all that the page shows as JSON."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps({"format": FORMAT, "page": _plain(page)}))
+    save_json({"format": FORMAT, "page": _plain(page)}, path, indent=None)
 
 
 def load_page(path: Path) -> Page:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from mfm_benchmarks.measure import clock
-from mfm_lightning.utils.atomic import whole_file
+from mfm_lightning.utils.atomic import save_json
 
 
 class StepTimer(L.Callback):
@@ -39,5 +38,4 @@ class StepTimer(L.Callback):
         if steps < 1:
             raise ValueError(f"a run of {trainer.global_step} steps: StepTimer measures those after {self.first}")
         seconds = (clock(pl_module.device) - self._begin) / steps
-        with whole_file(self.file) as partial:
-            partial.write_text(json.dumps({"seconds": seconds, "samples": self._samples}))
+        save_json({"seconds": seconds, "samples": self._samples}, self.file)
