@@ -1,6 +1,7 @@
 """Shards that others made: which samples are read, by whom, in which order; against tars written by tarfile."""
 
 import logging
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -82,6 +83,21 @@ def test_a_resumed_run_goes_on_at_its_epoch(urls, caplog):
     assert not warnings_of(caplog)
     others = [tuple(numbers(data(urls).loader(start=8 + k, length=9 + k))) for k in range(4)]
     assert len(set(others)) == 4  # one that is often stopped does not see the same samples again and again
+
+
+def test_other_shards_than_before_are_said(tmp_path, urls, caplog):
+    """Of as many shards and samples: one was replaced. A folder that has moved is the same data."""
+    state = data(urls).state_dict()
+    (tmp_path / "moved").mkdir()
+    moved = [str(shutil.copy(url, tmp_path / "moved")) for url in data(urls).urls]
+    with caplog.at_level(logging.WARNING):
+        data(moved).load_state_dict(state)
+        data(urls).load_state_dict({key: value for key, value in state.items() if key != "contents"})  # an older run
+        assert not warnings_of(caplog)
+        with open(moved[0], "ab") as file:
+            file.write(bytes(10240))
+        data(moved).load_state_dict(state)
+    assert caplog.text.count("the training files are not as in the run before") == len(warnings_of(caplog)) == 1
 
 
 @pytest.mark.parametrize("workers", [2, 3])

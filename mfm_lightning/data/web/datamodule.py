@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
+from mfm_lightning.data.base import StepDataModule, check_same_data, counted, say_changed_order
 from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
 from mfm_lightning.data.latents.urls import local_path
@@ -199,13 +199,18 @@ class WebDatasetDataModule(StepDataModule):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Of training and validation shards their number, and a digest of names and, of local ones, sizes in bytes."""
-        found = {}
-        for split, urls in (("train", self.urls), ("val", self.val_urls or [])):
-            paths = [local_path(url) for url in urls]
-            sizes = [None if path is None else path.stat().st_size for path in paths]
-            names = [url.rsplit("/", 1)[-1] for url in urls]
-            found[split] = {"shards": len(urls), "names_and_sizes": digest_of([*zip(names, sizes, strict=True)])}
-        return found
+        parts = {"train": self.urls, "val": self.val_urls or []}
+        return {
+            split: {"shards": len(urls), "names_and_sizes": self._names_and_sizes(urls)}
+            for split, urls in parts.items()
+        }
+
+    @staticmethod
+    def _names_and_sizes(urls: list[str]) -> str:
+        paths = [local_path(url) for url in urls]
+        sizes = [None if path is None else path.stat().st_size for path in paths]
+        names = [url.rsplit("/", 1)[-1] for url in urls]
+        return digest_of([*zip(names, sizes, strict=True)])
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -313,8 +318,10 @@ class WebDatasetDataModule(StepDataModule):
         return {
             "shards": len(self.urls), "samples": self.num_samples, "seed": self.seed, "batch_size": self.batch_size,
             "num_workers": self.num_workers, "shuffle_buffer": self.shuffle_buffer, "mirror": self.mirror,
-            "resampled": self.resampled, "world_size": self.rank()[1],
+            "resampled": self.resampled, "world_size": self.rank()[1], "contents": self._names_and_sizes(self.urls),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        say_changed_order(state_dict, self.state_dict())
+        ours = self.state_dict()
+        check_same_data(state_dict, {"contents": ours.pop("contents")})
+        say_changed_order(state_dict, ours)
