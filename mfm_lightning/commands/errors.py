@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mfm_lightning.utils.names import nearest
 
@@ -92,8 +92,7 @@ def _reason(bare: str, inside: str | None, classes: list[str], given: str | None
         given: the value, where it stands elsewhere in the message.
     """
     if found := re.match(r"Option '([^']+)' is not accepted|unrecognized arguments: --([\w.]+)", bare):
-        name = (found[1] or found[2]).split(".")[0]
-        return f"{inside} has no option {name!r}{_meant(name, arguments_of(inside))}" if inside else bare
+        return _no_option(inside, found[1] or found[2]) if inside else bare
     if found := re.match(r"module '([^']+)' has no attribute '([^']+)'", bare):
         return f"{found[1]} has no {found[2]}{_meant(found[2], _public(found[1]))}"
     if found := re.match(r"Expected a dot import path string: (.*)", bare):
@@ -103,8 +102,29 @@ def _reason(bare: str, inside: str | None, classes: list[str], given: str | None
         return f"{inside or 'it'} needs {_and(found[1].split(', '))}"
     if found := _EXPECTED.match(bare):
         value = given if found["value"] is None else found["value"]
+        if value is not None and (nested := re.match(r"\W*NestedArg\(key='([^']+)'", value)):
+            return f"it is {_type(found['type'])}, and has no {nested[1]!r}"
         return f"expected {_type(found['type'])}" if value is None else f"{value!r} is not {_type(found['type'])}"
     return bare
+
+
+def _no_option(inside: str, key: str) -> str:
+    """A class has no such option: where a key of several parts goes wrong, and what was meant there."""
+    made, parts, right = _imported(inside), key.split("."), []
+    while len(parts) > 1 and (kind := _class_of(_arguments(made).get(parts[0]))) is not None:
+        made, right = kind, [*right, parts.pop(0)]
+    known = _arguments(made)
+    wrong = parts if parts[0] in known else parts[:1]  # one that is there, and is no class, has no parts
+    under = {".".join((*right, name, part)) for name, kind in known.items() for part in _arguments(_class_of(kind))}
+    deeper = sorted(name for name in under if name.rpartition(".")[2] == wrong[0])
+    meant = f": did you mean {deeper[0]!r}?" if len(deeper) == 1 else _meant(wrong[0], known)
+    return f"{inside} has no option {'.'.join([*right, *wrong])!r}{'' if wrong is parts else meant}"
+
+
+def _class_of(annotation: Any) -> type | None:
+    """The class of our own or the user's that an annotation allows, None aside."""
+    kinds = [kind for kind in get_args(annotation) or [annotation] if inspect.isclass(kind) and kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and kinds[0].__module__ != "builtins" else None
 
 
 def _type(text: str) -> str:
@@ -169,14 +189,17 @@ def _public(module: str) -> list[str]:
 
 def arguments_of(path: str) -> list[str]:
     """Names of a class's arguments, also of those that it passes on to its base class."""
-    made = _imported(path)
-    if made is None:
-        return []
+    return list(_arguments(_imported(path)))
+
+
+def _arguments(made: Any) -> dict[str, Any]:
+    """Of a class or a function by name with their types; none of what has no signature that can be read."""
+    if not callable(made):
+        return {}
     from jsonargparse._parameter_resolvers import get_signature_parameters  # what the parser itself goes by
 
-    return [
-        parameter.name for parameter in get_signature_parameters(made, "__init__" if inspect.isclass(made) else None)
-    ]
+    found = get_signature_parameters(made, "__init__" if inspect.isclass(made) else None)
+    return {parameter.name: parameter.annotation for parameter in found}
 
 
 def subclasses(path: str) -> Iterator[type]:
