@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mfm_benchmarks.spec import Spec
-from mfm_lightning.checkpoints import fingerprint
+from mfm_lightning.checkpoints import CheckpointError, fingerprint, read_metadata
 from mfm_lightning.commands.imports import imported_modules
 from mfm_lightning.utils.atomic import save_json
-from mfm_lightning.utils.configs import DEFAULTS, find_config
+from mfm_lightning.utils.configs import DEFAULTS, find_config, read_config
 from mfm_lightning.utils.distributed import Process
 
+log = logging.getLogger(__name__)
 PR_SET_PDEATHSIG = 1  # of prctl
 
 
@@ -84,6 +87,8 @@ class Fit:
         """Whether the file is there and, where it is remembered, what it was made of is the same."""
         if not Path(self.file).is_file():
             return False
+        if not self.remember:
+            say_other_steps(self.file, self.config, self.options.get("trainer.max_steps"))
         noted = self._noted()
         return not self.remember or (noted.get("identity"), noted.get("sha256")) == (
             self.identity(), fingerprint(self.file),
@@ -154,6 +159,26 @@ class Fit:
             raise KeyboardInterrupt
         if code:
             raise RuntimeError(f"mfm {' '.join(job[:3])} ended with status {code}: its words are above")
+
+
+@cache  # once for each file
+def say_other_steps(file: str, config: str, steps: int | None = None) -> None:
+    """Warn of a model that is taken as it is, and that was trained for another number of steps than the job that would
+    make it: `make demo` leaves such ones.
+
+    Args:
+        steps: of the job's options; the config's where None.
+    """
+    try:
+        trained = int(read_metadata(file)["step"])
+        steps = steps or read_config(find_config(config))["trainer"]["max_steps"]
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError):  # a file or a config that does not say
+        return
+    if trained != steps and Process.from_environment().rank == 0:
+        log.warning(
+            "%s is taken as it is, after %d steps of training; %s has %s: delete it to have that run",
+            file, trained, config, steps,
+        )  # fmt: skip
 
 
 def _ends_with_its_parent() -> None:
