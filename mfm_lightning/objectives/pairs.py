@@ -116,6 +116,8 @@ class InnerTimes:
         equal_rate: share of each batch, its first samples, with u = s, where a consistency term is the diagonal's (the
             share of r = t of Mean Flows, arXiv 2505.13447): one consistency term then trains both parts at less than
             the cost of one.
+        draw_rate: share of each batch, its last samples, with s = 0 and u = 1: the step of a one-step draw, a corner
+            that two drawn times hardly come to.
 
     Raises:
         ValueError: for an unknown distribution, rates outside [0, 1] or of more than 1 together, or a shift that is not
