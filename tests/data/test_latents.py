@@ -1,5 +1,7 @@
 """Latent shards read in any constellation of ranks and workers."""
 
+import json
+import logging
 import math
 
 import numpy as np
@@ -152,3 +154,29 @@ def test_latents_are_draws_from_the_moments(tmp_path):
     steady = data(folder, batch_size=64, flip=False, scale=2.0)
     assert next(iter(steady.loader()))[0].mean(dim=(1, 2, 3)).min() > -0.1
     assert float(next(iter(steady.loader()))[0].max()) > 100
+
+
+# -- another run's shards ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_with_other_shards_says_so_and_other_classes_are_refused(tmp_path, caplog):
+    """Of as many samples: values are others, so that the index has other checksums. A folder that moved is the same."""
+    names = {"ant": 0, "bee": 1, "cat": 2, "dog": 3}
+    first, moved = shards(tmp_path / "a", [6, 6]), shards(tmp_path / "moved", [6, 6])
+    other = shards(tmp_path / "other", [6, 6], std=0.5)
+    for folder in (first, moved, other):
+        (folder / "classes.json").write_text(json.dumps(names))
+    state = data(first).state_dict()
+    with caplog.at_level(logging.WARNING):
+        data(moved).load_state_dict(state)
+        older = {key: value for key, value in state.items() if key not in ("contents", "class_names")}
+        data(other).load_state_dict(older)
+        assert not caplog.records
+        data(other).load_state_dict(state)
+        assert len(caplog.records) == 1
+        assert "the training files are not as in the run before" in caplog.text
+    (moved / "classes.json").write_text(json.dumps({**names, "ant": 1, "bee": 0}))
+    with pytest.raises(ValueError, match="'ant' had the label 0, and has 1 now"):
+        data(moved).load_state_dict(state)
+    (moved / "classes.json").unlink()  # numbers alone
+    data(moved).load_state_dict(state)

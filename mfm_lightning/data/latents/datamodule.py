@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mfm_lightning.backbones.embeddings import Embedded
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.base import StepDataModule, counted, say_changed_order
+from mfm_lightning.data.base import StepDataModule, check_same_data, counted, say_changed_order
 from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes, read_null
 from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
@@ -295,15 +296,26 @@ class LatentShards(StepDataModule):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of batches depends on, to say so where a resumed run has another one."""
+        """What the order of batches depends on, and what tells the shards from others, to say so where a resumed run
+        has another order, or others."""
         return {
-            "samples": self.index.samples, "seed": self.seed, "batch_size": self.batch_size,
+            **self._identity, "samples": self.index.samples, "seed": self.seed, "batch_size": self.batch_size,
             "num_workers": self.num_workers, "shuffle_buffer": self.reading.shuffle_buffer, "flip": self.reading.flip,
             "classes": self.classes, "few_shards": self.few_shards, "world_size": self.rank()[1],
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        say_changed_order(state_dict, self.state_dict())
+        check_same_data(state_dict, self._identity)
+        order = {key: value for key, value in self.state_dict().items() if key not in self._identity}
+        say_changed_order(state_dict, order)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """As `check_same_data` takes it: names of the classes by label, where all have one, and the training shards."""
+        labels = read_classes(self.folder, self.reading.allow_pipe) or {}
+        names = sorted(labels, key=lambda name: labels[name])
+        whole = [labels[name] for name in names] == list(range(len(names)))
+        return {"class_names": names if whole else [], "contents": self.fingerprint["train"]["sha256"]}
 
 
 def missing_or_truncated(folder: str, index: LatentIndex) -> list[str]:
