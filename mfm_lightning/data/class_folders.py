@@ -165,7 +165,7 @@ def _labels(names: list[str], root: Path, class_index: Path | None) -> tuple[dic
 
 
 def _images(root: Path, name: str, label: int, left_out: LeftOut) -> list[FoundImage]:
-    found, begin = [], len(os.path.join(root, ""))
+    found, begin = [], len(str(root / name)) - len(name)  # of the root as the paths have it: none of "."
     for entry in walk(root / name):
         path = entry.path[begin:]  # of a million images: Path.relative_to takes longer than all else
         if not entry.is_file():
@@ -188,7 +188,7 @@ def _check_level(root: Path, images: dict[str, list[FoundImage]]) -> None:
         if name.lower() in _SPLITS and (all_splits or any(i.name.count("/") > 1 for i in found))
     ]
     if splits or (deep and not any(found for name, found in images.items() if name not in deep)):
-        one = (splits or deep)[0]
+        one = next((name for name in splits if name.lower().startswith("train")), (splits or deep)[0])
         what = "a part of a data set" if splits else "folders of folders, without images of their own"
         raise InputError(
             f"{root}: {', '.join((splits or deep)[:_SHOWN])} in it are {what}, not classes: give {root / one}, "

@@ -20,7 +20,7 @@ from torch import nn
 
 from mfm_lightning.networks import CLASSIFIERS, NETWORKS, VALUE_NETWORKS
 from mfm_lightning.utils.atomic import save_tensors
-from mfm_rewards.weights import CheckpointError, load_into
+from mfm_rewards.weights import CheckpointError, load_into, no_weights
 
 _OURS: dict[str, type[nn.Module]] = {**NETWORKS, **VALUE_NETWORKS, **CLASSIFIERS}
 _KINDS = {"value": VALUE_NETWORKS, "classifier": CLASSIFIERS}  # by what a file says; all others are NETWORKS
@@ -169,7 +169,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
                 f"{path} is not a safetensors file but one of torch.save: of a run's checkpoint, give the "
                 "model.safetensors beside it; of released weights, mfm import converts them"
             ) from error
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        what = no_weights(Path(path))
+        raise CheckpointError(f"{path} {what or f'is not a safetensors file: {error}'}") from error
 
 
 def said_in(path: str | Path) -> dict[str, str]:

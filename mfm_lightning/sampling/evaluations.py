@@ -14,6 +14,7 @@ What they write was read in their repositories, whose layouts of images are thos
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mfm_lightning.sampling.prompt_folder import PromptFolder
+from mfm_rewards.text_lists import read_text
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 
@@ -74,7 +76,7 @@ def read_evaluation(path: str | Path, folder: PromptFolder) -> dict[int, float]:
 
 
 def _geneval(path: Path) -> Iterator[tuple[str, str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             where = f"{path}, row {number}"
             row = _object(_json(line, where), ("filename", "correct"), where, "GenEval's")
@@ -82,7 +84,7 @@ def _geneval(path: Path) -> Iterator[tuple[str, str, Any]]:
 
 
 def _compbench(path: Path) -> Iterator[tuple[str, int, Any]]:
-    rows = _json(path.read_text(encoding="utf-8"), str(path))
+    rows = _json(read_text(path), str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a {type(rows).__name__}, expected T2I-CompBench's list of question_id and answer")
     for number, row in enumerate(rows, 1):
@@ -95,7 +97,7 @@ def _compbench(path: Path) -> Iterator[tuple[str, int, Any]]:
 
 def _unigenbench(path: Path) -> Iterator[tuple[str, str, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # it keeps what the judge wrote, of any length
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         for number, row in enumerate(csv.DictReader(file), 1):
             where = f"{path}, row {number}"
             _object(row, ("img_path", "result_json"), where, "UniGenBench's")

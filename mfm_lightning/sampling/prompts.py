@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mfm_lightning.sampling import prompt_sets
+from mfm_rewards.text_lists import read_text
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+_QUOTED = re.compile(r'".*"')
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def _of_file(path: Path, column: str) -> list[Prompt]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: prompts are read from {', '.join(SUFFIXES)}")
     if path.suffix == ".txt":
-        texts = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028, which may be in a text
+        texts = read_text(path).split("\n")  # not at U+2028, which may be in a text
         found = [Prompt(text.strip()) for text in texts if text.strip()]
     else:
         found = [_prompt(row, column, f"{path}, row {number}") for number, row in read_rows(path, column)]
@@ -92,7 +96,7 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]
     """Rows of a file by column, with their numbers from 1 on: .jsonl, .json, .parquet, .csv or .tsv. Texts of a JSON
     list are in `column`. Raises as `read_prompts`."""
     if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -104,7 +108,7 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]
             yield number, row
     elif path.suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            rows = json.loads(read_text(path))
         except ValueError as error:
             raise ValueError(f"{path}: no JSON ({error})") from error
         if not isinstance(rows, list):
@@ -124,14 +128,24 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]
     else:
         # PartiPrompts has quotes as they are, and no tabs in its texts
         how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file, **how), 1):
+        number, quoted = 0, 0
+        try:
+            text = io.StringIO(read_text(path), newline="")
+            for number, row in enumerate(csv.DictReader(text, strict=True, **how), 1):
                 if None in row:
                     raise ValueError(
                         f"{path}, row {number}: more fields than columns, from {str(row[None])[:80]}: "
                         "quote a text with commas in it"
                     )
+                quoted += path.suffix == ".tsv" and any(_QUOTED.fullmatch(text or "") for text in row.values())
                 yield number, row
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, row {number + 1}: no CSV ({error}): is there a quote without its end? One within a text is "
+                'doubled (""), and such a text is in quotes'
+            ) from error
+        if quoted:
+            log.info("%s: %d rows have a text in quotes; in .tsv they belong to the text", path, quoted)
 
 
 def _prompt(row: Mapping[str, Any], column: str, where: str) -> Prompt:

@@ -18,6 +18,7 @@ _WORDNET = re.compile(r"(n\d{8})(?:[\s,:]+(.*))?")
 _NUMBERED = re.compile(r"(\d+)\s*[:,\t]\s*(\S.*)")
 _SPACED = re.compile(r"(\d+)\s+(\S.*)")  # also names that begin with a number
 _LABEL_LAST = re.compile(r"(\S.*?)[\s,:]+(\d+)")
+_QUOTED = re.compile(r"(['\"]).*\1")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 begins or ends like one of them
 
 
@@ -90,6 +91,10 @@ def read_list(path: str | Path) -> list[Entry]:
         entries = _of_object(read_object(path), path)
     else:
         entries = _of_lines(text, path)
+        if quoted := next((entry.name for entry in entries if _QUOTED.fullmatch(entry.name)), None):
+            raise TextListError(f"{path}: {quoted} is in quotes, which would belong to the name: leave them out")
+        if all(entry.name.startswith("- ") for entry in entries) and entries:
+            raise TextListError(f"{path} is a list of YAML: leave the dashes out, or give a JSON list")
     if not entries or not all(entry.name for entry in entries):
         raise TextListError(f"{path} holds no names, or an empty one: expected one a line, or a JSON list of strings")
     return entries

@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path, allowed: Sequence[type] = ()) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}" + (", but a folder" if path.is_dir() else ""))
-    if what := _no_weights(path):
+    if what := no_weights(path):
         raise CheckpointError(f"{path} {what}")
     try:
         if path.suffix == ".safetensors":
@@ -88,7 +88,7 @@ def load_plain(path: str | Path, mmap: bool = False) -> Any:
         raise CheckpointError(reason[:120]) from error
 
 
-def _no_weights(path: Path) -> str | None:
+def no_weights(path: Path) -> str | None:
     """What a file is that came in place of weights; None for one that may be of weights."""
     with open(path, "rb") as file:
         start = file.read(256).lstrip()

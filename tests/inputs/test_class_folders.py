@@ -109,7 +109,7 @@ def test_a_class_index_that_does_not_fit(made, tmp_path):
     ("names", "given"),
     [
         (("train/a", "train/b", "val/a", "val/b"), "train"),
-        (("Training/x", "Testing/x"), "Testing"),
+        (("Training/x", "Testing/x"), "Training"),
         (("CLS-LOC/train/a", "CLS-LOC/val/a"), "CLS-LOC"),
         (("a", "b", "val/a"), "val"),
         (("train", "train/a", "train/b", "val/a"), "train"),  # with an image beside the classes

@@ -55,7 +55,7 @@ class ArrayImages(LabelledImages):
         if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
                 f"{self.path} has {len(pixels)} images and labels {labels.dtype} {labels.shape}: expected integers "
-                f"({len(pixels)},)"
+                f"({len(pixels)},), from 0 on"
             )
         return pixels[..., 0] if pixels.shape[3:] == (1,) else pixels, labels.astype(np.int64)
 
@@ -95,6 +95,10 @@ class NpzImages(ArrayImages):
         self.images_name, self.labels_name = images, labels
 
     def _read(self) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.path.is_file() and not zipfile.is_zipfile(self.path):
+            raise ValueError(
+                f"{self.path} is no .npz, which is a zip of arrays as np.savez writes it, or it is cut off"
+            )
         try:
             with np.load(self.path, allow_pickle=False) as arrays:
                 if self.images_name not in arrays:

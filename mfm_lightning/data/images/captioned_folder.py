@@ -18,6 +18,7 @@ from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.sampling.prompts import read_rows
 from mfm_lightning.utils.decoding import read_image
 from mfm_lightning.utils.image_files import find_files
+from mfm_rewards.text_lists import read_text
 
 log = logging.getLogger(__name__)
 LISTS = tuple(f"{name}.{ending}" for name in ("metadata", "captions") for ending in ("jsonl", "csv", "tsv", "parquet"))
@@ -73,13 +74,25 @@ class CaptionedFolder(LabelledImages):
         left_out.report(self.root)
         captions: dict[str, str] = {}
         several: set[str] = set()
-        texts = ((name, _text(self.root / text)) for name, text in beside.items())
-        for name, text in texts if path is None else _listed(path, columns):
+        joined: set[str] = set()  # of several lines
+        if path is None:
+            for name, text in beside.items():
+                lines = _lines(self.root / text)
+                captions[name] = " ".join(lines)
+                if lines[1:]:
+                    joined.add(name)
+        for listed, text in () if path is None else _listed(path, columns):
+            name = _below(self.root, listed)
             if name in captions:
                 several.add(name)
             captions.setdefault(name, text)
         found = [(name, captions[name]) for name in names if name in captions]
         if not found:
+            if captions:
+                raise FileNotFoundError(
+                    f"{path} has captions of none of the {len(names)} images of {self.root}: it names "
+                    f"{', '.join(shortened(list(captions)))}, the files are {', '.join(shortened(names))}"
+                )
             looked = f"in {path}" if path else f"beside the images (.{' or .'.join([ending] if ending else ENDINGS)})"
             raise FileNotFoundError(
                 f"no captions {looked} for the {len(names)} images of {self.root}: expected one of {', '.join(LISTS)} "
@@ -89,6 +102,7 @@ class CaptionedFolder(LabelledImages):
             ("images without a caption are left out", [name for name in names if name not in captions]),
             ("captions without an image are left out", sorted(captions.keys() - set(names))),
             ("images have several captions, of which the first is taken", [n for n, _ in found if n in several]),
+            ("captions are of several lines, which are joined to one text", [n for n, _ in found if n in joined]),
             ("captions are empty: they become the empty prompt", [name for name, text in found if not text]),
         ):
             if which:
@@ -139,11 +153,14 @@ class CaptionedFolder(LabelledImages):
         return f"{len(self)} images with captions"
 
 
-def _text(path: Path) -> str:
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8: {error}") from error
+def _lines(path: Path) -> list[str]:
+    """The lines that are not empty, without white space that says nothing."""
+    return [found for line in read_text(path).split("\n") if (found := " ".join(line.split()))]
+
+
+def _below(root: Path, name: str) -> str:
+    """A name of a list from the root on: as the file's path has it, also where the list has a whole path."""
+    return Path(os.path.normpath(os.path.relpath(name, root) if os.path.isabs(name) else name)).as_posix()
 
 
 def _beside(names: Sequence[str], others: Sequence[str], endings: Sequence[str]) -> dict[str, str]:

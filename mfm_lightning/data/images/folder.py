@@ -69,6 +69,7 @@ def _reader_of(root: Path) -> str | None:
         ".parquet": "mfm_lightning.data.images.HuggingFaceImages (its path)",
         ".arrow": "mfm_lightning.data.images.HuggingFaceImages (its path)",
         ".tar": "mfm_lightning.data.WebDatasetDataModule (its urls)",
+        ".npz": "mfm_lightning.data.images.NpzImages (the path of a file)",
         ".npy": "mfm_lightning.data.LatentDataModule (its source)",
         ".safetensors": "mfm_lightning.data.LatentDataModule (its source)",
     }

@@ -112,7 +112,10 @@ class HuggingFaceImages(LabelledImages):
             return np.zeros(len(self._dataset), dtype=np.int64), ["all"]
         labels = np.asarray(self._dataset[self.label_column][:])
         if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"{self.path}: {self.label_column} has {labels.dtype} {labels.shape}, not a class each")
+            raise ValueError(
+                f"{self.path}: {self.label_column} has {_said(labels)}, not a whole number each: make texts classes by "
+                f"class_encode_column({self.label_column!r}) of `datasets`, name another column, or leave it out"
+            )
         numbers = number_names(labels, self.path)
         return labels.astype(np.int64), list(getattr(self._dataset.features[self.label_column], "names", numbers))
 
@@ -137,3 +140,12 @@ class HuggingFaceImages(LabelledImages):
 
     def place(self, i: int) -> str:
         return f"image {i} of {self.path} ({self.split})"
+
+
+def _said(labels: np.ndarray) -> str:
+    """What a column has in place of labels."""
+    if labels.ndim == 1 and (missing := [i for i, label in enumerate(labels.tolist()) if label is None]):
+        return f"nothing in {len(missing)} of {len(labels)} rows, first in row {missing[0]}"
+    if labels.ndim == 1 and labels.dtype.kind in "OU" and all(isinstance(label, str) for label in labels.tolist()):
+        return f"texts, such as {str(labels[0])!r}"
+    return f"{labels.dtype} {labels.shape}"

@@ -93,6 +93,8 @@ def labels_of(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
     """
     found = []
     for each in classes:
+        if isinstance(each, bool):
+            raise ValueError(f"classes: {each} is no class; yes, no, on and off are names only in quotes")
         if isinstance(each, int) and 0 <= each < len(names) and str(each) in names and names[each] != str(each):
             raise ValueError(
                 f"classes: {each} is the label of {names[each]!r} and the name of another class (label "
@@ -103,5 +105,6 @@ def labels_of(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
         elif isinstance(each, int) and 0 <= each < len(names):
             found.append(each)
         else:
-            raise ValueError(f"classes: there is no class {each!r} (there are {names_line(names)})")
+            quotes = f"; in quotes it is a name: '{each}'" if str(each) in names else ""
+            raise ValueError(f"classes: there is no class {each!r} (there are {names_line(names)}){quotes}")
     return found

@@ -153,7 +153,11 @@ class _Safetensors(_File):
         return tuple(self._slice(name).get_shape())
 
     def whole(self, name: str) -> np.ndarray:
-        return self._slice(name)[:].numpy()
+        found = self._slice(name)[:]
+        try:
+            return found.numpy()
+        except TypeError as error:  # of bfloat16, which numpy does not have
+            raise LatentFileError(f"{name} of {self.path} has {found.dtype}: expected whole numbers") from error
 
     def row(self, name: str, i: int) -> Tensor:
         return self._slice(name)[i]

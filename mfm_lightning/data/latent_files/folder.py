@@ -53,7 +53,7 @@ class LatentFolder(StoredLatents):
 
     @property
     def _zipped(self) -> bool:
-        return self.root.suffix == ".zip"
+        return self.root.suffix.lower() == ".zip"
 
     @cached_property
     def _entries(self) -> tuple[list[str], np.ndarray | None]:

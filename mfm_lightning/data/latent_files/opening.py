@@ -21,7 +21,7 @@ def open_latents(source: str | StoredLatents) -> StoredLatents:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no latents at {source}: expected a folder, a .zip, a .safetensors or an .npz")
-    if path.suffix == ".zip" or (path / INDEX).is_file():
+    if path.suffix.lower() == ".zip" or (path / INDEX).is_file():
         return LatentFolder(source)
     if path.suffix in ENDINGS or any(any(path.glob(f"*{end}")) for end in ENDINGS):
         return LatentArrays(source)

@@ -32,7 +32,10 @@ class StoredLatents(ABC):
             raise LatentFileError(f"no latents in {self}")
         if labels is not None:
             if labels.shape != (num,) or not np.issubdtype(labels.dtype, np.integer):
-                raise LatentFileError(f"{self} has {num} latents and labels {labels.dtype} {labels.shape}")
+                raise LatentFileError(
+                    f"{self} has {num} latents and labels {labels.dtype} {labels.shape}: expected whole numbers, "
+                    f"({num},)"
+                )
             if labels.min() < 0 or labels.max() >= MOST_CLASSES:
                 raise LatentFileError(
                     f"{self} has labels {labels.min()}..{labels.max()}: expected numbers of classes from 0 on"

@@ -86,7 +86,7 @@ class Fields:
         return label
 
     def caption_of(self, sample: Mapping[str, Any]) -> str:
-        """The caption, without spaces around it.
+        """The caption, in one line and without spaces around it.
 
         Raises:
             ValueError: if it is not there, or no text.
@@ -94,7 +94,7 @@ class Fields:
         found, place = _value(sample, self.caption or "")
         if not isinstance(found, str):
             raise ValueError(f"{place} is {found!r}, expected a text")
-        return found.strip()
+        return " ".join(found.split())
 
 
 def whole_number(found: object) -> int:

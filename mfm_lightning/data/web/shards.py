@@ -143,10 +143,17 @@ def _files(shards: Iterator[dict[str, Any]], faults: Faults) -> Iterator[dict[st
 
     for shard in shards:
         url, files, name = shard["url"], 0, ""
+        sample, there = None, set()  # its key, and the names of its files
         try:
             with closing(shard["stream"]) as stream:
                 for file in tar_files(stream, url):
                     files, name = files + 1, file["fname"]
+                    if (key := base_plus_ext(name)[0]) != sample:
+                        sample, there = key, set()
+                    if name in there:
+                        faults(ShardError(url, f"{name} is there twice in a row: each sample needs a key of its own"))
+                        continue
+                    there.add(name)
                     yield file
         except (tars.TarError, OSError, EOFError, zlib.error) as error:
             faults(ShardError(url, f"cannot be read after {files} files: {error}"))
