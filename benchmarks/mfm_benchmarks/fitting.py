@@ -88,7 +88,7 @@ class Fit:
         if not Path(self.file).is_file():
             return False
         if not self.remember:
-            say_other_steps(self.file, self.config, self.options.get("trainer.max_steps"))
+            say_fewer_steps(self.file, self.config, self.options.get("trainer.max_steps"))
         noted = self._noted()
         return not self.remember or (noted.get("identity"), noted.get("sha256")) == (
             self.identity(), fingerprint(self.file),
@@ -161,23 +161,23 @@ class Fit:
             raise RuntimeError(f"mfm {' '.join(job[:3])} ended with status {code}: its words are above")
 
 
-@cache  # once for each file
-def say_other_steps(file: str, config: str, steps: int | None = None) -> None:
-    """Warn of a model that is taken as it is, and that was trained for another number of steps than the job that would
-    make it: `make demo` leaves such ones.
+@cache  # once for each of them
+def say_fewer_steps(file: str, config: str, steps: int | None = None) -> None:
+    """Warn of a model that is taken as it is, and that was trained for fewer steps than the job that would make it has:
+    `make demo` leaves such ones. More steps are the user's own wish.
 
     Args:
         steps: of the job's options; the config's where None.
     """
     try:
         trained = int(read_metadata(file)["step"])
-        steps = steps or read_config(find_config(config))["trainer"]["max_steps"]
+        wanted = int(steps or read_config(find_config(config))["trainer"]["max_steps"])
     except (CheckpointError, OSError, KeyError, TypeError, ValueError):  # a file or a config that does not say
         return
-    if trained != steps and Process.from_environment().rank == 0:
+    if trained < wanted and Process.from_environment().rank == 0:
         log.warning(
-            "%s is taken as it is, after %d steps of training; %s has %s: delete it to have that run",
-            file, trained, config, steps,
+            "%s is taken as it is, after %d steps of training; %s has %s: move it away to have that run",
+            file, trained, config, wanted,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mfm_benchmarks.fitting import Fit, FitSettings, say_other_steps
+from mfm_benchmarks.fitting import Fit, FitSettings, say_fewer_steps
 from mfm_benchmarks.measure import noise
 from mfm_benchmarks.spec import Spec, build
 from mfm_lightning.alignment.target import LoadedTarget, Target, TargetSettings
@@ -69,7 +69,7 @@ class ModelSettings:
             return [fit.job() for fit in self.fits]
         for fit in self.fits:
             if fit.file == self.file:
-                say_other_steps(fit.file, fit.config, fit.given.get("trainer.max_steps"))
+                say_fewer_steps(fit.file, fit.config, fit.given.get("trainer.max_steps"))
         return []
 
     def missing(self) -> list[str]:

@@ -254,14 +254,14 @@ def check_same_data(saved: Mapping[str, Any], ours: Mapping[str, Any], trains: b
         saved: of the run before: `class_names`, `contents` (what tells the training files) and `rows` (which are held
             out); older runs do not say all of them.
         ours: of this run.
-        trains: it is trained on; else what was refused is a warning.
+        trains: it is trained on; else what was refused is a warning, and other samples are nothing to speak of.
 
     Raises:
         ValueError: where a class has another label than before.
     """
     say = log.warning if is_first_rank() else log.debug
     before, now = (list(each.get("class_names") or []) for each in (saved, ours))
-    if before and before != now:
+    if before and now and before != now:
         moved = next((name for i, name in enumerate(before) if name in now and now.index(name) != i), None)
         if moved is not None:
             what = f"{moved!r} had the label {before.index(moved)}, and has {now.index(moved)} now"
@@ -271,6 +271,8 @@ def check_same_data(saved: Mapping[str, Any], ours: Mapping[str, Any], trains: b
         else:
             old, new = (" ".join(shortened(names)) for names in (before, now))
             say("classes have other names than in the run before: %s, before %s", new, old)
+    if not trains:  # to evaluate on other data is nothing to be warned of
+        return
     known = {key for key in ("contents", "rows") if None not in (saved.get(key), ours.get(key))}
     if "contents" in known and saved["contents"] != ours["contents"]:
         say(

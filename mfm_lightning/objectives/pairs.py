@@ -117,7 +117,8 @@ class InnerTimes:
             share of r = t of Mean Flows, arXiv 2505.13447): one consistency term then trains both parts at less than
             the cost of one.
         draw_rate: share of each batch, its last samples, with s = 0 and u = 1: the step of a one-step draw, a corner
-            that two drawn times hardly come to.
+            that two drawn times hardly come to. Under annealing u is less than 1 there, too; where terms share the
+            inner sample, the diagonal's times are 0 in that share.
 
     Raises:
         ValueError: for an unknown distribution, rates outside [0, 1] or of more than 1 together, or a shift that is not

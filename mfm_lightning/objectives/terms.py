@@ -43,7 +43,7 @@ class Term(ABC):
 
     @property
     def teacher_evaluations(self) -> int:
-        """Evaluations of the teacher for each sample, those that terms can share included."""
+        """Evaluations of the teacher for each sample, at most; those that terms can share included."""
         return int(self.needs_teacher)
 
     def condition(self, pair: Pair) -> Pair:

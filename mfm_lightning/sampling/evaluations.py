@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mfm_lightning.sampling.prompt_folder import PromptFolder
-from mfm_rewards.text_lists import read_text
+from mfm_rewards.text_lists import lines_of, read_text
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 
@@ -76,7 +76,7 @@ def read_evaluation(path: str | Path, folder: PromptFolder) -> dict[int, float]:
 
 
 def _geneval(path: Path) -> Iterator[tuple[str, str, Any]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         if line.strip():
             where = f"{path}, row {number}"
             row = _object(_json(line, where), ("filename", "correct"), where, "GenEval's")

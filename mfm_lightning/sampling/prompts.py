@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mfm_lightning.sampling import prompt_sets
-from mfm_rewards.text_lists import read_text
+from mfm_rewards.text_lists import lines_of, read_text
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -83,7 +83,7 @@ def _of_file(path: Path, column: str) -> list[Prompt]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: prompts are read from {', '.join(SUFFIXES)}")
     if path.suffix == ".txt":
-        texts = read_text(path).split("\n")  # not at U+2028, which may be in a text
+        texts = lines_of(read_text(path))
         found = [Prompt(text.strip()) for text in texts if text.strip()]
     else:
         found = [_prompt(row, column, f"{path}, row {number}") for number, row in read_rows(path, column)]
@@ -96,7 +96,7 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]
     """Rows of a file by column, with their numbers from 1 on: .jsonl, .json, .parquet, .csv or .tsv. Texts of a JSON
     list are in `column`. Raises as `read_prompts`."""
     if path.suffix == ".jsonl":
-        for number, line in enumerate(read_text(path).split("\n"), 1):
+        for number, line in enumerate(lines_of(read_text(path)), 1):
             if not line.strip():
                 continue
             try:
@@ -140,9 +140,12 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]
                 quoted += path.suffix == ".tsv" and any(_QUOTED.fullmatch(text or "") for text in row.values())
                 yield number, row
         except csv.Error as error:
+            why = {
+                "unexpected end of data": "a quote has no end",
+                "',' expected after '\"'": "something follows a closing quote",
+            }.get(str(error), str(error))
             raise ValueError(
-                f"{path}, row {number + 1}: no CSV ({error}): is there a quote without its end? One within a text is "
-                'doubled (""), and such a text is in quotes'
+                f'{path}, row {number + 1}: no CSV, {why}; a quote within a text is doubled (""), and the text in quotes'
             ) from error
         if quoted:
             log.info("%s: %d rows have a text in quotes; in .tsv they belong to the text", path, quoted)

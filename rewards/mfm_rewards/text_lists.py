@@ -18,7 +18,7 @@ _WORDNET = re.compile(r"(n\d{8})(?:[\s,:]+(.*))?")
 _NUMBERED = re.compile(r"(\d+)\s*[:,\t]\s*(\S.*)")
 _SPACED = re.compile(r"(\d+)\s+(\S.*)")  # also names that begin with a number
 _LABEL_LAST = re.compile(r"(\S.*?)[\s,:]+(\d+)")
-_QUOTED = re.compile(r"(['\"]).*\1")
+_QUOTED = re.compile(r"(['\"])(?:(?!\1).)*\1")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 begins or ends like one of them
 
 
@@ -52,6 +52,11 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise TextListError(f"{path} is no UTF-8 (line {line}): save it as UTF-8") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """Its lines, ended as on any system; not at U+2028, which may be in a name or a prompt."""
+    return re.split(r"\r\n?|\n", text)
 
 
 def read_object(path: str | Path) -> Any:
@@ -91,8 +96,11 @@ def read_list(path: str | Path) -> list[Entry]:
         entries = _of_object(read_object(path), path)
     else:
         entries = _of_lines(text, path)
-        if quoted := next((entry.name for entry in entries if _QUOTED.fullmatch(entry.name)), None):
-            raise TextListError(f"{path}: {quoted} is in quotes, which would belong to the name: leave them out")
+        quoted = [entry.name for entry in entries if _QUOTED.fullmatch(entry.name)]
+        if quoted and 2 * len(quoted) >= len(entries):
+            raise TextListError(f"{path}: {quoted[0]} is in quotes, which would belong to the name: leave them out")
+        if quoted:
+            log.info("%s: quotes of %s belong to the name", path, ", ".join(quoted[:5]))
         if all(entry.name.startswith("- ") for entry in entries) and entries:
             raise TextListError(f"{path} is a list of YAML: leave the dashes out, or give a JSON list")
     if not entries or not all(entry.name for entry in entries):
@@ -101,7 +109,7 @@ def read_list(path: str | Path) -> list[Entry]:
 
 
 def _of_lines(text: str, path: str | Path) -> list[Entry]:
-    every = re.split(r"\r\n?|\n", text)  # not at U+2028, which may be in a name
+    every = lines_of(text)
     lines = {i: line.strip() for i, line in enumerate(every, 1) if not line.startswith("#")}
     names = {i: line for i, line in lines.items() if line}
     begun = min(names, default=0) if len(lines) < len(every) else 1  # empty lines may follow a comment

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from mfm_benchmarks.cells import compute, leases_of
 from mfm_benchmarks.command import load_suite
-from mfm_benchmarks.fitting import Fit, FitSettings, say_other_steps
+from mfm_benchmarks.fitting import Fit, FitSettings, say_fewer_steps
 from mfm_benchmarks.measure import measure
 from mfm_benchmarks.methods import MethodSettings, points
 from mfm_benchmarks.models import ModelSettings, compute_in
@@ -222,15 +222,17 @@ def documented(kind):
     return blocks[0]
 
 
-def test_a_model_of_other_steps_than_its_job_is_taken_and_said_once(tmp_path, monkeypatch, caplog):
-    """As after `make demo`, whose digits are trained for less; with the job's steps, or where the file does not say,
-    nothing is."""
+def test_a_model_of_fewer_steps_than_its_job_is_taken_and_said_once(tmp_path, monkeypatch, caplog):
+    """As after `make demo`, whose digits are trained for less; with the job's steps, with more, or where the file does
+    not say, nothing is."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.yaml").write_text("trainer: {max_steps: 900}")
     model, fit = MetaFlowMap(MLP(dim=2, hidden_size=8, depth=1)), {"config": "job.yaml", "file": "m.safetensors"}
-    said = "m.safetensors is taken as it is, after 700 steps of training; job.yaml has 900: delete it to have that run"
+    said = (
+        "m.safetensors is taken as it is, after 700 steps of training; job.yaml has 900: move it away to have that run"
+    )
     for step, options, expected in (
-        (700, {}, 1), (900, {}, 0), (700, {"trainer.max_steps": 700}, 0), (None, {}, 0),
+        (700, {}, 1), (900, {}, 0), (2500, {}, 0), (700, {"trainer.max_steps": 700}, 0), (None, {}, 0),
     ):  # fmt: skip
         save_model(model, "m.safetensors", metadata={} if step is None else {"step": str(step)})
         settings = ModelSettings("m.safetensors", [FitSettings(**fit, options=Spec(options))])
@@ -239,7 +241,7 @@ def test_a_model_of_other_steps_than_its_job_is_taken_and_said_once(tmp_path, mo
             assert Fit(**fit, options=options).is_done()
         assert caplog.text.count(said) == len(caplog.records) == expected, (step, options)
         caplog.clear()
-        say_other_steps.cache_clear()
+        say_fewer_steps.cache_clear()
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from mfm_lightning.data import LatentShards
 from mfm_lightning.data.latents.epoch_plan import EpochPlan
@@ -178,5 +180,24 @@ def test_a_run_that_goes_on_with_other_shards_says_so_and_other_classes_are_refu
     (moved / "classes.json").write_text(json.dumps({**names, "ant": 1, "bee": 0}))
     with pytest.raises(ValueError, match="'ant' had the label 0, and has 1 now"):
         data(moved).load_state_dict(state)
-    (moved / "classes.json").unlink()  # numbers alone
+    for kind in (TrainerFn.TESTING, TrainerFn.VALIDATING):  # to evaluate on other data is no fault
+        caplog.clear()
+        evaluated = data(moved)
+        evaluated.trainer = SimpleNamespace(state=SimpleNamespace(fn=kind), world_size=1, global_rank=0)
+        evaluated.load_state_dict(state)
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert message == "the model was trained on other classes: 'ant' had the label 0, and has 1 now"
+    caplog.clear()
+    (moved / "classes.json").unlink()  # numbers alone: nothing to compare
     data(moved).load_state_dict(state)
+    assert not caplog.records
+
+
+def test_a_list_of_classes_that_cannot_be_read_does_not_stop_training_at_its_first_checkpoint(tmp_path, caplog):
+    folder = shards(tmp_path, [6, 6])
+    (folder / "classes.json").write_text("<html>")
+    module = data(folder)
+    with caplog.at_level(logging.WARNING):
+        module.setup("fit")
+    assert "classes.json is no JSON of labels by class name" in caplog.text
+    assert module.state_dict()["class_names"] == []

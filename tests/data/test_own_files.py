@@ -59,14 +59,20 @@ def test_a_quote_without_its_end_does_not_swallow_rows(images):
     rows = [f"{i}.png,text {i}" for i in range(6)]
     rows[2] = '2.png,"text 2'
     (images / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
-    with pytest.raises(ValueError, match=r"metadata\.csv, row 3: no CSV .*quote without its end"):
+    with pytest.raises(ValueError, match=r"metadata\.csv, row 3: no CSV, a quote has no end"):
         _ = CaptionedFolder(str(images)).labels
     (images / "p.csv").write_text('prompt\n"a b\nc\nd\n')
     with pytest.raises(ValueError, match=r"p\.csv, row 1: no CSV"):
         read_prompts(images / "p.csv")
     (images / "p.csv").write_text("prompt\n" + f'"{"x" * 140_000}"\n')
-    with pytest.raises(ValueError, match=r"p\.csv, row 1: no CSV \(field larger"):
+    with pytest.raises(ValueError, match=r"p\.csv, row 1: no CSV, field larger"):
         read_prompts(images / "p.csv")
+    for text in ('"A" is a letter', '"a\\"b"', '"a cat" '):
+        (images / "p.csv").write_text(f"prompt\n{text}\n")
+        with pytest.raises(
+            ValueError, match=r"row 1: no CSV, something follows a closing quote; a quote within a text"
+        ):
+            read_prompts(images / "p.csv")
     (images / "p.csv").write_text('prompt\n"a, b ""c""\nof two lines"\nd\n')  # as it should be
     assert [prompt.text for prompt in read_prompts(images / "p.csv")] == ['a, b "c"\nof two lines', "d"]
 
@@ -80,6 +86,14 @@ def test_another_encoding_is_named_with_the_file(tmp_path, name, encoding):
         read_prompts(tmp_path / name)
     (tmp_path / name).write_text(text, encoding="utf-8-sig")
     assert read_prompts(tmp_path / name)[0].text == "café"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_on_any_system(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes(end.join(["a cat", "", "a dog\u2028b", ""]).encode())
+    assert [prompt.text for prompt in read_prompts(tmp_path / "a.txt")] == ["a cat", "a dog\u2028b"]
+    (tmp_path / "a.jsonl").write_bytes(end.join(['{"prompt": "a"}', '{"prompt": "b"}', ""]).encode())
+    assert [prompt.text for prompt in read_prompts(tmp_path / "a.jsonl")] == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
@@ -120,6 +134,11 @@ def test_a_list_that_names_none_of_the_images_shows_both_sides(images):
         _ = CaptionedFolder(str(images)).labels
     write([*(str(images / f"{i}.png") for i in range(3)), "./3.png", "sub/../4.png", "5.png"])
     assert [CaptionedFolder(str(images)).caption(i) for i in range(6)] == [f"text of {i}" for i in range(6)]
+    link = images.with_name(f"{images.name}-link")
+    link.symlink_to(images)
+    assert CaptionedFolder(str(link)).caption(0) == "text of 0"  # the list has the paths of the folder itself
+    write([str(link / f"{i}.png") for i in range(6)])
+    assert CaptionedFolder(str(images)).caption(5) == "text of 5"
 
 
 # -- labels and names --------------------------------------------------------------------------------------------------
@@ -169,6 +188,9 @@ def test_class_lists_of_other_forms_are_refused(tmp_path, text, message):
     (tmp_path / "x.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_list(tmp_path / "x.txt")
+    names = ['"Stop" and "Go"', "'a' or 'b'", '"Untitled"', "d", "e"]  # of most lines none is in quotes as a whole
+    (tmp_path / "x.txt").write_text("\n".join(names))
+    assert [entry.name for entry in read_list(tmp_path / "x.txt")] == names
     (tmp_path / "x.txt").write_text("rock 'n' roll\n5\" nail\n")
     assert [entry.name for entry in read_list(tmp_path / "x.txt")] == ["rock 'n' roll", '5" nail']
 
@@ -177,7 +199,7 @@ def test_class_lists_of_other_forms_are_refused(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("corrupt", ["raise", "skip"])
-def test_a_name_that_is_twice_in_a_shard_is_named_with_it(tmp_path, corrupt):
+def test_a_name_that_is_twice_in_a_shard_is_named_with_it(tmp_path, corrupt, caplog):
     """Samples 0 to 3 and 4 to 7 of two shards, whose first sample's image is there twice."""
     urls = image_shards(tmp_path, [4, 4])
     for k in (0, 1):
@@ -193,6 +215,11 @@ def test_a_name_that_is_twice_in_a_shard_is_named_with_it(tmp_path, corrupt):
     else:
         assert sorted(numbers(module.loader(length=2))) == list(range(8))
         assert module.skipped == 2
+        whole = (tmp_path / "001.tar").read_bytes()
+        (tmp_path / "001.tar").write_bytes(whole[: len(whole) // 2])  # which is another fault of the same shard
+        module = data(urls, batch_size=2, num_samples=8, num_classes=3, label="cls", corrupt=corrupt)
+        _ = list(module.loader(length=2))
+        assert any("cannot be read after" in record.getMessage() for record in warnings_of(caplog))
 
 
 def test_labels_of_latents_that_are_no_numbers_of_numpy(tmp_path):

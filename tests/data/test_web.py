@@ -1,6 +1,7 @@
 """Shards that others made: which samples are read, by whom, in which order; against tars written by tarfile."""
 
 import logging
+import os
 import shutil
 from collections import Counter
 
@@ -96,7 +97,11 @@ def test_other_shards_than_before_are_said(tmp_path, urls, caplog):
         assert not warnings_of(caplog)
         with open(moved[0], "ab") as file:
             file.write(bytes(10240))
-        data(moved).load_state_dict(state)
+        module = data(moved)
+        module.setup("fit")
+        assert module.num_samples  # counted before training
+        os.rename(moved[0], f"{moved[0]}.gone")
+        module.load_state_dict(state)  # also of shards that went in the meantime, as at a checkpoint
     assert caplog.text.count("the training files are not as in the run before") == len(warnings_of(caplog)) == 1
 
 

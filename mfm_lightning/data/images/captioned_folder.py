@@ -18,7 +18,7 @@ from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.sampling.prompts import read_rows
 from mfm_lightning.utils.decoding import read_image
 from mfm_lightning.utils.image_files import find_files
-from mfm_rewards.text_lists import read_text
+from mfm_rewards.text_lists import lines_of, read_text
 
 log = logging.getLogger(__name__)
 LISTS = tuple(f"{name}.{ending}" for name in ("metadata", "captions") for ending in ("jsonl", "csv", "tsv", "parquet"))
@@ -155,12 +155,18 @@ class CaptionedFolder(LabelledImages):
 
 def _lines(path: Path) -> list[str]:
     """The lines that are not empty, without white space that says nothing."""
-    return [found for line in read_text(path).split("\n") if (found := " ".join(line.split()))]
+    return [found for line in lines_of(read_text(path)) if (found := " ".join(line.split()))]
 
 
 def _below(root: Path, name: str) -> str:
     """A name of a list from the root on: as the file's path has it, also where the list has a whole path."""
-    return Path(os.path.normpath(os.path.relpath(name, root) if os.path.isabs(name) else name)).as_posix()
+    found = os.path.normpath(name)
+    if os.path.isabs(name):
+        found = os.path.relpath(name, root)
+        if found.startswith(os.pardir):  # one of them is named by a link
+            place, last = os.path.split(name)
+            found = os.path.join(os.path.relpath(os.path.realpath(place), os.path.realpath(root)), last)
+    return Path(os.path.normpath(found)).as_posix()
 
 
 def _beside(names: Sequence[str], others: Sequence[str], endings: Sequence[str]) -> dict[str, str]:

@@ -216,6 +216,8 @@ class LatentShards(StepDataModule):
                 self.reading.shuffle_buffer, each / 1e6, readers, total / 1e9,
             )  # fmt: skip
         splits = ("train", "val") if stage in (None, "fit") else ("val",)
+        if "train" in splits:
+            _ = self._identity  # read now, and not with the first checkpoint
         for folder, index in map(self._part, splits):
             problems = missing_or_truncated(folder, index)
             if problems and self.reading.corrupt == "raise":
@@ -305,14 +307,18 @@ class LatentShards(StepDataModule):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_same_data(state_dict, self._identity)
+        check_same_data(state_dict, self._identity, self.trains)
         order = {key: value for key, value in self.state_dict().items() if key not in self._identity}
         say_changed_order(state_dict, order)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """As `check_same_data` takes it: names of the classes by label, where all have one, and the training shards."""
-        labels = read_classes(self.folder, self.reading.allow_pipe) or {}
+        try:
+            labels = read_classes(self.folder, self.reading.allow_pipe) or {}
+        except LatentIndexError as error:  # training does not need them
+            log.warning("%s: names of classes are not compared", error)
+            labels = {}
         names = sorted(labels, key=lambda name: labels[name])
         whole = [labels[name] for name in names] == list(range(len(names)))
         return {"class_names": names if whole else [], "contents": self.fingerprint["train"]["sha256"]}

@@ -205,6 +205,11 @@ class WebDatasetDataModule(StepDataModule):
             for split, urls in parts.items()
         }
 
+    @cached_property
+    def _contents(self) -> str:
+        """What tells the training shards: as they were when the training began."""
+        return self._names_and_sizes(self.urls)
+
     @staticmethod
     def _names_and_sizes(urls: list[str]) -> str:
         paths = [local_path(url) for url in urls]
@@ -262,6 +267,10 @@ class WebDatasetDataModule(StepDataModule):
         epochs = self.epochs(rank, world_size, workers := self.workers(world_size))
         return WebStream(epochs, workers, length, start, where)
 
+    def setup(self, stage: str | None = None) -> None:
+        if stage in (None, "fit"):
+            _ = self._contents  # now, and not with the first checkpoint, when shards may be gone
+
     def train_dataloader(self) -> WebStream:
         start, length = self.steps()
         return self.loader(*self.rank(), start, length, self.position)
@@ -318,10 +327,10 @@ class WebDatasetDataModule(StepDataModule):
         return {
             "shards": len(self.urls), "samples": self.num_samples, "seed": self.seed, "batch_size": self.batch_size,
             "num_workers": self.num_workers, "shuffle_buffer": self.shuffle_buffer, "mirror": self.mirror,
-            "resampled": self.resampled, "world_size": self.rank()[1], "contents": self._names_and_sizes(self.urls),
+            "resampled": self.resampled, "world_size": self.rank()[1], "contents": self._contents,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         ours = self.state_dict()
-        check_same_data(state_dict, {"contents": ours.pop("contents")})
+        check_same_data(state_dict, {"contents": ours.pop("contents")}, self.trains)
         say_changed_order(state_dict, ours)

@@ -151,7 +151,7 @@ def _files(shards: Iterator[dict[str, Any]], faults: Faults) -> Iterator[dict[st
                     if (key := base_plus_ext(name)[0]) != sample:
                         sample, there = key, set()
                     if name in there:
-                        faults(ShardError(url, f"{name} is there twice in a row: each sample needs a key of its own"))
+                        faults(ValueError(f"{url}: {name} is there twice in a row, where each sample has its own key"))
                         continue
                     there.add(name)
                     yield file
