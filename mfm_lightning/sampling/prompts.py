@@ -145,7 +145,7 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]
                 "',' expected after '\"'": "something follows a closing quote",
             }.get(str(error), str(error))
             raise ValueError(
-                f'{path}, row {number + 1}: no CSV, {why}; a quote within a text is doubled (""), and the text in quotes'
+                f"{path}, row {number + 1}: no CSV, {why}; a quote within a text is doubled, the text in quotes"
             ) from error
         if quoted:
             log.info("%s: %d rows have a text in quotes; in .tsv they belong to the text", path, quoted)
