@@ -74,6 +74,13 @@ def guided_data_velocity(model: MetaFlowMap, pair: Pair, inner: InnerSample) -> 
         return target.index_add(0, guided, shift.to(target.dtype))
 
 
+def asked_velocity(term: str, teacher: Teacher | None, s: Tensor, x: Tensor, pair: Pair) -> Tensor:
+    """The teacher's GLASS velocity at (s, x), for a term that asks for it itself; ValueError without a teacher."""
+    if teacher is None:
+        raise ValueError(f"{term} needs a teacher")
+    return teacher_velocity(teacher, s, x, pair.t, pair.x_t, pair.conditions)
+
+
 class DataDiagonal(Term):
     """v_{s,s} regresses on x1 - eps, with model guidance where the pair has a scale above 1."""
 
@@ -182,9 +189,7 @@ class LagrangianTeacher(_Lagrangian):
     needs_teacher = pins_diagonal = True
 
     def end_velocity(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, u: Tensor, x: Tensor) -> Tensor:
-        if teacher is None:
-            raise ValueError("lagrangian_teacher needs a teacher")
-        return teacher_velocity(teacher, u, x, pair.t, pair.x_t, pair.conditions)
+        return asked_velocity("lagrangian_teacher", teacher, u, x, pair)
 
 
 class _Eulerian(Consistency):
@@ -258,7 +263,7 @@ class ODETeacher(Consistency):
         def velocity(share: Tensor, mean: Tensor) -> Tensor:
             """d/dr of the mean velocity r -> (X_{s, s + r (u-s)} - x) / (u-s): nothing divides by u - s."""
             state = x + expand(u - s, x) * mean
-            return self._velocity(teacher, s + share * (u - s), state, pair).to(x.dtype)
+            return asked_velocity("ode_teacher", teacher, s + share * (u - s), state, pair).to(x.dtype)
 
         grid = [k / self.steps for k in range(self.steps + 1)]
         with torch.no_grad():
@@ -266,14 +271,8 @@ class ODETeacher(Consistency):
         return model(s, u, x, pair.t, pair.x_t, pair.conditions) - target
 
     def diagonal(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
-        target = self._velocity(teacher, inner.s, inner.x, pair)
+        target = asked_velocity("ode_teacher", teacher, inner.s, inner.x, pair)
         return model(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions) - target
-
-    @staticmethod
-    def _velocity(teacher: Teacher | None, s: Tensor, x: Tensor, pair: Pair) -> Tensor:
-        if teacher is None:
-            raise ValueError("ode_teacher needs a teacher")
-        return teacher_velocity(teacher, s, x, pair.t, pair.x_t, pair.conditions)
 
 
 class MeanFlow(_Eulerian):

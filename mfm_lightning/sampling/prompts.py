@@ -130,8 +130,8 @@ def read_rows(path: Path, column: str) -> Iterator[tuple[int, Mapping[str, Any]]
         how: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
         number, quoted = 0, 0
         try:
-            text = io.StringIO(read_text(path), newline="")
-            for number, row in enumerate(csv.DictReader(text, strict=True, **how), 1):
+            rows = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True, **how)
+            for number, row in enumerate(rows, 1):
                 if None in row:
                     raise ValueError(
                         f"{path}, row {number}: more fields than columns, from {str(row[None])[:80]}: "

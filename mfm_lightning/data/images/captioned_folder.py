@@ -81,11 +81,12 @@ class CaptionedFolder(LabelledImages):
                 captions[name] = " ".join(lines)
                 if lines[1:]:
                     joined.add(name)
-        for listed, text in () if path is None else _listed(path, columns):
-            name = _below(self.root, listed)
-            if name in captions:
-                several.add(name)
-            captions.setdefault(name, text)
+        else:
+            for listed, text in _listed(path, columns):
+                name = _below(self.root, listed)
+                if name in captions:
+                    several.add(name)
+                captions.setdefault(name, text)
         found = [(name, captions[name]) for name in names if name in captions]
         if not found:
             if captions:

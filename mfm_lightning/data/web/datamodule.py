@@ -199,10 +199,10 @@ class WebDatasetDataModule(StepDataModule):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """Of training and validation shards their number, and a digest of names and, of local ones, sizes in bytes."""
-        parts = {"train": self.urls, "val": self.val_urls or []}
+        held_out = self.val_urls or []
         return {
-            split: {"shards": len(urls), "names_and_sizes": self._names_and_sizes(urls)}
-            for split, urls in parts.items()
+            "train": {"shards": len(self.urls), "names_and_sizes": self._contents},
+            "val": {"shards": len(held_out), "names_and_sizes": self._names_and_sizes(held_out)},
         }
 
     @cached_property
