@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from mfm_lightning.modules.base import TrainingModule
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.networks.base import EmbedsPrompts, differing
+from mfm_lightning.networks.dit import DiT
 from mfm_lightning.objectives import Objective
 from mfm_lightning.objectives.teachers import ModelTeacher, Teacher
 
@@ -34,7 +35,7 @@ class MFMPretraining(TrainingModule):
             checkpoint names it by its `identity`, and resuming with another one is refused. Of a `FlowAdapter` it is
             the flow without the adapter where None.
         initial: a `model.safetensors`, a name ("mnist/flow") or a Hugging Face id to start from; must have this
-            network's architecture.
+            network's architecture, or be a DiT with fewer blocks (`DiT.start_from`).
         optimization: the optimiser and its learning rate.
         evaluation: what `validate` draws and `test` measures.
         execution: compilation and activation checkpointing, of the network; the teacher is compiled with it.
@@ -131,10 +132,15 @@ class MFMPretraining(TrainingModule):
 
 
 def _initialise(model: MetaFlowMap, path: str) -> None:
-    start = load_model(path)
-    kinds = type(model.network).__name__, type(start.network).__name__
+    start, network = load_model(path), model.network
+    if isinstance(network, DiT):
+        try:
+            return network.start_from(cast(DiT, start.network))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    kinds = type(network).__name__, type(start.network).__name__
     if kinds[0] != kinds[1]:
-        raise CheckpointError(f"{path} holds a {kinds[1]}, but model.network is a {kinds[0]}")
-    if different := differing(model.network.config, start.network.config):
-        raise CheckpointError(f"{path} has another architecture than model.network: {', '.join(different)}")
+        raise CheckpointError(f"{path}: a {kinds[0]} starts from a {kinds[0]}, not from a {kinds[1]}")
+    if different := differing(network.config, start.network.config):
+        raise CheckpointError(f"{path}: another architecture than the network's: {', '.join(different)}")
     model.load_state_dict(start.state_dict())

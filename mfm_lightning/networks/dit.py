@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.networks.attention_tangents import AttentionTangent
-from mfm_lightning.networks.base import check_guidance_scales, duals, given_sizes, image_sizes, result
+from mfm_lightning.networks.base import check_guidance_scales, differing, duals, given_sizes, image_sizes, result
 from mfm_lightning.networks.dual import (
     Dual,
     add,
@@ -326,6 +326,45 @@ class DiT(TwoTimeNetwork):
         with torch.no_grad():  # tokens of x_t enter times 1 + scale: a scale of -1 shuts them out
             gate.bias[gate.out_features // 2 :] = -1.0
         self.reset_embeddings()
+
+    @torch.no_grad()
+    def start_from(self, other: DiT, without: tuple[str, ...] = ()) -> None:
+        """Take the weights of a DiT of the same sizes with as many blocks or fewer, and compute what it computes.
+
+        Blocks that it lacks follow the others of the encoder and of the decoder. They pass tokens on unchanged, as
+        AdaLN-Zero begins, until they are trained.
+
+        Args:
+            other: the network.
+            without: beginnings of the names of weights that are not taken.
+
+        Raises:
+            ValueError: for a network of another kind or other sizes, or one with more blocks.
+        """
+        if not isinstance(other, DiT):
+            raise ValueError(f"a DiT starts from a DiT, not from a {type(other).__name__}")
+        depths = ("depth", "encoder_depth")
+        ours, theirs = ({k: v for k, v in net.config.items() if k not in depths} for net in (self, other))
+        encoders, decoders = zip(self._parts(), other._parts(), strict=True)
+        deeper = encoders[0] >= encoders[1] and decoders[0] >= decoders[1]
+        if different := differing(*((ours, theirs) if deeper else (self.config, other.config))):
+            raise ValueError(f"another architecture than the network's: {', '.join(different)}")
+        added = encoders[0] - encoders[1]
+        weights = {}
+        for name, tensor in other.state_dict().items():
+            part, _, rest = name.partition(".")
+            if part == "blocks":
+                i, _, rest = rest.partition(".")
+                name = f"blocks.{int(i) + (added if int(i) >= encoders[1] else 0)}.{rest}"
+            if not name.startswith(without):
+                weights[name] = tensor
+        for block in self.blocks:
+            cast(Block, block).adaLN_modulation.zero_output()
+        self.load_state_dict(self.state_dict() | weights)
+
+    def _parts(self) -> tuple[int, int]:
+        """How many blocks see the encoder's condition, and how many the decoder's."""
+        return self.encoder_depth, len(self.blocks) - self.encoder_depth
 
     def forward(
         self,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfm_lightning.conditions import Conditions
-from mfm_lightning.networks.base import differing, given_sizes
+from mfm_lightning.networks.base import given_sizes
 from mfm_lightning.networks.dit import DiT, FinalLayer, QKNorm
 from mfm_lightning.networks.dual import Dual
 from mfm_lightning.networks.embeddings import TimeFeatures
@@ -116,17 +116,12 @@ class ValueDiT(ValueNetwork):
         return self.flow.final_layer.linear
 
     def start_from(self, flow: DiT) -> None:
-        """Take the weights of a flow of the same sizes, all but what makes its velocity.
+        """Take the weights of a flow of the same sizes, all but what makes its velocity; see `DiT.start_from`.
 
         Raises:
-            ValueError: for a network of another kind, or other sizes.
+            ValueError: for a network of another kind or other sizes, or one with more blocks.
         """
-        if not isinstance(flow, DiT):
-            raise ValueError(f"a ValueDiT starts from a DiT, not from a {type(flow).__name__}")
-        if different := differing(self.config, flow.config):
-            raise ValueError(f"another architecture than the value network's: {', '.join(different)}")
-        weights = {name: each for name, each in flow.state_dict().items() if not name.startswith("final_layer.linear")}
-        self.flow.load_state_dict(weights, strict=False)
+        self.flow.start_from(flow, without=("final_layer.linear",))
 
     def value(self, t: Tensor, x: Tensor, conditions: Conditions) -> Tensor:
         time, zero = Dual(t), torch.zeros_like(t)

@@ -99,7 +99,7 @@ def test_imagenet_configs_run_at_a_small_width(folder, caplog):
     configs = {p.stem for p in Path("configs/imagenet256").glob("*.yaml")}
     assert configs == {*base, "value", "steer", "search", "finetune"}
     other_time = "--model.init_args.network.init_args.flip_time=false"
-    with pytest.raises(ValueError, match=r"sit_b2.safetensors has another architecture .* flip_time True there, False"):
+    with pytest.raises(ValueError, match=r"sit_b2.safetensors: another architecture .* flip_time True there, False"):
         run(["fit", "--config", "configs/imagenet256/mfm_b2.yaml", *small, *network, *encoder, *eager, other_time])
     for name in base:
         run(["fit", "--config", f"configs/imagenet256/{name}.yaml", *small, *network, *encoder, *eager])

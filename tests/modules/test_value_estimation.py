@@ -132,11 +132,11 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path, model_file):
     flow = DiT(8, 4, 1, 16, 2, 2, encoder_depth=1, num_classes=4, guidance_scales=[])
     path = str(save_model(MetaFlowMap(flow), tmp_path / "flow.safetensors"))
     target = TargetSettings(path, {"name": "brightness"})
-    with pytest.raises(CheckpointError, match="another architecture than the value network's: depth 2 there, 3 here"):
-        ValueEstimation(ValueDiT(8, 4, 1, 16, 3, 2, num_classes=4, encoder_depth=1), target, initial=path)
+    with pytest.raises(CheckpointError, match="another architecture than the network's: depth 2 there, 1 here"):
+        ValueEstimation(ValueDiT(8, 4, 1, 16, 1, 2, num_classes=4, encoder_depth=1), target, initial=path)
     with pytest.raises(ValueError, match="a ValueMLP cannot start from a flow, a ValueDiT can"):
         ValueEstimation(ValueMLP(2), TargetSettings(model_file, MILD), initial=model_file)
-    with pytest.raises(CheckpointError, match="a ValueDiT starts from a DiT, not from a MLP"):
+    with pytest.raises(CheckpointError, match="a DiT starts from a DiT, not from a MLP"):
         ValueEstimation(ValueDiT(8, 4, 1, 16, 2, 2, num_classes=4), target, initial=model_file)
 
 
