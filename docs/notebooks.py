@@ -9,20 +9,48 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from queue import Empty
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import nbformat
+from jupyter_client.asynchronous.client import AsyncKernelClient
+from jupyter_client.channels import AsyncZMQSocketChannel
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from traitlets import Type
 from traitlets.config import Config
 
 FOLDER = Path(__file__).with_name("notebooks")
 NOTEBOOKS = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 VIEW, STATE = (f"application/vnd.jupyter.widget-{part}+json" for part in ("view", "state"))
+
+
+class AskingChannel(AsyncZMQSocketChannel):
+    """A channel that looks for messages once a second, not only when told of one.
+
+    nbclient answers a widget on the socket whose reply it waits for. Such a send can take the socket's signal of a
+    reply that came at that moment, and the cell would be waited for until its time is over (nbclient, issue 312).
+    """
+
+    async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                return await super().get_msg(min(1.0, max(0.0, end - time.monotonic())))
+            except Empty:
+                if time.monotonic() >= end:
+                    raise
+
+
+class Client(AsyncKernelClient):
+    """jupyter_client's, with such a channel for requests and replies."""
+
+    shell_channel_class = Type(AskingChannel)  # type: ignore[assignment]
 
 
 def code(notebook: NotebookNode) -> str:
@@ -62,7 +90,7 @@ def execute(path: Path, values: Mapping[str, Any] | None = None, check: str = ""
         Path(folder, "work").mkdir()
         client = NotebookClient(
             notebook, timeout=900, kernel_name=KERNEL["name"], resources=place, record_timing=False,
-            config=Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"}),
+            config=Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel", "client_factory": Client}),
         )  # fmt: skip
         client.execute(env={**os.environ, **given})
     return notebook
