@@ -334,9 +334,30 @@ def test_which_list_and_column_captions_are_from(tmp_path, caplog):
         CaptionedFolder(str(root), "txt").caption(0)
     with pytest.raises(FileNotFoundError, match=r"no list of captions at .*none\.csv"):
         CaptionedFolder(str(root), f"{root}/none.csv:caption").caption(0)
-    texts = [{"image_id": 0, "caption": None}]
-    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 0, "file_name": "0.png"}], "annotations": texts}))
-    with pytest.raises(ValueError, match=r"as COCO's: TypeError: the caption of 0\.png is no text"):
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations", "message"),
+    [
+        ([{"id": 0, "file_name": "0.png"}], [{"image_id": 0, "caption": None}], r"the caption of 0\.png is no text"),
+        ([{"id": 0}], [], "image 0 has no file_name, only id"),
+        (
+            [{"id": 0, "file_name": "0.png"}],
+            [{"image_id": 0, "text": "a"}],
+            "annotation 0 has no caption, only image_id, text",
+        ),
+        (
+            [{"id": 0, "file_name": "0.png"}],
+            [{"image_id": 7, "caption": "a"}],
+            "is of image 7, which is not among the images",
+        ),
+        (["0.png"], [], "image 0 is '0.png', no object"),
+    ],
+)
+def test_what_is_wrong_in_a_list_of_coco_is_said(images, annotations, message, tmp_path):
+    root = pictures(tmp_path / "images", ["beside"])
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    with pytest.raises(ValueError, match=rf"coco\.json is no list of captions as COCO's: .*{message}"):
         CaptionedFolder(str(root), str(tmp_path / "coco.json")).caption(0)
 
 

@@ -206,10 +206,25 @@ def _coco(path: Path, key: str) -> list[tuple[str, str]] | None:
         found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(found, dict) or not {"images", "annotations"} <= found.keys():
             return None
-        names = {image["id"]: str(image["file_name"]) for image in found["images"]}
-        texts = [(names[annotation["image_id"]], annotation[key]) for annotation in found["annotations"]]
+        names = {
+            image["id"]: str(image["file_name"]) for image in _having(("id", "file_name"), found["images"], "image")
+        }
+        of_images = _having(("image_id", key), found["annotations"], "annotation")
+        if unknown := [each["image_id"] for each in of_images if each["image_id"] not in names]:
+            raise ValueError(f"an annotation is of image {unknown[0]!r}, which is not among the images")
+        texts = [(names[annotation["image_id"]], annotation[key]) for annotation in of_images]
         if wrong := [name for name, text in texts if not isinstance(text, str)]:
             raise TypeError(f"the {key} of {wrong[0]} is no text")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no list of captions as COCO's: {type(error).__name__}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no list of captions as COCO's: {error}") from error
     return [(name, text.strip()) for name, text in texts]
+
+
+def _having(keys: Sequence[str], rows: Any, what: str) -> list[dict[str, Any]]:
+    """The rows, if each is an object with these keys; TypeError or ValueError, with what the first other one has."""
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise TypeError(f"{what} {i} is {row!r:.40}, no object")
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f"{what} {i} has no {missing[0]}, only {', '.join(map(str, row))}")
+    return rows
