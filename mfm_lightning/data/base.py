@@ -219,18 +219,22 @@ def trainer_of(data: L.LightningDataModule) -> L.Trainer:
     return data.trainer
 
 
+IDENTITY = ("class_names", "contents", "rows")  # of a DataModule's state: which data; the rest is of their order
+
+
 def say_changed_order(
     saved: Mapping[str, Any], ours: Mapping[str, Any], one_line: bool = False, drawn: str | None = None
 ) -> None:
     """Warn where a resumed run has another order of batches.
 
     Args:
-        saved: what the order depended on in the run before. Older runs say less.
-        ours: what it depends on in this run.
+        saved: state of the DataModule in the run before. Older runs say less.
+        ours: its state in this run; `IDENTITY` is passed over.
         one_line: all ranks take their batches from one line in turn (`batch_order`), so that ranks and batch size may
             change where their product stays: each step has the same samples.
         drawn: what is drawn for each sample by rank, such as "mirrored", and is another draw then.
     """
+    ours = {key: value for key, value in ours.items() if key not in IDENTITY}
     split = {key: saved[key] for key in ("world_size", "batch_size") if key in saved}
     if one_line and len(split) == 2 and split != {key: ours[key] for key in split}:
         W, B = ours["world_size"], ours["batch_size"]
@@ -251,9 +255,9 @@ def check_same_data(saved: Mapping[str, Any], ours: Mapping[str, Any], trains: b
     """Where a run goes on: refuse labels that mean other classes, warn of other names and of replaced samples.
 
     Args:
-        saved: of the run before: `class_names`, `contents` (what tells the training files) and `rows` (which are held
-            out); older runs do not say all of them.
-        ours: of this run.
+        saved: state of the DataModule in the run before, of which `class_names`, `contents` (what tells the training
+            files) and `rows` (which are held out) are compared; older runs do not say all of them.
+        ours: its state in this run.
         trains: it is trained on; else what was refused is a warning, and other samples are nothing to speak of.
 
     Raises:

@@ -271,9 +271,9 @@ class ImageDataModule(IndexedDataModule):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        order = {key: value for key, value in self.state_dict().items() if key not in self._identity}
-        check_same_data(state_dict, self._identity, self.trains)
-        say_changed_order(state_dict, order, one_line=True, drawn="mirrored" if self.mirror else None)
+        ours = self.state_dict()
+        check_same_data(state_dict, ours, self.trains)
+        say_changed_order(state_dict, ours, one_line=True, drawn="mirrored" if self.mirror else None)
 
     def label_counts(self) -> dict[str, np.ndarray]:
         return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}

@@ -270,7 +270,7 @@ class LatentDataModule(IndexedDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         drawn = "drawn from their moments, or mirrored," if self.flip or self.form.holds != "latent" else None
         ours = self.state_dict()
-        before, now = state_dict.get("contents", {}), ours.pop("contents")
+        before, now = state_dict.get("contents", {}), ours["contents"]
         say_changed_order(state_dict, ours, one_line=True, drawn=drawn)
         if state_dict.get("val_fraction", self.val_fraction) != self.val_fraction:
             return  # which is said

@@ -307,9 +307,9 @@ class LatentShards(StepDataModule):
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_same_data(state_dict, self._identity, self.trains)
-        order = {key: value for key, value in self.state_dict().items() if key not in self._identity}
-        say_changed_order(state_dict, order)
+        ours = self.state_dict()
+        check_same_data(state_dict, ours, self.trains)
+        say_changed_order(state_dict, ours)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:

@@ -332,5 +332,5 @@ class WebDatasetDataModule(StepDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         ours = self.state_dict()
-        check_same_data(state_dict, {"contents": ours.pop("contents")}, self.trains)
+        check_same_data(state_dict, ours, self.trains)
         say_changed_order(state_dict, ours)
