@@ -250,16 +250,23 @@ def test_posterior_draws_are_those_of_each_states_caption(runs, place):
 @torch.no_grad()
 def test_values_of_each_reward_are_those_of_the_draws(runs, place):
     made, _ = draws_by_hand(place, 302)
+    made["rollouts again"] = draws_by_hand(place, 303)[0]["rollouts"]
     flow = load_flow(place / "pipe", 8, "float32")
     for name, table, scale in (("brightness", "value_estimates", 20.0), ("contrast", "value_estimates_2", 1.0)):
         reward, found = build(name), {}
-        for kind, ours in (("MFM 2", "MFM 2"), ("GLASS 2", "GLASS 2"), ("reference", "rollouts")):
+        drawn = {
+            "MFM 2": "MFM 2",
+            "GLASS 2": "GLASS 2",
+            "reference": "rollouts",
+            "SDE rollouts again": "rollouts again",
+        }
+        for kind, ours in drawn.items():
             r = scale * reward(flow.decoder(made[ours].flatten(0, 1))).reshape(STATES, DRAWS).double()
             found[kind] = r.exp().mean(dim=1).log()
             values = stored(runs[0], f"value, {name}, t = {T}, {kind}")["values"]
             torch.testing.assert_close(values.double(), found[kind], atol=2e-3, rtol=1e-3)
         lines = {row["estimator"]: row for row in rows(runs[0], table)}
-        for kind in ("MFM 2", "GLASS 2"):
+        for kind in ("MFM 2", "GLASS 2", "SDE rollouts again"):
             r = np.corrcoef(found[kind].numpy(), found["reference"].numpy())[0, 1]
             assert float(lines[kind]["Pearson r"]) == pytest.approx(r, abs=0.02)
             assert float(lines[kind]["bias"]) == pytest.approx(

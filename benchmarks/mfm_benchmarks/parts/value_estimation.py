@@ -22,6 +22,9 @@ from mfm_lightning.alignment.values import DenoisedValue, DrawValue, ValueEstima
 from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, estimate_values, noisy_states
 from mfm_lightning.metrics.measured import Measured, rounded
 
+SEED = 302  # of the draws
+AGAIN = "SDE rollouts again"  # as exact as the reference: what its own error leaves to be reached
+
 Found = dict[tuple[float, str], Measured]  # by time and estimator
 
 
@@ -62,17 +65,23 @@ class ValueComparison(DrawSettings):
                 self._estimate(target, t, x_t, rollouts),
             )  # fmt: skip
             found.append(self._reference[t])
-            for name, estimator in {**self.value_estimators(), POINT: DenoisedValue()}.items():
+            for name, estimator in {**self.value_estimators(), POINT: DenoisedValue(), AGAIN: rollouts}.items():
                 more = (of_map or {}) if estimator.needs_meta_flow_map else {}
+                seed = SEED
+                if name == AGAIN:
+                    more, seed = {"rollouts": self.rollout_steps}, SEED + 1
                 self._cells[t, name] = Cell(
-                    f"value{self._of}, t = {t:g}, {name}", settings | more, self._estimate(target, t, x_t, estimator)
-                )
+                    f"value{self._of}, t = {t:g}, {name}", settings | more,
+                    self._estimate(target, t, x_t, estimator, seed),
+                )  # fmt: skip
                 found.append(self._cells[t, name])
         return found
 
-    def _estimate(self, target: Target, t: float, x_t: Tensor, estimator: ValueEstimator) -> Callable[[], Outcome]:
+    def _estimate(
+        self, target: Target, t: float, x_t: Tensor, estimator: ValueEstimator, seed: int = SEED
+    ) -> Callable[[], Outcome]:
         def compute() -> Outcome:
-            found = estimate_values(estimator, target, t, x_t, torch.Generator().manual_seed(302))
+            found = estimate_values(estimator, target, t, x_t, torch.Generator().manual_seed(seed))
             return Outcome({"nfe": found.nfe}, {"values": found.values[0]})
 
         return compute
@@ -140,4 +149,8 @@ class ValueComparison(DrawSettings):
                 if (t, name) in found and not math.isnan(found[t, name].value)
             }
             lines.append(f"t = {t:g}: {what} of {ours}, {mine.text()}, is {verdict(mine, others)}.")
+            if (t, AGAIN) in found:
+                lines[-1] += (
+                    f" As many other rollouts have {found[t, AGAIN].text()}: the reference has an error."
+                )
         return lines
