@@ -23,6 +23,7 @@ from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.execution import TrainingExecution
+from mfm_lightning.networks.attention_tangents import as_on_gpus
 from mfm_lightning.objectives import InnerSample, Objective, Pair, Teacher, squared_error
 from mfm_rewards.execution import Precision, autocast
 
@@ -121,7 +122,7 @@ def _step(model: MetaFlowMap, objective: Objective, batch_size: int, precision: 
     x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
     label = torch.zeros(batch_size, dtype=torch.long)
     pair, total = Pair(x, s, x, Conditions(label=label)), torch.zeros(())
-    with autocast("cpu", precision):
+    with as_on_gpus(), autocast("cpu", precision):
         for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)
             inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), 0, torch.empty_like(x))

@@ -8,7 +8,8 @@ With weights S = softmax(q k^T / sqrt(d)) and the scores' tangent A = (dq k^T + 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, ParamSpec, cast, get_args
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 Parameters = ParamSpec("Parameters")
 AttentionTangent = Literal["auto", "chunked", "fused", "triton"]
 MAX_WEIGHTS = {"cpu": 2**20, "cuda": 2**26}  # attention weights that `chunked` holds at once
-TRITON_SIZES = (16, 32, 64, 128, 256)  # of a head, that the package's kernel has
+TRITON_SIZES = (32, 64, 128, 256)  # of a head, that the package's kernel computes with blocks of 32
 MISSING = (
     "attention_tangent triton needs the package jvp-flash-attention: pip install 'mfm-lightning[triton]', "
     "or take chunked or fused"
@@ -105,6 +106,17 @@ def fused(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -
     return gradient[..., q.shape[-1] :] + through_values
 
 
+@contextmanager
+def as_on_gpus() -> Iterator[None]:
+    """Chunks of a GPU on tensors of a CPU: to plan what a GPU will do."""
+    before = MAX_WEIGHTS["cpu"]
+    MAX_WEIGHTS["cpu"] = MAX_WEIGHTS["cuda"]
+    try:
+        yield
+    finally:
+        MAX_WEIGHTS["cpu"] = before
+
+
 @_eager
 def by_triton(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
     """By the kernel of jvp-flash-attention, value and tangent in one pass; heads are padded to its sizes.
@@ -115,10 +127,11 @@ def by_triton(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tenso
     """
     attention = _kernel()
     T, size = q.shape[-2:]
-    if T < 32 or T % 2 or size > TRITON_SIZES[-1] or q.dtype == torch.float64:
+    if T % 32 or size > TRITON_SIZES[-1] or q.dtype == torch.float64:
         raise ValueError(
-            f"attention_tangent triton: {T} tokens in heads of {size} in {q.dtype}: its kernel takes an even number of "
-            f"at least 32, heads up to {TRITON_SIZES[-1]}, and no float64; take chunked"
+            f"attention_tangent triton: {T} tokens in heads of {size} in {q.dtype}: its kernel takes a multiple of 32 "
+            f"(with another number it writes outside of its arrays), heads up to {TRITON_SIZES[-1]}, and no float64; "
+            "take chunked"
         )
     if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("attention_tangent triton runs on GPUs (or by Triton's interpreter, TRITON_INTERPRET=1)")

@@ -150,7 +150,5 @@ class ValueComparison(DrawSettings):
             }
             lines.append(f"t = {t:g}: {what} of {ours}, {mine.text()}, is {verdict(mine, others)}.")
             if (t, AGAIN) in found:
-                lines[-1] += (
-                    f" As many other rollouts have {found[t, AGAIN].text()}: the reference has an error."
-                )
+                lines[-1] += f" As many other rollouts have {found[t, AGAIN].text()}: the reference has an error."
         return lines

@@ -210,7 +210,7 @@ class TrainingRecipesSuite(Suite):
             f"step: ratio to that of {first}, of {counted(self.rounds, 'round')} in turns. Time to the same distance: "
             f"time until a recipe has the distance that {first} has after {self.steps[-1]} steps, as a ratio to the "
             f"time of {first}; interpolated between a recipe's own trainings on logarithmic scales, or extrapolated to "
-            "at most half of the shortest and twice the longest."
+            "at most twice the longest. Where the shortest training has it already, it counts whole: an upper bound."
         )
         times = self._plot(found, lambda name, steps: steps * a_step[name], "seconds of training steps")
         seen = self._plot(found, lambda name, steps: steps * samples[name], "samples seen")
@@ -288,10 +288,10 @@ class TrainingRecipesSuite(Suite):
 
 
 def steps_to(goal: float, steps: Sequence[int], distances: Sequence[float]) -> float:
-    """Steps after which a recipe has the distance `goal`, between its trainings by a line on logarithmic scales; before
-    the shortest one by the line of the first two, at most to half of it; beyond the longest one by the line of the last
-    two, at most to twice of it; infinite where it is not reached. Without the last rule one training of many that ends
-    just above the goal would make the mean infinite."""
+    """Steps after which a recipe has the distance `goal`, between its trainings by a line on logarithmic scales; those
+    of the shortest one where that has it already, so that they are at most so many; beyond the longest one by the line
+    of the last two, at most to twice of it; infinite where it is not reached. Without the last rule one training of
+    many that ends just above the goal would make the mean infinite."""
     pairs = [(math.log(s), math.log(d)) for s, d in zip(steps, distances, strict=True)]
     aim = math.log(goal)
 
@@ -301,8 +301,8 @@ def steps_to(goal: float, steps: Sequence[int], distances: Sequence[float]) -> f
         return math.exp(s0 + (s1 - s0) * (aim - d0) / (d1 - d0))
 
     falls = [after < before for (_, before), (_, after) in itertools.pairwise(pairs)]
-    if pairs[0][1] <= aim:  # at once: how much sooner, the slope of the first two tells
-        return max(crossing(0), steps[0] / 2) if falls and falls[0] else float(steps[0])
+    if pairs[0][1] <= aim:  # how much sooner was not measured
+        return float(steps[0])
     for k, (_, distance) in enumerate(pairs[1:]):
         if distance <= aim:
             return crossing(k)
