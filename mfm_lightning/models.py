@@ -317,8 +317,9 @@ class MetaFlowMap(nn.Module):
         from mfm_lightning.networks.hub import HubNetwork
 
         return HubNetwork(self.network, self._said(metadata)).push_to_hub(
-            repo_id, private=private, token=token, branch=branch, commit_message=commit_message
-        )
+            repo_id, private=private, token=token, branch=branch, commit_message=commit_message,
+            model_card_kwargs={"repository": repo_id},
+        )  # fmt: skip
 
     # -- conditions ----------------------------------------------------------------------------------------------------
 

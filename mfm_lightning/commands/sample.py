@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def sample(
     model: str,
     *,
-    output: Path,
+    output: Path | None = None,
     format: Literal["npz", "png", "webdataset"] = "png",
     num_samples: int = 50_000,
     labels: list[str] | None = None,
@@ -49,7 +49,7 @@ def sample(
     Args:
         model: a model.safetensors, a name such as mnist (which comes with the package), or a Hugging Face id; with
             prompts, a text-to-image flow: a folder of diffusers, or an id.
-        output: folder to write to.
+        output: folder to write to; outputs/samples/NAME, of the model, if left out.
         format: of the files.
         num_samples: in all; 50,000 is what the paper takes for FID.
         labels: classes, in turn, such as 281,282; all that had training images if left out.
@@ -92,6 +92,9 @@ def sample(
     idle = [name for name, (given, usual) in (of_labels if prompts else of_prompts).items() if given != usual]
     if idle:
         raise ValueError(f"--{idle[0]} is {'not for' if prompts else 'for'} a text-to-image flow with --prompts")
+    if output is None:
+        output = Path("outputs/samples", _name_of(model))
+        log.info("samples go to %s", output)
     if prompts:
         from mfm_lightning.commands.sample_prompts import sample_prompts
 
@@ -177,3 +180,9 @@ def _decoder(
     if missing := decoder.missing():
         raise FileNotFoundError(missing[0])
     return decoder
+
+
+def _name_of(model: str) -> str:
+    """A folder's name for what a model is called: mnist, org/name, or runs/first/model.safetensors."""
+    path = Path(model)
+    return (path.parent.name or path.stem) if path.suffix == ".safetensors" else path.name or "model"

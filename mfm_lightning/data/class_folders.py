@@ -3,15 +3,18 @@ class indices."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mfm_lightning.utils.image_files import LeftOut, find_files, is_image, is_junk, walk
 from mfm_rewards.text_lists import TextListError, read_list
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+LABELS = "dataset.json"  # of folders whose own folders are no classes, as NVIDIA's and REPA's tools write them
 MOST_CLASSES = 1_000_000  # where they are not named: a label above is no class
 _SHOWN = 5
 
@@ -57,15 +60,21 @@ class ClassTree:
 def find_classes(root: Path, class_index: Path | None = None) -> ClassTree:
     """The images below a folder, whose folders are classes but for hidden ones.
 
-    Labels follow the class index; without, the names' order, which is numeric where all of them are whole numbers.
+    Labels follow the class index; without, a `dataset.json` of `{"labels": [["00000/img00000000.png", 3], ...]}` in
+    the folder (the layout of EDM2's and REPA's tools, whose folders are no classes); else the names' order, which is
+    numeric where all of them are whole numbers.
 
     Raises:
-        FileNotFoundError: if there is no such folder, no class in it, or a class without images.
+        FileNotFoundError: if there is no such folder, no class in it, a class without images, or no image that
+            `dataset.json` lists.
+        InputError: for labels in `dataset.json` that are none, or an image that is there twice.
         InputError: for a folder that the index does not have; where no image lies in a class folder itself, so that
             the folders above the classes were given.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: expected one folder of images for each class in it")
+    if class_index is None and (listed := _listed_labels(root)) is not None:
+        return _listed_images(root, listed)
     left_out, names = LeftOut(), []
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -111,6 +120,8 @@ def find_images(root: Path, class_index: Path | None = None) -> ClassTree:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: expected one of images, or of a folder for each class")
+    if class_index is None and (listed := _listed_labels(root)) is not None:
+        return _listed_images(root, listed)
     with os.scandir(root) as entries:
         if any(entry.is_dir() and not is_junk(entry.name) for entry in entries):
             return find_classes(root, class_index)
@@ -125,6 +136,48 @@ def find_images(root: Path, class_index: Path | None = None) -> ClassTree:
     stats = [(path.name, path.stat()) for path in files]
     images = [FoundImage(name, 0, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return ClassTree({"all": 0}, images, "there are no class folders", left_out)
+
+
+def _listed_labels(root: Path) -> list[Any] | None:
+    """Names of images with labels in the folder's `dataset.json`; None where there is none, or it lists no image."""
+    try:
+        found = json.loads((root / LABELS).read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, ValueError):
+        return None
+    listed = found.get("labels") if isinstance(found, dict) else None
+    if not isinstance(listed, list):
+        return None
+    return listed if any(isinstance(row, list) and row and is_image(str(row[0])) for row in listed) else None
+
+
+def _listed_images(root: Path, listed: list[Any]) -> ClassTree:
+    labels: dict[str, int] = {}
+    for row in listed:
+        if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and type(row[1]) is int):
+            raise InputError(f"{root / LABELS} has {row!r:.60}, expected a name and a label, a whole number from 0 on")
+        path = PurePosixPath(row[0])
+        if path.is_absolute() or ".." in path.parts or not 0 <= row[1] < MOST_CLASSES:
+            raise InputError(f"{root / LABELS} has {row!r:.60}, expected a file in {root} and a label from 0 on")
+        if str(path) in labels:
+            raise InputError(f"{root / LABELS} lists {path} twice, with the labels {labels[str(path)]} and {row[1]}")
+        labels[str(path)] = row[1]
+    images, left_out, begin = [], LeftOut(), len(os.path.join(root, ""))
+    for entry in walk(root):
+        name = entry.path[begin:]
+        if name in labels and is_image(name):
+            stat = entry.stat()
+            images.append(FoundImage(name, labels[name], stat.st_size, stat.st_mtime_ns))
+        elif is_image(name):
+            left_out.add(f"images that {LABELS} does not list", name)
+        elif name != LABELS:
+            left_out.add_file(name)
+    if missing := labels.keys() - {image.name for image in images}:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(labels)} images that {root / LABELS} lists are not there, the first "
+            f"{min(missing)}"
+        )
+    classes = {str(label): label for label in range(max(labels.values()) + 1)}
+    return ClassTree(classes, sorted(images, key=lambda image: image.name), f"labels of {LABELS}", left_out)
 
 
 def read_class_index(path: Path) -> dict[str, int]:

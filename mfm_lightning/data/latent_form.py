@@ -15,6 +15,7 @@ from mfm_lightning.utils.distributed import is_first_rank
 
 log = logging.getLogger(__name__)
 Holds = Literal["latent", "mean_std", "mean_logvar"]
+MOMENTS = "mean-std"  # in names of files that hold both
 HOLDS = ("latent", "mean_std", "mean_logvar")
 
 
@@ -51,7 +52,12 @@ class LatentForm:
 
         Args:
             holds: None: latents, which is said where they could be moments, too: of an even number of channels.
+
+        Raises:
+            ValueError: also without `holds`, for a file whose name says mean and deviation, as EDM2's and REPA's do.
         """
+        if holds is None and MOMENTS in place.rpartition("/")[2]:
+            raise ValueError(f"{place}: its name says mean and deviation: set holds: mean_std (or what else it holds)")
         form = cls(holds or "latent", _numbers(scale), _numbers(shift), tuple(array.shape))
         try:
             form._check()

@@ -95,7 +95,8 @@ def given_sizes(kind: str, **sizes: int | None) -> list[int]:
         ValueError: for one that is None. A config may leave it out: `mfm fit` then takes that of the data.
     """
     if missing := [name for name, size in sizes.items() if size is None]:
-        raise ValueError(f"{kind} needs {', '.join(missing)}: give them; mfm fit takes those of the data")
+        zero = " (0: none)" if "num_classes" in missing else ""
+        raise ValueError(f"{kind} needs {', '.join(missing)}{zero}: give them; mfm fit takes those of the data")
     return [size for size in sizes.values() if size is not None]
 
 

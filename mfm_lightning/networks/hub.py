@@ -25,7 +25,7 @@ Meta Flow Maps: [arXiv 2601.14430]({{ paper_url }}).
 ```python
 from mfm_lightning import load_model
 
-model = load_model("ORG/NAME", allow_download=True)  # of this repository
+model = load_model("{{ repository }}", allow_download=True)  # of this repository
 ```
 
 {{ section }}"""
@@ -57,7 +57,7 @@ class HubNetwork(
         self._section = card(path)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        return super().generate_model_card(*args, section=self._section, **kwargs)
+        return super().generate_model_card(*args, section=self._section, **{"repository": "ORG/NAME", **kwargs})
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> HubNetwork:  # of the mixin's, a folder needs none

@@ -46,6 +46,8 @@ def class_index(target: int | str, names: Sequence[str] | None) -> int:
     Raises:
         ValueError: for a label out of range, or a name that is unknown (with the nearest) or ambiguous.
     """
+    if isinstance(target, bool):
+        raise ValueError(f"target {target}: expected a label or a class's name; in YAML quote a name such as 'yes'")
     if isinstance(target, int):
         if target < 0 or (names is not None and target >= len(names)):
             raise ValueError(f"target {target}: expected a label in 0..{len(names) - 1 if names else 'K-1'}")

@@ -15,9 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mfm_lightning.checkpoints import CheckpointError, load_model
+from mfm_lightning.data import LatentDataModule
+from mfm_lightning.data.class_folders import find_classes
 from mfm_lightning.data.images import CaptionedFolder, HuggingFaceImages, ImageFolder, NpzImages
 from mfm_lightning.data.images.splits import labels_of
 from mfm_lightning.data.latent_files import LatentArrays
+from mfm_lightning.data.latent_files.opening import open_latents
 from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.sampling.evaluations import read_evaluation
 from mfm_lightning.sampling.prompts import read_prompts
@@ -241,3 +244,95 @@ def test_what_came_in_place_of_a_model_is_said(tmp_path, content, message):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"model\.safetensors {message}"):
         load_model(tmp_path / "model.safetensors")
+
+
+# -- as tools of others leave them -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listed(tmp_path) -> Path:
+    """The layout of EDM2's and REPA's tools: folders that are no classes, and `dataset.json` with the labels."""
+    root, labels = tmp_path / "edm2", []
+    for i in range(6):
+        name = f"{i // 3:05d}/img{i:08d}.png"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(root / name)
+        labels.append([name, [4, 0, 2, 2, 0, 4][i]])
+    (root / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
+    return root
+
+
+def test_labels_of_dataset_json_count_and_not_its_folders(listed, caplog):
+    found = ImageFolder(str(listed))
+    assert found.labels.tolist() == [4, 0, 2, 2, 0, 4]
+    assert found.read_classes()[1] == ["0", "1", "2", "3", "4"]
+    assert [found.image(i).getpixel((0, 0))[0] for i in range(6)] == [0, 40, 80, 120, 160, 200]
+    assert "labels of dataset.json" in found.line()
+    assert not caplog.messages  # nothing is left out
+    Image.new("RGB", (8, 8)).save(listed / "00001/other.png")
+    assert len(ImageFolder(str(listed)).labels) == 6
+    assert "1 images that dataset.json does not list (00001/other.png)" in caplog.text
+    assert find_classes(listed).class_to_idx["4"] == 4  # what prepare-latents asks
+    (listed / "dataset.json").write_text('{"labels": null}')
+    assert ImageFolder(str(listed)).read_classes()[1] == ["00000", "00001"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["00000/img00000000.png", 1.5], "expected a name and a label, a whole number"),
+        (["00000/img00000000.png", True], "expected a name and a label, a whole number"),
+        (["00000/img00000000.png", -1], "and a label from 0 on"),
+        (["../other.png", 1], "expected a file in"),
+        (["00000/./img00000000.png", 1], "lists 00000/img00000000.png twice, with the labels 4 and 1"),
+        (["00000/none.png", 1], "1 of the 7 images that .*dataset.json lists are not there, the first 00000/none.png"),
+    ],
+)
+def test_what_is_wrong_in_dataset_json_is_said(listed, row, message):
+    labels = json.loads((listed / "dataset.json").read_text())["labels"]
+    (listed / "dataset.json").write_text(json.dumps({"labels": [*labels, row]}))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        _ = ImageFolder(str(listed)).labels
+
+
+def test_a_folder_above_latents_and_one_of_idx_files_say_what_to_give(tmp_path):
+    (tmp_path / "repa/vae-sd").mkdir(parents=True)
+    (tmp_path / "repa/vae-sd/dataset.json").write_text('{"labels": null}')
+    with pytest.raises(ValueError, match=r"has no dataset\.json .*: .*repa/vae-sd has one, give that"):
+        open_latents(str(tmp_path / "repa"))
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/train-images-idx3-ubyte").write_bytes(b"-")
+    with pytest.raises(FileNotFoundError, match=r"such a folder is read by .*IdxImages \(the path of its images"):
+        _ = ImageFolder(str(tmp_path / "raw")).labels
+
+
+def test_labels_in_a_column_of_their_own_are_labels(tmp_path):
+    """As MedMNIST has them."""
+    labels = np.arange(5, dtype=np.uint8)[:, None]
+    np.savez(tmp_path / "med.npz", train_images=np.zeros((5, 8, 8), np.uint8), train_labels=labels)
+    found = NpzImages(str(tmp_path / "med.npz"), "train_images", "train_labels")
+    assert found.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_column_of_numbers_in_place_of_images_is_said(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"coarse": [1, 2], "label": [0, 1]}).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(ValueError, match=r"coarse has int64, no images: set image to the column .*\(coarse, label\)"):
+        _ = HuggingFaceImages(str(tmp_path), image="coarse").labels
+
+
+def test_samples_of_a_shard_whose_names_have_dots_or_that_have_no_label():
+    sample = {"__url__": "a.tar", "__key__": "photo", "2020.0000.jpg": b"-", "2020.0001.jpg": b"-"}
+    with pytest.raises(ValueError, match=r"a\.tar:photo has 2020\.0000\.jpg, .*names of samples have a dot"):
+        Fields("jpg").check(sample)
+    with pytest.raises(ValueError, match=r"has png, expected cls: .*or give no label .*\(label: null\)"):
+        Fields("png", "cls").check({"__url__": "a.tar", "__key__": "0", "png": b"-"})
+
+
+def test_moments_whose_name_says_so_are_no_latents(tmp_path):
+    (tmp_path / "00000").mkdir()
+    np.save(tmp_path / "00000/img-mean-std-00000000.npy", np.ones((8, 4, 4), np.float32))
+    (tmp_path / "dataset.json").write_text('{"labels": [["00000/img-mean-std-00000000.npy", 0]]}')
+    with pytest.raises(ValueError, match=r"img-mean-std-00000000\.npy: its name says mean and deviation: set holds"):
+        _ = LatentDataModule(str(tmp_path), scale=0.2).state_shape
+    assert LatentDataModule(str(tmp_path), scale=0.2, holds="mean_std").state_shape == (4, 4, 4)

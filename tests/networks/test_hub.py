@@ -104,6 +104,8 @@ def test_what_is_pushed_is_what_is_saved(tmp_path, model, monkeypatch):
     assert sorted(pushed) == sorted(saved) == ["README.md", "config.json", "model.safetensors"]
     tensors = load(pushed.pop("model.safetensors")), load(saved.pop("model.safetensors"))
     torch.testing.assert_close(*tensors, rtol=0, atol=0)
+    assert b'load_model("org/name"' in pushed["README.md"]
+    saved["README.md"] = saved["README.md"].replace(b"ORG/NAME", b"org/name")
     assert pushed == saved
 
 

@@ -89,6 +89,8 @@ def test_classes_are_found_by_name():
         class_index("cat", names)
     with pytest.raises(ValueError, match="no class 'dasy': did you mean 'daisy'"):
         class_index("dasy", names)
+    with pytest.raises(ValueError, match="target True: expected a label or a class's name"):
+        class_index(True, names)
 
 
 @pytest.mark.parametrize(

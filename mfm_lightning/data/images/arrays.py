@@ -52,6 +52,8 @@ class ArrayImages(LabelledImages):
             others = f" (its other arrays: {', '.join(self._others)})" if self._others else ""
             log.warning("%s has no labels: its images are one class%s", self.path, others)
             labels = np.zeros(len(pixels), dtype=np.int64)
+        if labels.shape == (len(pixels), 1):  # as MedMNIST has them
+            labels = labels[:, 0]
         if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
                 f"{self.path} has {len(pixels)} images and labels {labels.dtype} {labels.shape}: expected integers "

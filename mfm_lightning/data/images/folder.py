@@ -69,6 +69,7 @@ def _reader_of(root: Path) -> str | None:
         ".parquet": "mfm_lightning.data.images.HuggingFaceImages (its path)",
         ".arrow": "mfm_lightning.data.images.HuggingFaceImages (its path)",
         ".tar": "mfm_lightning.data.WebDatasetDataModule (its urls)",
+        "-ubyte": "mfm_lightning.data.images.IdxImages (the path of its images, such as train-images-idx3-ubyte)",
         ".npz": "mfm_lightning.data.images.NpzImages (the path of a file)",
         ".npy": "mfm_lightning.data.LatentDataModule (its source)",
         ".safetensors": "mfm_lightning.data.LatentDataModule (its source)",
@@ -77,5 +78,6 @@ def _reader_of(root: Path) -> str | None:
     for entry in islice(walk(root), _LOOKED_AT) if root.is_dir() else ():
         if is_image(entry.name):
             return None
-        found = found or readers.get(os.path.splitext(entry.name)[1].lower())
+        ending = "-ubyte" if entry.name.endswith("-ubyte") else os.path.splitext(entry.name)[1].lower()
+        found = found or readers.get(ending)
     return found

@@ -73,7 +73,14 @@ class HuggingFaceImages(LabelledImages):
                     f"{self.path} has the columns {', '.join(found.column_names)}, not {column!r}: set {what}"
                 )
         self._check_captions(found)
-        return found.cast_column(self.image_column, datasets.Image(decode=False))  # decoded as all others here
+        try:
+            return found.cast_column(self.image_column, datasets.Image(decode=False))  # decoded as all others here
+        except (NotImplementedError, TypeError, ValueError) as error:  # what pyarrow's errors are
+            kind = found.features[self.image_column]
+            raise ValueError(
+                f"{self.path}: {self.image_column} has {getattr(kind, 'dtype', kind)}, no images: set image to the "
+                f"column that has them ({', '.join(found.column_names)})"
+            ) from error
 
     def _opened(self, datasets: Any) -> Any:
         if not any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -81,7 +88,8 @@ class HuggingFaceImages(LabelledImages):
         found = datasets.load_from_disk(self.path)  # what `save_to_disk` left: one split, or several by name
         if isinstance(found, dict):
             if self.split not in found:
-                raise ValueError(f"it has the splits {', '.join(found)}: set split")
+                whole = " to one of them, whole" if "[" in self.split else ""
+                raise ValueError(f"it has the splits {', '.join(found)}: set split{whole}")
             return found[self.split]
         if self.split != str(found.split or "train"):
             raise ValueError(

@@ -27,4 +27,6 @@ def open_latents(source: str | StoredLatents) -> StoredLatents:
         return LatentArrays(source)
     if (path / "index.json").is_file():
         raise ValueError(f"{source} has shards of mfm prepare-latents: read them with LatentShards")
-    raise ValueError(f"{source} has no {INDEX} with .npy files, and no {' or '.join(ENDINGS)}")
+    below = sorted(str(found.parent) for found in path.glob(f"*/{INDEX}")) if path.is_dir() else []
+    hint = f": {below[0]} has one, give that" if below else ""
+    raise ValueError(f"{source} has no {INDEX} with .npy files, and no {' or '.join(ENDINGS)}{hint}")

@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image
 
-from mfm_lightning.data.class_folders import MOST_CLASSES
+from mfm_lightning.data.class_folders import MOST_CLASSES, shortened
 from mfm_lightning.data.latent_form import native
 from mfm_lightning.data.web.shards import CUT, CutSampleError
 from mfm_lightning.utils.decoding import decode
@@ -75,7 +75,7 @@ class Fields:
         """
         if self.label is None:
             return self.num_classes or 0
-        found, place = _value(sample, self.label)
+        found, place = _value(sample, self.label, ", or give no label where samples have none (label: null)")
         try:
             label = whole_number(found)
         except ValueError as error:
@@ -110,10 +110,10 @@ def whole_number(found: object) -> int:
     raise ValueError(f"{found!r} is no whole number")
 
 
-def _value(sample: Mapping[str, Any], key: str) -> tuple[Any, str]:
+def _value(sample: Mapping[str, Any], key: str, more: str = "") -> tuple[Any, str]:
     """The text of a file or the value of a JSON's key, and where it is."""
     endings, _, inner = key.partition(":")
-    name, content = _first(sample, endings)
+    name, content = _first(sample, endings, more)
     place = f"{_place(sample)}.{name}"
     try:
         text = content.decode("utf-8-sig")
@@ -121,21 +121,29 @@ def _value(sample: Mapping[str, Any], key: str) -> tuple[Any, str]:
             return text, place
         found = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{place} is no {'JSON' if inner else 'UTF-8'}: {error}") from error
+        raise ValueError(f"{place} is no {'JSON' if inner else 'text'}: {error}") from error
     if not isinstance(found, dict) or inner not in found:
         keys = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{place} has no key {inner!r}: it has {keys}")
     return found[inner], f"{place}:{inner}"
 
 
-def _first(sample: Mapping[str, Any], endings: str) -> tuple[str, bytes]:
+def _first(sample: Mapping[str, Any], endings: str, more: str = "") -> tuple[str, bytes]:
     wanted = endings.lower().split(";")  # webdataset has them in small letters
     for name in wanted:
         if name in sample:
             return name, sample[name]
-    there = ", ".join(name for name in sample if not name.startswith("__")) or "nothing"
+    names = [name for name in sample if not name.startswith("__")]
     kind = CutSampleError if CUT in sample else ValueError
-    raise kind(f"{_place(sample)} has {there}, expected {' or '.join(wanted)}: name the file's ending in the config")
+    if dotted := [name for name in names if "." in name and name.rpartition(".")[2] in wanted]:
+        raise kind(
+            f"{_place(sample)} has {', '.join(shortened(dotted))}: names of samples have a dot, and what follows the "
+            "first one is the ending of a shard's file: pack them under names without dots"
+        )
+    raise kind(
+        f"{_place(sample)} has {', '.join(shortened(names)) or 'nothing'}, expected {' or '.join(wanted)}: name the "
+        f"file's ending in the config{more}"
+    )
 
 
 def _place(sample: Mapping[str, Any]) -> str:
