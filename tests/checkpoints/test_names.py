@@ -1,6 +1,7 @@
 """One door for models: paths, names of the package, Hugging Face ids; and files that are made to be published."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,9 +168,16 @@ def test_finetuning_starts_from_a_name(package):
 
 
 def test_samples_of_a_name_are_pictures(package):
-    run(["sample", "tiny", "--output", "samples", "--num-samples", "3", "--steps", "2", "--device", "cpu"])
-    pictures = sorted(Path("samples").rglob("*.png"))
+    how = ["--num-samples", "3", "--steps", "2", "--device", "cpu"]
+    run(["sample", "tiny", *how])
+    pictures = sorted(Path("outputs/samples/tiny").rglob("*.png"))
     assert len(pictures) == 3
+    Path("first").mkdir()
+    shutil.copy(package / "flow.safetensors", "first/model.safetensors")
+    run(["sample", "first/model.safetensors", "--output", "samples", *how])
+    assert len(sorted(Path("samples").rglob("*.png"))) == 3
+    run(["sample", "first/model.safetensors", *how])
+    assert len(sorted(Path("outputs/samples/first").rglob("*.png"))) == 3
     assert Image.open(pictures[0]).size == (8, 8)
     with pytest.raises(SystemExit, match="no model at tinny: did you mean tiny"):
         main(["sample", "tinny", "--output", "others"])
