@@ -73,8 +73,8 @@ def find_classes(root: Path, class_index: Path | None = None) -> ClassTree:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: expected one folder of images for each class in it")
-    if class_index is None and (listed := _listed_labels(root)) is not None:
-        return _listed_images(root, listed)
+    if class_index is None and (listed := _listed(root)) is not None:
+        return listed
     left_out, names = LeftOut(), []
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -120,8 +120,8 @@ def find_images(root: Path, class_index: Path | None = None) -> ClassTree:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: expected one of images, or of a folder for each class")
-    if class_index is None and (listed := _listed_labels(root)) is not None:
-        return _listed_images(root, listed)
+    if class_index is None and (listed := _listed(root)) is not None:
+        return listed
     with os.scandir(root) as entries:
         if any(entry.is_dir() and not is_junk(entry.name) for entry in entries):
             return find_classes(root, class_index)
@@ -138,19 +138,27 @@ def find_images(root: Path, class_index: Path | None = None) -> ClassTree:
     return ClassTree({"all": 0}, images, "there are no class folders", left_out)
 
 
-def _listed_labels(root: Path) -> list[Any] | None:
-    """Names of images with labels in the folder's `dataset.json`; None where there is none, or it lists no image."""
+def _listed(root: Path) -> ClassTree | None:
+    """The images of a folder by its `dataset.json`; None where there is none, or one that lists no image."""
     try:
         found = json.loads((root / LABELS).read_text(encoding="utf-8-sig"))
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return None
-    listed = found.get("labels") if isinstance(found, dict) else None
+    except ValueError as error:
+        raise InputError(f"{root / LABELS} is no JSON, so the labels are not known: {error}") from error
+    if not isinstance(found, dict) or "labels" not in found:
+        return None
+    listed = found["labels"]
+    if listed is None:
+        tree = _images_of_tree(root, None)
+        return tree if tree.images else None
     if not isinstance(listed, list):
         return None
-    return listed if any(isinstance(row, list) and row and is_image(str(row[0])) for row in listed) else None
+    named = any(isinstance(row, list) and row and is_image(str(row[0])) for row in listed)
+    return _images_of_tree(root, _listed_labels(root, listed)) if named else None
 
 
-def _listed_images(root: Path, listed: list[Any]) -> ClassTree:
+def _listed_labels(root: Path, listed: list[Any]) -> dict[str, int]:
     labels: dict[str, int] = {}
     for row in listed:
         if not (isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and type(row[1]) is int):
@@ -161,23 +169,31 @@ def _listed_images(root: Path, listed: list[Any]) -> ClassTree:
         if str(path) in labels:
             raise InputError(f"{root / LABELS} lists {path} twice, with the labels {labels[str(path)]} and {row[1]}")
         labels[str(path)] = row[1]
+    return labels
+
+
+def _images_of_tree(root: Path, labels: dict[str, int] | None) -> ClassTree:
+    """All images below a folder, with the labels that are given; of one class without."""
     images, left_out, begin = [], LeftOut(), len(os.path.join(root, ""))
     for entry in walk(root):
         name = entry.path[begin:]
-        if name in labels and is_image(name):
+        if is_image(name) and (labels is None or name in labels):
             stat = entry.stat()
-            images.append(FoundImage(name, labels[name], stat.st_size, stat.st_mtime_ns))
+            images.append(FoundImage(name, labels[name] if labels else 0, stat.st_size, stat.st_mtime_ns))
         elif is_image(name):
             left_out.add(f"images that {LABELS} does not list", name)
         elif name != LABELS:
             left_out.add_file(name)
+    images.sort(key=lambda image: image.name)
+    if labels is None:
+        return ClassTree({"all": 0}, images, f"{LABELS} has no labels", left_out)
     if missing := labels.keys() - {image.name for image in images}:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(labels)} images that {root / LABELS} lists are not there, the first "
             f"{min(missing)}"
         )
     classes = {str(label): label for label in range(max(labels.values()) + 1)}
-    return ClassTree(classes, sorted(images, key=lambda image: image.name), f"labels of {LABELS}", left_out)
+    return ClassTree(classes, images, f"labels of {LABELS}", left_out)
 
 
 def read_class_index(path: Path) -> dict[str, int]:

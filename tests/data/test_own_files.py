@@ -274,7 +274,13 @@ def test_labels_of_dataset_json_count_and_not_its_folders(listed, caplog):
     assert "1 images that dataset.json does not list (00001/other.png)" in caplog.text
     assert find_classes(listed).class_to_idx["4"] == 4  # what prepare-latents asks
     (listed / "dataset.json").write_text('{"labels": null}')
-    assert ImageFolder(str(listed)).read_classes()[1] == ["00000", "00001"]
+    found = ImageFolder(str(listed))
+    assert (found.labels.tolist(), found.read_classes()[1]) == ([0] * 7, ["all"])
+    assert found.image(3).getpixel((0, 0))[0] == 120
+    assert "dataset.json has no labels" in found.line()
+    (listed / "dataset.json").write_text('{"labels": [["00000')
+    with pytest.raises(ValueError, match=r"dataset\.json is no JSON, so the labels are not known"):
+        _ = ImageFolder(str(listed)).labels
 
 
 @pytest.mark.parametrize(
