@@ -195,7 +195,7 @@ def test_keys_of_json_and_captions_as_prompts(urls):
         ("json:nothing", "has no key 'nothing': it has label, text"),
         ("cls2", "has png, cls, txt, json, expected cls2"),
         ("txt", r"\.txt is 'picture \d+\\n', expected a label"),
-        ("png", "is no UTF-8"),
+        ("png", "is no text in UTF-8"),
         ("cls:a", "has no key 'a': it has int"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -121,7 +121,7 @@ def _value(sample: Mapping[str, Any], key: str, more: str = "") -> tuple[Any, st
             return text, place
         found = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{place} is no {'JSON' if inner else 'text'}: {error}") from error
+        raise ValueError(f"{place} is no {'JSON' if inner else 'text in UTF-8'}: {error}") from error
     if not isinstance(found, dict) or inner not in found:
         keys = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
         raise ValueError(f"{place} has no key {inner!r}: it has {keys}")
