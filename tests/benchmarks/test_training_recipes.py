@@ -9,13 +9,15 @@ import pytest
 import torch
 import yaml
 
+from mfm_benchmarks.blocks import Table
 from mfm_benchmarks.parts import reference_draws
 from mfm_benchmarks.parts.recipe_samples import RecipeSamples
 from mfm_benchmarks.parts.reference_draws import ReferenceDraws
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec
+from mfm_benchmarks.suite import Outcome, Results
 from mfm_benchmarks.suites import training_recipes
-from mfm_benchmarks.suites.training_recipes import steps_to
+from mfm_benchmarks.suites.training_recipes import Recipe, TrainingRecipesSuite, steps_to
 from mfm_lightning.checkpoints import load_model, save_model
 from mfm_lightning.commands.main import main
 from mfm_lightning.metrics.frechet import Gaussian
@@ -42,6 +44,29 @@ def test_the_time_to_a_distance_is_exact_for_a_power_law(power):
     assert steps_to(801**-power, steps, distances) == math.inf  # at most twice
     assert steps_to(0.01, [100, 200], [0.5, 0.6]) == math.inf  # a line that does not fall
     assert steps_to(0.01, [100], [0.5]) == math.inf
+
+
+def test_distances_are_told_where_times_are_not_there():
+    settings = yaml.safe_load((ROOT / "configs/benchmarks/training-recipes.yaml").read_text())
+    recipes = {name: Recipe(**settings["recipes"][name] | {"options": Spec({})}) for name in ("released", "Muon")}
+    draws = ReferenceDraws(oracle=ORACLE, times=[0.5], num_states=2, num_draws=4)
+    suite = TrainingRecipesSuite(str(ROOT / "configs/gmm/mfm.yaml"), recipes, draws, steps=[100, 200], seeds=[0, 1])
+    suite.device = torch.device("cpu")
+    suite.prepare()
+    suite.cells()
+
+    def told(**distances: list[float]) -> list[dict]:
+        of = {(name, 200, seed): value for name, values in distances.items() for seed, value in enumerate(values)}
+        done = Results()
+        for key in of:
+            done.add(suite._trained[key], Outcome({"distance": of[key]}))
+        (block,) = suite.report(done)
+        return block.rows if isinstance(block, Table) else block.heading
+
+    (row,) = told(Muon=[0.25, 0.75])
+    assert (row["recipe"], row["distance, 200 steps"].value) == ("Muon", 0.5)
+    assert len(told(Muon=[0.25], released=[0.5])) == 2
+    assert told() == "No result"
 
 
 def test_exact_draws_are_at_the_floor_and_others_are_not(monkeypatch):

@@ -178,11 +178,7 @@ class TrainingRecipesSuite(Suite):
     # what is made of it
 
     def report(self, results: Results) -> Sequence[Block]:
-        if self._timing not in results:
-            return [Text("No result", ["Steps were not timed; the messages are above."])]
-        seconds, samples = (results[self._timing].numbers[key] for key in ("seconds", "samples"))
         first = next(iter(self.recipes))
-        a_step = {name: of_runs(values).value for name, values in seconds.items()}
         found: Found = {}
         frechet: dict[str, dict[int, float]] = {}
         for (name, steps, seed), cell in self._trained.items():
@@ -191,16 +187,21 @@ class TrainingRecipesSuite(Suite):
                 found.setdefault((name, steps), {})[seed] = numbers["distance"]
                 if "frechet" in numbers and steps == self.steps[-1]:
                     frechet.setdefault(name, {})[seed] = numbers["frechet"]
+        if not found:
+            return [Text("No result", ["No training is there; the messages are above."])]
+        why = "the time of a step was not measured" if self._timing not in results else ""
         if not any(name == first for name, _ in found):
-            return [Text("No result", [f"No training of {first}, which the others are compared with, succeeded."])]
+            why = f"there is no training of {first}, which the others are compared with"
+        if why:
+            return [self._distances(found, why)]
+        seconds, samples = (results[self._timing].numbers[key] for key in ("seconds", "samples"))
+        a_step = {name: of_runs(values).value for name, values in seconds.items()}
         rows, gains = [], {}
         for name in self.recipes:
             gains[name] = self._time_ratio(name, first, found, a_step)
             row: dict[str, Any] = {"recipe": name, "what": self.recipes[name].about}
             row["time of a step"] = ratio_of_runs(seconds[name], seconds[first])
-            for steps in self.steps:
-                if (name, steps) in found:
-                    row[f"distance, {steps} steps"] = of_runs(list(found[name, steps].values()))
+            row |= self._distances_of(name, found)
             row["time to the same distance"] = gains[name]
             if self.samples is not None and name in frechet:
                 row[self.samples.column] = of_runs(list(frechet[name].values()))
@@ -222,6 +223,22 @@ class TrainingRecipesSuite(Suite):
             self._claims(gains, first),
             Table("recipes", "All recipes", rows, caption, keys=["recipe"]),
         ]
+
+    def _distances_of(self, name: str, found: Found) -> dict[str, Any]:
+        return {
+            f"distance, {steps} steps": of_runs(list(found[name, steps].values()))
+            for steps in self.steps
+            if (name, steps) in found
+        }
+
+    def _distances(self, found: Found, why: str) -> Table:
+        """What there is where times cannot be compared."""
+        rows = [
+            {"recipe": name, "what": self.recipes[name].about, **self._distances_of(name, found)}
+            for name in self.recipes
+            if any(name == each for each, _ in found)
+        ]
+        return Table("recipes", "Distances alone", rows, f"{self.draws.words}; no times, for {why}.", keys=["recipe"])
 
     def _summary(self, gains: dict[str, Measured | None], first: str) -> Summary:
         """The fastest recipe; how many are faster, slower or neither; what was compared."""
