@@ -253,7 +253,6 @@ class TrainingSpeedSuite(Suite):
                     rows.append({**row, "failed": numbers["failures"].get(variant.name, "")})
                     continue
                 seconds = of_runs(numbers["seconds"][variant.name])
-                utilisation = (numbers["flops"] or 0) / seconds.value / numbers["peak"]
                 rows.append(
                     {
                         **row,
@@ -263,7 +262,7 @@ class TrainingSpeedSuite(Suite):
                         "peak memory, MB": numbers["memory"][variant.name] / 1e6,
                         "memory over the reference": _memory(numbers, variant.name),
                         "gradient error": numbers["error"].get(variant.name),
-                        "share of matmul peak": utilisation if _has_share(variant, numbers) else None,
+                        "share of matmul peak": _share(variant, numbers, seconds.value),
                     }
                 )
         return rows
@@ -290,9 +289,12 @@ def _flops(step: Step) -> int | None:
         return None
 
 
-def _has_share(variant: Variant, numbers: dict[str, Any]) -> bool:
-    """The operations were counted and are this step's; with samples of its own, a term asks the teacher again."""
-    return numbers["flops"] is not None and variant.name.startswith(DEFAULT) and variant.share
+def _share(variant: Variant, numbers: dict[str, Any], seconds: float) -> float | None:
+    """Of the peak; None unless the operations were counted and are this step's: with samples of its own, a term asks
+    the teacher again."""
+    if numbers["flops"] is None or not variant.share or not variant.name.startswith(DEFAULT):
+        return None
+    return numbers["flops"] / seconds / numbers["peak"]
 
 
 STEPS_CAPTION = (

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfm_lightning.data.class_folders import shortened
+from mfm_lightning.data.class_folders import LABELS, shortened
 from mfm_lightning.data.latent_files.source import LatentFileError, StoredLatents
 from mfm_lightning.data.latent_form import native
 from mfm_lightning.utils.image_files import is_junk, walk
 
 log = logging.getLogger(__name__)
-INDEX = "dataset.json"
 
 
 class LatentFolder(StoredLatents):
@@ -58,9 +57,9 @@ class LatentFolder(StoredLatents):
     @cached_property
     def _entries(self) -> tuple[list[str], np.ndarray | None]:
         try:
-            content = self._read(INDEX)
+            content = self._read(LABELS)
         except (KeyError, FileNotFoundError) as error:
-            raise FileNotFoundError(f"no {INDEX} in {self.root}: expected names of .npy files with labels") from error
+            raise FileNotFoundError(f"no {LABELS} in {self.root}: expected names of .npy files with labels") from error
         try:
             found = json.loads(content)["labels"]
             if found is None:
@@ -68,13 +67,13 @@ class LatentFolder(StoredLatents):
             names, labels = [str(name) for name, _ in found], np.array([label for _, label in found])
         except (KeyError, TypeError, ValueError) as error:
             raise LatentFileError(
-                f'{self.root / INDEX} is not {{"labels": [["NAME.npy", LABEL], ...]}}: {type(error).__name__}: {error}'
+                f'{self.root / LABELS} is not {{"labels": [["NAME.npy", LABEL], ...]}}: {type(error).__name__}: {error}'
             ) from error
         for name in names:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or path.suffix != ".npy" or _hidden(name):
                 raise LatentFileError(
-                    f"{self.root / INDEX} names {name!r}: expected a .npy inside of {self.root} that is not hidden"
+                    f"{self.root / LABELS} names {name!r}: expected a .npy inside of {self.root} that is not hidden"
                 )
         self._check_listed(names, labels.tolist())
         return names, labels
@@ -85,20 +84,20 @@ class LatentFolder(StoredLatents):
         for name, label in zip(map(posixpath.normpath, names), labels, strict=True):
             if name in listed:
                 raise LatentFileError(
-                    f"{self.root / INDEX} lists {name} twice, with the labels {listed[name]} and {label}: expected "
+                    f"{self.root / LABELS} lists {name} twice, with the labels {listed[name]} and {label}: expected "
                     "each file once"
                 )
             listed[name] = label
         there = {posixpath.normpath(name) for name in self._names()}
         if missing := [name for name in listed if name not in there]:
             raise FileNotFoundError(
-                f"{len(missing)} of the {len(listed)} files that {self.root / INDEX} lists are not there, the first "
+                f"{len(missing)} of the {len(listed)} files that {self.root / LABELS} lists are not there, the first "
                 f"{self.root / missing[0]}"
             )
         if left_out := there - listed.keys():
             log.warning(
                 "%s: %d of %d .npy are left out, for %s does not list them: %s",
-                self.root, len(left_out), len(there), INDEX, ", ".join(shortened(sorted(left_out))),
+                self.root, len(left_out), len(there), LABELS, ", ".join(shortened(sorted(left_out))),
             )  # fmt: skip
 
     def read_labels(self) -> tuple[int, np.ndarray | None]:
@@ -108,7 +107,7 @@ class LatentFolder(StoredLatents):
         try:
             return torch.from_numpy(native(np.load(io.BytesIO(self._read(self._entries[0][i])), allow_pickle=False)))
         except KeyError as error:
-            raise FileNotFoundError(f"{self.place(i)} is named in {INDEX}, and not there") from error
+            raise FileNotFoundError(f"{self.place(i)} is named in {LABELS}, and not there") from error
         except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise LatentFileError(f"{self.place(i)} cannot be read as .npy: {error}") from error
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mfm_lightning.data.class_folders import LABELS
 from mfm_lightning.data.latent_files.arrays import ENDINGS, LatentArrays
-from mfm_lightning.data.latent_files.folder import INDEX, LatentFolder
+from mfm_lightning.data.latent_files.folder import LatentFolder
 from mfm_lightning.data.latent_files.source import StoredLatents
 
 
@@ -21,12 +22,12 @@ def open_latents(source: str | StoredLatents) -> StoredLatents:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no latents at {source}: expected a folder, a .zip, a .safetensors or an .npz")
-    if path.suffix.lower() == ".zip" or (path / INDEX).is_file():
+    if path.suffix.lower() == ".zip" or (path / LABELS).is_file():
         return LatentFolder(source)
     if path.suffix in ENDINGS or any(any(path.glob(f"*{end}")) for end in ENDINGS):
         return LatentArrays(source)
     if (path / "index.json").is_file():
         raise ValueError(f"{source} has shards of mfm prepare-latents: read them with LatentShards")
-    below = sorted(str(found.parent) for found in path.glob(f"*/{INDEX}")) if path.is_dir() else []
+    below = sorted(str(found.parent) for found in path.glob(f"*/{LABELS}")) if path.is_dir() else []
     hint = f": {below[0]} has one, give that" if below else ""
-    raise ValueError(f"{source} has no {INDEX} with .npy files, and no {' or '.join(ENDINGS)}{hint}")
+    raise ValueError(f"{source} has no {LABELS} with .npy files, and no {' or '.join(ENDINGS)}{hint}")
