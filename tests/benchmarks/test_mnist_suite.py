@@ -91,7 +91,9 @@ def test_mnist_suite(tmp_path, monkeypatch):
     assert [(row["samples"], row["number"]) for row in quality] == [("MFM, 1 step", "12"), ("base flow, 3 steps", "12")]
     distances = [float(row["Fréchet"]) for row in quality]
     assert float(quality[0]["ratio to the base flow"]) == pytest.approx(distances[0] / distances[1], rel=1e-3)
-    for picture in ("class_samples", "inverse_inpainting", "inverse_tomography", "posterior_recovery"):
+    curves = ("posterior_recovery", "value_r_nfe")
+    samples = ("class_samples", "inverse_inpainting", "inverse_tomography", "posterior_draws", "value_states")
+    for picture in (*curves, *samples):
         assert (tmp_path / "out/report" / f"{picture}.png").is_file()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
 from mfm_benchmarks.charts import LineChart
 from mfm_benchmarks.claims import counted, verdict
 from mfm_benchmarks.measure import states_digest
+from mfm_benchmarks.parts.pictured_states import draw_pictures, given_pictures
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.posteriors import Posterior, RolloutPosterior
@@ -50,6 +52,7 @@ class PosteriorRecovery(DrawSettings):
         target = target.take(slice(0, len(x1)))
         settings = {**identity, "states": states_digest(x1), "draws": self.num_draws}
         self._cells: dict[tuple[float, str], Cell] = {}
+        self._reference: dict[float, Cell] = {}
         found = []
         for t in self.times:
             x_t = noisy_states(x1, t, torch.Generator().manual_seed(1))
@@ -57,8 +60,9 @@ class PosteriorRecovery(DrawSettings):
             reference = Cell(
                 f"posterior, t = {t:g}, {REFERENCE}",
                 rollouts,
-                self._draw(target, t, x_t, exact, 1),
+                partial(_with_states, self._draw(target, t, x_t, exact, 1), target, x1, x_t),
             )
+            self._reference[t] = reference
             found.append(reference)
             sources = posteriors(self.model_steps, self.glass_steps)
             for name, source in {**sources, FLOOR: exact}.items():
@@ -80,7 +84,8 @@ class PosteriorRecovery(DrawSettings):
             ).to(x_t)
             target.meter = Meter()
             found = draw(source, target, t, x_t, noise, self.max_rows)
-            return Outcome({"evaluations": target.meter.network / len(found.flatten(0, 1))}, {"draws": found})
+            evaluations = target.meter.network / len(found.flatten(0, 1))
+            return Outcome({"evaluations": evaluations}, {"draws": found, "images": draw_pictures(target, found)})
 
         return compute
 
@@ -106,6 +111,7 @@ class PosteriorRecovery(DrawSettings):
         return [
             *self._summary(found),
             Picture("posterior_recovery", title, plot, f"{caption} 95 % intervals are over states."),
+            *self._pictures(found, results),
             self._claims(found),
             Table("posterior_recovery", "Posterior draws", rows, caption, folded=True, keys=["t", "draws"]),
         ]
@@ -128,6 +134,29 @@ class PosteriorRecovery(DrawSettings):
         kinds, words = {"MFM": self.model_steps, "GLASS": self.glass_steps}, "sliced W2 to SDE rollouts"
         return plots.by_steps(found, self.times, kinds, cost, words, lambda floor: floor, FLOOR, "log")
 
+    def _pictures(self, found: dict[tuple[float, str], Measured], results: Results) -> list[Block]:
+        """Draws of the first states at the middle time of those with pictures, which results of earlier code lack."""
+        there = {t: results[cell].tensors for t, cell in self._reference.items() if cell in results}
+        times = [t for t, tensors in there.items() if "given" in tensors]
+        if not times:
+            return []
+        t = times[len(times) // 2]
+        reference = there[t]
+        ours, glass = [f"MFM {k}" for k in self.model_steps], [f"GLASS {k}" for k in self.glass_steps]
+        compared = [*ours[:1], *ours[1:][-1:], *glass[:1], *glass[1:][-1:]]  # the fewest and the most steps
+        rows = []
+        for k, given in enumerate(reference["given"]):
+            rows.append(("SDE rollouts\nreference", torch.cat([given, reference["images"][k]])))
+            for name in compared:
+                if (t, name) in found and (images := results[self._cells[t, name]].tensors.get("images")) is not None:
+                    rows.append((f"{name}\n{found[t, name].value:.3f}", torch.cat([given, images[k]])))
+        caption = (
+            f"Draws at t = {t:g} of {counted(len(reference['given']), 'state')}, each with a row for each way to draw: "
+            "the test image, its noised state, then draws. Beside each row: the mean sliced W2 over all states. Rows "
+            "but the reference's have the same inner noise."
+        )
+        return [Picture("posterior_draws", f"Posterior draws at t = {t:g}", plots.gallery(rows, ours=ours), caption)]
+
     def _claims(self, found: dict[tuple[float, str], Measured]) -> Claims:
         lines = []
         for t in self.times:
@@ -143,4 +172,11 @@ class PosteriorRecovery(DrawSettings):
 
 def _compare(draws: Outcome, reference: Outcome) -> Outcome:
     distance = draw_distance(draws.tensors["draws"], reference.tensors["draws"], 128, seed=0)
-    return Outcome(draws.numbers, {"distance": distance})
+    return Outcome(draws.numbers, {"distance": distance, "images": draws.tensors["images"]})
+
+
+def _with_states(drawn: Callable[[], Outcome], target: Target, x1: Tensor, x_t: Tensor) -> Outcome:
+    """The outcome with pictures of the states."""
+    outcome = drawn()
+    outcome.tensors["given"] = given_pictures(target, x1, x_t)
+    return outcome

@@ -15,11 +15,13 @@ from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
 from mfm_benchmarks.charts import LineChart
 from mfm_benchmarks.claims import counted, verdict
 from mfm_benchmarks.measure import states_digest
+from mfm_benchmarks.parts.pictured_states import DRAWS, STATES, draw_pictures, given_pictures
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.posteriors import RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DenoisedValue, DrawValue, ValueEstimator
-from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, estimate_values, noisy_states
+from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, draw, estimate_values, noisy_states
+from mfm_lightning.interpolant import randn
 from mfm_lightning.metrics.measured import Measured, rounded
 
 SEED = 302  # of the draws
@@ -36,6 +38,10 @@ class ValueComparison(DrawSettings):
         self.num_states, self.num_draws, self.times = min(12, self.num_states), min(32, self.num_draws), self.times[-2:]
         self.glass_steps = [k for k in self.glass_steps if k <= 8]
         self.rollout_steps = min(self.rollout_steps, 50)
+
+    @property
+    def _ours(self) -> str:
+        return f"MFM {self.model_steps[0]}"
 
     def cells(
         self,
@@ -72,17 +78,32 @@ class ValueComparison(DrawSettings):
                     more, seed = {"rollouts": self.rollout_steps}, SEED + 1
                 self._cells[t, name] = Cell(
                     f"value{self._of}, t = {t:g}, {name}", settings | more,
-                    self._estimate(target, t, x_t, estimator, seed),
+                    self._estimate(target, t, x_t, estimator, seed, x1 if name == self._ours else None),
                 )  # fmt: skip
                 found.append(self._cells[t, name])
         return found
 
     def _estimate(
-        self, target: Target, t: float, x_t: Tensor, estimator: ValueEstimator, seed: int = SEED
+        self,
+        target: Target,
+        t: float,
+        x_t: Tensor,
+        estimator: ValueEstimator,
+        seed: int = SEED,
+        shown: Tensor | None = None,
     ) -> Callable[[], Outcome]:
+        """`shown`: clean states of which, with the noised ones and further draws, pictures are kept."""
+
         def compute() -> Outcome:
             found = estimate_values(estimator, target, t, x_t, torch.Generator().manual_seed(seed))
-            return Outcome({"nfe": found.nfe}, {"values": found.values[0]})
+            tensors = {"values": found.values[0]}
+            if shown is not None and isinstance(estimator, DrawValue):
+                first = x_t[:STATES]
+                noise = randn((len(first), DRAWS, *first.shape[1:]), first, torch.Generator().manual_seed(SEED + 2))
+                of_first = target.take(slice(0, len(first)))
+                draws = draw(estimator.posterior, of_first, t, first, noise, self.max_rows)
+                tensors |= {"images": draw_pictures(target, draws), "given": given_pictures(target, shown, first)}
+            return Outcome({"nfe": found.nfe}, tensors)
 
         return compute
 
@@ -113,13 +134,39 @@ class ValueComparison(DrawSettings):
             *self._summary(r),
             Picture("value_r_nfe", f"Value estimates{self._of}: correlation", correlation, caption),
             Picture("value_error_nfe", f"Value estimates{self._of}: error", error, caption),
+            *self._pictures(results),
             Claims(f"Value estimates from one-step draws{self._of}", said),
             Table("value_estimates", f"Value estimates{self._of}", rows, caption, folded=True, keys=["t", "estimator"]),
         ]
 
+    def _pictures(self, results: Results) -> list[Block]:
+        """States by value at the middle time of those with pictures, which results of earlier code lack."""
+        found = {}
+        for t in self.times:
+            mine, reference = self._cells[t, self._ours], self._reference[t]
+            if mine in results and reference in results and "given" in results[mine].tensors:
+                found[t] = (results[mine].tensors, results[reference].tensors["values"])
+        if not found:
+            return []
+        t = list(found)[len(found) // 2]
+        mine, reference = found[t]
+        rows = [
+            (
+                f"V = {mine['values'][k]:.2f}\nrollouts {reference[k]:.2f}",
+                torch.cat([mine["given"][k], mine["images"][k]]),
+            )
+            for k in reference[: len(mine["given"])].argsort(descending=True).tolist()
+        ]
+        caption = (
+            f"At t = {t:g}, highest value first: the test image, its noised state, then draws in "
+            f"{counted(self.model_steps[0], 'step')}. Beside each row: the value from {self.num_draws} such draws, and "
+            "from rollouts."
+        )
+        return [Picture("value_states", f"States by value{self._of}, t = {t:g}", plots.gallery(rows), caption)]
+
     def _summary(self, r: Found) -> list[Block]:
         """The correlation of values from one-step draws over the times."""
-        mine = [r[t, name].value for t in self.times if (t, name := f"MFM {self.model_steps[0]}") in r]
+        mine = [r[t, name].value for t in self.times if (t, name := self._ours) in r]
         mine = [value for value in mine if not math.isnan(value)]
         if not mine:
             return []
@@ -138,7 +185,7 @@ class ValueComparison(DrawSettings):
         return plots.by_steps(found, self.times, kinds, cost, words, lambda value: [(point, value)], POINT, yscale)
 
     def _claims(self, found: Found, what: str) -> list[str]:
-        lines, ours = [], f"MFM {self.model_steps[0]}"
+        lines, ours = [], self._ours
         for t in self.times:
             mine = found.get((t, ours))
             if mine is None or math.isnan(mine.value):
