@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import zlib
+from typing import Literal
 
 import torch
 
 log = logging.getLogger(__name__)
+Corrupt = Literal["raise", "skip"]  # what a DataModule does at a damaged sample
 _WARNINGS = 10  # in each process; all are counted
 _PLACES = 1 << 20
 

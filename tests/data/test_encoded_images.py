@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
 
 from mfm_lightning.data.images import EncodedImages, latents
 from mfm_lightning.networks import Autoencoder
@@ -30,3 +31,21 @@ def test_the_vae_is_read_once_and_fetched_where_that_is_allowed(tmp_path, monkey
     with torch.no_grad():
         expected = vae.encode(pixels / 127.5 - 1).latent_dist.mean
     assert torch.allclose(found["test"][:2], expected, atol=1e-5)
+
+
+def test_latents_have_the_label_of_the_image_that_was_encoded(tmp_path):
+    """In the place of a damaged image there is the next one, of another class."""
+    torch.manual_seed(0)
+    Autoencoder(3, 4, [8, 8, 8], 1, 4).write_beside(tmp_path)
+    for k, name in enumerate("ab"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (32, 32), (100 * k, 40 * i, 0)).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "images/a/1.png").write_bytes(b"")
+    data = EncodedImages(
+        str(tmp_path / "images"), str(tmp_path / "vae"), val_fraction=0, test_fraction=0, corrupt="skip"
+    )
+    latents, labels = data.splits["train"]
+    assert labels.tolist() == [0, 1, 1, 1]
+    assert torch.equal(latents[1], latents[2])
+    assert data.reader("train").sample(1)[1] == 1

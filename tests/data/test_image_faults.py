@@ -16,6 +16,7 @@ from mfm_lightning.commands.main import run
 from mfm_lightning.data import ImageDataModule
 from mfm_lightning.data.images import CaptionedFolder, HuggingFaceImages, ImageFolder, NpzImages
 from mfm_lightning.data.images.splits import labels_of, stratified
+from mfm_lightning.utils.decoding import ImageError
 
 
 def classes(root: Path, numbers: dict[str, int], size: int = 8) -> Path:
@@ -232,3 +233,80 @@ def test_classes_without_training_images_are_not_sampled(tmp_path, monkeypatch, 
     assert "labels 1 had no training images and are left out" in caplog.text
     run(["sample", str(model), "--output", "t", "--labels", "1", *options])
     assert "labels 1 had no training images: their samples mean little" in caplog.text
+
+
+DAMAGED = [("a", 1), ("a", 2), ("b", 3)]  # of four images each: 1, 2 and 7
+
+
+def damaged(root: Path) -> Path:
+    """Two classes of four images of one level each, 10 i of the i-th of all; the first class's last three are cut off,
+    no image, and, in the second, empty."""
+    for k, name in enumerate("ab"):
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 10 * (4 * k + i)).save(root / name / f"{i}.png")
+    (root / "a/1.png").write_bytes((root / "a/1.png").read_bytes()[:50])
+    (root / "a/2.png").write_text("<html>not found</html>")
+    (root / "b/3.png").write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": 0.0}, {"memory": 0.0, "num_workers": 2}])
+def test_the_next_image_and_its_label_take_the_place_of_a_damaged_one(tmp_path, options, caplog):
+    """Also over the end of the split, and over a class: the next of 7 is 0, of 1 and 2 it is 3."""
+    data = ImageDataModule(
+        str(damaged(tmp_path)), batch_size=8, val_fraction=0, test_fraction=0, corrupt="skip", **options
+    )
+    data.setup("fit")
+    levels, labels = [], []
+    batches = data.batches()
+    for step in range(3):
+        x, label = batches(step)
+        found = ((x[:, 0, 0, 0] + 1) * 127.5 / 10).round().int()
+        assert sorted(found.tolist()) == [0, 0, 3, 3, 3, 4, 5, 6]
+        assert label.tolist() == [int(level >= 4) for level in found]
+        levels, labels = levels + found.tolist(), labels + label.tolist()
+    again, given = batches(1)
+    assert ((again[:, 0, 0, 0] + 1) * 127.5 / 10).round().int().tolist() == levels[8:16]
+    assert given.tolist() == labels[8:16]
+    assert data.skipped == len(DAMAGED)
+    data.teardown("fit")
+    if not options.get("num_workers"):  # else they are told by the workers
+        for name, i in DAMAGED:
+            assert caplog.text.count(f"skipped: {tmp_path / name / str(i)}.png cannot be decoded") == 1
+    assert "3 images that cannot be decoded were skipped" in caplog.text
+
+
+def test_without_skip_a_damaged_image_ends_the_run_and_the_way_on_is_told(tmp_path):
+    data = ImageDataModule(str(damaged(tmp_path)), val_fraction=0, test_fraction=0)
+    with pytest.raises(ImageError, match=r"a/1\.png cannot be decoded: .*; corrupt: skip takes the next image"):
+        data.setup("fit")
+
+
+def test_skip_is_of_damaged_images_alone(tmp_path):
+    """Not of images of another size, which may be as many as one likes, and not of none at all."""
+    with pytest.raises(ValueError, match="corrupt 'leave': expected one of raise, skip"):
+        ImageDataModule(str(damaged(tmp_path / "some")), corrupt="leave")  # pyright: ignore[reportArgumentType]
+    Image.new("L", (9, 9)).save(tmp_path / "some/b/0.png")
+    data = ImageDataModule(str(tmp_path / "some"), val_fraction=0, test_fraction=0, corrupt="skip")
+    with pytest.raises(ImageError, match=r"b/0\.png has 9 x 9 pixels, the first 8 x 8"):
+        data.setup("fit")
+    for path in (tmp_path / "some").rglob("*.png"):
+        path.write_bytes(b"")
+    data = ImageDataModule(str(tmp_path / "some"), size=8, channels=1, val_fraction=0, test_fraction=0, corrupt="skip")
+    with pytest.raises(ImageError, match="none of the 8 images can be decoded"):
+        data.setup("fit")
+
+
+def test_size_and_colour_are_of_the_first_image_that_can_be_decoded(tmp_path):
+    (damaged(tmp_path) / "a/0.png").write_bytes(b"")
+    assert ImageDataModule(str(tmp_path), corrupt="skip").state_shape == (1, 8, 8)
+    with pytest.raises(ImageError, match=r"a/0\.png cannot be decoded"):
+        assert ImageDataModule(str(tmp_path)).state_shape
+
+
+def test_a_damaged_image_among_the_first_and_last_does_not_hide_that_two_sources_are_one(tmp_path, caplog):
+    root = damaged(tmp_path)
+    data = ImageDataModule(str(root), val_source=str(root), test_fraction=0, corrupt="skip")
+    data.setup("fit")
+    assert "val_source has the training images" in caplog.text

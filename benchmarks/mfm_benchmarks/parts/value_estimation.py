@@ -17,7 +17,7 @@ from mfm_benchmarks.claims import counted, verdict
 from mfm_benchmarks.measure import states_digest
 from mfm_benchmarks.parts.pictured_states import DRAWS, STATES, draw_pictures, given_pictures
 from mfm_benchmarks.suite import Cell, Outcome, Results
-from mfm_lightning.alignment.posteriors import RolloutPosterior
+from mfm_lightning.alignment.posteriors import FlowMapPosterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DenoisedValue, DrawValue, ValueEstimator
 from mfm_lightning.evaluation.draws import POINT, DrawSettings, ValueErrors, draw, estimate_values, noisy_states
@@ -101,7 +101,7 @@ class ValueComparison(DrawSettings):
                 first = x_t[:STATES]
                 noise = randn((len(first), DRAWS, *first.shape[1:]), first, torch.Generator().manual_seed(SEED + 2))
                 of_first = target.take(slice(0, len(first)))
-                draws = draw(estimator.posterior, of_first, t, first, noise, self.max_rows)
+                draws = draw(estimator.posterior or FlowMapPosterior(), of_first, t, first, noise, self.max_rows)
                 tensors |= {"images": draw_pictures(target, draws), "given": given_pictures(target, shown, first)}
             return Outcome({"nfe": found.nfe}, tensors)
 

@@ -19,6 +19,8 @@ from mfm_lightning.data.images.reading import SplitReader, TrainBatches
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
 from mfm_lightning.data.indexed import IndexedDataModule, Samples, part_fingerprint
+from mfm_lightning.data.skipped import Corrupt, Skipped
+from mfm_lightning.utils.decoding import ImageError
 from mfm_lightning.utils.digests import digest, digest_of
 from mfm_lightning.utils.distributed import is_first_rank
 
@@ -54,6 +56,8 @@ class ImageDataModule(IndexedDataModule):
         memory: megabytes that the images may take in memory.
         num_workers: processes that decode, for each device; 0: the training process itself.
         seed: of order and mirror images.
+        corrupt: "raise" at an image that cannot be decoded, or "skip" it: the next of its split takes its place, with
+            its label, and `skipped` counts it once. Images of another size or colour are refused in both.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
@@ -75,8 +79,11 @@ class ImageDataModule(IndexedDataModule):
         memory: float = 2000.0,
         num_workers: int = 0,
         seed: int = 0,
+        corrupt: Corrupt = "raise",
     ) -> None:
         super().__init__(batch_size, seed)
+        if corrupt not in ("raise", "skip"):
+            raise ValueError(f"corrupt {corrupt!r}: expected one of raise, skip")
         if channels not in (None, 1, 3):
             raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
         if size is not None and size < 1:
@@ -97,6 +104,7 @@ class ImageDataModule(IndexedDataModule):
         self.size, self.channels, self.mirror, self.classes = size, channels, mirror, classes
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.memory, self.num_workers, self._said = memory, num_workers, False
+        self._skipped = Skipped() if corrupt == "skip" else None
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
@@ -115,8 +123,16 @@ class ImageDataModule(IndexedDataModule):
 
     @cached_property
     def form(self) -> PixelForm:
-        """Size and channels of all images."""
-        return PixelForm.of(self.sources["train"], self.size, self.channels)
+        """Size and channels of all images: those of the first one that can be decoded, where they are not given."""
+        source, i = self.sources["train"], 0
+        while True:
+            try:
+                return PixelForm.of(source, self.size, self.channels, i)
+            except ImageError as error:
+                if self._skipped is None or i + 1 == len(source.labels):
+                    raise
+                self._skipped.add(source.place(i), str(error))
+                i += 1
 
     @cached_property
     def parts(self) -> dict[str, Split]:
@@ -155,12 +171,12 @@ class ImageDataModule(IndexedDataModule):
 
     def _is_training_source(self, source: LabelledImages) -> bool:
         """Whether it has as many images, of the same labels, and the same first and last one."""
-        train, read = self.sources["train"], self.form.read
-        ends = (0, len(train.labels) - 1)
-        return source is train or (
-            np.array_equal(source.labels, train.labels)
-            and all(np.array_equal(read(source, i), read(train, i)) for i in ends)
-        )
+        train = self.sources["train"]
+        if source is train:
+            return True
+        ours, theirs = (SplitReader(whole(of, of.class_names, ""), self.form, self._skipped) for of in (train, source))
+        ends = np.array([0, len(train.labels) - 1])
+        return np.array_equal(source.labels, train.labels) and torch.equal(ours.pixels(ends), theirs.pixels(ends))
 
     @cached_property
     def captions(self) -> list[str]:
@@ -177,7 +193,7 @@ class ImageDataModule(IndexedDataModule):
     @cached_property
     def readers(self) -> dict[str, SplitReader]:
         """What reads them, by split."""
-        made = {id(part): SplitReader(part, self.form) for part in self.parts.values()}
+        made = {id(part): SplitReader(part, self.form, self._skipped) for part in self.parts.values()}
         return {name: made[id(part)] for name, part in self.parts.items()}
 
     @property
@@ -201,17 +217,26 @@ class ImageDataModule(IndexedDataModule):
             self._said = True
             self._say_what_there_is()
         if not self.in_memory:
-            readers = f"{self.num_workers} workers" if self.num_workers else "the process itself"
+            who = f"{self.num_workers} workers" if self.num_workers else "the process itself"
             log.warning(
                 "the images take %.3g MB decoded, more than memory: %g; they are decoded for each batch by %s",
-                self.megabytes, self.memory, readers,
+                self.megabytes, self.memory, who,
             )  # fmt: skip
-            for part in self.parts.values():  # what does not fit is found out before training, not at its validation
-                self.form.read(part.source, int(part.rows[0]))
+            for reader in self.readers.values():  # what does not fit is found out before training, not at validation
+                reader.pixels(np.zeros(1, dtype=int))
             return
         for name in ("train", "val") if stage in (None, "fit") else ("test",):
             if name in self.readers:
                 self.reader(name)
+
+    @property
+    def skipped(self) -> int:
+        """Images that were skipped by this process and its workers so far, each counted once."""
+        return 0 if self._skipped is None else len(self._skipped)
+
+    def teardown(self, stage: str) -> None:
+        if self.skipped:
+            log.warning("%d images that cannot be decoded were skipped", self.skipped)
 
     def reader(self, name: str) -> SplitReader:
         """The reader of a split, with its images in memory if all fit.
@@ -302,7 +327,7 @@ class Splits(Mapping[str, tuple[Tensor, Tensor]]):
         if name not in self.data.parts:
             raise KeyError(name)
         reader = self.data.reader(name)
-        return reader.all_states(), reader.labels
+        return reader.all_states(), reader.all_labels
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.data.parts)

@@ -14,6 +14,7 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.images.datamodule import ImageDataModule, Splits
 from mfm_lightning.data.images.reading import SplitReader
 from mfm_lightning.data.images.source import LabelledImages
+from mfm_lightning.data.skipped import Corrupt
 from mfm_lightning.networks.decoders import VAEDecoder
 from mfm_lightning.networks.vae import VAE, LatentSpace, load_vae, moments
 from mfm_lightning.utils.console import track
@@ -28,7 +29,8 @@ class EncodedImages(ImageDataModule):
 
     Args:
         source: as `ImageDataModule`, as are `batch_size`, `size`, `classes`, `val_source`, `test_source`,
-            `val_fraction`, `test_fraction`, `memory` (of the images' pixels) and `seed`; images are in colour.
+            `val_fraction`, `test_fraction`, `memory` (of the images' pixels), `seed` and `corrupt`; images are in
+            colour.
         vae: folder of diffusers' AutoencoderKL, or a Hugging Face id.
         encode_batch: images that the VAE takes at once.
         allow_download: fetch the VAE where it is not there.
@@ -53,10 +55,11 @@ class EncodedImages(ImageDataModule):
         seed: int = 0,
         encode_batch: int = 256,
         allow_download: bool = False,
+        corrupt: Corrupt = "raise",
     ) -> None:
         super().__init__(
             source, batch_size, size, 3, False, classes, val_source, test_source, val_fraction, test_fraction, memory,
-            0, seed,
+            0, seed, corrupt,
         )  # fmt: skip
         self.vae, self.encode_batch, self.allow_download = vae, encode_batch, allow_download
         self._decoder = VAEDecoder(vae, allow_download=allow_download, max_rows=encode_batch)
@@ -96,8 +99,8 @@ class EncodedReader(SplitReader):
     """A split whose states are latents."""
 
     def __init__(self, reader: SplitReader, latents: Tensor) -> None:
-        super().__init__(reader.split, reader.form)
-        self.kept, self.latents = reader.kept, latents
+        super().__init__(reader.split, reader.form, reader.skipped)
+        self.kept, self._taken, self.latents = reader.kept, reader._taken, latents
 
     @classmethod
     def of(cls, reader: SplitReader, vae: VAE, batch_size: int, name: str) -> EncodedReader:
@@ -111,7 +114,7 @@ class EncodedReader(SplitReader):
         return cls(reader, torch.cat(parts))
 
     def states(self, index: np.ndarray) -> Batch:
-        return self.latents[torch.from_numpy(index)], self.given(index)
+        return self.latents[torch.from_numpy(index)], self.given(self._taken[index])
 
     def all_states(self) -> Tensor:
         return self.latents

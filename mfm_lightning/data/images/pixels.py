@@ -13,6 +13,11 @@ from mfm_lightning.data.images.source import LabelledImages
 from mfm_lightning.utils.decoding import ImageError, cropped
 
 
+class OtherForm(ImageError):
+    """An image that could be decoded, and is not as the settings say: no damage, so `corrupt: skip` leaves it to the
+    user."""
+
+
 @dataclass(frozen=True)
 class PixelForm:
     """What all images are made to be.
@@ -30,15 +35,15 @@ class PixelForm:
     given_channels: bool
 
     @classmethod
-    def of(cls, source: LabelledImages, size: int | None, channels: int | None) -> PixelForm:
-        """Where they are not given, those of the first image.
+    def of(cls, source: LabelledImages, size: int | None, channels: int | None, first: int = 0) -> PixelForm:
+        """Where they are not given, those of the image `first`.
 
         Raises:
             ValueError: if it is not square, and no size is given; as `LabelledImages.image`.
         """
         if size is not None and channels is not None:
             return cls(size, channels, True, True)
-        return cls.of_image(source.image(0), source.place(0), size, channels)
+        return cls.of_image(source.image(first), source.place(first), size, channels)
 
     @classmethod
     def of_image(cls, first: Image.Image, place: str, size: int | None, channels: int | None) -> PixelForm:
@@ -58,16 +63,17 @@ class PixelForm:
             place: of the image, for messages.
 
         Raises:
-            ImageError: if it is not of the size or the colour of the first one, or cannot be cut.
+            OtherForm: if it is not of the size or the colour of the first one.
+            ImageError: if it cannot be cut.
         """
         wanted = (self.size, self.size)
         if not self.given_size and image.size != wanted:
-            raise ImageError(
+            raise OtherForm(
                 f"{place} has {image.width} x {image.height} pixels, the first {self.size} x {self.size}: "
                 "give a size to cut all to"
             )
         if not self.given_channels and self.channels == 1 and image.mode != "L":
-            raise ImageError(f"{place} is in colour, the first image is grey: give channels, 1 or 3")
+            raise OtherForm(f"{place} is in colour, the first image is grey: give channels, 1 or 3")
         if image.size != wanted:
             image = Image.fromarray(cropped(image, self.size, place))
         pixels = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))

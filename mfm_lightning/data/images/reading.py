@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from mfm_lightning.conditions import Batch
-from mfm_lightning.data.images.pixels import PixelForm, to_states
+from mfm_lightning.data.images.pixels import OtherForm, PixelForm, to_states
 from mfm_lightning.data.images.splits import Split
 from mfm_lightning.data.indexed import IndexedBatches
+from mfm_lightning.data.skipped import Skipped
 from mfm_lightning.utils.console import track
+from mfm_lightning.utils.decoding import ImageError
 from mfm_lightning.utils.loading import Computed, RaisingLoader
 
 log = logging.getLogger(__name__)
@@ -27,23 +29,52 @@ class SplitReader:
     Args:
         split: which images.
         form: what they are made to be.
+        skipped: counts images that cannot be decoded, in whose place the next one of the split is taken, with its
+            label; None to raise at them.
     """
 
-    def __init__(self, split: Split, form: PixelForm) -> None:
-        self.split, self.form = split, form
+    def __init__(self, split: Split, form: PixelForm, skipped: Skipped | None = None) -> None:
+        self.split, self.form, self.skipped = split, form, skipped
         self.labels = torch.from_numpy(split.labels.astype(np.int64))
         self.kept: Tensor | None = None
+        self._taken = np.arange(len(split))  # which image is kept for each
+
+    def read(self, index: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """`(B, C, H, W)` uint8, and which images of the split these are, `(B,)`: `index`, but for skipped ones.
+
+        Raises:
+            ImageError: for one that cannot be decoded; where such are skipped, if none of the split can.
+            OSError: for one that cannot be read.
+        """
+        if self.kept is not None:
+            return self.kept[torch.from_numpy(index)], self._taken[index]
+        pairs = [self._read_from(int(i)) for i in index]
+        return torch.from_numpy(np.stack([pixels for pixels, _ in pairs])), np.array([i for _, i in pairs], dtype=int)
+
+    def _read_from(self, first: int) -> tuple[np.ndarray, int]:
+        """The first image from this one on that can be read, and its number in the split."""
+        source, rows, last = self.split.source, self.split.rows, None
+        for k in range(len(rows)):
+            i = (first + k) % len(rows)
+            try:
+                return self.form.read(source, int(rows[i])), i
+            except OtherForm:
+                raise
+            except ImageError as error:
+                if self.skipped is None:
+                    raise ImageError(f"{error}; corrupt: skip takes the next image in its place") from error
+                self.skipped.add(source.place(int(rows[i])), str(error))
+                last = error
+        raise ImageError(f"none of the {len(rows)} images can be decoded, such as: {last}")
 
     def pixels(self, index: np.ndarray) -> Tensor:
-        """`(B, C, H, W)` uint8."""
-        if self.kept is not None:
-            return self.kept[torch.from_numpy(index)]
-        rows = self.split.rows[index]
-        return torch.from_numpy(np.stack([self.form.read(self.split.source, int(i)) for i in rows]))
+        """`(B, C, H, W)` uint8; raises as `read`."""
+        return self.read(index)[0]
 
     def states(self, index: np.ndarray) -> Batch:
         """States in [-1, 1], `(B, C, H, W)`, and labels `(B,)`; where images have captions, labels and prompts."""
-        return to_states(self.pixels(index)), self.given(index)
+        pixels, taken = self.read(index)
+        return to_states(pixels), self.given(taken)
 
     def given(self, index: np.ndarray) -> Tensor | dict[str, Any]:
         """What is said of images: labels, or labels and prompts."""
@@ -55,6 +86,11 @@ class SplitReader:
     def all_states(self) -> Tensor:
         """The states of all images."""
         return to_states(self.pixels(np.arange(len(self.split))))
+
+    @property
+    def all_labels(self) -> Tensor:
+        """Of `all_states`, `(N,)`."""
+        return self.labels[torch.from_numpy(self._taken)]
 
     @property
     def megabytes(self) -> float:
@@ -73,11 +109,12 @@ class SplitReader:
         chunks = -(-len(self.split) // _CHUNK)
         loader = RaisingLoader(Computed(self._chunk, chunks), batch_size=None, num_workers=min(workers, chunks - 1))
         parts = iter(loader)
-        self.kept = torch.cat([next(parts) for _ in track(range(chunks), lambda _: f"decoding {name} images")])
+        read = [next(parts) for _ in track(range(chunks), lambda _: f"decoding {name} images")]
+        self.kept, self._taken = torch.cat([pixels for pixels, _ in read]), np.concatenate([taken for _, taken in read])
         log.info("%s: %d images decoded into %.3g MB of memory", name, len(self.split), self.megabytes)
 
-    def _chunk(self, k: int) -> Tensor:
-        return self.pixels(np.arange(k * _CHUNK, min((k + 1) * _CHUNK, len(self.split))))
+    def _chunk(self, k: int) -> tuple[Tensor, np.ndarray]:
+        return self.read(np.arange(k * _CHUNK, min((k + 1) * _CHUNK, len(self.split))))
 
     def sample(self, i: int) -> tuple[Tensor, Any]:
         """State and label of an image, or its conditions."""

@@ -16,9 +16,9 @@ from mfm_lightning.conditions import Batch
 from mfm_lightning.data.base import StepDataModule, check_same_data, counted, say_changed_order
 from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes, read_null
-from mfm_lightning.data.latents.stream import Corrupt, LatentLoader, LatentStream, Reading
+from mfm_lightning.data.latents.stream import LatentLoader, LatentStream, Reading
 from mfm_lightning.data.latents.urls import join, local_path
-from mfm_lightning.data.skipped import Skipped
+from mfm_lightning.data.skipped import Corrupt, Skipped
 from mfm_lightning.networks.decoders import Decoder, decoded
 from mfm_lightning.utils.digests import digest_of
 

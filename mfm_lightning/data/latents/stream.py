@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ from mfm_lightning.data.latents.batch_ring import BatchRing, Place, Rows, as_it_
 from mfm_lightning.data.latents.epoch_plan import EpochPlan
 from mfm_lightning.data.latents.index import LatentIndex
 from mfm_lightning.data.latents.shard_reader import CorruptSampleError, ShardReader
-from mfm_lightning.data.skipped import Skipped
+from mfm_lightning.data.skipped import Corrupt, Skipped
 from mfm_lightning.data.stream import StepLoader
 
-Corrupt = Literal["raise", "skip"]
 PREFETCH = 3  # batches that a worker has ready
 _ROWS = 8  # latents that are drawn together
 

@@ -16,11 +16,11 @@ from mfm_lightning.data.base import StepDataModule, check_same_data, counted, sa
 from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
 from mfm_lightning.data.latents.urls import local_path
-from mfm_lightning.data.skipped import Skipped
+from mfm_lightning.data.skipped import Corrupt, Skipped
 from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
 from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.data.web.samples import SampleReader, count_labels
-from mfm_lightning.data.web.shards import Corrupt, Faults, Rank, expand_urls, named, of_worker, pipeline, say_shared
+from mfm_lightning.data.web.shards import Faults, Rank, expand_urls, named, of_worker, pipeline, say_shared
 from mfm_lightning.networks.decoders import Decoder, decoded
 from mfm_lightning.utils.digests import digest_of
 

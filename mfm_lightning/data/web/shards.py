@@ -13,18 +13,17 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import get_worker_info
 
 from mfm_lightning.data.latents.urls import check_url, from_webdataset, local_path
-from mfm_lightning.data.skipped import Skipped
+from mfm_lightning.data.skipped import Corrupt, Skipped
 from mfm_lightning.utils.distributed import is_first_rank
 from mfm_lightning.utils.image_files import check_tar
 from mfm_lightning.utils.tar import tar_files
 
 log = logging.getLogger(__name__)
-Corrupt = Literal["raise", "skip"]
 CUT = "__cut__"  # ending of a file that stands for all that a sample lacks because its shard is cut off within it
 
 
