@@ -27,17 +27,22 @@ from mfm_rewards.testing import Conformance, check_reward, smooth_images
 
 
 def listing() -> Table:
-    """All rewards, with what they need, whether they have a gradient, and the memory they are expected to take."""
-    table = Table(row_styles=["", "dim"])
-    for column in ("name", "needs", "gradient", "memory", "what it is"):
-        table.add_column(column, no_wrap=column in ("name", "needs"))
+    """All rewards, with what each is; below, what it needs, whether it has no gradient, and the memory that it is
+    expected to take."""
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column()
     for name, description in mfm_rewards.available().items():
         made = factory(name)
         # what an installed package's reward needs is not known before it is imported
         needs = getattr(made, "needs", ("images",))[1:]
         card = getattr(made, "card", None)
-        gradient = "yes" if getattr(made, "differentiable", True) else "no"
-        table.add_row(name, ", ".join(needs), gradient, card.memory if card else "", description)
+        more = [
+            *([f"needs {' and '.join(needs)}"] if needs else []),
+            *([] if getattr(made, "differentiable", True) else ["no gradient"]),
+            *([card.memory] if card and card.memory else []),
+        ]
+        table.add_row(name, Group(description, Text("; ".join(more), style="dim")) if more else description)
     return table
 
 

@@ -116,9 +116,11 @@ def _is_reward_itself(target: Callable) -> bool:
 
 
 def available() -> dict[str, str]:
-    """Names of all known rewards, each with the first line of its description."""
+    """Names of all known rewards, each with the first paragraph of its description."""
     _load_plugins()
-    return {name: (inspect.getdoc(f) or "").split("\n")[0] for name, f in sorted(_FACTORIES.items())}
+    return {
+        name: " ".join((inspect.getdoc(f) or "").split("\n\n")[0].split()) for name, f in sorted(_FACTORIES.items())
+    }
 
 
 def factory(name: str) -> Callable[..., Any]:

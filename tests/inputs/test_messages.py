@@ -163,3 +163,17 @@ def test_images_that_cannot_be_written_are_one_line_with_the_file(model, tmp_pat
     with pytest.raises(SystemExit, match=r"mfm: OSError: .*No space left on device: .*00000000.png"):
         main(["sample", model, "--num-samples", "2", "--device", "cpu", "--output", str(tmp_path / "o")])
     assert torch.is_grad_enabled()
+
+
+def test_the_list_of_rewards_is_read_in_a_narrow_terminal(capsys, monkeypatch):
+    """Every name is whole, at the beginning of a line, and beside it what it is, in lines that are not short."""
+    monkeypatch.setenv("COLUMNS", "80")
+    run(["rewards"])
+    text = capsys.readouterr().out
+    names = [line.split()[0] for line in text.splitlines() if not line.startswith("  ")]
+    assert names == sorted(mfm_rewards.available())
+    said = " ".join(text.split())
+    assert "hpsv2 Human preference score v2.1 by a CLIP ViT-H/14: the cosine of image and prompt" in said
+    assert "needs prompts; 3.9 GB + 0.5 GB/image" in said
+    assert re.search("jpeg_compressibility .* no gradient linear_gaussian", said)
+    assert len(text.splitlines()) < 3 * len(names)

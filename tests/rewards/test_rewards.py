@@ -33,7 +33,10 @@ def own_names():
 def test_a_function_is_a_reward(images, own_names):
     @mfm_rewards.register("redness")
     def redness(images):
-        """Red minus the other channels."""
+        """Red minus
+        the other channels.
+
+        No more than that."""
         return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
 
     built = mfm_rewards.build("redness")
