@@ -135,6 +135,10 @@ def by_triton(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tenso
         )
     if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("attention_tangent triton runs on GPUs (or by Triton's interpreter, TRITON_INTERPRET=1)")
+    if q.device.type == "cpu" and q.dtype != torch.float32:  # what it gives is garbage, and it does not say so
+        raise ValueError(
+            f"Triton's interpreter does not compute in {str(q.dtype).removeprefix('torch.')}: take float32"
+        )
     more = next(n for n in TRITON_SIZES if n >= size) - size
     primals, tangents = ([F.pad(x, (0, more)).contiguous() for x in part] for part in ((q, k, v), (dq, dk, dv)))
     with forward_mode.dual_level():

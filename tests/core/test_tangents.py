@@ -212,19 +212,55 @@ for size, tokens in ((64, 128), (72, 128), (8, 96)):
 """
 
 
-@pytest.mark.slow
-def test_the_triton_kernel_by_its_interpreter():
-    """The package's kernel on CPU, in a process of its own: the interpreter is chosen when Triton is imported."""
+INTERPRETED_NETWORK = """
+import torch
+from mfm_lightning.models import MetaFlowMap
+from mfm_lightning.modules import TrainingExecution
+from mfm_lightning.networks import DiT, attention_tangents
+from mfm_lightning.objectives import Objective, PairSampler, WeightedTerm
+from tests.core.test_tangents import loss_and_gradients
+torch.manual_seed(0)
+model = MetaFlowMap(DiT(8, 1, 2, 32, 2, 2, 1, num_classes=5, guidance_scales=(2.5,)))  # 64 tokens, heads of 16
+for p in model.parameters():
+    p.data.add_(0.1 * torch.randn_like(p))
+objective = Objective([WeightedTerm("data_diagonal"), WeightedTerm("mean_flow")], PairSampler(guidance_scale=2.5))
+expected = loss_and_gradients(model.double(), objective)
+TrainingExecution(attention_tangent="triton").prepare(model.network)
+kernel, called = attention_tangents.by_triton, []
+attention_tangents.by_triton = lambda *parts: called.append(1) or kernel(*(x.float() for x in parts)).double()
+found = loss_and_gradients(model, objective)
+assert called
+for ours, reference in zip(found, expected, strict=True):
+    print(float((ours - reference).norm() / reference.norm().clamp_min(1e-12)))
+"""
+
+
+def interpreted(code: str) -> list[float]:
+    """The numbers that a script prints. The package's kernel on CPU, in a process of its own: the interpreter is chosen
+    when Triton is imported."""
     pytest.importorskip("triton")
     pytest.importorskip("jvp_flash_attention")
     run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    errors = [float(line) for line in run.stdout.split()]
+    return [float(line) for line in run.stdout.split()]
+
+
+@pytest.mark.slow
+def test_the_triton_kernel_by_its_interpreter():
+    errors = interpreted(INTERPRETED)
     assert len(errors) == 3
     assert max(errors) < 1e-5, errors
+
+
+@pytest.mark.slow
+def test_a_network_trains_alike_with_the_triton_tangent():
+    """A DiT in float64 but for the kernel, which has no float64; against products, loss and all gradients."""
+    errors = interpreted(INTERPRETED_NETWORK)
+    assert len(errors) > 20
+    assert max(errors) < 1e-4, errors
 
 
 def test_the_triton_kernel_says_what_it_takes():
@@ -238,6 +274,16 @@ def test_the_triton_kernel_says_what_it_takes():
         x = torch.zeros(1, 1, 64, 16)
         with pytest.raises(ValueError, match="runs on GPUs"):
             attention_tangents.by_triton(*[x] * 6)
+
+
+def test_the_interpreter_takes_no_bf16(monkeypatch):
+    """It computes garbage there, without a word: a tangent of norm 5e10 in place of 1."""
+    pytest.importorskip("triton")
+    pytest.importorskip("jvp_flash_attention")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="Triton's interpreter does not compute in bfloat16"):
+        attention_tangents.by_triton(*[x] * 6)
 
 
 def test_bf16_autocast_stays_near_float32(model):
