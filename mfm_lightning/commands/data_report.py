@@ -17,8 +17,10 @@ from mfm_lightning.commands.imports import import_modules
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import ImageDataModule, OffPolicyDataModule, StepDataModule
 from mfm_lightning.data.images import LabelledImages
+from mfm_lightning.data.skipped import Corrupt
 from mfm_lightning.utils.configs import find_config, read_config
 from mfm_lightning.utils.console import console, write_table
+from mfm_lightning.utils.decoding import ImageError
 from mfm_lightning.utils.figures import image_grid
 
 _COLUMNS, _ROWS, _LOOKED_AT = 8, 20, 100
@@ -41,7 +43,7 @@ def report(config: Path, folder: Path, pictures: int, source: str | None = None)
     terminal = console()
     if isinstance(data, ImageDataModule):
         terminal.print(data.summary())
-        terminal.print(f"sizes of {sizes_line(data.sources['train'])}")
+        terminal.print(f"sizes of {sizes_line(data.sources['train'], data.corrupt)}")
     data.setup()
     shape = " x ".join(map(str, data.state_shape))
     terminal.print(f"states {shape}, {data.num_classes} classes, batches of {data.batch_size} on each device")
@@ -50,6 +52,8 @@ def report(config: Path, folder: Path, pictures: int, source: str | None = None)
         terminal.print(f"{data.megabytes:,.3g} MB decoded, {fits}")
     _classes(data, folder)
     _picture(data, folder / "batch.png", pictures)
+    if skipped := getattr(data, "skipped", 0):
+        terminal.print(f"{skipped} samples that were read cannot be decoded: they are skipped")
 
 
 def data_of_config(path: Path, source: str | None = None) -> StepDataModule:
@@ -78,11 +82,22 @@ def data_of_config(path: Path, source: str | None = None) -> StepDataModule:
     return found
 
 
-def sizes_line(source: LabelledImages) -> str:
-    """The sizes of up to a hundred images, the most frequent first."""
+def sizes_line(source: LabelledImages, corrupt: Corrupt = "raise") -> str:
+    """The sizes of up to a hundred images, the most frequent first.
+
+    Raises:
+        ImageError: for one that cannot be decoded, unless such are skipped.
+    """
     rows = np.unique(np.linspace(0, len(source.labels) - 1, _LOOKED_AT).round().astype(int)).tolist()
-    images = [source.image(i) for i in rows]
-    sizes = Counter(f"{image.width} x {image.height} {'grey' if image.mode == 'L' else 'colour'}" for image in images)
+    sizes: Counter[str] = Counter()
+    for i in rows:
+        try:
+            image = source.image(i)
+            sizes[f"{image.width} x {image.height} {'grey' if image.mode == 'L' else 'colour'}"] += 1
+        except ImageError:
+            if corrupt == "raise":
+                raise
+            sizes["cannot be decoded"] += 1
     shown = [f"{size} ({number})" for size, number in sizes.most_common(5)]
     return f"{len(rows)} of the images: {', '.join(shown)}{', ...' if len(sizes) > 5 else ''}"
 

@@ -6,15 +6,20 @@ import pytest
 import torch
 import yaml
 
+import mfm_rewards
+from mfm_benchmarks.blocks import Picture
 from mfm_benchmarks.measure import noise
 from mfm_benchmarks.parts.frequencies import FrequencyComparison
 from mfm_benchmarks.parts.inverse_problems import InverseProblems, at_misfit, class_score, energy_score
+from mfm_benchmarks.parts.posterior_recovery import PosteriorRecovery
 from mfm_benchmarks.parts.sample_quality import SampleQuality
+from mfm_benchmarks.parts.value_estimation import ValueComparison
 from mfm_benchmarks.quality import Quality
+from mfm_benchmarks.suite import Results
 from mfm_lightning.alignment import Steering, Target
 from mfm_lightning.checkpoints import save_model
 from mfm_lightning.networks import DiT
-from mfm_lightning.networks.decoders import IdentityDecoder
+from mfm_lightning.networks.decoders import IdentityDecoder, PixelDecoder
 from mfm_rewards.linear_gaussian import ray_lengths
 from tests.benchmarks.test_benchmarks import ROOT, benchmark, model, rows
 from tests.fashion_mnist import EXTRACT
@@ -95,6 +100,48 @@ def test_mnist_suite(tmp_path, monkeypatch):
     samples = ("class_samples", "inverse_inpainting", "inverse_tomography", "posterior_draws", "value_states")
     for picture in (*curves, *samples):
         assert (tmp_path / "out/report" / f"{picture}.png").is_file()
+
+
+@pytest.fixture
+def measured():
+    """Draws and values of a random network at two times, the parts that measured them, and the test images."""
+    torch.manual_seed(0)
+    mfm = model(DiT(4, 2, 1, 16, 2, 2, 1, num_classes=0))
+    target = Target(mfm, mfm_rewards.build("brightness", scale=30.0), PixelDecoder())
+    x1 = torch.rand(6, 1, 4, 4) * 2 - 1
+    settings = {"times": [0.3, 0.7], "num_states": 6, "num_draws": 4, "glass_steps": [1, 2, 4], "rollout_steps": 2}
+    parts = PosteriorRecovery(**settings), ValueComparison(**settings)
+    results = Results()
+    for cell in (cell for part in parts for cell in part.cells(target, x1, {})):
+        results.add(cell, cell.compute(*(results[other] for other in cell.needs)))
+    return parts, results, x1
+
+
+def test_pictures_are_of_the_states_of_which_numbers_are_told(measured):
+    (posterior, value), results, x1 = measured
+    images = ((x1 + 1) / 2)[:3]
+    (picture,) = (b for b in value.blocks(results) if isinstance(b, Picture) and b.name == "value_states")
+    told = [float(row.note.removeprefix("rollouts ")) for row in picture.plot.rows]
+    reference = results[value._reference[0.7]].tensors["values"]
+    order = sorted(range(3), key=lambda k: -reference[k])
+    assert told == [pytest.approx(float(reference[k]), abs=0.006) for k in order]
+    estimates = results[value._cells[0.7, "MFM 1"]].tensors["values"]
+    for row, k in zip(picture.plot.rows, order, strict=True):
+        assert row.name == f"V = {estimates[k]:.2f}"
+        torch.testing.assert_close(row.images[0], images[k], atol=2 / 255, rtol=0)
+        assert len(row.images) == 11
+    (picture,) = (b for b in posterior.blocks(results) if isinstance(b, Picture) and b.name == "posterior_draws")
+    assert [row.name for row in picture.plot.rows] == 3 * ["SDE rollouts", "MFM 1", "MFM 4", "GLASS 1", "GLASS 4"]
+    for k, row in enumerate(picture.plot.rows):
+        torch.testing.assert_close(row.images[0], images[k // 5], atol=2 / 255, rtol=0)
+
+
+def test_results_from_before_there_were_pictures_are_reported_without(measured):
+    parts, results, _ = measured
+    for outcome in results._outcomes.values():
+        outcome.tensors = {k: x for k, x in outcome.tensors.items() if k not in ("images", "given")}
+    for part, curves in zip(parts, (["posterior_recovery"], ["value_r_nfe", "value_error_nfe"]), strict=True):
+        assert [block.name for block in part.blocks(results) if isinstance(block, Picture)] == curves
 
 
 class FirstPixels(Quality):

@@ -14,8 +14,9 @@ from PIL import Image
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.commands.main import run
 from mfm_lightning.data import ImageDataModule
-from mfm_lightning.data.images import CaptionedFolder, HuggingFaceImages, ImageFolder, NpzImages
+from mfm_lightning.data.images import CaptionedFolder, HuggingFaceImages, ImageFolder, LabelledImages, NpzImages
 from mfm_lightning.data.images.splits import labels_of, stratified
+from mfm_lightning.data.stream import WorkerStream
 from mfm_lightning.utils.decoding import ImageError
 
 
@@ -251,35 +252,101 @@ def damaged(root: Path) -> Path:
     return root
 
 
+def levels(x):
+    """Which of the images of `damaged` states are, `(B,)`."""
+    return ((x[:, 0, 0, 0] + 1) * 127.5 / 10).round().int().tolist()
+
+
 @pytest.mark.parametrize("options", [{}, {"memory": 0.0}, {"memory": 0.0, "num_workers": 2}])
-def test_the_next_image_and_its_label_take_the_place_of_a_damaged_one(tmp_path, options, caplog):
-    """Also over the end of the split, and over a class: the next of 7 is 0, of 1 and 2 it is 3."""
+def test_another_of_its_class_takes_the_place_of_a_damaged_image(tmp_path, options, caplog):
+    """Always the same one; without workers each file is decoded once."""
     data = ImageDataModule(
         str(damaged(tmp_path)), batch_size=8, val_fraction=0, test_fraction=0, corrupt="skip", **options
     )
     data.setup("fit")
-    levels, labels = [], []
-    batches = data.batches()
-    for step in range(3):
-        x, label = batches(step)
-        found = ((x[:, 0, 0, 0] + 1) * 127.5 / 10).round().int()
-        assert sorted(found.tolist()) == [0, 0, 3, 3, 3, 4, 5, 6]
+    batches, workers = data.batches(), options.get("num_workers", 0)
+    stream = list(WorkerStream(batches, workers, 3)) if workers else [batches(step) for step in range(3)]
+    for x, label in stream:
+        found = levels(x)
+        assert sorted(found) == sorted(levels(stream[0][0]))
         assert label.tolist() == [int(level >= 4) for level in found]
-        levels, labels = levels + found.tolist(), labels + label.tolist()
+        assert sum(level < 4 for level in found) == 4
+        assert {0, 3, 4, 5, 6} == set(found)
     again, given = batches(1)
-    assert ((again[:, 0, 0, 0] + 1) * 127.5 / 10).round().int().tolist() == levels[8:16]
-    assert given.tolist() == labels[8:16]
+    assert (levels(again), given.tolist()) == (levels(stream[1][0]), stream[1][1].tolist())
     assert data.skipped == len(DAMAGED)
     data.teardown("fit")
-    if not options.get("num_workers"):  # else they are told by the workers
+    if not workers:  # else they are told by the workers
         for name, i in DAMAGED:
             assert caplog.text.count(f"skipped: {tmp_path / name / str(i)}.png cannot be decoded") == 1
     assert "3 images that cannot be decoded were skipped" in caplog.text
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_class_without_an_image_that_can_be_decoded_is_named_and_its_place_spread(tmp_path, num_workers, caplog):
+    """300 of 600, one after the other, in chunks of several workers; no other image is taken too often (32 of 300
+    independent draws for one of 300: of a chance below 1e-30)."""
+    source = Damaged(600, range(200, 500))
+    data = ImageDataModule(source, val_fraction=0, test_fraction=0, corrupt="skip", num_workers=num_workers)
+    assert data.label_counts()["train"].tolist() == [200, 300, 100]
+    x, label = data.splits["train"]
+    found = ((x[:, 0, 0, 0] + 1) * 127.5).round().int() + 256 * ((x[:, 0, 0, 1] + 1) * 127.5).round().int()
+    assert found[:200].tolist() == list(range(200))
+    assert found[500:].tolist() == list(range(500, 600))
+    assert not set(found.tolist()) & set(range(200, 500))
+    assert label.tolist() == [0 if i < 200 else 2 for i in found.tolist()]
+    assert found.bincount().max() < 32
+    assert data.skipped == 300
+    assert data.label_counts()["train"][1] == 0
+    message = "train: 300 of 600 images cannot be decoded, others are taken in their place; none is left of 1"
+    assert message in caplog.text
+    if not num_workers:
+        assert set(source.decoded[200:500]) == {1}  # however many are damaged
+
+
+class Damaged(LabelledImages):
+    """So many images of 2 x 2 pixels, the first two of which tell the image's number; those of a range cannot be
+    decoded. Classes: before, of, and after the range."""
+
+    def __init__(self, number, broken):
+        self.number, self.broken, self.decoded = number, broken, [0] * number
+
+    def read_classes(self):
+        labels = np.array([0 if i < self.broken.start else 1 if i in self.broken else 2 for i in range(self.number)])
+        return labels, ["0", "1", "2"]
+
+    def image(self, i):
+        self.decoded[i] += 1 if i else 0  # the first also says size and colour
+        if i in self.broken:
+            raise ImageError(f"{self.place(i)} cannot be decoded")
+        return Image.fromarray(np.array([[i % 256, i // 256], [0, 0]], dtype=np.uint8))
+
+    def place(self, i):
+        return f"image {i}"
+
+
+def test_mfm_data_tells_what_is_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    root = damaged(tmp_path / "images")
+    for corrupt in ("raise", "skip"):
+        (tmp_path / "c.yaml").write_text(
+            "data: {class_path: mfm_lightning.data.ImageDataModule, init_args: "
+            f"{{source: {root}, batch_size: 4, val_fraction: 0, test_fraction: 0, corrupt: {corrupt}}}}}\n"
+        )
+        if corrupt == "raise":
+            with pytest.raises(ImageError, match=r"a/1\.png cannot be decoded"):
+                run(["data", "--config", "c.yaml"])
+            continue
+        run(["data", "--config", "c.yaml"])
+    text = capsys.readouterr().out
+    assert "sizes of 8 of the images: 8 x 8 grey (5), cannot be decoded (3)" in text
+    assert "3 samples that were read cannot be decoded: they are skipped" in text
+
+
 def test_without_skip_a_damaged_image_ends_the_run_and_the_way_on_is_told(tmp_path):
     data = ImageDataModule(str(damaged(tmp_path)), val_fraction=0, test_fraction=0)
-    with pytest.raises(ImageError, match=r"a/1\.png cannot be decoded: .*; corrupt: skip takes the next image"):
+    with pytest.raises(ImageError, match=r"a/1\.png cannot be decoded: .*; corrupt: skip takes another image"):
         data.setup("fit")
 
 
@@ -294,14 +361,14 @@ def test_skip_is_of_damaged_images_alone(tmp_path):
     for path in (tmp_path / "some").rglob("*.png"):
         path.write_bytes(b"")
     data = ImageDataModule(str(tmp_path / "some"), size=8, channels=1, val_fraction=0, test_fraction=0, corrupt="skip")
-    with pytest.raises(ImageError, match="none of the 8 images can be decoded"):
+    with pytest.raises(ImageError, match=r"a/0\.png cannot be decoded, nor can 64 others of the 8 train images"):
         data.setup("fit")
 
 
 def test_size_and_colour_are_of_the_first_image_that_can_be_decoded(tmp_path):
     (damaged(tmp_path) / "a/0.png").write_bytes(b"")
     assert ImageDataModule(str(tmp_path), corrupt="skip").state_shape == (1, 8, 8)
-    with pytest.raises(ImageError, match=r"a/0\.png cannot be decoded"):
+    with pytest.raises(ImageError, match=r"a/0\.png cannot be decoded: .*; corrupt: skip takes another image"):
         assert ImageDataModule(str(tmp_path)).state_shape
 
 

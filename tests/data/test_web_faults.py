@@ -9,7 +9,7 @@ import pytest
 
 from mfm_lightning.data.images.pixels import PixelForm
 from mfm_lightning.data.latents.image_sources import WebDatasetSource
-from tests.data.web_shards import data, image_shards, latents, numbers, sample, write
+from tests.data.web_shards import data, image_shards, latents, numbers, picture, png, sample, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*")
 
@@ -179,6 +179,15 @@ def test_broken_files_are_named_or_counted(tmp_path, caplog, workers):
     write(tmp_path / "2.tar", [{"png": b"x", "cls": b"0"}])
     with pytest.raises(ValueError, match=r"no sample that can be used in .*2.tar"):
         list(data(f"{tmp_path}/2.tar", 1, workers, corrupt="skip", size=8, channels=3, **given).loader())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_another_size_is_no_damage(tmp_path, workers):
+    """As many as one likes would be left out, with a word for ten of them."""
+    shard = write(tmp_path / "s.tar", [{"png": png(picture(i, size)), "cls": b"0"} for i, size in enumerate((8, 9))])
+    found = data(str(shard), 2, workers, corrupt="skip", num_samples=2, num_classes=1)
+    with pytest.raises(ValueError, match=r"00001.png has 9 x 9 pixels, the first 8 x 8: give a size"):
+        list(found.loader(length=2))
 
 
 @pytest.mark.parametrize("resampled", [False, True])

@@ -15,7 +15,7 @@ from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
 from mfm_benchmarks.charts import LineChart
 from mfm_benchmarks.claims import counted, verdict
 from mfm_benchmarks.measure import states_digest
-from mfm_benchmarks.parts.pictured_states import draw_pictures, given_pictures
+from mfm_benchmarks.parts.pictured_states import draw_pictures, given_pictures, shown
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.nfe import Meter
 from mfm_lightning.alignment.posteriors import Posterior, RolloutPosterior
@@ -60,13 +60,13 @@ class PosteriorRecovery(DrawSettings):
             reference = Cell(
                 f"posterior, t = {t:g}, {REFERENCE}",
                 rollouts,
-                partial(_with_states, self._draw(target, t, x_t, exact, 1), target, x1, x_t),
+                partial(_with_states, self._draw(target, t, x_t, exact, 1, True), target, x1, x_t),
             )
             self._reference[t] = reference
             found.append(reference)
             sources = posteriors(self.model_steps, self.glass_steps)
             for name, source in {**sources, FLOOR: exact}.items():
-                made = self._draw(target, t, x_t, source, 2)
+                made = self._draw(target, t, x_t, source, 2, name in self._pictured)
                 cell = Cell(
                     f"posterior, t = {t:g}, {name}",
                     rollouts | ((of_map or {}) if source.needs_meta_flow_map else {}),
@@ -77,7 +77,15 @@ class PosteriorRecovery(DrawSettings):
                 found.append(cell)
         return found
 
-    def _draw(self, target: Target, t: float, x_t: Tensor, source: Posterior, seed: int) -> Callable[[], Outcome]:
+    @property
+    def _pictured(self) -> list[str]:
+        """Whose draws are shown: with the fewest and the most steps."""
+        ours, glass = [f"MFM {k}" for k in self.model_steps], [f"GLASS {k}" for k in self.glass_steps]
+        return [*ours[:1], *ours[1:][-1:], *glass[:1], *glass[1:][-1:]]
+
+    def _draw(
+        self, target: Target, t: float, x_t: Tensor, source: Posterior, seed: int, pictured: bool
+    ) -> Callable[[], Outcome]:
         def compute() -> Outcome:
             noise = torch.randn(
                 len(x_t), self.num_draws, *x_t.shape[1:], generator=torch.Generator().manual_seed(seed)
@@ -85,7 +93,8 @@ class PosteriorRecovery(DrawSettings):
             target.meter = Meter()
             found = draw(source, target, t, x_t, noise, self.max_rows)
             evaluations = target.meter.network / len(found.flatten(0, 1))
-            return Outcome({"evaluations": evaluations}, {"draws": found, "images": draw_pictures(target, found)})
+            pictures = {"images": draw_pictures(target, found)} if pictured else {}
+            return Outcome({"evaluations": evaluations}, {"draws": found, **pictures})
 
         return compute
 
@@ -142,20 +151,25 @@ class PosteriorRecovery(DrawSettings):
             return []
         t = times[len(times) // 2]
         reference = there[t]
-        ours, glass = [f"MFM {k}" for k in self.model_steps], [f"GLASS {k}" for k in self.glass_steps]
-        compared = [*ours[:1], *ours[1:][-1:], *glass[:1], *glass[1:][-1:]]  # the fewest and the most steps
         rows = []
         for k, given in enumerate(reference["given"]):
-            rows.append(("SDE rollouts\nreference", torch.cat([given, reference["images"][k]])))
-            for name in compared:
+            rows.append(("SDE rollouts\nreference", shown(torch.cat([given, reference["images"][k]]))))
+            for name in self._pictured:
                 if (t, name) in found and (images := results[self._cells[t, name]].tensors.get("images")) is not None:
-                    rows.append((f"{name}\n{found[t, name].value:.3f}", torch.cat([given, images[k]])))
+                    rows.append((f"{name}\n{found[t, name].value:.3f}", shown(torch.cat([given, images[k]]))))
         caption = (
             f"Draws at t = {t:g} of {counted(len(reference['given']), 'state')}, each with a row for each way to draw: "
             "the test image, its noised state, then draws. Beside each row: the mean sliced W2 over all states. Rows "
             "but the reference's have the same inner noise."
         )
-        return [Picture("posterior_draws", f"Posterior draws at t = {t:g}", plots.gallery(rows, ours=ours), caption)]
+        return [
+            Picture(
+                "posterior_draws",
+                f"Posterior draws at t = {t:g}",
+                plots.gallery(rows, ours=[f"MFM {k}" for k in self.model_steps]),
+                caption,
+            )
+        ]
 
     def _claims(self, found: dict[tuple[float, str], Measured]) -> Claims:
         lines = []
@@ -172,7 +186,8 @@ class PosteriorRecovery(DrawSettings):
 
 def _compare(draws: Outcome, reference: Outcome) -> Outcome:
     distance = draw_distance(draws.tensors["draws"], reference.tensors["draws"], 128, seed=0)
-    return Outcome(draws.numbers, {"distance": distance, "images": draws.tensors["images"]})
+    pictures = {name: x for name, x in draws.tensors.items() if name == "images"}
+    return Outcome(draws.numbers, {"distance": distance, **pictures})
 
 
 def _with_states(drawn: Callable[[], Outcome], target: Target, x1: Tensor, x_t: Tensor) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mfm_benchmarks.parts.entry import Entry
 from mfm_benchmarks.parts.prompt_cells import Setting
+from mfm_benchmarks.parts.thumbnails import thumbnails
 from mfm_benchmarks.suite import Outcome, Results
 from mfm_lightning.metrics.measured import Measured, mean_of, mean_of_groups
 from mfm_lightning.sampling.evaluations import read_evaluation
 from mfm_lightning.utils.decoding import load_image
 
 log = logging.getLogger(__name__)
-THUMBNAIL = 192  # pixels a side at most, in the report
 
 
 @dataclass(kw_only=True)
@@ -69,25 +69,18 @@ def entry_of(
     network, evaluations = over_prompts(made, "network").value, over_prompts(made, "reward").value
     return PromptEntry(
         setting.method, setting.label, None, network + evaluations, over_prompts(scored, "score"), None, diversity,
-        thumbnails(setting, shown), network=network, evaluations=evaluations, seconds=over_prompts(made, "seconds"),
+        first_images(setting, shown), network=network, evaluations=evaluations, seconds=over_prompts(made, "seconds"),
         others={**others, **evaluated}, best=best, folder=str(setting.folder.path.relative_to(output)),
     )  # fmt: skip
 
 
-def thumbnails(setting: Setting, num: int) -> Tensor:
+def first_images(setting: Setting, num: int) -> Tensor:
     """The first image of each of the first prompts, `(P, C, h, w)`; empty where a file is gone."""
     step = setting.folder.images_per_prompt
     files = [setting.folder.path / file for file in setting.folder.files[: num * step : step]]
     if not all(file.is_file() for file in files):
         return torch.empty(0)
-    return torch.cat(list(_small(files)))
-
-
-def _small(files: Sequence[Path]) -> Iterator[Tensor]:
-    for file in files:
-        image = load_image(file)[None]
-        factor = min(1.0, THUMBNAIL / max(image.shape[2:]))
-        yield torch.nn.functional.interpolate(image, scale_factor=factor, mode="area")
+    return torch.cat([thumbnails(load_image(file)[None]) for file in files])
 
 
 def evaluated(

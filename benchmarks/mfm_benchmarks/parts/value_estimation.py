@@ -15,7 +15,7 @@ from mfm_benchmarks.blocks import Block, Claims, Picture, Summary, Table
 from mfm_benchmarks.charts import LineChart
 from mfm_benchmarks.claims import counted, verdict
 from mfm_benchmarks.measure import states_digest
-from mfm_benchmarks.parts.pictured_states import DRAWS, STATES, draw_pictures, given_pictures
+from mfm_benchmarks.parts.pictured_states import DRAWS, STATES, draw_pictures, given_pictures, shown
 from mfm_benchmarks.suite import Cell, Outcome, Results
 from mfm_lightning.alignment.posteriors import FlowMapPosterior, RolloutPosterior
 from mfm_lightning.alignment.target import Target
@@ -90,19 +90,19 @@ class ValueComparison(DrawSettings):
         x_t: Tensor,
         estimator: ValueEstimator,
         seed: int = SEED,
-        shown: Tensor | None = None,
+        pictured: Tensor | None = None,
     ) -> Callable[[], Outcome]:
-        """`shown`: clean states of which, with the noised ones and further draws, pictures are kept."""
+        """`pictured`: clean states of which, with the noised ones and further draws, pictures are kept."""
 
         def compute() -> Outcome:
             found = estimate_values(estimator, target, t, x_t, torch.Generator().manual_seed(seed))
             tensors = {"values": found.values[0]}
-            if shown is not None and isinstance(estimator, DrawValue):
+            if pictured is not None and isinstance(estimator, DrawValue):
                 first = x_t[:STATES]
                 noise = randn((len(first), DRAWS, *first.shape[1:]), first, torch.Generator().manual_seed(SEED + 2))
                 of_first = target.take(slice(0, len(first)))
                 draws = draw(estimator.posterior or FlowMapPosterior(), of_first, t, first, noise, self.max_rows)
-                tensors |= {"images": draw_pictures(target, draws), "given": given_pictures(target, shown, first)}
+                tensors |= {"images": draw_pictures(target, draws), "given": given_pictures(target, pictured, first)}
             return Outcome({"nfe": found.nfe}, tensors)
 
         return compute
@@ -153,7 +153,7 @@ class ValueComparison(DrawSettings):
         rows = [
             (
                 f"V = {mine['values'][k]:.2f}\nrollouts {reference[k]:.2f}",
-                torch.cat([mine["given"][k], mine["images"][k]]),
+                shown(torch.cat([mine["given"][k], mine["images"][k]])),
             )
             for k in reference[: len(mine["given"])].argsort(descending=True).tolist()
         ]

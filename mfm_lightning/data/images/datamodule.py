@@ -56,8 +56,9 @@ class ImageDataModule(IndexedDataModule):
         memory: megabytes that the images may take in memory.
         num_workers: processes that decode, for each device; 0: the training process itself.
         seed: of order and mirror images.
-        corrupt: "raise" at an image that cannot be decoded, or "skip" it: the next of its split takes its place, with
-            its label, and `skipped` counts it once. Images of another size or colour are refused in both.
+        corrupt: "raise" at an image that cannot be decoded, or "skip" it: another of its split, of its class where
+            one is found, takes its place, always the same, and `skipped` counts it once. Images of another size or
+            colour are refused in both.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
@@ -104,6 +105,7 @@ class ImageDataModule(IndexedDataModule):
         self.size, self.channels, self.mirror, self.classes = size, channels, mirror, classes
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.memory, self.num_workers, self._said = memory, num_workers, False
+        self.corrupt: Corrupt = corrupt
         self._skipped = Skipped() if corrupt == "skip" else None
 
     # -- what there is -------------------------------------------------------------------------------------------------
@@ -129,7 +131,9 @@ class ImageDataModule(IndexedDataModule):
             try:
                 return PixelForm.of(source, self.size, self.channels, i)
             except ImageError as error:
-                if self._skipped is None or i + 1 == len(source.labels):
+                if self._skipped is None:
+                    raise ImageError(f"{error}; corrupt: skip takes another image in its place") from error
+                if i + 1 == len(source.labels):
                     raise
                 self._skipped.add(source.place(i), str(error))
                 i += 1
@@ -193,7 +197,9 @@ class ImageDataModule(IndexedDataModule):
     @cached_property
     def readers(self) -> dict[str, SplitReader]:
         """What reads them, by split."""
-        made = {id(part): SplitReader(part, self.form, self._skipped) for part in self.parts.values()}
+        made: dict[int, SplitReader] = {}
+        for name, part in self.parts.items():
+            made.setdefault(id(part), SplitReader(part, self.form, self._skipped, name))
         return {name: made[id(part)] for name, part in self.parts.items()}
 
     @property
@@ -247,8 +253,21 @@ class ImageDataModule(IndexedDataModule):
         if name not in self.readers:
             raise ValueError(f"no {name} images are held out: set {name}_source, or val_fraction above 0")
         if self.in_memory:
-            self.readers[name].keep(self.num_workers, name)
+            self._keep(self.readers[name])
         return self.readers[name]
+
+    def _keep(self, reader: SplitReader) -> None:
+        """Read it into memory, and say which classes have lost all their images."""
+        if reader.kept is not None:
+            return
+        reader.keep(self.num_workers)
+        if lost := int((reader.taken != np.arange(len(reader.split))).sum()):
+            before, after = (counted(x, self.num_classes) for x in (reader.split.labels, reader.all_labels.numpy()))
+            gone = np.flatnonzero((before > 0) & (after == 0)).tolist()
+            log.warning(
+                "%s: %d of %d images cannot be decoded, others are taken in their place%s", reader.name, lost,
+                len(reader.split), f"; none is left of {names_line(self.class_names, gone)}" if gone else "",
+            )  # fmt: skip
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -267,6 +286,12 @@ class ImageDataModule(IndexedDataModule):
 
     def place(self, row: int) -> str:
         return self.sources["train"].place(row)
+
+    def origin(self, step: int) -> str:
+        if self._skipped is None:
+            return super().origin(step)
+        reader, index = self.reader("train"), self.batches(*self.rank()).index(step)[:3]
+        return f"of {', '.join(self.place(int(row)) for row in reader.split.rows[reader.read(index)[1]])}, ..."
 
     def predict_dataloader(self) -> DataLoader | list:
         self.reader("test")  # raises where no images are held out
@@ -301,7 +326,10 @@ class ImageDataModule(IndexedDataModule):
         say_changed_order(state_dict, ours, one_line=True, drawn="mirrored" if self.mirror else None)
 
     def label_counts(self) -> dict[str, np.ndarray]:
-        return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}
+        """Images of each label by split; of those in memory without what cannot be decoded."""
+        if self._skipped is None:
+            return {name: counted(part.labels, self.num_classes) for name, part in self.parts.items()}
+        return {name: counted(reader.all_labels.numpy(), self.num_classes) for name, reader in self.readers.items()}
 
     @property
     def fingerprint(self) -> dict[str, Any]:

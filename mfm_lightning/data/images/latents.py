@@ -99,8 +99,8 @@ class EncodedReader(SplitReader):
     """A split whose states are latents."""
 
     def __init__(self, reader: SplitReader, latents: Tensor) -> None:
-        super().__init__(reader.split, reader.form, reader.skipped)
-        self.kept, self._taken, self.latents = reader.kept, reader._taken, latents
+        super().__init__(reader.split, reader.form, reader.skipped, reader.name)
+        self.kept, self.taken, self.latents = reader.kept, reader.taken, latents
 
     @classmethod
     def of(cls, reader: SplitReader, vae: VAE, batch_size: int, name: str) -> EncodedReader:
@@ -114,7 +114,7 @@ class EncodedReader(SplitReader):
         return cls(reader, torch.cat(parts))
 
     def states(self, index: np.ndarray) -> Batch:
-        return self.latents[torch.from_numpy(index)], self.given(self._taken[index])
+        return self.latents[torch.from_numpy(index)], self.given(self.taken[index])
 
     def all_states(self) -> Tensor:
         return self.latents

@@ -14,8 +14,8 @@ from mfm_lightning.utils.decoding import ImageError, cropped
 
 
 class OtherForm(ImageError):
-    """An image that could be decoded, and is not as the settings say: no damage, so `corrupt: skip` leaves it to the
-    user."""
+    """An image that could be decoded, and is not as the settings say: no damage, so it is raised with `corrupt: skip`,
+    too."""
 
 
 @dataclass(frozen=True)

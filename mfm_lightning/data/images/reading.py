@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from mfm_lightning.utils.loading import Computed, RaisingLoader
 
 log = logging.getLogger(__name__)
 _CHUNK = 256  # images that a worker decodes at once
+_TRIED = 32  # images of a class, and of all, in the place of one that cannot be decoded
 
 
 class SplitReader:
@@ -29,43 +32,58 @@ class SplitReader:
     Args:
         split: which images.
         form: what they are made to be.
-        skipped: counts images that cannot be decoded, in whose place the next one of the split is taken, with its
-            label; None to raise at them.
+        skipped: counts images that cannot be decoded, in whose place others of the split are taken (`_others`), with
+            their labels; None to raise at them.
+        name: of the split, for messages.
     """
 
-    def __init__(self, split: Split, form: PixelForm, skipped: Skipped | None = None) -> None:
-        self.split, self.form, self.skipped = split, form, skipped
+    def __init__(self, split: Split, form: PixelForm, skipped: Skipped | None = None, name: str = "") -> None:
+        self.split, self.form, self.skipped, self.name = split, form, skipped, name
         self.labels = torch.from_numpy(split.labels.astype(np.int64))
         self.kept: Tensor | None = None
-        self._taken = np.arange(len(split))  # which image is kept for each
+        self.taken = np.arange(len(split))  # which image is kept for each
+        self._damaged: set[int] = set()  # that this process has met: none is decoded twice
 
     def read(self, index: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """`(B, C, H, W)` uint8, and which images of the split these are, `(B,)`: `index`, but for skipped ones.
 
         Raises:
-            ImageError: for one that cannot be decoded; where such are skipped, if none of the split can.
+            ImageError: for one that cannot be decoded; where such are skipped, if none that is tried can.
             OSError: for one that cannot be read.
         """
         if self.kept is not None:
-            return self.kept[torch.from_numpy(index)], self._taken[index]
-        pairs = [self._read_from(int(i)) for i in index]
+            return self.kept[torch.from_numpy(index)], self.taken[index]
+        pairs = [self._read_in_place_of(int(i)) for i in index]
         return torch.from_numpy(np.stack([pixels for pixels, _ in pairs])), np.array([i for _, i in pairs], dtype=int)
 
-    def _read_from(self, first: int) -> tuple[np.ndarray, int]:
-        """The first image from this one on that can be read, and its number in the split."""
-        source, rows, last = self.split.source, self.split.rows, None
-        for k in range(len(rows)):
-            i = (first + k) % len(rows)
+    def _read_in_place_of(self, i: int) -> tuple[np.ndarray, int]:
+        """The image i, or the first of `_others` that can be decoded; and its number in the split."""
+        tried = 0
+        for j in itertools.chain([i], self._others(i)):
+            tried += 1
+            if j in self._damaged:
+                continue
+            row = int(self.split.rows[j])
             try:
-                return self.form.read(source, int(rows[i])), i
+                return self.form.read(self.split.source, row), j
             except OtherForm:
                 raise
             except ImageError as error:
                 if self.skipped is None:
-                    raise ImageError(f"{error}; corrupt: skip takes the next image in its place") from error
-                self.skipped.add(source.place(int(rows[i])), str(error))
-                last = error
-        raise ImageError(f"none of the {len(rows)} images can be decoded, such as: {last}")
+                    raise ImageError(f"{error}; corrupt: skip takes another image in its place") from error
+                self.skipped.add(self.split.source.place(row), str(error))
+                self._damaged.add(j)
+        raise ImageError(
+            f"{self.split.source.place(int(self.split.rows[i]))} cannot be decoded, nor can {tried - 1} others of the "
+            f"{len(self.split)} {self.name} images that were tried in its place"
+        )
+
+    def _others(self, i: int) -> Iterator[int]:
+        """What is tried in the place of the image i, the same in every process: first of its class, then of any."""
+        generator = np.random.default_rng(i)
+        of_class = np.flatnonzero(self.split.labels == self.split.labels[i])
+        yield from map(int, generator.choice(of_class, _TRIED))
+        yield from map(int, generator.integers(len(self.split), size=_TRIED))
 
     def pixels(self, index: np.ndarray) -> Tensor:
         """`(B, C, H, W)` uint8; raises as `read`."""
@@ -89,29 +107,28 @@ class SplitReader:
 
     @property
     def all_labels(self) -> Tensor:
-        """Of `all_states`, `(N,)`."""
-        return self.labels[torch.from_numpy(self._taken)]
+        """Of `all_states`, `(N,)`; before `keep` has read them, those that are said of the images."""
+        return self.labels[torch.from_numpy(self.taken)]
 
     @property
     def megabytes(self) -> float:
         """Of memory that `keep` takes."""
         return len(self.split) * self.form.channels * self.form.size**2 / 1e6
 
-    def keep(self, workers: int, name: str) -> None:
+    def keep(self, workers: int) -> None:
         """Decode all images, once, and hold them in memory.
 
         Args:
             workers: processes that decode.
-            name: of the split, for messages.
         """
         if self.kept is not None:
             return
         chunks = -(-len(self.split) // _CHUNK)
         loader = RaisingLoader(Computed(self._chunk, chunks), batch_size=None, num_workers=min(workers, chunks - 1))
         parts = iter(loader)
-        read = [next(parts) for _ in track(range(chunks), lambda _: f"decoding {name} images")]
-        self.kept, self._taken = torch.cat([pixels for pixels, _ in read]), np.concatenate([taken for _, taken in read])
-        log.info("%s: %d images decoded into %.3g MB of memory", name, len(self.split), self.megabytes)
+        read = [next(parts) for _ in track(range(chunks), lambda _: f"decoding {self.name} images")]
+        self.kept, self.taken = torch.cat([pixels for pixels, _ in read]), np.concatenate([taken for _, taken in read])
+        log.info("%s: %d images decoded into %.3g MB of memory", self.name, len(self.split), self.megabytes)
 
     def _chunk(self, k: int) -> tuple[Tensor, np.ndarray]:
         return self.read(np.arange(k * _CHUNK, min((k + 1) * _CHUNK, len(self.split))))

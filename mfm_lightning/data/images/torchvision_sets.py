@@ -86,6 +86,8 @@ class TorchvisionImages(LabelledImages):
         try:
             image = self._dataset[i][0]
         except (OSError, SyntaxError, ValueError) as error:  # of Pillow
+            if isinstance(error, OSError) and error.errno is not None:  # of the storage
+                raise
             raise ImageError(f"{self.place(i)} cannot be decoded: {error}") from error
         if not isinstance(image, Image.Image):
             raise ValueError(f"{self.place(i)} is a {type(image).__name__}, not an image")

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from mfm_lightning.data.images.pixels import OtherForm
 from mfm_lightning.data.latents.urls import check_url, from_webdataset, local_path
 from mfm_lightning.data.skipped import Corrupt, Skipped
 from mfm_lightning.utils.distributed import is_first_rank
@@ -45,7 +46,8 @@ class CutSampleError(ValueError):
 
 
 class Faults:
-    """The `handler` of all stages: raises what is wrong, or counts it.
+    """The `handler` of all stages: raises what is wrong, or counts it. An image that is whole, and of another size or
+    colour than the others, is no damage: it is raised.
 
     Args:
         corrupt: "raise" or "skip".
@@ -58,7 +60,7 @@ class Faults:
 
     def __call__(self, error: Exception) -> bool:
         """True where webdataset goes on with the next sample or shard."""
-        if self.corrupt == "raise" or not isinstance(error, ValueError):
+        if self.corrupt == "raise" or not isinstance(error, ValueError) or isinstance(error, OtherForm):
             raise _one_line(error)
         if not isinstance(error, CutSampleError):
             message = str(_one_line(error))  # of a sample the same each time; of a shard, as a connection may be
