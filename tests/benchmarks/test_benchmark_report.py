@@ -51,6 +51,11 @@ def test_the_headline_takes_what_is_cheaper_above_and_near_the_data():
     assert "A, λ = any, 25" in headline.items[0][1]
     assert [(row["method"], row["NFE"]) for row in table.rows] == [("A", 10), ("B", 200)]
     assert list(short.lines) == ["C (λ = any): r."]
+    assert not any("seconds a sample" in row for row in table.rows)  # not taken
+    best.wall_time, far.wall_time = 30.0, 0.5
+    (table,) = (b for b in report.blocks() if isinstance(b, Table) and b.name == "reaching_best_of_n")
+    assert [row.get("times fewer seconds") for row in table.rows] == [60.0, None]
+    assert table.rows[0]["seconds a sample"] == 0.5
     alone = RewardReport({"r": [best, far, dear, level]}, [1.0], "A", "", "").blocks()[:2]
     assert alone[1].items[0][0] == "none"
     assert alone[0].sentences[0].startswith("No setting is shown to reach a higher mean reward")

@@ -17,12 +17,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import mfm_rewards
 from mfm_benchmarks.cells import compute, leases_of
 from mfm_benchmarks.command import load_suite
 from mfm_benchmarks.fitting import Fit, FitSettings, say_fewer_steps
 from mfm_benchmarks.measure import measure
 from mfm_benchmarks.methods import MethodSettings, points
 from mfm_benchmarks.models import ModelSettings, compute_in
+from mfm_benchmarks.parts.best_of_n import BestOfNPool
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.store import Store
@@ -37,6 +39,7 @@ from mfm_lightning.interpolant import sample_generators
 from mfm_lightning.metrics.measured import rounded
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks import MLP, DiT
+from mfm_lightning.networks.decoders import PixelDecoder
 from tests.latent_data import small_vae
 from tests.tiny_rewards import tiny_rewards
 
@@ -629,3 +632,18 @@ def test_samples_are_the_same_whichever_others_a_cell_computes(method):
         together = torch.cat([part.tensors[name] for part in parts])
         torch.testing.assert_close(together, whole.tensors[name], rtol=1e-5, atol=1e-6)
     assert parts[0].numbers["nfe"] == parts[1].numbers["nfe"] == whole.numbers["nfe"]
+
+
+def test_seconds_of_best_of_n_are_those_of_the_candidates_so_far():
+    """And of their choice, which takes well below a second here; of blocks without their seconds there are none."""
+    mfm = model(DiT(4, 2, 1, 16, 2, 2, 1, num_classes=0))
+    target = Target(mfm, mfm_rewards.build("brightness"), PixelDecoder())
+    pool = BestOfNPool([1, 3, 10], steps=2)
+    cells = list(pool.cells(lambda: target, 4, 0, torch.device("cpu"), {}))
+    blocks = [cell.compute() for cell in cells]
+    assert "wall_time" not in pool.choose(target, blocks, torch.device("cpu"), None).numbers
+    for k, block in enumerate(blocks):
+        block.numbers["cell_seconds"] = 400.0 * 10**k
+    found = pool.choose(target, blocks, torch.device("cpu"), None).numbers["wall_time"]
+    for seconds, of_pool in zip(found, (100, 1_100, 11_100), strict=True):
+        assert of_pool < seconds < of_pool + 10

@@ -1,6 +1,7 @@
 """What goes wrong with folders of images of one's own: said before training, by name, and never taken for something
 else."""
 
+import errno
 import json
 import logging
 import shutil
@@ -14,7 +15,14 @@ from PIL import Image
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.commands.main import run
 from mfm_lightning.data import ImageDataModule
-from mfm_lightning.data.images import CaptionedFolder, HuggingFaceImages, ImageFolder, LabelledImages, NpzImages
+from mfm_lightning.data.images import (
+    CaptionedFolder,
+    HuggingFaceImages,
+    ImageFolder,
+    LabelledImages,
+    NpzImages,
+    TorchvisionImages,
+)
 from mfm_lightning.data.images.splits import labels_of, stratified
 from mfm_lightning.data.stream import WorkerStream
 from mfm_lightning.utils.decoding import ImageError
@@ -377,3 +385,17 @@ def test_a_damaged_image_among_the_first_and_last_does_not_hide_that_two_sources
     data = ImageDataModule(str(root), val_source=str(root), test_fraction=0, corrupt="skip")
     data.setup("fit")
     assert "val_source has the training images" in caplog.text
+
+
+def test_a_storage_that_fails_is_no_damaged_image_of_torchvisions_either(monkeypatch):
+    source = TorchvisionImages("MNIST", "data")
+    for error, kind in ((OSError(errno.EIO, "Input/output error"), OSError), (OSError("truncated"), ImageError)):
+
+        class Failing:
+            def __getitem__(self, i, error=error):
+                raise error
+
+        monkeypatch.setitem(source.__dict__, "_dataset", Failing())
+        with pytest.raises(kind) as raised:
+            source.image(0)
+        assert isinstance(raised.value, ImageError) == (kind is ImageError)

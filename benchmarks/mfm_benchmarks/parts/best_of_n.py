@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_benchmarks.measure import judge, noise
+from mfm_benchmarks.measure import clock, judge, noise
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.suite import Cell, Outcome
 from mfm_lightning.alignment.nfe import Meter
@@ -94,10 +94,11 @@ class BestOfNPool(Candidates):
         """The best of the first N candidates of each sample, for all N.
 
         Returns:
-            numbers: lists over N of `N` and `nfe` (a sample); tensors: as `judge`, stacked over N.
+            numbers: lists over N of `N`, `nfe` and, where the blocks have theirs, `wall_time` (seconds), of a sample;
+            tensors: as `judge`, stacked over N.
         """
-        num = len(blocks[0].tensors["states"])
-        numbers: dict[str, list[float]] = {"N": [], "nfe": []}
+        num, begin, made = len(blocks[0].tensors["states"]), clock(device), 0.0
+        numbers: dict[str, list[float]] = {"N": [], "nfe": [], "wall_time": []}
         tensors: dict[str, list[Tensor]] = {}
         target.meter, network, done = Meter(), 0, 0
         best = torch.zeros_like(blocks[0].tensors["states"][:, 0], device=device)
@@ -111,9 +112,13 @@ class BestOfNPool(Candidates):
             better = top > best_reward
             best[better], best_reward[better] = states[torch.arange(num, device=device), which][better], top[better]
             network, done = network + block.numbers["network"], done + n
+            made += block.numbers.get("cell_seconds", 0.0)
             if done in self.numbers:
                 for key, value in judge(target, best, quality).tensors.items():
                     tensors.setdefault(key, []).append(value)
                 numbers["N"].append(done)
                 numbers["nfe"].append((network + target.meter.reward) / num)
+                numbers["wall_time"].append((made + clock(device) - begin) / num)
+        if not all("cell_seconds" in block.numbers for block in blocks):
+            del numbers["wall_time"]
         return Outcome(numbers, {key: torch.stack(values) for key, values in tensors.items()})

@@ -22,6 +22,8 @@ class Entry:
         best: mean reward of the samples' best look-aheads; None where the method has none.
         images: the first few, `(b, C, H, W)`.
         trained: whether a training for this reward came first.
+        wall_time: seconds a sample, with judging, on the machine and beside the work of that time; None where it was
+            not taken.
     """
 
     method: str
@@ -35,6 +37,7 @@ class Entry:
     shares: Measured | None = None
     trained: bool = False
     best: Measured | None = None
+    wall_time: float | None = None
 
     @property
     def name(self) -> str:

@@ -73,7 +73,8 @@ class RewardReport:
         caption = (
             "For each method, the setting with the fewest evaluations whose mean reward is higher than that of "
             f"Best-of-{number} ({self.candidates}); tested for all settings of a reward together. Intervals in the "
-            "table are of one comparison each; ratios of evaluations are exact."
+            "table are of one comparison each; ratios of evaluations are exact. Seconds are with the judging of the "
+            "samples, on the machine and beside the work of that time; those of several processes are added."
         )
         table = Table(
             "reaching_best_of_n", f"Cost of exceeding Best-of-{number}", rows, caption, keys=["reward", "method", "λ"],
@@ -150,6 +151,8 @@ class RewardReport:
             "reward": reward, "method": e.method, "λ": _lambda(e.scale), "setting": e.label, "NFE": round(e.nfe),
             "times fewer NFE": cheapest.fewer, "gain in reward": cheapest.gain,
         }  # fmt: skip
+        if e.wall_time and best.wall_time:
+            row |= {"seconds a sample": e.wall_time, "times fewer seconds": best.wall_time / e.wall_time}
         if cheapest.ratio is None:
             return row
         near = {1: "yes", -1: "no", 0: "not decided"}[cheapest.near]

@@ -284,7 +284,10 @@ class AlignmentSuite(Suite):
             for k, n in enumerate(outcomes[0].numbers["N"]):
                 parts = [{key: value[k] for key, value in o.tensors.items()} for o in outcomes]
                 nfe = sum(o.numbers["nfe"][k] for o in outcomes) / len(outcomes)
-                yield self._entry(reward, BEST, f"N {n}", None, nfe, parts)
+                entry = self._entry(reward, BEST, f"N {n}", None, nfe, parts)
+                if all("wall_time" in o.numbers for o in outcomes):  # results of earlier code have no times
+                    entry.wall_time = sum(o.numbers["wall_time"][k] for o in outcomes) / len(outcomes)
+                yield entry
         for (point, name, scale), cells in self._runs.items():
             if name != reward or (outcomes := results.all(cells)) is None:
                 continue
@@ -292,6 +295,8 @@ class AlignmentSuite(Suite):
             nfe = sum(size * o.numbers["nfe"] for size, o in zip(sizes, outcomes, strict=True)) / sum(sizes)
             entry = self._entry(reward, point.method, point.label, scale, nfe, [o.tensors for o in outcomes])
             entry.trained = point.fit is not None
+            if all("cell_seconds" in o.numbers for o in outcomes):
+                entry.wall_time = sum(o.numbers["cell_seconds"] for o in outcomes) / sum(sizes)
             yield entry
 
     def _entry(
