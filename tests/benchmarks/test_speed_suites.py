@@ -1,6 +1,7 @@
 """The suites that measure time, made short, as a user runs them."""
 
 import csv
+import json
 
 import pytest
 import yaml
@@ -18,10 +19,15 @@ def table(folder, name):
 @pytest.mark.slow
 def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--sizes", "{S/8: 2}", "--input_size", "8", "--rounds", "2", "--attention", "{}"]
+    small = ["--sizes", "{S/8: [2, 3]}", "--input_size", "8", "--rounds", "2", "--attention", "{}"]
     mfm(["benchmark", "training-speed", *small, "--precisions", "[fp32]", "--compile", "false", "--device", "cpu"])
     folder = tmp_path / "outputs/benchmarks/training-speed"
-    found = {row["step"]: row for row in table(folder, "steps")}
+    rows = table(folder, "steps")
+    (alone,) = (row for row in rows if row["batch"] == "3")
+    assert alone["step"] == "explicit"
+    assert float(alone["ms per step"]) > 0
+    assert alone["times faster"] == alone["gradient error"] == ""
+    found = {row["step"]: row for row in rows if row["batch"] == "2"}
     assert set(found) == {
         "reference", "explicit, own samples", "functorch", "finite difference", "explicit", "explicit, checkpointed",
     }  # fmt: skip
@@ -32,8 +38,18 @@ def test_training_speed_measures_every_variant(tmp_path, monkeypatch):
     assert float(found["explicit, checkpointed"]["memory over the reference"]) <= float(
         found["explicit"]["memory over the reference"]
     )
-    parts = {row["part"] for row in table(folder, "parts")}
-    assert {"forward, no graph", "EMA", "optimiser (RAdam)", "tangent and backward: functorch"} <= parts
+    parts = {row["part"]: row for row in table(folder, "parts") if row["batch"] == "2"}
+    assert {"forward, no graph", "EMA", "optimiser (RAdam)", "tangent and backward: functorch"} <= set(parts)
+    assert parts["EMA"]["share of matmul peak"] == ""  # it has no matrix product
+    # a DiT's own products, by hand: 2 in out for each token, once for each of 2 samples
+    tokens, width, depth = 1, 384, 12
+    of_tokens = depth * (12 * width**2 + 2 * tokens * width) + 2 * 4 * 64 * width + width * 4 * 64
+    of_condition = depth * 6 * width**2
+    forward = 2 * 2 * (tokens * of_tokens + of_condition)
+    (numbers,) = (json.loads(p.read_text())["numbers"] for p in (folder / "results").glob("S_8_fp32_batch_2*.json"))
+    assert (
+        1 < numbers["part_flops"]["forward, no graph"] / forward < 1.5
+    )  # embeddings of times and guidance, last layer
 
 
 def test_attention_tangents_are_compared(tmp_path, monkeypatch):

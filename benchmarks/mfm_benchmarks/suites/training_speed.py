@@ -24,6 +24,7 @@ from mfm_lightning.networks.dit import architecture
 from mfm_rewards.execution import DTYPES, Precision, check_precision
 
 DEFAULT = "explicit"
+Batches = int | list[int]
 Done = dict[tuple[str, int, str], dict[str, Any]]  # numbers by size, batch and precision
 
 
@@ -32,7 +33,9 @@ class TrainingSpeedSuite(Suite):
     weights and data, against the straightforward one.
 
     Args:
-        sizes: models by name, each with its batch: on a GPU `gpu_sizes` are taken. {} for none.
+        sizes: models by name, each with its batch: on a GPU `gpu_sizes` are taken. Of several batches all steps are
+            compared at the first, which must suit the reference, and the default step is measured alone at the others.
+            {} for none.
         gpu_sizes: the same for a GPU, with batches that fill it.
         precisions: some of "fp32", "bf16" and "fp16"; on a GPU `gpu_precisions` are taken.
         gpu_precisions: the same for a GPU.
@@ -57,8 +60,8 @@ class TrainingSpeedSuite(Suite):
 
     def __init__(
         self,
-        sizes: dict[str, int] | None = None,
-        gpu_sizes: dict[str, int] | None = None,
+        sizes: dict[str, Batches] | None = None,
+        gpu_sizes: dict[str, Batches] | None = None,
         precisions: Sequence[str] = ("fp32", "bf16"),
         gpu_precisions: Sequence[str] = ("bf16",),
         rounds: int = 5,
@@ -68,16 +71,18 @@ class TrainingSpeedSuite(Suite):
         adapters: dict[str, AdapterSize] | None = None,
         attention: dict[str, AttentionSize] | None = None,
     ) -> None:
-        self.sizes = {"S/2": 8, "B/2": 4} if sizes is None else sizes
-        self.gpu_sizes = {"S/2": 256, "B/2": 128} if gpu_sizes is None else gpu_sizes
+        self.sizes = {"S/2": 8, "B/2": 4} if sizes is None else dict(sizes)
+        self.gpu_sizes = {"S/2": 256, "B/2": 128} if gpu_sizes is None else dict(gpu_sizes)
         self.precisions: list[Precision] = [check_precision(p) for p in precisions]
         self.gpu_precisions: list[Precision] = [check_precision(p) for p in gpu_precisions]
         self.rounds, self.input_size, self.in_channels, self.compile = rounds, input_size, in_channels, compile
         self.adapters, self.attention = dict(adapters or {}), dict(attention or {})
         if rounds < 2:
             raise ValueError(f"rounds {rounds}: an interval needs at least 2")
-        for size in (*self.sizes, *self.gpu_sizes):
+        for size, batches in (*self.sizes.items(), *self.gpu_sizes.items()):
             architecture(size)
+            if not all_batches(batches) or min(all_batches(batches)) < 1:
+                raise ValueError(f"{size}: {batches}: expected a batch of at least 1, or several")
 
     def shrink(self) -> None:
         self.sizes, self.gpu_sizes = ({"S/8": 8} if sizes else {} for sizes in (self.sizes, self.gpu_sizes))
@@ -95,11 +100,14 @@ class TrainingSpeedSuite(Suite):
         precisions = self.gpu_precisions if on_gpu else self.precisions
         self._tangents = AdapterTangents(self.adapters, precisions, self.rounds, self.device)
         self._attention = AttentionTangents(self.attention, precisions, self.rounds, self.device)
+        sizes = self.gpu_sizes if on_gpu else self.sizes
         self._chosen: list[tuple[str, int, Precision]] = [
             (size, batch, precision)
             for precision in precisions
-            for size, batch in (self.gpu_sizes if on_gpu else self.sizes).items()
+            for size, batches in sizes.items()
+            for batch in all_batches(batches)
         ]
+        self._first = {size: all_batches(batches)[0] for size, batches in sizes.items()}
         variants = (*VARIANTS, *(GPU_VARIANTS if on_gpu else ()))
         lacking = set(get_args(AttentionTangent)) - {"auto", *self._attention.kinds}
         self._variants = [v for v in variants if (self.compile or not v.compile) and v.attention not in lacking]
@@ -108,7 +116,12 @@ class TrainingSpeedSuite(Suite):
         self._steps = {
             (size, batch, precision): Cell(
                 f"{size} {precision} batch {batch}",
-                {**self._shared(size), "batch": batch, "precision": precision, "variants": repr(self._variants)},
+                {
+                    **self._shared(size),
+                    "batch": batch,
+                    "precision": precision,
+                    "variants": repr(self._variants_at(size, batch)),
+                },
                 partial(self._compute, size, batch, precision),
                 alone=True,
             )
@@ -132,32 +145,43 @@ class TrainingSpeedSuite(Suite):
         shape = {"input_size": self.input_size, "in_channels": self.in_channels, "num_classes": 1000}
         return {**architecture(size), **shape}
 
+    def _variants_at(self, size: str, batch: int) -> list[Variant]:
+        """Which steps are measured."""
+        if batch == self._first[size]:
+            return self._variants
+        return [v for v in self._variants if v.name == DEFAULT]
+
     def _compute(self, size: str, batch: int, precision: Precision) -> Outcome:
-        training = Training(self._network(size), batch, precision, self.device)
-        by_compile = {False: training} | ({True: training.compiled()} if self.compile else {})
+        training, variants = (
+            Training(self._network(size), batch, precision, self.device),
+            self._variants_at(size, batch),
+        )
+        compiled = any(variant.compile for variant in variants)
+        by_compile = {False: training} | ({True: training.compiled()} if compiled else {})
 
         def step(variant: Variant) -> Step:
             return lambda: by_compile[variant.compile].step(variant)
 
-        seconds, failures = interleaved({v.name: step(v) for v in self._variants}, self.rounds, self.device)
+        seconds, failures = interleaved({v.name: step(v) for v in variants}, self.rounds, self.device)
         memory, error = {}, {}
-        for variant in (v for v in self._variants if v.name in seconds):
+        for variant in (v for v in variants if v.name in seconds):
             by_compile[variant.compile].restore()
             memory[variant.name] = peak_bytes(step(variant), self.device)
         by_compile.pop(True, None)
         torch._dynamo.reset()  # it would hold the compiled copy
         training.restore()
         for shared in (False, True):  # what looks at the same samples has the same gradients
-            exact = next(v for v in self._variants if v.backend == "functorch" and v.share == shared)
-            if exact.name not in seconds:  # it did not fit
+            exact = next((v for v in variants if v.backend == "functorch" and v.share == shared), None)
+            if exact is None or exact.name not in seconds:  # it is not asked for, or did not fit
                 continue
             reference = training.gradients(exact)
-            for variant in (v for v in self._variants if v.share == shared and v.name in seconds and not v.compile):
+            for variant in (v for v in variants if v.share == shared and v.name in seconds and not v.compile):
                 difference = training.gradients(variant) - reference
                 error[variant.name] = float(difference.norm() / reference.norm())
         training.restore()
-        parts, lost = interleaved(training.parts(), self.rounds, self.device)
-        explicit = next(v for v in self._variants if v.name == DEFAULT)
+        of_step = training.parts()
+        parts, lost = interleaved(of_step, self.rounds, self.device)
+        explicit = next(v for v in variants if v.name == DEFAULT)
         return Outcome(
             {
                 "seconds": seconds,
@@ -166,6 +190,7 @@ class TrainingSpeedSuite(Suite):
                 "error": error,
                 "parts": parts,
                 "flops": _flops(lambda: training.step(explicit)),
+                "part_flops": {name: _flops(part) for name, part in of_step.items() if name in parts},
                 "peak": product_peak(self.device, DTYPES[precision]),
             }
         )
@@ -176,7 +201,7 @@ class TrainingSpeedSuite(Suite):
         done = {key: results[cell].numbers for key, cell in self._steps.items() if cell in results}
         blocks: list[Block] = []
         if done:
-            blocks += [*self._summary(done), *self._headline(done), self._picture(done), self._claims(done)]
+            blocks += [*self._summary(done), *self._headline(done), *self._picture(done), self._claims(done)]
             keys = ["model", "precision", "batch"]
             blocks += [
                 Table("steps", "Time and memory of a step", self._step_rows(done), keys=[*keys, "step"]),
@@ -234,20 +259,23 @@ class TrainingSpeedSuite(Suite):
                 )
         return Claims("Differences to the reference step", lines)
 
-    def _picture(self, done: Done) -> Picture:
+    def _picture(self, done: Done) -> list[Block]:
         names = [v.name for v in self._variants]
         panels = {
             f"{size}, {precision}, batch {batch}": {n: s for n in names if (s := _speed(numbers, n)) is not None}
             for (size, batch, precision), numbers in done.items()
         }
+        panels = {title: bars for title, bars in panels.items() if bars}
+        if not panels:  # the references did not fit
+            return []
         ours = [name for name in names if name.startswith(DEFAULT)]
         chart = plots.bars(panels, dict.fromkeys(panels, 1.0), "steps in the time of one reference step", ours)
-        return Picture("speed", "Speed of training steps", chart, STEPS_CAPTION)
+        return [Picture("speed", "Speed of training steps", chart, STEPS_CAPTION)]
 
     def _step_rows(self, done: Done) -> list[dict[str, Any]]:
         rows = []
         for (size, batch, precision), numbers in done.items():
-            for variant in self._variants:
+            for variant in self._variants_at(size, batch):
                 row: dict[str, Any] = {"model": size, "precision": precision, "batch": batch, "step": variant.name}
                 if variant.name not in numbers["seconds"]:
                     rows.append({**row, "failed": numbers["failures"].get(variant.name, "")})
@@ -277,8 +305,15 @@ class TrainingSpeedSuite(Suite):
                 row["ms"] = of_runs(seconds) * 1e3
                 row["in forward passes"] = None if unit is None else _median_ratio(seconds, unit)
                 row["of the explicit step"] = None if whole is None else _median_ratio(seconds, whole)
+                if flops := numbers.get("part_flops", {}).get(name):  # results of earlier code have none
+                    row["share of matmul peak"] = flops / of_runs(seconds).value / numbers["peak"]
                 rows.append(row)
         return rows
+
+
+def all_batches(batches: Batches) -> list[int]:
+    """As a list."""
+    return [batches] if isinstance(batches, int) else list(batches)
 
 
 def _flops(step: Step) -> int | None:
@@ -307,7 +342,10 @@ STEPS_CAPTION = (
     "torch.func.jvp on the same samples. 'share of matmul peak': operations of the explicit step's matrix products per "
     "second, as a share of a large matrix product measured in the same run. The dashed line is the reference."
 )
-PARTS_CAPTION = "Parts of a step by themselves, in milliseconds, in no-grad forward passes, and as a share of the step."
+PARTS_CAPTION = (
+    "Parts of a step by themselves, in milliseconds, in no-grad forward passes, and as a share of the step. 'share of "
+    "matmul peak': as for steps, by the part's own matrix products; empty for parts that have none."
+)
 
 
 def _speed(numbers: dict[str, Any], name: str) -> Measured | None:
