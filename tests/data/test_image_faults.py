@@ -304,6 +304,9 @@ def test_a_class_without_an_image_that_can_be_decoded_is_named_and_its_place_spr
     assert not set(found.tolist()) & set(range(200, 500))
     assert label.tolist() == [0 if i < 200 else 2 for i in found.tolist()]
     assert found.bincount().max() < 32
+    batch, given = data.batches()(0)
+    numbers = ((batch[:, 0, 0, 0] + 1) * 127.5).round().int() + 256 * ((batch[:, 0, 0, 1] + 1) * 127.5).round().int()
+    assert given.tolist() == [0 if i < 200 else 2 for i in numbers.tolist()]
     assert data.skipped == 300
     assert data.label_counts()["train"][1] == 0
     message = "train: 300 of 600 images cannot be decoded, others are taken in their place; none is left of 1"
