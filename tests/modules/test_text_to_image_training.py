@@ -180,6 +180,20 @@ class Renamed(CaptionedImages):
         return labels, [f"other {name}" for name in names]
 
 
+def test_joined_sources_of_different_lengths_keep_each_its_images(tmp_path):
+    """Three, two and one, of levels 0 to 5 in the order of the join."""
+    folders = []
+    for k, levels in enumerate(([0, 1, 2], [3, 4], [5])):
+        folders.append(tmp_path / str(k))
+        (folders[-1] / f"class {k}").mkdir(parents=True)
+        for level in levels:
+            Image.new("L", (4, 4), level).save(folders[-1] / f"class {k}" / f"{level}.png")
+    joined = JoinedImages([str(folder) for folder in folders])
+    assert joined.labels.tolist() == [0, 0, 0, 1, 1, 2]
+    assert [joined.image(i).getpixel((0, 0)) for i in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert [Path(joined.place(i)).stem for i in range(6)] == ["0", "1", "2", "3", "4", "5"]
+
+
 def test_captions_follow_classes_through_joined_sources():
     extract = str(EXTRACT)
     texts = [f"a thing of kind {k}" for k in range(10)]
