@@ -17,6 +17,7 @@ from mfm_lightning.commands.imports import import_modules
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import ImageDataModule, OffPolicyDataModule, StepDataModule
 from mfm_lightning.data.images import LabelledImages
+from mfm_lightning.data.images.reading import refused
 from mfm_lightning.data.skipped import Corrupt
 from mfm_lightning.utils.configs import find_config, read_config
 from mfm_lightning.utils.console import console, write_table
@@ -94,9 +95,9 @@ def sizes_line(source: LabelledImages, corrupt: Corrupt = "raise") -> str:
         try:
             image = source.image(i)
             sizes[f"{image.width} x {image.height} {'grey' if image.mode == 'L' else 'colour'}"] += 1
-        except ImageError:
+        except ImageError as error:
             if corrupt == "raise":
-                raise
+                raise refused(error) from error
             sizes["cannot be decoded"] += 1
     shown = [f"{size} ({number})" for size, number in sizes.most_common(5)]
     return f"{len(rows)} of the images: {', '.join(shown)}{', ...' if len(sizes) > 5 else ''}"

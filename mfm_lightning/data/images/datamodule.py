@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from mfm_lightning.data.base import check_same_data, counted, say_changed_order
 from mfm_lightning.data.images.opening import open_images
 from mfm_lightning.data.images.pixels import PixelForm, to_images
-from mfm_lightning.data.images.reading import SplitReader, TrainBatches
+from mfm_lightning.data.images.reading import SplitReader, TrainBatches, refused
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
 from mfm_lightning.data.indexed import IndexedDataModule, Samples, part_fingerprint
@@ -132,7 +132,7 @@ class ImageDataModule(IndexedDataModule):
                 return PixelForm.of(source, self.size, self.channels, i)
             except ImageError as error:
                 if self._skipped is None:
-                    raise ImageError(f"{error}; corrupt: skip takes another image in its place") from error
+                    raise refused(error) from error
                 if i + 1 == len(source.labels):
                     raise
                 self._skipped.add(source.place(i), str(error))

@@ -26,6 +26,11 @@ _CHUNK = 256  # images that a worker decodes at once
 _TRIED = 32  # images of a class, and of all, in the place of one that cannot be decoded
 
 
+def refused(error: ImageError) -> ImageError:
+    """The error of an image that cannot be decoded, with what can be done."""
+    return ImageError(f"{error}; corrupt: skip takes another image in its place")
+
+
 class SplitReader:
     """The images of a split, from memory once `keep` has read them.
 
@@ -70,7 +75,7 @@ class SplitReader:
                 raise
             except ImageError as error:
                 if self.skipped is None:
-                    raise ImageError(f"{error}; corrupt: skip takes another image in its place") from error
+                    raise refused(error) from error
                 self.skipped.add(self.split.source.place(row), str(error))
                 self._damaged.add(j)
         raise ImageError(
