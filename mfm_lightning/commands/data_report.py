@@ -54,7 +54,7 @@ def report(config: Path, folder: Path, pictures: int, source: str | None = None)
     _classes(data, folder)
     _picture(data, folder / "batch.png", pictures)
     if skipped := getattr(data, "skipped", 0):
-        terminal.print(f"{skipped} samples that were read cannot be decoded: they are skipped")
+        terminal.print(f"skipped of what was read, for it cannot be decoded: {skipped}")
 
 
 def data_of_config(path: Path, source: str | None = None) -> StepDataModule:

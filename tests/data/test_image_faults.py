@@ -287,7 +287,7 @@ def test_another_of_its_class_takes_the_place_of_a_damaged_image(tmp_path, optio
     if not workers:  # else they are told by the workers
         for name, i in DAMAGED:
             assert caplog.text.count(f"skipped: {tmp_path / name / str(i)}.png cannot be decoded") == 1
-    assert "3 images that cannot be decoded were skipped" in caplog.text
+    assert "images skipped, for they cannot be decoded: 3" in caplog.text
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -352,7 +352,7 @@ def test_mfm_data_tells_what_is_skipped(tmp_path, monkeypatch, capsys):
         run(["data", "--config", "c.yaml"])
     text = capsys.readouterr().out
     assert "sizes of 8 of the images: 8 x 8 grey (5), cannot be decoded (3)" in text
-    assert "3 samples that were read cannot be decoded: they are skipped" in text
+    assert "skipped of what was read, for it cannot be decoded: 3" in text
 
 
 def test_without_skip_a_damaged_image_ends_the_run_and_the_way_on_is_told(tmp_path):

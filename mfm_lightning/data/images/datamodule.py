@@ -242,7 +242,7 @@ class ImageDataModule(IndexedDataModule):
 
     def teardown(self, stage: str) -> None:
         if self.skipped:
-            log.warning("%d images that cannot be decoded were skipped", self.skipped)
+            log.warning("images skipped, for they cannot be decoded: %d", self.skipped)
 
     def reader(self, name: str) -> SplitReader:
         """The reader of a split, with its images in memory if all fit.
