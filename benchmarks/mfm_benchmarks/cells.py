@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ def compute(
     Args:
         fresh: forget what is stored, and the trainings of methods, first.
         command: what was typed, for `--status`.
-        only: compute only cells whose names begin with this, and what they need; all where None.
+        only: compute only cells whose names begin with this, `*` standing for anything, and what they need; all where
+            None.
 
     Raises:
         ValueError: for two cells of one name, `fresh` while another process computes them, or an `only` that no name
@@ -205,8 +207,9 @@ class _Work:
 
 
 def _beginning_with(only: str, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells whose names begin so, and those that they need, in their order."""
-    wanted = {cell.name for cell in cells if cell.name.startswith(only)}
+    """The cells whose names begin so, `*` standing for anything, and those that they need, in their order."""
+    pattern = re.compile(".*".join(map(re.escape, only.split("*"))))
+    wanted = {cell.name for cell in cells if pattern.match(cell.name)}
     if not wanted:
         names = ", ".join(cell.name for cell in cells[:3])
         raise ValueError(f"--only {only!r}: no result has a name that begins so; the names are {names}, ...")

@@ -159,7 +159,8 @@ def _how(
         report: compute nothing, and write the report of what is there so far.
         status: compute nothing, and say who computes what, the rate and the time left.
         only: compute only results whose names begin with this, such as "MFM-G (steps 10), brightness", and what they
-            need; the page is of these and of what was there before.
+            need; * stands for anything, "*, symmetry" is all of a reward. The page is of these and of what was there
+            before.
         launcher: start processes that share the work, on this machine, on SLURM or on a ray cluster; more may be
             started at any time, by the same command on any machine that sees the folder.
         processes: how many.

@@ -38,7 +38,8 @@ class Settings:
         settings: the suite's parameters, as the report shows them.
         report_only: compute nothing: write the report of what is there.
         lease: seconds after which the work of a process that gives no sign is another's.
-        only: compute only results whose names begin with this, and what they need; all where None.
+        only: compute only results whose names begin with this, `*` standing for anything, and what they need; all
+            where None.
     """
 
     fresh: bool = False

@@ -146,6 +146,29 @@ def test_a_part_of_a_suite_is_computed_with_what_it_needs(tmp_path):
         compute(Counting(), Store(tmp_path), only="x")
 
 
+@pytest.mark.parametrize(
+    ("only", "ran"),
+    [
+        ("*t", ["first", "second", "both"]),
+        ("*st", ["first"]),
+        ("s*n", ["second"]),
+        ("f*r*t", ["first"]),
+        ("*th", ["first", "second", "both"]),
+    ],
+)
+def test_a_part_of_a_suite_is_named_by_any_part_of_the_name(tmp_path, only, ran):
+    suite = Counting()
+    compute(suite, Store(tmp_path), only=only)
+    assert suite.ran == ran
+
+
+def test_signs_of_a_name_mean_themselves(tmp_path):
+    """Names have brackets and dots: none of them is a pattern."""
+    for only in ("f.rst", "[fs]", "(first)", "first|second", "*.d"):
+        with pytest.raises(ValueError, match="no result has a name that begins so"):
+            compute(Counting(), Store(tmp_path), only=only)
+
+
 class FailingFit(Fit):
     """A training that breaks down."""
 
