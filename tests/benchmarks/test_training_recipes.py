@@ -69,6 +69,32 @@ def test_distances_are_told_where_times_are_not_there():
     assert told() == "No result"
 
 
+def test_distances_without_times_are_paired_by_the_seed_and_have_the_samples_beside():
+    """Ratios of 1/2 and 1/8 have the mean 1/4; the other recipe's third seed has no partner."""
+    settings = yaml.safe_load((ROOT / "configs/benchmarks/training-recipes.yaml").read_text())
+    recipes = {name: Recipe(**settings["recipes"][name] | {"options": Spec({})}) for name in ("released", "Muon")}
+    draws = ReferenceDraws(oracle=ORACLE, times=[0.5], num_states=2, num_draws=4)
+    suite = TrainingRecipesSuite(
+        str(ROOT / "configs/gmm/mfm.yaml"), recipes, draws, steps=[200], seeds=[0, 1, 2],
+        samples=RecipeSamples(OwnFeatures(), num_samples=4, steps=2),
+    )  # fmt: skip
+    suite.device = torch.device("cpu")
+    suite.prepare()
+    suite.cells()
+    done = Results()
+    for (name, seed), distance in {
+        ("released", 0): 1.0, ("released", 1): 2.0, ("Muon", 0): 0.5, ("Muon", 1): 0.25, ("Muon", 2): 9.0,
+    }.items():  # fmt: skip
+        done.add(suite._trained[name, 200, seed], Outcome({"distance": distance, "frechet": 10 * distance}))
+    (table,) = suite.report(done)
+    assert isinstance(table, Table)
+    released, muon = table.rows
+    assert muon["to released's, 200 steps"].value == pytest.approx(0.25)
+    assert muon["to released's, 200 steps"].high > 1  # of two runs
+    assert "to released's, 200 steps" not in released
+    assert [row["Fréchet, 2 steps"].value for row in table.rows] == [15.0, pytest.approx(32.5)]
+
+
 def test_exact_draws_are_at_the_floor_and_others_are_not(monkeypatch):
     draws = ReferenceDraws(oracle=ORACLE, times=[0.2, 0.6], num_states=4, num_draws=2000)
     draws.prepare(torch.device("cpu"))

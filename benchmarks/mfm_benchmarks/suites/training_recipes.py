@@ -193,7 +193,7 @@ class TrainingRecipesSuite(Suite):
         if not any(name == first for name, _ in found):
             why = f"there is no training of {first}, which the others are compared with"
         if why:
-            return [self._distances(found, why)]
+            return [self._distances(found, frechet, why)]
         seconds, samples = (results[self._timing].numbers[key] for key in ("seconds", "samples"))
         a_step = {name: of_runs(values).value for name, values in seconds.items()}
         rows, gains = [], {}
@@ -203,9 +203,7 @@ class TrainingRecipesSuite(Suite):
             row["time of a step"] = ratio_of_runs(seconds[name], seconds[first])
             row |= self._distances_of(name, found)
             row["time to the same distance"] = gains[name]
-            if self.samples is not None and name in frechet:
-                row[self.samples.column] = of_runs(list(frechet[name].values()))
-            rows.append(row)
+            rows.append(row | self._frechet_of(name, frechet))
         caption = (
             f"{self.draws.words}; {counted(len(self.seeds), 'training')} of each recipe. Lower is better. Time of a "
             f"step: ratio to that of {first}, of {counted(self.rounds, 'round')} in turns. Time to the same distance: "
@@ -231,13 +229,26 @@ class TrainingRecipesSuite(Suite):
             if (name, steps) in found
         }
 
-    def _distances(self, found: Found, why: str) -> Table:
-        """What there is where times cannot be compared."""
-        rows = [
-            {"recipe": name, "what": self.recipes[name].about, **self._distances_of(name, found)}
-            for name in self.recipes
-            if any(name == each for each, _ in found)
-        ]
+    def _frechet_of(self, name: str, frechet: dict[str, dict[int, float]]) -> dict[str, Any]:
+        """After the most steps; nothing where samples are not judged."""
+        if self.samples is None or name not in frechet:
+            return {}
+        return {self.samples.column: of_runs(list(frechet[name].values()))}
+
+    def _distances(self, found: Found, frechet: dict[str, dict[int, float]], why: str) -> Table:
+        """What there is where times cannot be compared; and the ratio to the first recipe's distance after as many
+        steps, paired by the seed."""
+        first, rows = next(iter(self.recipes)), []
+        for name in self.recipes:
+            if not any(name == each for each, _ in found):
+                continue
+            row = {"recipe": name, "what": self.recipes[name].about, **self._distances_of(name, found)}
+            for steps in self.steps:
+                mine, theirs = found.get((name, steps), {}), found.get((first, steps), {})
+                if name != first and (seeds := sorted(mine.keys() & theirs.keys())):
+                    ratio = ratio_of_runs([mine[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+                    row[f"to {first}'s, {steps} steps"] = ratio
+            rows.append(row | self._frechet_of(name, frechet))
         return Table("recipes", "Distances alone", rows, f"{self.draws.words}; no times, for {why}.", keys=["recipe"])
 
     def _summary(self, gains: dict[str, Measured | None], first: str) -> Summary:
