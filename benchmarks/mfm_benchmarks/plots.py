@@ -188,7 +188,7 @@ def by_steps(
     extra_name: str,
     yscale: str = "linear",
 ) -> LineChart:
-    """Numbers by the network evaluations of a draw, a panel for each outer time.
+    """Numbers by the network evaluations of a draw, a panel for each outer time of which there are some.
 
     Args:
         found: by time and name, such as "MFM 4".
@@ -204,6 +204,7 @@ def by_steps(
         }
         if (t, extra_name) in found:
             panel[extra_name] = extra(found[t, extra_name])
-        panels[f"t = {t:g}"] = panel
+        if any(panel.values()):  # some times may not be computed yet
+            panels[f"t = {t:g}"] = panel
     first = next(iter(kinds), "")
     return lines(panels, "network evaluations per draw", ylabel, yscale=yscale, ours=[first], baselines=[extra_name])

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mfm_benchmarks.blocks import Block
+from mfm_benchmarks.blocks import Block, Text
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.spec import Spec
 from mfm_rewards.registry import nearest
@@ -90,6 +90,15 @@ class Results:
 
     def __contains__(self, cell: object) -> bool:
         return isinstance(cell, Cell) and cell.name in self._outcomes
+
+
+def no_result(results: Results) -> Text:
+    """In place of a report on nothing: why there is none."""
+    if results.missing:
+        return Text(
+            "No result", ["None of these results is there yet: what is not computed, and what failed, is above."]
+        )
+    return Text("No result", ["Every run failed; the messages are above."])
 
 
 class MissingInput(FileNotFoundError):

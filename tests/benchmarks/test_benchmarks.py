@@ -28,7 +28,7 @@ from mfm_benchmarks.parts.best_of_n import BestOfNPool
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec
 from mfm_benchmarks.store import Store
-from mfm_benchmarks.suite import Cell, Outcome, Suite, suites
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, no_result, suites
 from mfm_benchmarks.suites.alignment import AlignmentSuite, RewardSettings
 from mfm_lightning.alignment import DrawGradient, FeynmanKac, Search, Steering, Target, TimeGrid
 from mfm_lightning.alignment.nfe import Meter
@@ -670,3 +670,10 @@ def test_seconds_of_best_of_n_are_those_of_the_candidates_so_far():
     found = pool.choose(target, blocks, torch.device("cpu"), None).numbers["wall_time"]
     for seconds, of_pool in zip(found, (100, 1_100, 11_100), strict=True):
         assert of_pool < seconds < of_pool + 10
+
+
+def test_a_report_on_nothing_says_whether_it_failed_or_is_not_there_yet():
+    results = Results()
+    assert "Every run failed" in no_result(results).paragraphs[0]
+    results.missing = ["a result"]
+    assert "is there yet" in no_result(results).paragraphs[0]

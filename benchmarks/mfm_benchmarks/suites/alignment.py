@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_benchmarks.blocks import Block, Text
+from mfm_benchmarks.blocks import Block
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import SHOWN, measure, noise
 from mfm_benchmarks.methods import MethodSettings, Point, job, points
@@ -20,7 +20,7 @@ from mfm_benchmarks.parts.entry import Entry
 from mfm_benchmarks.parts.reward_report import BEST, RewardReport
 from mfm_benchmarks.quality import ClassifierQuality, Quality
 from mfm_benchmarks.spec import Spec, plain
-from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, no_result
 from mfm_lightning.alignment import BestOfN
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.metrics.distances import frequency_distance, pairwise_distance
@@ -272,7 +272,7 @@ class AlignmentSuite(Suite):
         entries = {reward: list(self._entries(reward, results)) for reward in self.rewards}
         entries = {reward: found for reward, found in entries.items() if found}
         if not entries:
-            return [Text("No result", ["Every run failed; the messages are above."])]
+            return [no_result(results)]
         samples = f"{self.num_samples} samples for each of {len(self.seeds)} seeds."
         if len(self.seeds) == 1:
             samples = f"{self.num_samples} samples of 1 seed, so that intervals are over samples alone."

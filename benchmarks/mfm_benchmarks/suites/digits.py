@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mfm_benchmarks.blocks import Block, Text
+from mfm_benchmarks.blocks import Block
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.models import ModelSettings, Subject
 from mfm_benchmarks.parts.frequencies import FrequencyComparison
@@ -16,7 +16,7 @@ from mfm_benchmarks.parts.posterior_recovery import PosteriorRecovery
 from mfm_benchmarks.parts.value_estimation import ValueComparison
 from mfm_benchmarks.quality import ClassifierQuality
 from mfm_benchmarks.spec import Spec
-from mfm_benchmarks.suite import Cell, Results, Suite
+from mfm_benchmarks.suite import Cell, Results, Suite, no_result
 from mfm_lightning.alignment.target import Target
 
 
@@ -109,4 +109,4 @@ class DigitsSuite(Suite):
 
     def report(self, results: Results) -> Sequence[Block]:
         found = list(itertools.chain(*self.parts(results)))
-        return found or [Text("No result", ["Every run failed; the messages are above."])]
+        return found or [no_result(results)]

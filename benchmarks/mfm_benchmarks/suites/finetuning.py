@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfm_benchmarks.blocks import Block, Text
+from mfm_benchmarks.blocks import Block
 from mfm_benchmarks.finetuning import Checkpoint, FineTuning, Problem, Training, train
 from mfm_benchmarks.finetuning.evaluation import worth
 from mfm_benchmarks.fitting import Fit
@@ -22,7 +22,7 @@ from mfm_benchmarks.parts.finetuning_report import FinetuningReport
 from mfm_benchmarks.parts.tuned_models import FlowSettings, Rewarded, TunedFlow, TunedMap, TunedModel
 from mfm_benchmarks.quality import Quality
 from mfm_benchmarks.spec import Spec, build, plain
-from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, no_result
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.checkpoints import CheckpointError
 from mfm_lightning.conditions import Conditions
@@ -362,7 +362,7 @@ class FinetuningSuite(Suite):
                 )
             )
         if not curves:
-            return [Text("No result", ["Every run failed; the messages are above."])]
+            return [no_result(results)]
         rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
         seeds = f"for each of {len(self.seeds)} training seeds"
         if len(self.seeds) == 1:

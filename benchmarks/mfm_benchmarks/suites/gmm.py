@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table, Text
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table
 from mfm_benchmarks.charts import CloudChart, LineChart
 from mfm_benchmarks.claims import change, listed, verdict
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.measure import noise
-from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, described
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, described, no_result
 from mfm_lightning.alignment import (
     AlignmentMethod,
     FeynmanKac,
@@ -227,7 +227,7 @@ class MixtureSuite(Suite):
     def report(self, results: Results) -> Sequence[Block]:
         done = {key: parts for key, cells in self._cells.items() if (parts := results.all(cells)) is not None}
         if not done:
-            return [Text("No result", ["Every run failed; the messages are above."])]
+            return [no_result(results)]
         found = {key: {what: _over_seeds(key[0], what, parts) for what in DISTANCES} for key, parts in done.items()}
         caption = (
             f"{self.num_samples} samples of each method are compared with {self.num_reference} exact ones; "

@@ -24,7 +24,7 @@ from mfm_benchmarks.parts.prompt_report import COLUMNS, PromptReport
 from mfm_benchmarks.parts.reward_report import BASE, BEST
 from mfm_benchmarks.parts.value_estimation import ValueComparison
 from mfm_benchmarks.spec import Spec, plain
-from mfm_benchmarks.suite import Cell, Results, Suite
+from mfm_benchmarks.suite import Cell, Results, Suite, no_result
 from mfm_benchmarks.suites.alignment import RewardSettings
 from mfm_lightning.alignment import BestOfN, TimeGrid
 from mfm_lightning.checkpoints import CheckpointError, fingerprint
@@ -301,7 +301,7 @@ class TextToImageSuite(Suite):
                     entries.setdefault(reward, []).extend([] if entry is None else [entry])
         draws = [] if self._draws is None else self._draws.blocks(results)
         if not any(entries.values()):
-            return draws or [Text("No result", ["Every run failed; the messages are above."])]
+            return draws or [no_result(results)]
         if gone := [e.folder for found in entries.values() for e in found if not len(e.images)]:
             notes.append(f"The images in {', '.join(dict.fromkeys(gone))} were deleted, so they are in no picture.")
         shown = [prompt.text for prompt in self._source.prompts[: self.shown]]

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table, Text
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table
 from mfm_benchmarks.charts import LineChart
 from mfm_benchmarks.claims import TIMES, counted
 from mfm_benchmarks.fitting import Fit
 from mfm_benchmarks.parts.recipe_samples import RecipeSamples
 from mfm_benchmarks.parts.reference_draws import ReferenceDraws
 from mfm_benchmarks.spec import Spec
-from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, no_result
 from mfm_lightning.checkpoints import is_there, load_model
 from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs, rounded
 
@@ -188,7 +188,7 @@ class TrainingRecipesSuite(Suite):
                 if "frechet" in numbers and steps == self.steps[-1]:
                     frechet.setdefault(name, {})[seed] = numbers["frechet"]
         if not found:
-            return [Text("No result", ["No training is there; the messages are above."])]
+            return [no_result(results)]
         why = "the time of a step was not measured" if self._timing not in results else ""
         if not any(name == first for name, _ in found):
             why = f"there is no training of {first}, which the others are compared with"

@@ -10,13 +10,13 @@ from typing import Any, get_args
 import torch
 
 from mfm_benchmarks import plots
-from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table, Text
+from mfm_benchmarks.blocks import Block, Claims, Headline, Picture, Summary, Table
 from mfm_benchmarks.claims import TIMES
 from mfm_benchmarks.parts.adapter_steps import AdapterSize
 from mfm_benchmarks.parts.adapter_tangents import AdapterTangents
 from mfm_benchmarks.parts.attention_tangents import AttentionSize, AttentionTangents
 from mfm_benchmarks.parts.training_steps import GPU_VARIANTS, REFERENCE, VARIANTS, Training, Variant
-from mfm_benchmarks.suite import Cell, Outcome, Results, Suite
+from mfm_benchmarks.suite import Cell, Outcome, Results, Suite, no_result
 from mfm_benchmarks.timing import TIMED, Step, count_flops, interleaved, peak_bytes, product_peak
 from mfm_lightning.metrics.measured import Measured, of_runs, ratio_of_runs, rounded
 from mfm_lightning.networks.attention_tangents import AttentionTangent
@@ -208,7 +208,7 @@ class TrainingSpeedSuite(Suite):
                 Table("parts", "Where the time goes", self._part_rows(done), PARTS_CAPTION, keys=[*keys, "part"]),
             ]
         blocks += [*self._tangents.blocks(results), *self._attention.blocks(results)]
-        return blocks or [Text("No result", ["Every run failed; the messages are above."])]
+        return blocks or [no_result(results)]
 
     def _summary(self, done: Done) -> list[Block]:
         """The default step against the reference, over sizes and precisions."""
