@@ -151,12 +151,12 @@ class RewardReport:
             "reward": reward, "method": e.method, "λ": _lambda(e.scale), "setting": e.label, "NFE": round(e.nfe),
             "times fewer NFE": cheapest.fewer, "gain in reward": cheapest.gain,
         }  # fmt: skip
+        if cheapest.ratio is not None:
+            near = {1: "yes", -1: "no", 0: "not decided"}[cheapest.near]
+            row |= {"Fréchet ratio": cheapest.ratio, f"ratio at most {self.frechet_limit:g}": near}
         if e.wall_time and best.wall_time:
             row |= {"seconds a sample": e.wall_time, "times fewer seconds": best.wall_time / e.wall_time}
-        if cheapest.ratio is None:
-            return row
-        near = {1: "yes", -1: "no", 0: "not decided"}[cheapest.near]
-        return {**row, "Fréchet ratio": cheapest.ratio, f"ratio at most {self.frechet_limit:g}": near}
+        return row
 
     def _headline(self, reward: str, cheaper: Sequence[Contest], number: str) -> tuple[str, str]:
         """The setting with the fewest evaluations that is above and near; else whether there may be one."""
