@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,6 +12,12 @@ log = logging.getLogger(__name__)
 Corrupt = Literal["raise", "skip"]  # what a DataModule does at a damaged sample
 _WARNINGS = 10  # in each process; all are counted
 _PLACES = 1 << 20
+
+
+def check_corrupt(corrupt: str) -> None:
+    """Raises ValueError for a word that is none of `Corrupt`."""
+    if corrupt not in get_args(Corrupt):
+        raise ValueError(f"corrupt {corrupt!r}: expected one of {', '.join(get_args(Corrupt))}")
 
 
 class Skipped:

@@ -152,10 +152,8 @@ class TrainingSpeedSuite(Suite):
         return [v for v in self._variants if v.name == DEFAULT]
 
     def _compute(self, size: str, batch: int, precision: Precision) -> Outcome:
-        training, variants = (
-            Training(self._network(size), batch, precision, self.device),
-            self._variants_at(size, batch),
-        )
+        training = Training(self._network(size), batch, precision, self.device)
+        variants = self._variants_at(size, batch)
         compiled = any(variant.compile for variant in variants)
         by_compile = {False: training} | ({True: training.compiled()} if compiled else {})
 

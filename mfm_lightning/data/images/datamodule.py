@@ -19,7 +19,7 @@ from mfm_lightning.data.images.reading import SplitReader, TrainBatches, refused
 from mfm_lightning.data.images.source import LabelledImages, names_line
 from mfm_lightning.data.images.splits import Split, labels_of, stratified, whole
 from mfm_lightning.data.indexed import IndexedDataModule, Samples, part_fingerprint
-from mfm_lightning.data.skipped import Corrupt, Skipped
+from mfm_lightning.data.skipped import Corrupt, Skipped, check_corrupt
 from mfm_lightning.utils.decoding import ImageError
 from mfm_lightning.utils.digests import digest, digest_of
 from mfm_lightning.utils.distributed import is_first_rank
@@ -83,8 +83,7 @@ class ImageDataModule(IndexedDataModule):
         corrupt: Corrupt = "raise",
     ) -> None:
         super().__init__(batch_size, seed)
-        if corrupt not in ("raise", "skip"):
-            raise ValueError(f"corrupt {corrupt!r}: expected one of raise, skip")
+        check_corrupt(corrupt)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels {channels}: expected 1 (grey) or 3 (colour)")
         if size is not None and size < 1:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +18,7 @@ from mfm_lightning.data.latents.epoch_plan import EpochPlan, FewShards
 from mfm_lightning.data.latents.index import LatentIndex, LatentIndexError, Shard, read_classes, read_null
 from mfm_lightning.data.latents.stream import LatentLoader, LatentStream, Reading
 from mfm_lightning.data.latents.urls import join, local_path
-from mfm_lightning.data.skipped import Corrupt, Skipped
+from mfm_lightning.data.skipped import Corrupt, Skipped, check_corrupt
 from mfm_lightning.networks.decoders import Decoder, decoded
 from mfm_lightning.utils.digests import digest_of
 
@@ -96,11 +96,9 @@ class LatentShards(StepDataModule):
             )
         if classes is not None and (not classes or min(classes) < 0):
             raise ValueError(f"classes {classes} must be labels from 0 on, or left out")
-        for name, value, allowed in (
-            ("few_shards", few_shards, ("split", "error", "resample")), ("corrupt", corrupt, ("raise", "skip")),
-        ):  # fmt: skip
-            if value not in allowed:
-                raise ValueError(f"{name} {value!r}: expected one of {', '.join(allowed)}")
+        if few_shards not in get_args(FewShards):
+            raise ValueError(f"few_shards {few_shards!r}: expected one of {', '.join(get_args(FewShards))}")
+        check_corrupt(corrupt)
         self.folder, self.val_folder, self.val_shards = str(folder), val_folder and str(val_folder), val_shards
         self.num_workers, self.classes = num_workers, classes
         self.few_shards: FewShards = few_shards

@@ -16,7 +16,7 @@ from mfm_lightning.data.base import StepDataModule, check_same_data, counted, sa
 from mfm_lightning.data.images.pixels import PixelForm, to_images
 from mfm_lightning.data.latent_form import Holds, LatentForm, check_holds
 from mfm_lightning.data.latents.urls import local_path
-from mfm_lightning.data.skipped import Corrupt, Skipped
+from mfm_lightning.data.skipped import Corrupt, Skipped, check_corrupt
 from mfm_lightning.data.web.batches import Epochs, HeldOutLoader, WebStream
 from mfm_lightning.data.web.fields import Fields
 from mfm_lightning.data.web.samples import SampleReader, count_labels
@@ -121,8 +121,7 @@ class WebDatasetDataModule(StepDataModule):
         ):  # fmt: skip
             if value is not None and value < least:
                 raise ValueError(f"{name} {value} must be at least {least}")
-        if corrupt not in ("raise", "skip"):
-            raise ValueError(f"corrupt {corrupt!r}: expected one of raise, skip")
+        check_corrupt(corrupt)
         self.urls = expand_urls(urls, allow_pipe)
         self.val_urls = None if val_urls is None else expand_urls(val_urls, allow_pipe)
         say_shared(self.urls, self.val_urls or [])
