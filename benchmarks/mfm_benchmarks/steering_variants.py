@@ -1,5 +1,6 @@
-"""Variants of MFM-G at equal evaluations: noise kept between steps, antithetic draws, draws that grow with time, and an
-amortised value beside a draw; reward, realism, and shares of classes, from the same noise:
+"""Variants of MFM-G at equal evaluations: noise kept between steps, antithetic draws, draws that grow with time, draws
+of earlier steps used again, steps placed by a pilot, and an amortised value beside a draw; reward, realism, and shares
+of classes, from the same noise:
 
     python -m mfm_benchmarks.steering_variants [--value outputs/mnist/value/value.safetensors] [--budget 90]
 
@@ -10,18 +11,21 @@ backward, and the drift; an amortised value takes 2. Each variant has as many st
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mfm_benchmarks.mnist_steering import REWARDS, Judged, MnistSteering
 from mfm_lightning.alignment.method import TimeGrid
-from mfm_lightning.alignment.steering import Steering
+from mfm_lightning.alignment.steering import Steering, steer
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawGradient, Estimate, GradientEstimator, NetworkGradient
-from mfm_lightning.interpolant import Generators, Times
+from mfm_lightning.interpolant import Generators, Times, as_times, diffusion, randn
 from mfm_lightning.metrics.distances import frequency_distance
 from mfm_lightning.metrics.measured import mean_of, resampled
 from mfm_lightning.utils.console import track, write_table
@@ -76,10 +80,92 @@ class Between(GradientEstimator):
 
     def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
         drawn, amortised = (part(target, t, x, generator) for part in (DrawGradient(), self.network))
-        assert drawn.gradient is not None  # of both
-        assert amortised.gradient is not None
-        gradient = (1 - self.share) * drawn.gradient + self.share * amortised.gradient
+        gradient = (1 - self.share) * gradient_of(drawn) + self.share * gradient_of(amortised)
         return Estimate(gradient, drawn.value, drawn.ess)
+
+
+@dataclass
+class Reused(GradientEstimator):
+    """MFM-G whose steering is made of earlier draws, too: P = (sigma^2/2) grad V, which varies less with t than grad V.
+
+    Args:
+        keep: what is kept of the earlier steps' P; the rest is of a new draw.
+        held: steps for which a draw's P is used; those without a draw take the drift alone.
+        corrected: the earlier P is first moved to the new state by the new draw, P(x_k) - P(x_{k-1}) with its noise: a
+            control variate (STORM, Cutkosky & Orabona, arXiv 1905.10018), at twice the draws.
+    """
+
+    keep: float = 0.0
+    held: int = 1
+    corrected: bool = False
+    needs_reward_gradient = True
+
+    def __post_init__(self) -> None:
+        self.step, self.last, self.before = 0, None, None
+
+    def __call__(self, target: Target, t: Times, x: Tensor, generator: Generators = None) -> Estimate:
+        half = float(diffusion(torch.as_tensor(t).reshape(-1)[0]))  # all samples have the same time
+        if self.last is not None and self.step % self.held:
+            found, value = self.last, x.new_zeros(len(x))
+        else:
+            noise = randn((len(x), 1, *x.shape[1:]), x, generator)
+            estimate = GivenNoise(noise)(target, t, x)
+            found, value = half * gradient_of(estimate), estimate.value
+            if self.last is not None:
+                earlier = self.last
+                if self.corrected and self.before is not None:
+                    then, state, weight = self.before
+                    earlier = earlier + found - weight * gradient_of(GivenNoise(noise)(target, then, state))
+                found = self.keep * earlier + (1 - self.keep) * found
+        self.step, self.last, self.before = self.step + 1, found, (t, x.clone(), half)
+        return Estimate(found / half, value, torch.ones_like(value))
+
+
+class GivenNoise(DrawGradient):
+    """MFM-G by a draw of this noise `(B, 1, *shape)`."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self.given = given
+
+    def noise(self, x: Tensor, generator: Generators) -> Tensor:
+        return self.given
+
+
+def gradient_of(estimate: Estimate) -> Tensor:
+    """The gradient, which is there."""
+    assert estimate.gradient is not None
+    return estimate.gradient
+
+
+@dataclass
+class PlacedTimes(TimeGrid):
+    """Times that are given, the first and the last included."""
+
+    given: tuple[float, ...] = ()
+
+    @property
+    def times(self) -> list[float]:
+        return list(self.given)
+
+
+def placed(steps: int, target: Target, noise: Tensor, pilot: int = 50) -> PlacedTimes:
+    """Times between which the steering of a pilot of so many steps turns by equal shares: a step's error is the change
+    of the steering's rate times its length squared, so that the density of steps is the root of that change."""
+    method = Steering(KeptNoise(), TimeGrid(pilot), clip=2.0, base_step="flow_map")
+    states = [noise]
+    steer(target, noise, method, torch.Generator(noise.device).manual_seed(2), lambda k, x: states.append(x))
+    pairs, rates = method.grid.pairs(None), []
+    with torch.no_grad():
+        for (now, then), x, after in zip(pairs, states[:-1], states[1:], strict=True):
+            base = target.expand(x).base_flow_map(as_times(now, x), then, x)
+            rates.append((after - base).double() / (then - now))
+    turns = [(b - a).flatten(1).norm(dim=1).mean().sqrt().item() for a, b in itertools.pairwise(rates)]
+    density = np.asarray([turns[0], *turns])
+    edges = np.asarray([now for now, _ in pairs] + [pairs[-1][1]])
+    shares = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
+    inner = np.interp(np.linspace(0, shares[-1], steps + 1)[1:-1], shares, edges)
+    return PlacedTimes(given=(edges[0], *inner.tolist(), edges[-1]))
 
 
 def growing(budget: int) -> list[int]:
@@ -87,23 +173,50 @@ def growing(budget: int) -> list[int]:
     return [n for n, part in ((1, 2), (2, 4), (4, 4)) for _ in range(max(1, round(budget / part / (4 * n + 1))))]
 
 
-def variants(budget: int, value: str | None) -> dict[str, tuple[Callable[[], GradientEstimator], int]]:
-    """By name: what makes the estimator, and the steps."""
-    numbers = growing(budget)
-    found: dict[str, tuple[Callable[[], GradientEstimator], int]] = {
-        FIRST: (DrawGradient, budget // 5),
-        "the same noise at each step": (KeptNoise, budget // 5),
-        "two draws": (lambda: DrawGradient(2), budget // 9),
-        "two draws, antithetic": (lambda: DrawGradient(2, antithetic=True), budget // 9),
-        "two draws, the same noise": (lambda: KeptNoise(2), budget // 9),
-        "draws grow with time, 1 to 4": (lambda: Growing(numbers), len(numbers)),
-        "draws fall with time, 4 to 1": (lambda: Growing(numbers[::-1]), len(numbers)),
+@dataclass
+class Variant:
+    """A way to steer.
+
+    Attributes:
+        estimator: makes one, without what earlier runs have left in it.
+        steps: for which the budget has room.
+        power: of the time grid.
+        pilot: steps are placed by one.
+    """
+
+    estimator: Callable[[], GradientEstimator]
+    steps: int
+    power: float = 1.0
+    pilot: bool = False
+
+    def grid(self, target: Target, noise: Tensor) -> TimeGrid:
+        """Times of the steps."""
+        return placed(self.steps, target, noise[:16]) if self.pilot else TimeGrid(self.steps, power=self.power)
+
+
+def variants(budget: int, value: str | None) -> dict[str, Variant]:
+    """By name."""
+    numbers, one = growing(budget), budget // 5
+    found = {
+        FIRST: Variant(DrawGradient, one),
+        "the same noise at each step": Variant(KeptNoise, one),
+        "two draws": Variant(lambda: DrawGradient(2), budget // 9),
+        "two draws, antithetic": Variant(lambda: DrawGradient(2, antithetic=True), budget // 9),
+        "two draws, the same noise": Variant(lambda: KeptNoise(2), budget // 9),
+        "draws grow with time, 1 to 4": Variant(lambda: Growing(numbers), len(numbers)),
+        "draws fall with time, 4 to 1": Variant(lambda: Growing(numbers[::-1]), len(numbers)),
+        "half of the steering kept from earlier steps": Variant(lambda: Reused(keep=0.5), one),
+        "the same, moved to the new state": Variant(lambda: Reused(keep=0.5, corrected=True), budget // 9),
+        "a draw for two steps": Variant(lambda: Reused(held=2), 2 * (budget // 6)),
+        "long steps first": Variant(DrawGradient, one, power=0.6),
+        "short steps first": Variant(DrawGradient, one, power=1.7),
+        "steps placed by a pilot": Variant(DrawGradient, one, pilot=True),
     }
     if value is not None:
         network = NetworkGradient(value)
         found |= {
-            "amortised value": (lambda: network, budget // 3),
-            "half a draw, half amortised": (lambda: Between(network, 0.5), budget // 7),
+            "amortised value": Variant(lambda: network, budget // 3),
+            "half a draw, half amortised": Variant(lambda: Between(network, 0.5), budget // 7),
         }
     return found
 
@@ -133,8 +246,10 @@ def main() -> None:
     first: dict[str, Judged] = {}
     for reward, name in track(jobs, describe=lambda job: f"{job[0]}: {job[1]}"):
         target = setup.target(reward)
-        make, steps = every[name]
-        method = Steering(make(), TimeGrid(steps), clip=2.0, base_step="flow_map")
+        variant = every[name]
+        with autocast(device, given.precision):
+            grid = variant.grid(target, setup.noise)
+        method = Steering(variant.estimator(), grid, clip=2.0, base_step="flow_map")
         with autocast(device, given.precision):
             result = method(target, setup.noise, torch.Generator(device).manual_seed(1))
         judged = setup.judge(target, result.states)
@@ -151,7 +266,7 @@ def main() -> None:
             found = resampled(frequency_distance, setup.quality.classes(judged.features), weights / weights.sum())
             said["L2 to the shares"] = found.text(3)
         nfe = round(result.nfe.total / given.samples)
-        rows.append({"reward": reward, "variant": name, "steps": steps, "NFE": nfe, **said})
+        rows.append({"reward": reward, "variant": name, "steps": len(grid.times) - 1, "NFE": nfe, **said})
     title = f"MFM-G at {given.budget} evaluations ({given.samples} samples, {given.precision}, {device})"
     write_table(rows, title, Path("outputs/steering_variants"), "steering_variants")
 

@@ -6,9 +6,10 @@ seconds.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ class Plan:
         parameters: that are trained; largest: those of the largest block.
         teacher: parameters of the teacher.
         activations: bytes, the most that a step holds besides weights and gradients.
+        each: bytes of the activations that one more sample of a device takes; they are linear in the samples.
+        reference: bytes of the activations of the straightforward step, by `torch.func.jvp`, with an inner sample for
+            each term, attention as written, and nothing recomputed; None where it was not asked for.
         student_flops, teacher_flops: floating-point operations of matrix products, for all samples of the device.
         batch_size: samples of a device in a pass; accumulate: passes of a step.
         devices: in all.
@@ -52,6 +56,8 @@ class Plan:
     batch_size: int
     accumulate: int
     devices: int
+    each: float
+    reference: int | None = None
 
     @property
     def flops(self) -> int:
@@ -69,6 +75,11 @@ class Plan:
             found["DDP's gradient buckets"] = FLOAT * self.parameters
         return found
 
+    def largest_batch(self, memory: float, sharded: bool) -> int:
+        """Samples of a device in one pass that fit into `memory` bytes; 0 where even one does not."""
+        fixed = sum(self.memory(sharded).values()) - self.batch_size * self.each
+        return max(0, int((memory - fixed) / self.each))
+
 
 def plan_training(
     network: nn.Module,
@@ -79,6 +90,7 @@ def plan_training(
     precision: Precision = "bf16",
     execution: TrainingExecution | None = None,
     fake: FakeTensorMode | None = None,
+    reference: bool = False,
 ) -> Plan:
     """Plan a step of `MFMPretraining`; the teacher is taken to be a network of the same size.
 
@@ -87,14 +99,15 @@ def plan_training(
     Args:
         network: made within the mode `fake`.
         precision: of the step.
+        reference: count the memory of the straightforward step, too.
     """
     with fake or FakeTensorMode():
         model = MetaFlowMap(network)
+        plain = _straightforward(model, objective, batch_size, precision) if reference else None
         if execution is not None and execution.checkpoint_activations:
             TrainingExecution(checkpoint_activations=True).prepare(network)  # compiling would change little here
         trained = [p for p in model.parameters() if p.requires_grad]
-        with Allocations(model) as allocations:
-            _step(model, objective, batch_size, precision)
+        activations, twice = (_held(model, objective, n * batch_size, precision) for n in (1, 2))
         # attention written out, for its fused kernels are not counted everywhere
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             _step(model, objective, batch_size, precision)
@@ -109,13 +122,29 @@ def plan_training(
         parameters=sum(p.numel() for p in trained),
         largest=max(blocks),
         teacher=sum(p.numel() for p in trained) if needs else 0,
-        activations=allocations.peak,
+        activations=activations,
         student_flops=student + round(forward * _guided_rows(objective)),
         teacher_flops=round(forward * _teacher_rows(objective)) if needs else 0,
         batch_size=batch_size,
         accumulate=accumulate,
         devices=devices,
+        each=(twice - activations) / batch_size,
+        reference=plain,
     )
+
+
+def _held(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> int:
+    """Bytes, the most that a step holds besides weights and gradients."""
+    model.zero_grad(set_to_none=True)
+    with Allocations(model) as allocations:
+        _step(model, objective, batch_size, precision)
+    return allocations.peak
+
+
+def _straightforward(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> int:
+    """Of the step that `Plan.reference` describes."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return _held(model, replace(objective, backend="functorch", share_inner=False), batch_size, precision)
 
 
 def _step(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> None:
@@ -125,7 +154,8 @@ def _step(model: MetaFlowMap, objective: Objective, batch_size: int, precision: 
     with as_on_gpus(), autocast("cpu", precision):
         for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)
-            inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), 0, torch.empty_like(x))
+            # the step is after any curriculum, which is what takes the most memory
+            inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), 0, torch.empty_like(x), sys.maxsize)
             total = total + squared_error(term(model, _NoTeacher(), term.condition(pair), inner)).mean()
     total.backward()
 

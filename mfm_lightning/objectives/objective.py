@@ -36,7 +36,8 @@ class WeightedTerm:
             normalised tangent is p = 0.5. No clipping where None.
         weight: factor of the term.
         start_step: steps of training before the term sets in (e.g. a diagonal-only warm-up).
-        options: arguments of the term by name, such as `steps` of ode_teacher; those of a term of your own.
+        options: arguments of the term by name, such as `steps` of ode_teacher or `alpha_steps` of the Eulerian
+            ones; those of a term of your own.
 
     Raises:
         ValueError: for an unknown name, options that the term does not take, or a clip that is not positive.
@@ -225,5 +226,5 @@ class Objective:
     def _draw(self, pair: Pair, two: bool, step: int) -> InnerSample:
         num, device = len(pair.x1), pair.x1.device
         if not two:
-            return pair.inner(self.inner_times.one(num, device))
-        return pair.inner(*self.inner_times.two(num, device, step), self.inner_times.num_equal(num))
+            return pair.inner(self.inner_times.one(num, device), step=step)
+        return pair.inner(*self.inner_times.two(num, device, step), self.inner_times.num_equal(num), step)

@@ -33,10 +33,10 @@ class Pair:
         """Some of the samples."""
         return Pair(self.x1[rows], self.t[rows], self.x_t[rows], self.conditions.take(rows))
 
-    def inner(self, s: Tensor, u: Tensor | None = None, num_equal: int = 0) -> InnerSample:
-        """An inner sample at times s <= u `(B,)` with fresh noise; u = s where None."""
+    def inner(self, s: Tensor, u: Tensor | None = None, num_equal: int = 0, step: int = 0) -> InnerSample:
+        """An inner sample of a training step at times s <= u `(B,)` with fresh noise; u = s where None."""
         eps = torch.randn_like(self.x1)
-        return InnerSample(s, s if u is None else u, eps, interpolate(s, eps, self.x1), num_equal)
+        return InnerSample(s, s if u is None else u, eps, interpolate(s, eps, self.x1), num_equal, step=step)
 
 
 @dataclass
@@ -50,6 +50,7 @@ class InnerSample:
         x: the inner interpolant (1-s) eps + s x1, `(B, *shape)`.
         num_equal: the first so many samples have u = s.
         teacher_velocity: the teacher's GLASS velocity at (s, x), once a term asked for it.
+        step: of training, for terms that change with it.
     """
 
     s: Tensor
@@ -58,6 +59,7 @@ class InnerSample:
     x: Tensor
     num_equal: int = 0
     teacher_velocity: Tensor | None = None
+    step: int = 0
 
     @property
     def at_start(self) -> Tensor:
@@ -69,7 +71,7 @@ class InnerSample:
     def take(self, rows: slice) -> InnerSample:
         """Some of the samples, all counted as u > s."""
         velocity = None if self.teacher_velocity is None else self.teacher_velocity[rows]
-        return InnerSample(self.s[rows], self.u[rows], self.eps[rows], self.x[rows], 0, velocity)
+        return InnerSample(self.s[rows], self.u[rows], self.eps[rows], self.x[rows], 0, velocity, self.step)
 
 
 @dataclass

@@ -6,6 +6,7 @@ business. `sg` is the stop-gradient: targets are computed without a graph.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -17,6 +18,9 @@ from mfm_lightning.objectives.pairs import InnerSample, Pair
 from mfm_lightning.objectives.teachers import Teacher, teacher_velocity
 from mfm_lightning.samplers import integrate
 from mfm_lightning.tangents import velocity_and_jvp
+
+SHARPNESS, LEAST_ALPHA = 25.0, 0.005  # of alpha-Flow's curriculum
+LEAST_ALPHA_HALF = 0.05  # where v has 8 bits: its rounding is divided by alpha
 
 
 class Term(ABC):
@@ -193,7 +197,37 @@ class LagrangianTeacher(_Lagrangian):
 
 
 class _Eulerian(Consistency):
-    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s the velocity at the start."""
+    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s the velocity at the start.
+
+    With `alpha_steps` the derivative is at first a difference over a share alpha of the way to u, w = s + alpha (u-s):
+
+        v_{s,u} = sg(v_s + (v_{w,u}(x + (w-s) v_s) - v_{s,u}) / alpha + v_{s,u} - v_{w,u}(x + (w-s) v_s)),
+
+    which is v_{s,u} = v_s at alpha = 1 and the derivative at alpha -> 0 (alpha-Flow, Zhang et al., arXiv 2510.20771).
+    Alpha falls from 1 to 0 by that paper's sigmoid, 1 / (1 + e^(25 (k / alpha_steps - 1/2))) at step k, with what is
+    within 0.005 of an end put to it (under autocast 0.05). Between the ends there is no tangent, but one more
+    evaluation.
+
+    Args:
+        backend: how tangents are computed.
+        alpha_steps: of training, after which alpha is 0; 0 for the derivative from the first step.
+
+    Raises:
+        ValueError: for a negative number of steps.
+    """
+
+    def __init__(self, backend: str = "auto", alpha_steps: int = 0) -> None:
+        super().__init__(backend)
+        if alpha_steps < 0:
+            raise ValueError(f"alpha_steps {alpha_steps} must not be negative")
+        self.alpha_steps = alpha_steps
+
+    def alpha(self, step: int, least: float = LEAST_ALPHA) -> float:
+        """Of a training step: 0, 1, or between `least` and 1 - `least`."""
+        if step >= self.alpha_steps:
+            return 0.0
+        found = 1 / (1 + math.exp(SHARPNESS * (step / self.alpha_steps - 0.5)))
+        return found if least <= found <= 1 - least else float(round(found))
 
     @abstractmethod
     def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor: ...
@@ -202,9 +236,24 @@ class _Eulerian(Consistency):
         s, u, x = inner.s, inner.u, inner.x
         with torch.no_grad():
             start = self.start_velocity(model, pair, inner)
+        half = torch.is_autocast_enabled(x.device.type)
+        if alpha := self.alpha(inner.step, LEAST_ALPHA_HALF if half else LEAST_ALPHA):
+            return self._difference(model, pair, inner, start, alpha)
         along_s = (torch.ones_like(s), torch.zeros_like(u), start)
         v, dv = velocity_and_jvp(model, s, u, x, pair.t, pair.x_t, along_s, pair.conditions, self.backend)
         return v - (start + expand(u - s, x) * dv).detach()
+
+    def _difference(self, model: MetaFlowMap, pair: Pair, inner: InnerSample, start: Tensor, alpha: float) -> Tensor:
+        """The residual with a difference in place of the derivative; alpha in (0, 1]."""
+        s, u, x = inner.s, inner.u, inner.x
+        v = model(s, u, x, pair.t, pair.x_t, pair.conditions)
+        if alpha == 1:
+            return v - start
+        with torch.no_grad():
+            step = alpha * (u - s)
+            later = model(s + step, u, x + expand(step, x) * start, pair.t, pair.x_t, pair.conditions)
+            target = start + (1 / alpha - 1) * (later - v)
+        return v - target
 
     def diagonal(self, model: MetaFlowMap, teacher: Teacher | None, pair: Pair, inner: InnerSample) -> Tensor:
         with torch.no_grad():

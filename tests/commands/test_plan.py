@@ -7,11 +7,12 @@ import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mfm_benchmarks.parts.training_steps import Training, Variant
+from mfm_benchmarks.parts.training_steps import VARIANTS, Training, Variant
 from mfm_benchmarks.timing import count_flops, peak_bytes
 from mfm_lightning.commands.config_plan import MODULE, plan_config
+from mfm_lightning.commands.errors import CommandLineError
 from mfm_lightning.commands.main import run
-from mfm_lightning.commands.planning import plan_training
+from mfm_lightning.commands.planning import Plan, plan_training
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import TrainingExecution
@@ -40,6 +41,42 @@ def test_activations_and_operations_are_those_of_a_real_step(precision, checkpoi
     assert real - gradients < 1.05 * plan.activations
     assert plan.activations < 1.05 * real
     assert plan.flops == pytest.approx(count_flops(lambda: training.backward(variant)), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
+def test_memory_of_the_straightforward_step_is_that_of_a_real_one(precision):
+    """Within 10 % of `torch.func.jvp` with attention as written, whichever way the planned step itself goes."""
+    training = Training(NETWORK, 32, precision, torch.device("cpu"))
+    training.restore()
+    gradients = 4 * sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+    real = peak_bytes(lambda: training.backward(VARIANTS[0]), torch.device("cpu"))
+    objective = Objective(pairs=PairSampler(guidance_scale=2.5), share_inner=True)
+    execution = TrainingExecution(checkpoint_activations=True)
+    plans = []
+    for asked in (True, False):
+        with FakeTensorMode() as fake:
+            network = DiT(**NETWORK)
+        plans.append(plan_training(network, objective, 32, 1, 1, precision, execution, fake, reference=asked))
+    assert plans[0].reference == pytest.approx(real - gradients, rel=0.1)
+    assert plans[1].reference is None
+    assert plans[0].activations == plans[1].activations < 0.3 * plans[0].reference  # nothing is left behind
+
+
+@pytest.mark.slow
+def test_the_largest_batch_is_the_one_that_just_fits():
+    """Planned anew at that batch, all fits; at one of one percent and a sample more it does not."""
+
+    def plan(batch: int) -> Plan:
+        with FakeTensorMode() as fake:
+            network = DiT(**NETWORK | {"depth": 2, "encoder_depth": 1})
+        return plan_training(network, Objective(), batch, devices=4, precision="fp32", fake=fake)
+
+    few, memory = plan(4), 2e8
+    most = few.largest_batch(memory, sharded=False)
+    assert 20 < most < few.largest_batch(memory, sharded=True)
+    assert sum(plan(most).memory(False).values()) <= memory < sum(plan(most + 1 + most // 100).memory(False).values())
+    assert few.largest_batch(1e6, sharded=False) == 0  # less than the weights
 
 
 @pytest.mark.slow
@@ -104,6 +141,12 @@ def test_command_and_its_errors(capsys, tmp_path):
     assert "1.51 M trained parameters" in printed
     assert "1,024 samples on 4 devices" in printed
     assert "too much" in printed
+    assert "largest batch" in printed
+    assert "straightforward" not in printed
+    run(["plan", "--config", "configs/digits/mfm.yaml", "--reference"])
+    assert "activations of the straightforward step (torch.func.jvp" in capsys.readouterr().out
+    with pytest.raises(CommandLineError, match="--reference is for training of MFMPretraining"):
+        run(["plan", "--config", "text_to_image/sd3/steer", "--reference"])
     with pytest.raises(ValueError, match=r"trains mfm_lightning\.modules\.RewardAlignment: mfm plan knows"):
         run(["plan", "--config", "configs/digits/steer.yaml"])
     text = Path("configs/digits/mfm.yaml").read_text().replace("hidden_size: 128", "hidden_sise: 128")

@@ -95,11 +95,68 @@ def test_a_share_of_the_inner_times_is_the_step_of_a_draw():
             InnerTimes(equal_rate=equal, draw_rate=draw)
 
 
+def alpha_term(alpha: float):
+    """eulerian_teacher, whose alpha is the same at all steps."""
+    term = WeightedTerm("eulerian_teacher", options={"alpha_steps": 1}).build("auto")
+    term.alpha = lambda step, least: alpha
+    return term
+
+
+def test_a_difference_over_a_share_of_the_way_comes_to_the_derivative():
+    """alpha-Flow (arXiv 2510.20771): on a flow map that is wrong, the residual with a difference is that with the
+    derivative, to first order in alpha; at alpha = 1 it is v_{s,u} - v_s. Its gradient is that of v_{s,u} alone."""
+    torch.manual_seed(0)
+    pair, model, teacher = gaussian_pair(500), gaussian_model(), gaussian_teacher()
+    with torch.no_grad():
+        model.network.one.fill_(1.1)
+    s, u = torch.rand(2, 500, dtype=torch.float64).sort(dim=0).values
+    inner = pair.inner(s, u)
+    inner.teacher_velocity = teacher_velocity(teacher, s, inner.x, pair.t, pair.x_t, pair.conditions)
+    residuals = {a: alpha_term(a)(model, teacher, pair, inner) for a in (1.0, 1e-2, 5e-3, 2.5e-3, 0.0)}
+    v = model(s, u, inner.x, pair.t, pair.x_t, pair.conditions)
+    assert (residuals[1.0] - (v - inner.teacher_velocity)).abs().max() < 1e-12
+    errors = [(residuals[a] - residuals[0.0]).abs().mean().item() for a in (1e-2, 5e-3, 2.5e-3)]
+    assert errors[0] < 0.02 * residuals[0.0].abs().mean()
+    assert all(1.9 < coarse / fine < 2.1 for coarse, fine in pairwise(errors)), errors
+    slope = [
+        torch.autograd.grad(x.sum(), model.network.one, retain_graph=True)[0].item()
+        for x in (v, residuals[1e-2], residuals[0.0])
+    ]
+    assert slope[1] == pytest.approx(slope[0], rel=1e-9)
+    assert slope[2] == pytest.approx(slope[0], rel=1e-9)
+
+
+def test_alpha_falls_by_a_sigmoid_and_the_objective_follows_it():
+    term = WeightedTerm("eulerian_teacher", options={"alpha_steps": 1000}).build("auto")
+    # 1 / (1 + e^(25 (k/1000 - 1/2))): 0.9241, 0.5, 0.0759; 0.9981 and 0.0019 are put to the ends
+    expected = [1.0, 1.0, 0.9241418, 0.5, 0.0758582, 0.0, 0.0, 0.0]
+    assert [term.alpha(k) for k in (0, 250, 400, 500, 600, 750, 1000, 10**9)] == pytest.approx(expected, abs=1e-7)
+    assert (term.alpha(650), term.alpha(650, 0.05)) == (pytest.approx(0.0229774, abs=1e-7), 0.0)  # e^3.75 = 42.52
+    assert WeightedTerm("mean_flow").build("auto").alpha(0) == 0.0
+    with pytest.raises(ValueError, match="alpha_steps -1 must not be negative"):
+        Objective([WeightedTerm("eulerian_teacher", options={"alpha_steps": -1})])
+
+    model, teacher = gaussian_model(), gaussian_teacher()
+    with torch.no_grad():
+        model.network.one.fill_(1.1)
+
+    def loss(step: int, **options: int) -> float:
+        torch.manual_seed(0)
+        terms = [WeightedTerm("eulerian_teacher", p=0.0, options=options)]
+        objective = Objective(terms, PairSampler(class_dropout=0.0), InnerTimes(equal_rate=0.25))
+        return objective(model, teacher, torch.randn(64, 2).double(), Conditions(), step)["loss"].item()
+
+    assert loss(0, alpha_steps=1000) == loss(200, alpha_steps=1000) != pytest.approx(loss(0))
+    assert loss(1000, alpha_steps=1000) == loss(0)
+    assert loss(400, alpha_steps=1000) not in (loss(0), loss(0, alpha_steps=1000))
+
+
 def test_options_of_a_term_are_its_own():
     for name, options, said in (
         ("ode_teacher", {"step": 8}, "'ode_teacher' has the options steps, got step"),
         ("ode_teacher", {"backend": "functorch"}, "has the options steps, got backend"),
-        ("mean_flow", {"steps": 8}, "'mean_flow' has no options, got steps"),
+        ("mean_flow", {"steps": 8}, "'mean_flow' has the options alpha_steps, got steps"),
+        ("semigroup", {"steps": 8}, "'semigroup' has no options, got steps"),
         ("data_diagonal", {"steps": 8}, "'data_diagonal' has no options, got steps"),
     ):
         with pytest.raises(ValueError, match=said):

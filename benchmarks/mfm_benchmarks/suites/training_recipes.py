@@ -59,6 +59,7 @@ class TrainingRecipesSuite(Suite):
         fits: jobs that make what the config needs, by the file that each writes.
         rounds: how often the steps of each recipe are timed, all in turns.
         samples: images of which the Fréchet distance is told besides; None where there are none.
+        precision: `trainer.precision` of all recipes but those that have one of their own; the config's where None.
     """
 
     name = "training-recipes"
@@ -82,10 +83,11 @@ class TrainingRecipesSuite(Suite):
         fits: dict[str, str] | None = None,
         rounds: int = 3,
         samples: RecipeSamples | None = None,
+        precision: str | None = None,
     ) -> None:
         self.fit_config, self.recipes, self.draws = fit_config, dict(recipes), draws
         self.steps, self.seeds, self.files, self.rounds = sorted(steps), list(seeds), dict(fits or {}), rounds
-        self.samples = samples
+        self.samples, self.precision = samples, precision
         if not self.recipes or not self.seeds or not self.steps or min(self.steps) <= WARM_UP or rounds < 1:
             raise ValueError(f"a comparison needs a recipe, a seed, a round, and more than {WARM_UP} steps")
         self._skipped: dict[str, str] = {}
@@ -145,6 +147,7 @@ class TrainingRecipesSuite(Suite):
         options = {
             "trainer.default_root_dir": str(folder), "trainer.logger": False, "seed_everything": seed,
             "trainer.max_steps": steps, "trainer.val_check_interval": steps, "trainer.limit_val_batches": 0,
+            **({} if self.precision is None else {"trainer.precision": self.precision}),
             **self.recipes[name].options.value,
         }  # fmt: skip
         return Fit(self.fit_config, str(folder / "model.safetensors"), options, list(self.files), remember=True)
