@@ -225,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--value", help="a value network of the class mixture: mfm fit --config mnist/value")
     parser.add_argument("--budget", type=int, default=90, help="evaluations a sample")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0], help="factors of the steering")
     parser.add_argument("--samples", type=int, default=128, help="of each variant")
     parser.add_argument("--rewards", nargs="+", default=list(REWARDS), choices=list(REWARDS))
     parser.add_argument("--variants", nargs="+", help="names, or how they begin; the first variant is always run")
@@ -241,15 +242,16 @@ def main() -> None:
         every = {name: each for name, each in every.items() if name.startswith((FIRST, *given.variants))}
     plain = variants(given.budget, None)
     # the value is that of the class mixture
-    jobs = [(reward, name) for reward in given.rewards for name in every if name in plain or reward == MIXTURE]
+    names = [(reward, name) for reward in given.rewards for name in every if name in plain or reward == MIXTURE]
+    jobs = [(*job, strength) for job in names for strength in given.strengths]
     rows: list[dict[str, object]] = []
     first: dict[str, Judged] = {}
-    for reward, name in track(jobs, describe=lambda job: f"{job[0]}: {job[1]}"):
+    for reward, name, strength in track(jobs, describe=lambda job: f"{job[0]}: {job[1]}"):
         target = setup.target(reward)
         variant = every[name]
         with autocast(device, given.precision):
             grid = variant.grid(target, setup.noise)
-        method = Steering(variant.estimator(), grid, clip=2.0, base_step="flow_map")
+        method = Steering(variant.estimator(), grid, strength=strength, clip=2.0, base_step="flow_map")
         with autocast(device, given.precision):
             result = method(target, setup.noise, torch.Generator(device).manual_seed(1))
         judged = setup.judge(target, result.states)
@@ -266,7 +268,9 @@ def main() -> None:
             found = resampled(frequency_distance, setup.quality.classes(judged.features), weights / weights.sum())
             said["L2 to the shares"] = found.text(3)
         nfe = round(result.nfe.total / given.samples)
-        rows.append({"reward": reward, "variant": name, "steps": len(grid.times) - 1, "NFE": nfe, **said})
+        rows.append(
+            {"reward": reward, "variant": name, "strength": strength, "steps": len(grid.times) - 1, "NFE": nfe, **said}
+        )
     title = f"MFM-G at {given.budget} evaluations ({given.samples} samples, {given.precision}, {device})"
     write_table(rows, title, Path("outputs/steering_variants"), "steering_variants")
 

@@ -39,6 +39,7 @@ from mfm_lightning.training.run_checkpoints import check_checkpoint
 from mfm_lightning.utils.configs import DEFAULTS, find_config, read_config
 from mfm_lightning.utils.console import console
 from mfm_lightning.utils.distributed import is_first_rank
+from mfm_rewards.execution import warn_if_bf16_is_slow
 
 log = logging.getLogger(__name__)
 CALLBACKS = {"ema": EMA, "export": ExportModel, "checkpoint": LastCheckpoint}  # of every run, by their key
@@ -167,6 +168,8 @@ class MFMCLI(LightningCLI):
         self.config_init = self.parser.instantiate_classes(config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
+        if "bf16" in str(self.trainer.precision) and self.trainer.strategy.root_device.type == "cpu":
+            warn_if_bf16_is_slow()
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()  # of LightningModules, which come first

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import platform
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
 import torch
 
 from mfm_rewards.protocol import RewardError, nearest
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +39,19 @@ def autocast(device: torch.device | str, precision: Precision) -> torch.autocast
     kind = torch.device(device).type
     if precision == "fp32":
         return torch.autocast(kind, enabled=False)
+    if precision == "bf16" and kind == "cpu":
+        warn_if_bf16_is_slow()
     return torch.autocast(kind, DTYPES[precision])
+
+
+@cache
+def warn_if_bf16_is_slow() -> None:
+    """Say once where this processor multiplies no bf16, so that bf16 costs time in place of saving it."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        log.warning(
+            "bf16 is slower than fp32 on this CPU, which has neither AVX-512 BF16 nor AMX: leave it to other machines"
+        )
 
 
 @dataclass(frozen=True)

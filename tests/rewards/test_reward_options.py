@@ -9,9 +9,10 @@ import torch
 from jsonargparse import ArgumentParser
 
 import mfm_rewards
+from mfm_lightning.commands.fit import MFMCLI
 from mfm_lightning.commands.reward_tables import options_of
 from mfm_rewards import Reward, RewardError
-from mfm_rewards.execution import Execution, as_execution, autocast
+from mfm_rewards.execution import Execution, as_execution, autocast, warn_if_bf16_is_slow
 from mfm_rewards.pretrained import PretrainedReward
 
 FACTORIES = {name: mfm_rewards.registry.factory(name) for name in mfm_rewards.available()}
@@ -33,6 +34,31 @@ def test_pretrained_rewards_share_the_options_of_execution():
     for name in PRETRAINED:
         shown = [option.split(":")[0] for option in options_of(OURS[name])]
         assert shown[-5:] == ["execution", *(f"execution.{field.name}" for field in fields(Execution))]
+
+
+CPUS = [(False, False, "x86_64"), (True, False, "x86_64"), (False, True, "x86_64"), (False, False, "arm64")]
+
+
+@pytest.mark.parametrize(("bf16", "amx", "machine"), CPUS)
+def test_bf16_on_a_cpu_that_multiplies_none_is_said_to_be_slow_once(monkeypatch, caplog, bf16, amx, machine):
+    """By autocast, and by the command line before a job; not for fp32."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    slow = not bf16 and not amx and machine == "x86_64"
+    jobs = [
+        lambda: [autocast("cpu", "bf16") for _ in range(2)],
+        lambda: MFMCLI(["--config", "configs/digits/flow.yaml", "--trainer.precision", "bf16-mixed"], run=False),
+    ]
+    for job in jobs:
+        warn_if_bf16_is_slow.cache_clear()
+        autocast("cpu", "fp32")
+        assert "bf16 is slower" not in caplog.text
+        job()
+        said = [record.message for record in caplog.records if "bf16 is slower than fp32 on this CPU" in record.message]
+        assert len(said) == slow
+        caplog.clear()
+    warn_if_bf16_is_slow.cache_clear()
 
 
 def test_execution_from_what_a_config_holds():
