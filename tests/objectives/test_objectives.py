@@ -115,6 +115,10 @@ def test_a_difference_over_a_share_of_the_way_comes_to_the_derivative():
     residuals = {a: alpha_term(a)(model, teacher, pair, inner) for a in (1.0, 1e-2, 5e-3, 2.5e-3, 0.0)}
     v = model(s, u, inner.x, pair.t, pair.x_t, pair.conditions)
     assert (residuals[1.0] - (v - inner.teacher_velocity)).abs().max() < 1e-12
+    # the paper's loss regresses on alpha v_s + (1 - alpha) v_{w,u}(x_w), and divides by alpha
+    w, x_w = s + 0.4 * (u - s), inner.x + (0.4 * (u - s))[:, None] * inner.teacher_velocity
+    paper = v - (0.4 * inner.teacher_velocity + 0.6 * model(w, u, x_w, pair.t, pair.x_t, pair.conditions))
+    assert (alpha_term(0.4)(model, teacher, pair, inner) - paper / 0.4).abs().max() < 1e-12
     errors = [(residuals[a] - residuals[0.0]).abs().mean().item() for a in (1e-2, 5e-3, 2.5e-3)]
     assert errors[0] < 0.02 * residuals[0.0].abs().mean()
     assert all(1.9 < coarse / fine < 2.1 for coarse, fine in pairwise(errors)), errors
