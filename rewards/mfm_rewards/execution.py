@@ -44,11 +44,17 @@ def autocast(device: torch.device | str, precision: Precision) -> torch.autocast
     return torch.autocast(kind, DTYPES[precision])
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has products of bf16, without which they are slower than those of fp32: AVX-512 BF16 or
+    AMX of x86; of others it is taken to be so."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @cache
 def warn_if_bf16_is_slow() -> None:
     """Say once where this processor multiplies no bf16, so that bf16 costs time in place of saving it."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    if x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if not cpu_multiplies_bf16():
         log.warning(
             "bf16 is slower than fp32 on this CPU, which has neither AVX-512 BF16 nor AMX: leave it to other machines"
         )
