@@ -20,7 +20,7 @@ from mfm_lightning.backbones.scratch import new_pipeline, random_parts, read_jso
 from mfm_lightning.networks.tiny_decoder import TinyDecoder
 from mfm_lightning.utils.row_budget import MaxRows
 from mfm_rewards.execution import DTYPES as EXECUTED
-from mfm_rewards.execution import Precision
+from mfm_rewards.execution import Precision, warn_if_bf16_is_slow
 from mfm_rewards.hub import find_file, find_folder
 from mfm_rewards.weights import CheckpointError
 
@@ -118,6 +118,8 @@ def load_flow(
     pipeline = str(index.get("_class_name"))
     if pipeline not in FAMILIES:
         raise CheckpointError(_unknown(folder, pipeline))
+    if dtype == torch.bfloat16 and not torch.accelerator.is_available():
+        warn_if_bf16_is_slow()
     kind, family = family_of(pipeline), FAMILIES[pipeline][1]
     two_times = None
     if flow_map is not None:

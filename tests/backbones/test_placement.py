@@ -8,7 +8,7 @@ from mfm_lightning.backbones import load_flow
 from mfm_lightning.backbones.placement import Placement
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.modules import PromptAlignment
-from mfm_rewards import build, evaluate
+from mfm_rewards import build, evaluate, execution
 from tests.backbones import encoders, tiny
 from tests.backbones.fast import frozen  # noqa: F401
 
@@ -143,3 +143,14 @@ def test_what_does_not_go_together_is_refused(pipeline):
     assert not Placement.of({"vae": "cpu"}).names_gpus
     assert Placement(vae=torch.device("cuda:1")).names_gpus
     assert Placement.of({"transformer": "balanced"}).names_gpus
+
+
+def test_bf16_without_a_gpu_is_said_to_be_slow_where_the_cpu_multiplies_none(pipeline, monkeypatch, caplog):
+    monkeypatch.setattr(execution, "cpu_multiplies_bf16", lambda: False)
+    for gpu, kind, said in ((False, "bfloat16", 1), (False, "float32", 0), (True, "bfloat16", 0)):
+        execution.warn_if_bf16_is_slow.cache_clear()
+        monkeypatch.setattr("torch.accelerator.is_available", lambda gpu=gpu: gpu)
+        load_flow(pipeline, 16, kind)
+        assert caplog.text.count("bf16 is slower than fp32 on this CPU") == said
+        caplog.clear()
+    execution.warn_if_bf16_is_slow.cache_clear()
