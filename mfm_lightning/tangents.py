@@ -32,10 +32,7 @@ def functorch(model: nn.Module, inner: Inner, tangents: Inner, condition: Condit
         ValueError: if the network's blocks are checkpointed, or the model is sharded, which torch.func.jvp cannot
             differentiate (pytorch issue 182641).
     """
-    if isinstance(model, FSDPModule):
-        raise ValueError("backend 'functorch' does not go with FSDP: use 'explicit' or 'finite_difference'")
-    if getattr(getattr(model, "network", None), "checkpoint_activations", False):
-        raise ValueError("checkpointed activations do not go with backend 'functorch': use 'explicit'")
+    check_backend("functorch", model)
 
     def velocity(s: Tensor, u: Tensor, x: Tensor) -> Tensor:
         return model(s, u, x, *condition)
@@ -51,10 +48,7 @@ def explicit(model: nn.Module, inner: Inner, tangents: Inner, condition: Conditi
     Raises:
         ValueError: if the network has no such rules.
     """
-    if not has_rules(model):
-        raise ValueError(
-            f"{type(model.network).__name__} does not propagate tangents itself: use backend 'auto' or 'functorch'"
-        )
+    check_backend("explicit", model)
     return model(*inner, *condition, tangents=tangents)
 
 
@@ -87,6 +81,24 @@ def finite_difference(model: nn.Module, inner: Inner, tangents: Inner, condition
 def auto(model: nn.Module, inner: Inner, tangents: Inner, condition: Condition) -> tuple[Tensor, Tensor]:
     """`explicit` where the network has rules, else `functorch`."""
     return (explicit if has_rules(model) else functorch)(model, inner, tangents, condition)
+
+
+def check_backend(name: str, model: nn.Module) -> None:
+    """Refuse a model that the backend of that name cannot take.
+
+    Raises:
+        ValueError: as the backends say.
+    """
+    if name == "auto":
+        name = "explicit" if has_rules(model) else "functorch"
+    if name == "explicit" and not has_rules(model):
+        raise ValueError(
+            f"{type(model.network).__name__} does not propagate tangents itself: use backend 'auto' or 'functorch'"
+        )
+    if name == "functorch" and isinstance(model, FSDPModule):
+        raise ValueError("backend 'functorch' does not go with FSDP: use 'explicit' or 'finite_difference'")
+    if name == "functorch" and getattr(getattr(model, "network", None), "checkpoint_activations", False):
+        raise ValueError("checkpointed activations do not go with backend 'functorch': use 'explicit'")
 
 
 def has_rules(model: nn.Module) -> bool:

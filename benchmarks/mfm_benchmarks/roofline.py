@@ -29,7 +29,7 @@ from mfm_lightning.commands.planning import Allocations
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.networks.attention_tangents import as_on_gpus
 from mfm_lightning.tangents import velocity_and_jvp
-from mfm_rewards.execution import Precision, autocast
+from mfm_rewards.execution import DTYPES, Precision
 
 FLOAT = 4  # bytes of weights, gradients, moments and EMA
 ATTENTION = {  # products of a fused kernel, of which torch counts those of GPUs alone
@@ -112,7 +112,8 @@ class PaperStep:
     @contextmanager
     def on_paper(self) -> Iterator[None]:
         """Where parts are run."""
-        with self.fake, as_on_gpus(), autocast("cpu", self.precision):
+        half = torch.autocast("cpu", DTYPES[self.precision], enabled=self.precision != "fp32")
+        with self.fake, as_on_gpus(), half:
             yield
 
     def forward(self) -> Tensor:

@@ -90,7 +90,7 @@ class Reused(GradientEstimator):
 
     Args:
         keep: what is kept of the earlier steps' P; the rest is of a new draw.
-        held: steps for which a draw's P is used; those without a draw take the drift alone.
+        held: steps for which a draw's P is used; those without a draw evaluate the drift alone.
         corrected: the earlier P is first moved to the new state by the new draw, P(x_k) - P(x_{k-1}) with its noise: a
             control variate (STORM, Cutkosky & Orabona, arXiv 1905.10018), at twice the draws.
     """
@@ -149,10 +149,10 @@ class PlacedTimes(TimeGrid):
         return list(self.given)
 
 
-def placed(steps: int, target: Target, noise: Tensor, pilot: int = 50) -> PlacedTimes:
-    """Times between which the steering of a pilot of so many steps turns by equal shares: a step's error is the change
-    of the steering's rate times its length squared, so that the density of steps is the root of that change."""
-    method = Steering(KeptNoise(), TimeGrid(pilot), clip=2.0, base_step="flow_map")
+def placed(steps: int, target: Target, noise: Tensor, strength: float = 1.0, pilot: int = 50) -> PlacedTimes:
+    """Times placed by how fast steering changes in a run of `pilot` steps with kept noise: a step's error is that
+    change times its length squared, so the density of steps is the root. The pilot's evaluations are not counted."""
+    method = Steering(KeptNoise(), TimeGrid(pilot), strength=strength, clip=2.0, base_step="flow_map")
     states = [noise]
     steer(target, noise, method, torch.Generator(noise.device).manual_seed(2), lambda k, x: states.append(x))
     pairs, rates = method.grid.pairs(None), []
@@ -165,7 +165,7 @@ def placed(steps: int, target: Target, noise: Tensor, pilot: int = 50) -> Placed
     edges = np.asarray([now for now, _ in pairs] + [pairs[-1][1]])
     shares = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
     inner = np.interp(np.linspace(0, shares[-1], steps + 1)[1:-1], shares, edges)
-    return PlacedTimes(given=(edges[0], *inner.tolist(), edges[-1]))
+    return PlacedTimes(steps, given=(edges[0], *inner.tolist(), edges[-1]))
 
 
 def growing(budget: int) -> list[int]:
@@ -189,9 +189,11 @@ class Variant:
     power: float = 1.0
     pilot: bool = False
 
-    def grid(self, target: Target, noise: Tensor) -> TimeGrid:
-        """Times of the steps."""
-        return placed(self.steps, target, noise[:16]) if self.pilot else TimeGrid(self.steps, power=self.power)
+    def grid(self, target: Target, noise: Tensor, strength: float = 1.0) -> TimeGrid:
+        """Times of the steps; a pilot is of 16 samples."""
+        if self.pilot:
+            return placed(self.steps, target, noise[:16], strength)
+        return TimeGrid(self.steps, power=self.power)
 
 
 def variants(budget: int, value: str | None) -> dict[str, Variant]:
@@ -205,8 +207,8 @@ def variants(budget: int, value: str | None) -> dict[str, Variant]:
         "two draws, the same noise": Variant(lambda: KeptNoise(2), budget // 9),
         "draws grow with time, 1 to 4": Variant(lambda: Growing(numbers), len(numbers)),
         "draws fall with time, 4 to 1": Variant(lambda: Growing(numbers[::-1]), len(numbers)),
-        "half of the steering kept from earlier steps": Variant(lambda: Reused(keep=0.5), one),
-        "the same, moved to the new state": Variant(lambda: Reused(keep=0.5, corrected=True), budget // 9),
+        "half kept from earlier steps": Variant(lambda: Reused(keep=0.5), one),
+        "half kept, moved to the new state": Variant(lambda: Reused(keep=0.5, corrected=True), budget // 9),
         "a draw for two steps": Variant(lambda: Reused(held=2), 2 * (budget // 6)),
         "long steps first": Variant(DrawGradient, one, power=0.6),
         "short steps first": Variant(DrawGradient, one, power=1.7),
@@ -250,7 +252,7 @@ def main() -> None:
         target = setup.target(reward)
         variant = every[name]
         with autocast(device, given.precision):
-            grid = variant.grid(target, setup.noise)
+            grid = variant.grid(target, setup.noise, strength)
         method = Steering(variant.estimator(), grid, strength=strength, clip=2.0, base_step="flow_map")
         with autocast(device, given.precision):
             result = method(target, setup.noise, torch.Generator(device).manual_seed(1))

@@ -19,7 +19,7 @@ from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import Times, as_times
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules import DiffusionSchedule
-from mfm_lightning.objectives import Objective
+from mfm_lightning.objectives import END, Objective
 from mfm_lightning.objectives.finetuning import regress
 from mfm_lightning.objectives.teachers import Teacher
 
@@ -79,7 +79,7 @@ def plan_pretraining(network: dict[str, Any], objective: Objective, batch_size: 
         adapter._null = base._null = alone  # of the empty prompt; no text encoder is there to make it
         teacher = _GuidedTeacher(MetaFlowMap(base), objective.pairs.guidance_scale > 1)
         model, x1 = MetaFlowMap(adapter), torch.empty(batch_size, *flow.state_shape)
-        return lambda: objective(model, teacher, x1, alone.expand(batch_size), 0)["loss"]
+        return lambda: objective(model, teacher, x1, alone.expand(batch_size), END)["loss"]
 
     found, sizes, peak = _planned(network, None, added, begun)
     return AdapterPlan(*found, batch_size, sizes["trained"], {"transformer": sizes["transformer"]}, peak)

@@ -23,13 +23,20 @@ from mfm_lightning.utils.console import console
 MODULE = "mfm_lightning.modules.MFMPretraining"
 
 
-def plan_config(path: Path, devices: int | None = None, batch_size: int | None = None, reference: bool = False) -> Plan:
+def plan_config(
+    path: Path,
+    devices: int | None = None,
+    batch_size: int | None = None,
+    reference: bool = False,
+    memory: float | None = None,
+) -> Plan:
     """Plan the job of a config.
 
     Args:
         devices: instead of the config's.
         batch_size: instead of the config's.
         reference: count the memory of the straightforward step, too.
+        memory: bytes of a device, for which the largest batch is looked for.
 
     Raises:
         FileNotFoundError: if there is no such config.
@@ -58,6 +65,7 @@ def plan_config(path: Path, devices: int | None = None, batch_size: int | None =
         made.execution,
         fake,
         reference,
+        memory,
     )
 
 
@@ -76,13 +84,13 @@ def show(plan: Plan, memory: float) -> None:
         table.add_row(name, *[f"{column[name] / 1e9:,.2f}" if name in column else "" for column in columns])
     totals = [sum(column.values()) / 1e9 for column in columns]
     table.add_row("sum", *[f"{total:,.2f}{'' if total < memory else '  (too much)'}" for total in totals], style="bold")
-    most = [plan.largest_batch(memory * 1e9, sharded) for sharded in (False, True)]
-    table.add_row("largest batch", *[f"{batch:,}" for batch in most])
+    if plan.most is not None:
+        table.add_row(f"most samples at once in {memory:g} GB", *[f"{samples:,}" for samples in plan.most])
     terminal.print(table)
     if plan.reference is not None:
         terminal.print(
-            "activations of the straightforward step (torch.func.jvp, an inner sample for each term, attention as "
-            f"written): {plan.reference / 1e9:,.2f} GB; this step's: {plan.activations / plan.reference:.2f} times that"
+            "activations of the straightforward step (the same terms by torch.func.jvp, attention as written): "
+            f"{plan.reference / 1e9:,.2f} GB; this step's: {plan.activations / plan.reference:.2f} times that"
         )
     terminal.print(
         f"Of {memory:g} GB. Not counted: CUDA's context and NCCL's buffers (about 1 GB), what the allocator wastes, "

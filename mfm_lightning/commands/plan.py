@@ -33,7 +33,7 @@ def plan(
         image_size: text-to-image; pixels of a side, in place of the config's.
         max_rows: text-to-image; states at once in transformer and VAE, in place of the config's.
         torch_dtype: text-to-image; floating type of the flow, in place of the config's.
-        reference: training; tell the activations of the straightforward step beside, by torch.func.jvp.
+        reference: training; tell what the activations would take by torch.func.jvp and attention as written.
 
     Raises:
         CommandLineError: for an option of the other kind of config.
@@ -67,9 +67,9 @@ def plan(
         raise CommandLineError(f"--{given[0]} is for text-to-image configs: {file} is none")
     from mfm_lightning.commands.config_plan import plan_config, show
 
-    show(plan_config(file, devices, batch_size, reference), memory)
+    show(plan_config(file, devices, batch_size, reference, memory * 1e9), memory)
 
 
 def _refuse_reference(reference: bool) -> None:
     if reference:
-        raise CommandLineError("--reference is for training of MFMPretraining, whose tangents can be explicit")
+        raise CommandLineError("--reference is for training by MFMPretraining: no other plan has such a step")

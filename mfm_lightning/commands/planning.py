@@ -6,9 +6,8 @@ seconds.
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +24,9 @@ from mfm_lightning.interpolant import Times
 from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.networks.attention_tangents import as_on_gpus
-from mfm_lightning.objectives import InnerSample, Objective, Pair, Teacher, squared_error
-from mfm_rewards.execution import Precision, autocast
+from mfm_lightning.objectives import END, InnerSample, Objective, Pair, Teacher, squared_error
+from mfm_lightning.tangents import has_rules
+from mfm_rewards.execution import DTYPES, Precision
 
 FLOAT = 4  # bytes: weights, gradients, optimiser state and EMA are float32, under bf16-mixed as well
 
@@ -39,9 +39,10 @@ class Plan:
         parameters: that are trained; largest: those of the largest block.
         teacher: parameters of the teacher.
         activations: bytes, the most that a step holds besides weights and gradients.
-        each: bytes of the activations that one more sample of a device takes; they are linear in the samples.
-        reference: bytes of the activations of the straightforward step, by `torch.func.jvp`, with an inner sample for
-            each term, attention as written, and nothing recomputed; None where it was not asked for.
+        most: largest number of samples of a device in a pass that fits into the memory that was given, under DDP and
+            under FSDP; 0 where one does not, None where no memory was given.
+        reference: bytes of the activations of the straightforward step: the same terms by `torch.func.jvp` for all
+            samples, attention as written, and nothing recomputed; None where it was not asked for.
         student_flops, teacher_flops: floating-point operations of matrix products, for all samples of the device.
         batch_size: samples of a device in a pass; accumulate: passes of a step.
         devices: in all.
@@ -56,7 +57,7 @@ class Plan:
     batch_size: int
     accumulate: int
     devices: int
-    each: float
+    most: tuple[int, int] | None = None
     reference: int | None = None
 
     @property
@@ -75,11 +76,6 @@ class Plan:
             found["DDP's gradient buckets"] = FLOAT * self.parameters
         return found
 
-    def largest_batch(self, memory: float, sharded: bool) -> int:
-        """Samples of a device in one pass that fit into `memory` bytes; 0 where even one does not."""
-        fixed = sum(self.memory(sharded).values()) - self.batch_size * self.each
-        return max(0, int((memory - fixed) / self.each))
-
 
 def plan_training(
     network: nn.Module,
@@ -91,6 +87,7 @@ def plan_training(
     execution: TrainingExecution | None = None,
     fake: FakeTensorMode | None = None,
     reference: bool = False,
+    memory: float | None = None,
 ) -> Plan:
     """Plan a step of `MFMPretraining`; the teacher is taken to be a network of the same size.
 
@@ -100,14 +97,16 @@ def plan_training(
         network: made within the mode `fake`.
         precision: of the step.
         reference: count the memory of the straightforward step, too.
+        memory: bytes of a device, for which the largest batch is looked for.
     """
-    with fake or FakeTensorMode():
+    fake = fake or FakeTensorMode()
+    with fake:
         model = MetaFlowMap(network)
         plain = _straightforward(model, objective, batch_size, precision) if reference else None
         if execution is not None and execution.checkpoint_activations:
             TrainingExecution(checkpoint_activations=True).prepare(network)  # compiling would change little here
         trained = [p for p in model.parameters() if p.requires_grad]
-        activations, twice = (_held(model, objective, n * batch_size, precision) for n in (1, 2))
+        activations = _held(model, objective, batch_size, precision)
         # attention written out, for its fused kernels are not counted everywhere
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             _step(model, objective, batch_size, precision)
@@ -118,7 +117,7 @@ def plan_training(
         forward = counter.get_total_flops()
         blocks = [sum(p.numel() for p in region.parameters()) for region in getattr(network, "regions", [network])]
     needs = objective.needs_teacher
-    return Plan(
+    plan = Plan(
         parameters=sum(p.numel() for p in trained),
         largest=max(blocks),
         teacher=sum(p.numel() for p in trained) if needs else 0,
@@ -128,9 +127,39 @@ def plan_training(
         batch_size=batch_size,
         accumulate=accumulate,
         devices=devices,
-        each=(twice - activations) / batch_size,
         reference=plain,
     )
+    if memory is not None:
+        room = [memory - sum(plan.memory(sharded).values()) + activations for sharded in (False, True)]
+        known = {batch_size: activations}
+        with fake:
+            most = [_largest(lambda n: _held(model, objective, n, precision), space, known) for space in room]
+        plan = replace(plan, most=(most[0], most[1]))
+    return plan
+
+
+def _largest(held: Callable[[int], int], room: float, known: dict[int, int]) -> int:
+    """The most samples of which no more than `room` bytes are held, to about a hundredth; 0 where one does not fit.
+
+    What is held is nearly linear in the samples, but not wholly: casts of the weights do not grow with them, and chunks
+    of attention stop growing. So a line through the two nearest numbers that are known is followed, and each guess is
+    planned anew.
+
+    Args:
+        held: by the samples, rising.
+        known: of it, at least one; those that are asked are added.
+    """
+    for _ in range(8):
+        near, *others = sorted(known, key=lambda n: abs(known[n] - room))[:2]
+        rise = (known[near] - known[others[0]]) / (near - others[0]) if others else 0.0
+        guess = int(near + (room - known[near]) / (rise if rise > 0 else known[near] / near))
+        fits = max((n for n, size in known.items() if size <= room), default=0)
+        fails = min((n for n, size in known.items() if size > room), default=guess + 1)
+        guess = max(1, min(guess, fails - 1, 100 * max(known)))
+        if guess in known or 0 <= guess - fits <= fits // 100:
+            break
+        known[guess] = held(guess)
+    return max((n for n, size in known.items() if size <= room), default=0)
 
 
 def _held(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> int:
@@ -144,18 +173,21 @@ def _held(model: MetaFlowMap, objective: Objective, batch_size: int, precision: 
 def _straightforward(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> int:
     """Of the step that `Plan.reference` describes."""
     with sdpa_kernel(SDPBackend.MATH):
-        return _held(model, replace(objective, backend="functorch", share_inner=False), batch_size, precision)
+        return _held(model, replace(objective, backend="functorch"), batch_size, precision)
 
 
 def _step(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> None:
     x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
     label = torch.zeros(batch_size, dtype=torch.long)
     pair, total = Pair(x, s, x, Conditions(label=label)), torch.zeros(())
-    with as_on_gpus(), autocast("cpu", precision):
+    # torch.func.jvp takes no part of a tensor without content: all samples have tangents then
+    forward_mode = objective.backend == "functorch" or (objective.backend == "auto" and not has_rules(model))
+    equal = 0 if forward_mode else objective.inner_times.num_equal(batch_size)
+    with as_on_gpus(), torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32"):
         for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)
-            # the step is after any curriculum, which is what takes the most memory
-            inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), 0, torch.empty_like(x), sys.maxsize)
+            # with the tangents of the end of a curriculum, which take the most memory
+            inner = InnerSample(s, s, torch.empty_like(x), torch.empty_like(x), equal, torch.empty_like(x), END)
             total = total + squared_error(term(model, _NoTeacher(), term.condition(pair), inner)).mean()
     total.backward()
 

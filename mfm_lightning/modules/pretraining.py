@@ -20,7 +20,7 @@ from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.modules.optimization import Optimization
 from mfm_lightning.networks.base import EmbedsPrompts, differing
 from mfm_lightning.networks.dit import DiT
-from mfm_lightning.objectives import Objective
+from mfm_lightning.objectives import END, Objective
 from mfm_lightning.objectives.teachers import ModelTeacher, Teacher
 
 
@@ -116,7 +116,9 @@ class MFMPretraining(TrainingModule):
     def losses(self, x1: Tensor, conditions: Conditions, training: bool) -> dict[str, Tensor]:
         if isinstance(self.model.network, EmbedsPrompts):
             conditions = self.model.network.embed(conditions)
-        return self.objective(self.model, self.teacher, x1, conditions, self.global_step)
+        # a loss that is not trained on is that of the end of every curriculum, at all steps and in `mfm test` the same
+        step = self.global_step if training else END
+        return self.objective(self.model, self.teacher, x1, conditions, step)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         if self.evaluation is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from mfm_lightning.conditions import Conditions
 from mfm_lightning.interpolant import interpolate
+
+END = sys.maxsize  # a training step after all curricula
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,16 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.objectives.pairs import InnerSample, Pair
 from mfm_lightning.objectives.teachers import Teacher, teacher_velocity
 from mfm_lightning.samplers import integrate
-from mfm_lightning.tangents import velocity_and_jvp
+from mfm_lightning.tangents import check_backend, velocity_and_jvp
 
 SHARPNESS, LEAST_ALPHA = 25.0, 0.005  # of alpha-Flow's curriculum
-LEAST_ALPHA_HALF = 0.05  # where v has 8 bits: its rounding is divided by alpha
+
+
+def least_alpha(x: Tensor) -> float:
+    """Ten times that of the paper where a network computes in bfloat16 at x: v's rounding is divided by alpha."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return 10 * LEAST_ALPHA if dtype == torch.bfloat16 else LEAST_ALPHA
 
 
 class Term(ABC):
@@ -199,27 +205,29 @@ class LagrangianTeacher(_Lagrangian):
 class _Eulerian(Consistency):
     """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s the velocity at the start.
 
-    With `alpha_steps` the derivative is at first a difference over a share alpha of the way to u, w = s + alpha (u-s):
+    With `alpha_steps` the derivative is at first a difference by an Euler step over a share alpha of the way to u,
+    w = s + alpha (u-s):
 
         v_{s,u} = sg(v_s + (v_{w,u}(x + (w-s) v_s) - v_{s,u}) / alpha + v_{s,u} - v_{w,u}(x + (w-s) v_s)),
 
     which is v_{s,u} = v_s at alpha = 1 and the derivative at alpha -> 0 (alpha-Flow, Zhang et al., arXiv 2510.20771).
-    Alpha falls from 1 to 0 by that paper's sigmoid, 1 / (1 + e^(25 (k / alpha_steps - 1/2))) at step k, with what is
-    within 0.005 of an end put to it (under autocast 0.05). Between the ends there is no tangent, but one more
-    evaluation.
+    Its error is of first order in alpha, and on data biased by the noise of v_s, too. Alpha falls from 1 to 0 by that
+    paper's sigmoid, 1 / (1 + e^(25 (k / alpha_steps - 1/2))) at step k, with what is within 0.005 of an end put to it
+    (0.05 in bfloat16). Between the ends there is no tangent, but one more evaluation; at 1 neither. Not of the paper:
+    its weight alpha within the adaptive one, and its limit of the target.
 
     Args:
         backend: how tangents are computed.
         alpha_steps: of training, after which alpha is 0; 0 for the derivative from the first step.
 
     Raises:
-        ValueError: for a negative number of steps.
+        ValueError: for what is no number of steps.
     """
 
     def __init__(self, backend: str = "auto", alpha_steps: int = 0) -> None:
         super().__init__(backend)
-        if alpha_steps < 0:
-            raise ValueError(f"alpha_steps {alpha_steps} must not be negative")
+        if not isinstance(alpha_steps, int) or alpha_steps < 0:
+            raise ValueError(f"alpha_steps {alpha_steps!r} must be a whole number that is not negative")
         self.alpha_steps = alpha_steps
 
     def alpha(self, step: int, least: float = LEAST_ALPHA) -> float:
@@ -236,8 +244,8 @@ class _Eulerian(Consistency):
         s, u, x = inner.s, inner.u, inner.x
         with torch.no_grad():
             start = self.start_velocity(model, pair, inner)
-        half = torch.is_autocast_enabled(x.device.type)
-        if alpha := self.alpha(inner.step, LEAST_ALPHA_HALF if half else LEAST_ALPHA):
+        if alpha := self.alpha(inner.step, least_alpha(x)):
+            check_backend(self.backend, model)  # now, not where the derivative sets in
             return self._difference(model, pair, inner, start, alpha)
         along_s = (torch.ones_like(s), torch.zeros_like(u), start)
         v, dv = velocity_and_jvp(model, s, u, x, pair.t, pair.x_t, along_s, pair.conditions, self.backend)
@@ -262,7 +270,12 @@ class _Eulerian(Consistency):
 
 
 class EulerianSelf(_Eulerian):
-    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s from the student's own diagonal."""
+    """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s from the student's own diagonal.
+
+    Args:
+        backend: how tangents are computed.
+        alpha_steps: of training, in which differences become the derivative (alpha-Flow, arXiv 2510.20771); 0 for none.
+    """
 
     def start_velocity(self, model: MetaFlowMap, pair: Pair, inner: InnerSample) -> Tensor:
         return model(inner.s, inner.s, inner.x, pair.t, pair.x_t, pair.conditions)
@@ -272,6 +285,10 @@ class EulerianTeacher(_Eulerian):
     """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s from the teacher by GLASS.
 
     It pins the diagonal as `LagrangianTeacher` does.
+
+    Args:
+        backend: how tangents are computed.
+        alpha_steps: of training, in which differences become the derivative (alpha-Flow, arXiv 2510.20771); 0 for none.
     """
 
     needs_teacher = teacher_at_start = pins_diagonal = True
@@ -326,7 +343,13 @@ class ODETeacher(Consistency):
 
 class MeanFlow(_Eulerian):
     """v_{s,u} = sg(v_s + (u-s) (d/ds v_{s,u} + grad v_{s,u} . v_s)), v_s = x1 - eps of the data, with model guidance
-    (Eq. 69). The target is affine in v_s, so that its mean is that of `EulerianTeacher` with the exact velocity."""
+    (Eq. 69). The target is affine in v_s, so that its mean is that of `EulerianTeacher` with the exact velocity.
+
+    Args:
+        backend: how tangents are computed.
+        alpha_steps: of training, in which differences become the derivative (alpha-Flow, arXiv 2510.20771); 0 for none.
+            A difference is not affine in v_s.
+    """
 
     guides_data = noisy_target = pins_diagonal = True
 

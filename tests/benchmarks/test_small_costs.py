@@ -2,12 +2,13 @@
 
 import itertools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mfm_benchmarks import decoder_costs, draw_precision, steering_variants
-from mfm_lightning.alignment import DrawGradient, NetworkGradient, Steering, Target, TimeGrid
+from mfm_lightning.alignment import DrawGradient, Estimate, NetworkGradient, Steering, Target, TimeGrid
 from mfm_lightning.checkpoints import load_model
 from mfm_lightning.networks import PixelDecoder, ValueDiT
 from tests.processes import ended, forked
@@ -89,15 +90,78 @@ def test_variants_of_steering_take_the_evaluations_of_their_budget():
             seen.setdefault(name, []).append(x[:1].detach().clone())
             return super().flow_map(s, u, x, t, x_t)
 
-    for name, (make, steps) in steering_variants.variants(45, None).items():
+    for name, variant in steering_variants.variants(45, None).items():
+        if variant.pilot:
+            continue
         target = Watched(model, lambda images: images.mean(dim=(1, 2, 3)), PixelDecoder())
-        method = Steering(make(), TimeGrid(steps), base_step="flow_map")
+        method = Steering(variant.estimator(), variant.grid(target, noise), base_step="flow_map")
         found = method(target, noise, torch.Generator().manual_seed(1))
         assert 36 <= found.nfe.total / 2 <= 54, name
     kept, fresh = seen["the same noise at each step"], seen[steering_variants.FIRST]
     assert all(torch.equal(drawn, kept[0]) for drawn in kept)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(fresh, 2))
     assert steering_variants.growing(45) == [1] * 4 + [2] + [4]
+
+
+def test_steering_that_is_kept_held_or_moved_is_that_of_the_draws(monkeypatch):
+    """P = (sigma^2/2) grad V of draws that are known: a = 2 + noise at each step, plus the state's own mean."""
+    asked = []
+
+    def known(self, target, t, x, generator=None):
+        asked.append((float(t), self.given.clone()))
+        half = 1 / float(t) - 1
+        return Estimate((self.given[:, 0] + 10 * x) / half, x.new_zeros(len(x)), x.new_ones(len(x)))
+
+    monkeypatch.setattr(steering_variants.GivenNoise, "__call__", known)
+    times, states = (0.2, 0.4, 0.5), [torch.full((1, 2), value) for value in (1.0, 2.0, 3.0)]
+
+    def products(**settings):
+        asked.clear()
+        estimator, found = steering_variants.Reused(**settings), []
+        generator = torch.Generator().manual_seed(0)
+        for t, x in zip(times, states, strict=True):
+            found.append((1 / t - 1) * estimator(None, t, x, generator).gradient)
+        return found, [noise[:, 0] for _, noise in asked]
+
+    def close(found, expected):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+    found, e = products()
+    close(found, [e[0] + 10, e[1] + 20, e[2] + 30])
+    found, e = products(keep=0.25)
+    second = 0.25 * (e[0] + 10) + 0.75 * (e[1] + 20)
+    close(found, [e[0] + 10, second, 0.25 * second + 0.75 * (e[2] + 30)])
+    found, e = products(held=2)
+    assert len(e) == 2
+    close(found, [e[0] + 10, e[0] + 10, e[1] + 30])
+    found, e = products(keep=0.5, corrected=True)  # moved by P(x_k) - P(x_{k-1}) with the same noise: 10 each
+    assert len(e) == 5
+    assert [t for t, _ in asked] == [0.2, 0.4, 0.2, 0.5, 0.4]
+    second = 0.5 * (e[0] + 10 + 10) + 0.5 * (e[1] + 20)
+    close(found, [e[0] + 10, second, 0.5 * (second + 10) + 0.5 * (e[3] + 30)])
+
+
+@pytest.mark.parametrize("rising_from", [0.0, 0.5])
+def test_steps_are_placed_where_steering_changes(monkeypatch, rising_from):
+    """A steering whose rate rises by the same from one time on, and is constant before: steps are uniform after that
+    time, and one long step leads to it. The base flow's part of the way counts for nothing."""
+    noise = torch.zeros(3, 1)
+    base = SimpleNamespace(base_flow_map=lambda t, then, x: x + 5 * (then - t[:, None]) ** 2)
+
+    def steer(target, x, method, generator, callback):
+        for k, (now, then) in enumerate(method.grid.pairs(None)):
+            rate = max(0.0, now - rising_from)
+            x = base.base_flow_map(torch.full((3,), now), then, x) + (then - now) * rate
+            callback(k, x)
+
+    monkeypatch.setattr(steering_variants, "steer", steer)
+    target = SimpleNamespace(expand=lambda x: base)
+    grid = steering_variants.placed(5, target, noise, pilot=200)
+    start = max(rising_from, 0.01)
+    expected = [0.01, *[start + (1 - start) * k / 5 for k in range(1, 5)], 1.0]
+    assert grid.times == pytest.approx(expected, abs=0.01)
+    assert grid.steps == 5
 
 
 def test_half_an_amortised_value_is_half_its_gradient():

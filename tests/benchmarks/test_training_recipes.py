@@ -46,6 +46,14 @@ def test_the_time_to_a_distance_is_exact_for_a_power_law(power):
     assert steps_to(0.01, [100], [0.5]) == math.inf
 
 
+def test_the_precision_of_all_recipes_is_not_that_of_one_with_its_own():
+    recipes = {"plain": Recipe(), "own": Recipe(Spec({"trainer.precision": "32-true"}))}
+    draws = ReferenceDraws(oracle=ORACLE, times=[0.5], num_states=2, num_draws=4)
+    for given, expected in ((None, [None, "32-true"]), ("bf16-mixed", ["bf16-mixed", "32-true"])):
+        suite = TrainingRecipesSuite("configs/gmm/mfm.yaml", recipes, draws, steps=[100], precision=given)
+        assert [suite._job(name, 100, 0).options.get("trainer.precision") for name in recipes] == expected
+
+
 def test_distances_are_told_where_times_are_not_there():
     settings = yaml.safe_load((ROOT / "configs/benchmarks/training-recipes.yaml").read_text())
     recipes = {name: Recipe(**settings["recipes"][name] | {"options": Spec({})}) for name in ("released", "Muon")}

@@ -9,10 +9,11 @@ import torch
 
 from mfm_lightning.callbacks import EMA
 from mfm_lightning.commands.main import main, run
+from mfm_lightning.conditions import Conditions
 from mfm_lightning.data import DigitsDataModule
 from mfm_lightning.modules import MFMPretraining, NonFiniteLossError, Optimization, check_batch
 from mfm_lightning.networks import DiT
-from mfm_lightning.objectives import Objective, WeightedTerm
+from mfm_lightning.objectives import InnerTimes, Objective, WeightedTerm
 from tests.short_jobs import FOUR_STEPS
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,27 @@ def test_a_network_without_classes_gets_no_labels(tmp_path, caplog):
         ours, theirs = weights(DigitsDataModule(32)), weights(Relabelled(32))
     assert "has no classes: the labels of the data (10 classes) are not given to it" in caplog.text
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_is_not_trained_on_is_the_loss_after_every_curriculum():
+    """Of alpha, of the gap u - s and of terms that set in later: else losses of two steps could not be compared, and
+    `mfm test`, which has no step, would tell that of the first one."""
+    torch.manual_seed(0)
+    network = DiT(8, 4, 1, 16, 2, 2, 1, num_classes=0)
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.5)
+    late = [WeightedTerm("data_diagonal"), WeightedTerm("mean_flow", start_step=50, options={"alpha_steps": 200})]
+    early = [WeightedTerm("data_diagonal"), WeightedTerm("mean_flow")]
+    modules = [
+        MFMPretraining(network, Objective(late, inner_times=InnerTimes(annealing_steps=100))),
+        MFMPretraining(network, Objective(early)),
+    ]
+    x, found = torch.randn(8, 1, 8, 8), []
+    for module in modules:
+        for training in (False, True):
+            torch.manual_seed(1)
+            found.append({k: v.item() for k, v in module.losses(x, Conditions(), training).items()})
+    assert found[0] == found[2] == found[3]
+    assert "mean_flow" not in found[1]
 
 
 class Interrupt(L.Callback):

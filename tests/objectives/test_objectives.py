@@ -20,7 +20,7 @@ from mfm_lightning.objectives import (
     squared_error,
 )
 from mfm_lightning.objectives.teachers import ModelTeacher, teacher_velocity
-from mfm_lightning.objectives.terms import Consistency, guided_data_velocity
+from mfm_lightning.objectives.terms import Consistency, guided_data_velocity, least_alpha
 from tests.closed_form import MEAN, VARIANCE, gaussian_model, gaussian_teacher
 
 EXACT = ["semigroup", "lagrangian_self", "lagrangian_teacher", "eulerian_self", "eulerian_teacher"]
@@ -137,7 +137,9 @@ def test_alpha_falls_by_a_sigmoid_and_the_objective_follows_it():
     assert [term.alpha(k) for k in (0, 250, 400, 500, 600, 750, 1000, 10**9)] == pytest.approx(expected, abs=1e-7)
     assert (term.alpha(650), term.alpha(650, 0.05)) == (pytest.approx(0.0229774, abs=1e-7), 0.0)  # e^3.75 = 42.52
     assert WeightedTerm("mean_flow").build("auto").alpha(0) == 0.0
-    with pytest.raises(ValueError, match="alpha_steps -1 must not be negative"):
+    with pytest.raises(ValueError, match="alpha_steps '400' must be a whole number that is not"):
+        Objective([WeightedTerm("eulerian_teacher", options={"alpha_steps": "400"})])
+    with pytest.raises(ValueError, match="alpha_steps -1 must be a whole number that is not negative"):
         Objective([WeightedTerm("eulerian_teacher", options={"alpha_steps": -1})])
 
     model, teacher = gaussian_model(), gaussian_teacher()
@@ -153,6 +155,44 @@ def test_alpha_falls_by_a_sigmoid_and_the_objective_follows_it():
     assert loss(0, alpha_steps=1000) == loss(200, alpha_steps=1000) != pytest.approx(loss(0))
     assert loss(1000, alpha_steps=1000) == loss(0)
     assert loss(400, alpha_steps=1000) not in (loss(0), loss(0, alpha_steps=1000))
+
+
+def test_alpha_is_not_small_where_its_rounding_would_count():
+    x = torch.zeros(1)
+    assert least_alpha(x) == least_alpha(x.half()) == 0.005
+    assert least_alpha(x.bfloat16()) == 0.05
+    for dtype, least in ((torch.bfloat16, 0.05), (torch.float16, 0.005)):
+        with torch.autocast("cpu", dtype):
+            assert least_alpha(x) == least
+    model, teacher, pair = gaussian_model(), gaussian_teacher(), gaussian_pair(10)
+    inner = pair.inner(torch.full((10,), 0.2).double(), torch.full((10,), 0.6).double(), step=650)  # alpha = 0.023
+    inner.teacher_velocity = teacher_velocity(teacher, inner.s, inner.x, pair.t, pair.x_t, pair.conditions)
+    asked, term = [], WeightedTerm("eulerian_teacher", options={"alpha_steps": 1000}).build("auto")
+    term._difference = lambda *args: (asked.append(args[-1]), inner.x)[1]
+    term(model, teacher, pair, inner)
+    with torch.autocast("cpu", torch.bfloat16):
+        term(model, teacher, pair, inner)
+    assert asked == [pytest.approx(0.0229774, abs=1e-7)]  # in bfloat16 it is the derivative already
+
+
+def test_a_backend_that_the_network_cannot_take_is_refused_at_the_first_step():
+    """Not where the derivative sets in, after alpha has fallen."""
+
+    class Plain(torch.nn.Module):
+        state_shape, num_classes, guidance_scales, null_conditions = (2,), 0, (), Conditions()
+
+        def forward(self, s, u, x, t, x_t, conditions):
+            return x
+
+    for backend, network, said in (
+        ("explicit", Plain(), "Plain does not propagate tangents itself"),
+        ("functorch", DiT(8, 4, 1, 16, 2, 2, 1, num_classes=0), "checkpointed activations do not go with"),
+    ):
+        network.checkpoint_activations = True
+        x = torch.randn(2, *(network.state_shape))
+        pair, term = Pair(x, torch.zeros(2), x, Conditions()), TERMS["mean_flow"](backend, alpha_steps=100)
+        with pytest.raises(ValueError, match=said):
+            term.residual(MetaFlowMap(network), None, pair, pair.inner(torch.zeros(2), torch.ones(2)))
 
 
 def test_options_of_a_term_are_its_own():
