@@ -18,6 +18,7 @@ def plan(
     max_rows: int | None = None,
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     reference: bool = False,
+    largest_batch: bool = False,
 ) -> None:
     """Tell parameters, operations and memory of a training step, or memory of a text-to-image job, on each GPU.
 
@@ -33,6 +34,7 @@ def plan(
         image_size: text-to-image; pixels of a side, in place of the config's.
         max_rows: text-to-image; states at once in transformer and VAE, in place of the config's.
         torch_dtype: text-to-image; floating type of the flow, in place of the config's.
+        largest_batch: training; look for the most samples that fit, which takes minutes for large networks.
         reference: training; tell what the activations would take by torch.func.jvp and attention as written.
 
     Raises:
@@ -52,7 +54,7 @@ def plan(
     if (settings.get("model") or {}).get("class_path") == flow_plan.MODULE:
         if devices is not None:
             raise CommandLineError("--devices is for training: each device of a text-to-image job has the whole flow")
-        _refuse_reference(reference)
+        _refuse_of_training(reference, largest_batch)
         flow_plan.show(*flow_plan.plan_prompts(file, settings, batch_size=batch_size, **of_flow), memory)
         return
     from mfm_lightning.commands import adapter_plan
@@ -60,16 +62,17 @@ def plan(
     if adapter_plan.trains_adapter(settings):
         if devices is not None:
             raise CommandLineError("--devices changes nothing for an adapter: each device has the whole flow under ddp")
-        _refuse_reference(reference)
+        _refuse_of_training(reference, largest_batch)
         adapter_plan.show(adapter_plan.plan_adapter(file, settings, batch_size, **of_flow), memory)
         return
     if given := [name for name, value in of_flow.items() if value is not None]:
         raise CommandLineError(f"--{given[0]} is for text-to-image configs: {file} is none")
     from mfm_lightning.commands.config_plan import plan_config, show
 
-    show(plan_config(file, devices, batch_size, reference, memory * 1e9), memory)
+    show(plan_config(file, devices, batch_size, reference, memory * 1e9 if largest_batch else None), memory)
 
 
-def _refuse_reference(reference: bool) -> None:
-    if reference:
-        raise CommandLineError("--reference is for training by MFMPretraining: no other plan has such a step")
+def _refuse_of_training(reference: bool, largest_batch: bool) -> None:
+    for name, given in (("reference", reference), ("largest_batch", largest_batch)):
+        if given:
+            raise CommandLineError(f"--{name} is for training by MFMPretraining of a network of its own")

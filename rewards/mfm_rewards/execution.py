@@ -55,9 +55,7 @@ def cpu_multiplies_bf16() -> bool:
 def warn_if_bf16_is_slow() -> None:
     """Say once where this processor multiplies no bf16, so that bf16 costs time in place of saving it."""
     if not cpu_multiplies_bf16():
-        log.warning(
-            "bf16 is slower than fp32 on this CPU, which has neither AVX-512 BF16 nor AMX: leave it to other machines"
-        )
+        log.warning("bf16 is slower than fp32 on this CPU, which has neither AVX-512 BF16 nor AMX: use fp32 here")
 
 
 @dataclass(frozen=True)

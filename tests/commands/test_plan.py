@@ -174,12 +174,15 @@ def test_command_and_its_errors(capsys, tmp_path):
     assert "1.51 M trained parameters" in printed
     assert "1,024 samples on 4 devices" in printed
     assert "too much" in printed
-    assert "most samples at once in 0.05 GB" in printed
+    assert "most samples" not in printed
     assert "straightforward" not in printed
-    run(["plan", "--config", "configs/digits/mfm.yaml", "--reference"])
-    assert "activations of the straightforward step (torch.func.jvp" in capsys.readouterr().out
-    with pytest.raises(CommandLineError, match="--reference is for training by MFMPretraining"):
-        run(["plan", "--config", "text_to_image/sd3/steer", "--reference"])
+    run(["plan", "--config", "configs/digits/mfm.yaml", "--reference", "--largest_batch"])
+    printed = capsys.readouterr().out
+    assert "most samples at once in 80 GB" in printed
+    assert "activations of the straightforward step (the same terms by torch.func.jvp" in " ".join(printed.split())
+    for option in ("--reference", "--largest_batch"):
+        with pytest.raises(CommandLineError, match=f"{option} is for training by MFMPretraining"):
+            run(["plan", "--config", "text_to_image/sd3/steer", option])
     with pytest.raises(ValueError, match=r"trains mfm_lightning\.modules\.RewardAlignment: mfm plan knows"):
         run(["plan", "--config", "configs/digits/steer.yaml"])
     text = Path("configs/digits/mfm.yaml").read_text().replace("hidden_size: 128", "hidden_sise: 128")
