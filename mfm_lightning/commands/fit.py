@@ -168,7 +168,8 @@ class MFMCLI(LightningCLI):
         self.config_init = self.parser.instantiate_classes(config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
         self.trainer = self.instantiate_trainer()
-        if "bf16" in str(self.trainer.precision) and self.trainer.strategy.root_device.type == "cpu":
+        on_cpu = self.trainer.strategy.root_device.type == "cpu" and self.trainer.is_global_zero
+        if on_cpu and "bf16" in str(self.trainer.precision):
             warn_if_bf16_is_slow()
 
     def _add_instantiators(self) -> None:
