@@ -122,7 +122,11 @@ class Reused(GradientEstimator):
 
 
 class GivenNoise(DrawGradient):
-    """MFM-G by a draw of this noise `(B, 1, *shape)`."""
+    """MFM-G by a draw of noise that is given.
+
+    Args:
+        given: the noise `(B, 1, *shape)`.
+    """
 
     def __init__(self, given: Tensor) -> None:
         super().__init__()
@@ -140,7 +144,11 @@ def gradient_of(estimate: Estimate) -> Tensor:
 
 @dataclass
 class PlacedTimes(TimeGrid):
-    """Times that are given, the first and the last included."""
+    """Times that are given.
+
+    Args:
+        given: the times, increasing, the first and the last included.
+    """
 
     given: tuple[float, ...] = ()
 
