@@ -80,7 +80,14 @@ def finite_difference(model: nn.Module, inner: Inner, tangents: Inner, condition
 
 def auto(model: nn.Module, inner: Inner, tangents: Inner, condition: Condition) -> tuple[Tensor, Tensor]:
     """`explicit` where the network has rules, else `functorch`."""
-    return (explicit if has_rules(model) else functorch)(model, inner, tangents, condition)
+    return BACKENDS[resolved("auto", model)](model, inner, tangents, condition)
+
+
+def resolved(name: str, model: nn.Module) -> str:
+    """The backend of that name, or the one that "auto" stands for."""
+    if name != "auto":
+        return name
+    return "explicit" if has_rules(model) else "functorch"
 
 
 def check_backend(name: str, model: nn.Module) -> None:
@@ -89,8 +96,7 @@ def check_backend(name: str, model: nn.Module) -> None:
     Raises:
         ValueError: as the backends say.
     """
-    if name == "auto":
-        name = "explicit" if has_rules(model) else "functorch"
+    name = resolved(name, model)
     if name == "explicit" and not has_rules(model):
         raise ValueError(
             f"{type(model.network).__name__} does not propagate tangents itself: use backend 'auto' or 'functorch'"

@@ -25,11 +25,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mfm_benchmarks.costs import network_of
-from mfm_lightning.commands.planning import Allocations
+from mfm_lightning.commands.planning import Allocations, on_paper
 from mfm_lightning.models import MetaFlowMap
-from mfm_lightning.networks.attention_tangents import as_on_gpus
 from mfm_lightning.tangents import velocity_and_jvp
-from mfm_rewards.execution import DTYPES, Precision
+from mfm_rewards.execution import Precision
 
 FLOAT = 4  # bytes of weights, gradients, moments and EMA
 ATTENTION = {  # products of a fused kernel, of which torch counts those of GPUs alone
@@ -112,8 +111,7 @@ class PaperStep:
     @contextmanager
     def on_paper(self) -> Iterator[None]:
         """Where parts are run."""
-        half = torch.autocast("cpu", DTYPES[self.precision], enabled=self.precision != "fp32")
-        with self.fake, as_on_gpus(), half:
+        with self.fake, on_paper(self.precision):
             yield
 
     def forward(self) -> Tensor:

@@ -25,7 +25,7 @@ from mfm_lightning.alignment.method import TimeGrid
 from mfm_lightning.alignment.steering import Steering, steer
 from mfm_lightning.alignment.target import Target
 from mfm_lightning.alignment.values import DrawGradient, Estimate, GradientEstimator, NetworkGradient
-from mfm_lightning.interpolant import Generators, Times, as_times, diffusion, randn
+from mfm_lightning.interpolant import Generators, Times, as_times, diffusion
 from mfm_lightning.metrics.distances import frequency_distance
 from mfm_lightning.metrics.measured import mean_of, resampled
 from mfm_lightning.utils.console import track, write_table
@@ -108,32 +108,17 @@ class Reused(GradientEstimator):
         if self.last is not None and self.step % self.held:
             found, value = self.last, x.new_zeros(len(x))
         else:
-            noise = randn((len(x), 1, *x.shape[1:]), x, generator)
-            estimate = GivenNoise(noise)(target, t, x)
+            draw = KeptNoise()  # of its own noise, also at the earlier state
+            estimate = draw(target, t, x, generator)
             found, value = half * gradient_of(estimate), estimate.value
             if self.last is not None:
                 earlier = self.last
                 if self.corrected and self.before is not None:
                     then, state, weight = self.before
-                    earlier = earlier + found - weight * gradient_of(GivenNoise(noise)(target, then, state))
+                    earlier = earlier + found - weight * gradient_of(draw(target, then, state))
                 found = self.keep * earlier + (1 - self.keep) * found
         self.step, self.last, self.before = self.step + 1, found, (t, x.clone(), half)
         return Estimate(found / half, value, torch.ones_like(value))
-
-
-class GivenNoise(DrawGradient):
-    """MFM-G by a draw of noise that is given.
-
-    Args:
-        given: the noise `(B, 1, *shape)`.
-    """
-
-    def __init__(self, given: Tensor) -> None:
-        super().__init__()
-        self.given = given
-
-    def noise(self, x: Tensor, generator: Generators) -> Tensor:
-        return self.given
 
 
 def gradient_of(estimate: Estimate) -> Tensor:

@@ -7,7 +7,8 @@ seconds.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from mfm_lightning.models import MetaFlowMap
 from mfm_lightning.modules.execution import TrainingExecution
 from mfm_lightning.networks.attention_tangents import as_on_gpus
 from mfm_lightning.objectives import END, InnerSample, Objective, Pair, Teacher, squared_error
-from mfm_lightning.tangents import has_rules
+from mfm_lightning.tangents import resolved
 from mfm_rewards.execution import DTYPES, Precision
 
 FLOAT = 4  # bytes: weights, gradients, optimiser state and EMA are float32, under bf16-mixed as well
@@ -176,14 +177,21 @@ def _straightforward(model: MetaFlowMap, objective: Objective, batch_size: int, 
         return _held(model, replace(objective, backend="functorch"), batch_size, precision)
 
 
+@contextmanager
+def on_paper(precision: Precision) -> Iterator[None]:
+    """Where tensors without content are computed as a GPU would: what this CPU is slow at is not said."""
+    with as_on_gpus(), torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32"):
+        yield
+
+
 def _step(model: MetaFlowMap, objective: Objective, batch_size: int, precision: Precision) -> None:
     x, s = torch.empty(batch_size, *model.state_shape), torch.empty(batch_size)
     label = torch.zeros(batch_size, dtype=torch.long)
     pair, total = Pair(x, s, x, Conditions(label=label)), torch.zeros(())
     # torch.func.jvp takes no part of a tensor without content: all samples have tangents then
-    forward_mode = objective.backend == "functorch" or (objective.backend == "auto" and not has_rules(model))
+    forward_mode = resolved(objective.backend, model) == "functorch"
     equal = 0 if forward_mode else objective.inner_times.num_equal(batch_size)
-    with as_on_gpus(), torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32"):
+    with on_paper(precision):
         for term in objective.built_terms:
             # guidance by the teacher or the model itself is forward passes, which leave nothing behind (`_guided_rows`)
             # with the tangents of the end of a curriculum, which take the most memory

@@ -51,9 +51,8 @@ def orthogonalised(update: Tensor, coefficients: tuple[float, float, float], ste
 class MuonAdamW(Optimizer):
     """torch's Muon for parameters of two dimensions, AdamW for all others (biases, scales, convolutions). One schedule
     and one checkpoint hold for both. Muon's steps have the size of AdamW's (`match_rms_adamw`; Liu et al.,
-    arXiv 2502.16982), so that one learning rate suits both. On a CPU without products of bf16, Muon's are in
-    float32. Not for parameters that FSDP2 shards: a step of Muon needs
-    the whole matrix.
+    arXiv 2502.16982), so that one learning rate suits both. On a CPU without products of bf16, Muon's are in float32.
+    Not for parameters that FSDP2 shards: a step of Muon needs the whole matrix.
 
     Args:
         params: of the network.

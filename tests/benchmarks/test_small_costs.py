@@ -108,11 +108,12 @@ def test_steering_that_is_kept_held_or_moved_is_that_of_the_draws(monkeypatch):
     asked = []
 
     def known(self, target, t, x, generator=None):
-        asked.append((float(t), self.given.clone()))
+        noise = self.noise(x, generator)
+        asked.append((float(t), noise.clone()))
         half = 1 / float(t) - 1
-        return Estimate((self.given[:, 0] + 10 * x) / half, x.new_zeros(len(x)), x.new_ones(len(x)))
+        return Estimate((noise[:, 0] + 10 * x) / half, x.new_zeros(len(x)), x.new_ones(len(x)))
 
-    monkeypatch.setattr(steering_variants.GivenNoise, "__call__", known)
+    monkeypatch.setattr(steering_variants.KeptNoise, "__call__", known)
     times, states = (0.2, 0.4, 0.5), [torch.full((1, 2), value) for value in (1.0, 2.0, 3.0)]
 
     def products(**settings):
